@@ -1,0 +1,55 @@
+"""Load, resolve, compare and fingerprint configs."""
+
+import hashlib
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from kd_jax.types import UserError
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """The config as plain dicts, lists and scalars, the way config.json holds it."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def from_dict(values: dict[str, Any]) -> ConfigDict:
+    """The inverse of `to_dict`; lists become tuples, as configs write them."""
+
+    def convert(value):
+        if isinstance(value, dict):
+            return {key: convert(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return tuple(convert(item) for item in value)
+        return value
+
+    return ConfigDict(convert(values))
+
+
+def fingerprint(values: Any, length: int = 12) -> str:
+    """Hex digest of a JSON value; equal values give equal digests whatever the order of their keys."""
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """One line for each key in which two configs (plain values) differ: `key: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in sorted(old.keys() | new.keys()):
+            place = f"{prefix}.{key}" if prefix else key
+            if key not in old:
+                lines.append(f"{place}: (absent) -> {new[key]!r}")
+            elif key not in new:
+                lines.append(f"{place}: {old[key]!r} -> (absent)")
+            else:
+                lines.extend(differences(old[key], new[key], place))
+        return lines
+    return [] if old == new else [f"{prefix}: {old!r} -> {new!r}"]
+
+
+def require(condition: bool, key: str, problem: str, remedy: str) -> None:
+    """Raises a UserError that names the config key, what is wrong and how to mend it."""
+    if not condition:
+        raise UserError(f"config.{key}: {problem}; {remedy}")

@@ -1,0 +1,36 @@
+"""The few names that every part of kd_jax shares."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+
+# A nested dict of arrays with string keys: what checkpoints hold and what jitted steps take.
+Params = dict[str, Any]
+
+# Masked-LM batch, R rows of length L with K mask slots a row:
+#   tokens            int32  [R, L]  corrupted ids (`pad_id` where segment_ids is 0)
+#   segment_ids       int32  [R, L]  1, 2, ... for the texts that share the row; 0 is padding
+#   positions         int32  [R, L]  restart at 0 in each segment
+#   masked_positions  int32  [R, K]  column of each mask slot (0 where the slot is unused)
+#   masked_targets    int32  [R, K]  original id at that column
+#   masked_weights    float32[R, K]  1 for a used slot, 0 otherwise
+#
+# Finetuning batch, R rows of length L with S utterance slots a row:
+#   tokens, segment_ids, positions as above
+#   first_positions   int32  [R, S]  column of the utterance's first token (0 where unused)
+#   utterance_weights float32[R, S]  1 for a used slot, 0 otherwise
+#   utterance_labels  int32  [R, S]  domain (DC) or intent (ICNER) id; -1 for a label unseen in train
+#   tag_labels        int32  [R, L]  BIO tag id on the first sub-word of each word
+#   tag_weights       float32[R, L]  1 on the first sub-word of each word with a known tag, 0 elsewhere
+Batch = Mapping[str, Array]
+
+# One loss term or metric before its division: sum over the counted items, and their weight.
+Term = tuple[Array, Array]
+
+
+class UserError(Exception):
+    """A mistake the user can mend; the message is one sentence with the place and the remedy."""
