@@ -105,6 +105,7 @@ def get_config() -> ConfigDict:
   config.teacher_checkpoint = ''  # distill: workdir of a pretrain run
 
   config.pretrain = job()
+  config.pretrain.model = 'teacher'  # teacher | student: which encoder is trained
   config.pretrain.init_from = ''  # workdir of a pretrain run to continue from, with a fresh optimizer
   config.adapt = job()  # the study's second stage for the adapted teacher: pretrain on task text from the generic teacher
   config.distill = job()
@@ -119,10 +120,9 @@ def get_config() -> ConfigDict:
   config.finetune.init_from = ''  # workdir of a distill or pretrain run; empty trains from scratch
   config.finetune.epochs = 0  # > 0 replaces steps: passes over the train utterances
   config.finetune.domain = ''  # ICNER: one domain's model; empty takes all domains together; "each" trains one after the other
-  config.finetune.label_smoothing = 0.0  # in [0, 1)
+  config.finetune.label_smoothing = 0.0  # in [0, 1); not with domain='each'
   config.finetune.tag_weight = 1.0  # ICNER: weight of the tag loss beside the intent loss
   config.finetune.dropout = 0.1  # in the heads and the encoder while finetuning
-  config.finetune.select = 'last'  # last | best: parameters at the end, or at the best dev score
 
   config.evaluate = ConfigDict({
     'checkpoint': '',  # workdir of a finetune run

@@ -49,6 +49,19 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [] if old == new else [f"{prefix}: {old!r} -> {new!r}"]
 
 
+# Keys that change how a run is executed and watched, not what it computes: a resume may change them.
+MAY_CHANGE = frozenset(
+    {"mesh", "progress", "tensorboard", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"}
+)
+
+
+def identity(values: Any) -> Any:
+    """The part of a config (plain values) that a resumed run must share with the run it resumes."""
+    if isinstance(values, dict):
+        return {key: identity(value) for key, value in values.items() if key not in MAY_CHANGE}
+    return values
+
+
 def require(condition: bool, key: str, problem: str, remedy: str) -> None:
     """Raises a UserError that names the config key, what is wrong and how to mend it."""
     if not condition:

@@ -1,0 +1,83 @@
+"""The form that every command shares: --config, --workdir, one-sentence errors, exit codes."""
+
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from kd_jax.types import UserError
+
+MISTAKE = 2  # exit code of a user's mistake
+
+Run = Callable[[ConfigDict, pathlib.Path], Any]
+
+
+def main(run: Run, *, description: str) -> None:
+    """Parses the flags and calls run(config, workdir); a UserError becomes one sentence and exit code 2."""
+    config_flag = config_flags.DEFINE_config_file("config", None, "File with the config: configs/FILE.py[:argument].")
+    workdir_flag = flags.DEFINE_string("workdir", None, "Directory of this run; the same again resumes it.")
+    usage = f"{description}\n\n  python -m ... --config=configs/FILE.py[:argument] --workdir=DIR [--config.key=value ...]"
+    app.usage = lambda *args, **kwargs: print(usage)
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(argv)
+        except (flags.Error, AttributeError, KeyError, ValueError, TypeError) as error:
+            fail(explain_flags(error))
+        except FileNotFoundError as error:
+            fail(f"--config: {error}; give a file of configs/")
+        if len(rest) > 1:
+            fail(f"unexpected argument {rest[1]!r}; options have the form --config.key=value")
+        if config_flag.value is None or not workdir_flag.value:
+            missing = "--config" if config_flag.value is None else "--workdir"
+            fail(f"{missing} is missing; the form is --config=configs/FILE.py --workdir=DIR")
+        return rest
+
+    def execute(_) -> None:
+        sys.exit(guarded(run, config_flag.value, pathlib.Path(workdir_flag.value)))
+
+    app.run(execute, flags_parser=parse)
+
+
+def explain_flags(error: Exception) -> str:
+    """One sentence for what went wrong while the flags and the config were read."""
+    if isinstance(error, UserError):
+        return str(error)
+    message = " ".join(str(error).replace("\n", " ").split())
+    if isinstance(error, AttributeError | KeyError) or "config." in message:
+        return f"{message}; configs/base.py declares every key"
+    return message
+
+
+def fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(MISTAKE)
+
+
+def guarded(run: Run, config: ConfigDict, workdir: pathlib.Path) -> int:
+    """Runs a command and returns its exit code: 0, 2 for a user's mistake, 75 when preempted after a checkpoint."""
+    from kd_jax.trainer.preemption import EXIT_CODE, Preempted
+
+    try:
+        run(config, workdir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+    except Preempted as stop:
+        print(f"preempted: {stop}; the same command resumes the run", file=sys.stderr)
+        return EXIT_CODE
+    return 0
+
+
+def prepare_jax(cache: pathlib.Path | None = None) -> None:
+    """Keeps compiled programs between runs, since a study compiles the same few programs again and again."""
+    import jax
+
+    folder = cache or pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "kd_jax" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

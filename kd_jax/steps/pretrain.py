@@ -1,0 +1,50 @@
+"""Masked language modeling: the hard loss on the masked positions."""
+
+import jax.numpy as jnp
+
+from kd_jax.losses import masked_cross_entropy
+from kd_jax.models.functional import Functional, gather_positions
+from kd_jax.steps.objective import Objective
+from kd_jax.types import Array, Batch, Params, Term
+
+
+def masked_accuracy(logits_RxKxV: Array, batch: Batch) -> Term:
+    """Masked tokens whose most likely piece is the original one."""
+    hits = jnp.argmax(logits_RxKxV, axis=-1) == batch["masked_targets"]
+    weights = batch["masked_weights"]
+    return jnp.sum(hits * weights), jnp.sum(weights)
+
+
+def masked_logits(model: Functional, params: Params, batch: Batch, key=None) -> Array:
+    """Logits [R, K, V] at the masked positions only."""
+    hidden_RxLxH = model.hidden(params, batch, key)
+    return model.mlm_logits(params, gather_positions(hidden_RxLxH, batch["masked_positions"]))
+
+
+def make_pretrain_objective(model: Functional) -> Objective:
+    """Cross entropy at the masked positions."""
+
+    def terms(params, frozen, batch, key):
+        del frozen
+        logits = masked_logits(model, params, batch, key)
+        loss = masked_cross_entropy(logits, batch["masked_targets"], batch["masked_weights"])
+        return {"mlm": loss, "accuracy": masked_accuracy(logits, batch)}
+
+    return Objective(
+        terms=terms,
+        weights=lambda batch: {"mlm": jnp.sum(batch["masked_weights"])},
+        coefficients=lambda progress: {"mlm": 1.0},
+    )
+
+
+def make_heldout_step(model: Functional):
+    """(params, batch) -> {"loss", "accuracy"} as (sum, weight) over the masked tokens."""
+
+    def heldout_step(params: Params, batch: Batch) -> dict[str, Term]:
+        logits = masked_logits(model, params, batch)
+        return {
+            "loss": masked_cross_entropy(logits, batch["masked_targets"], batch["masked_weights"]),
+            "accuracy": masked_accuracy(logits, batch),
+        }
+
+    return heldout_step

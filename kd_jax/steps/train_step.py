@@ -1,0 +1,84 @@
+"""One optimizer step: gradients over micro-batches, one division by the global weight, one update."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kd_jax.steps.objective import Objective
+from kd_jax.types import Array, Batch, Params, Term
+
+State = dict[str, Any]
+TrainStep = Callable[[State, Any, Batch], tuple[State, Mapping[str, Term]]]
+
+
+def split_micro_batches(batch: Batch, accumulation: int) -> dict[str, Array]:
+    """[B, ...] -> [accumulation, B // accumulation, ...]; row r goes to micro-batch r % accumulation.
+
+    Taking every accumulation-th row keeps each device's rows on that device when the rows are sharded in contiguous blocks.
+    """
+
+    def split(values):
+        rows = values.shape[0]
+        return jnp.moveaxis(values.reshape(rows // accumulation, accumulation, *values.shape[1:]), 1, 0)
+
+    return {name: split(values) for name, values in batch.items()}
+
+
+def make_train_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[Array], Array | float],
+    *,
+    steps: int,
+    accumulation: int = 1,
+) -> TrainStep:
+    """A pure function (state, frozen, batch) -> (state, metrics); metrics are (sum, weight) pairs.
+
+    frozen["seed"] is an int32 scalar; the step's key is fold_in(key(seed), step), so dropout depends on nothing else.
+    The rest of `frozen` (a teacher, label masks) is handed to the objective and never differentiated.
+    """
+
+    def train_step(state: State, frozen: Any, batch: Batch) -> tuple[State, Mapping[str, Term]]:
+        step = state["step"]
+        key = jax.random.fold_in(jax.random.key(frozen["seed"]), step)
+        coefficients = objective.coefficients(step / max(steps - 1, 1))
+        # A batch without a single counted item has weight 0 and sum 0: the quotient is defined as 0.
+        weights = {name: jnp.maximum(weight, 1.0) for name, weight in objective.weights(batch).items()}
+
+        def loss_of(params: Params, micro: Batch, micro_key: jax.Array):
+            terms = objective.terms(params, frozen, micro, micro_key)
+            loss = jnp.float32(0.0)
+            for name, factor in coefficients.items():
+                loss += factor * terms[name][0] / weights[name]
+            return loss, terms
+
+        gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+        if accumulation == 1:
+            (loss, terms), gradients = gradient_of(state["params"], batch, key)
+        else:
+
+            def body(total, indexed):
+                index, micro = indexed
+                value = gradient_of(state["params"], micro, jax.random.fold_in(key, index))
+                return jax.tree.map(jnp.add, total, value), None
+
+            micro_batches = split_micro_batches(batch, accumulation)
+            first = {name: values[0] for name, values in micro_batches.items()}
+            shapes = jax.eval_shape(gradient_of, state["params"], first, key)
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            indexed = (jnp.arange(accumulation), micro_batches)
+            ((loss, terms), gradients), _ = jax.lax.scan(body, zeros, indexed)
+
+        updates, opt_state = optimizer.update(gradients, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        one = jnp.float32(1.0)
+        metrics = dict(terms)
+        metrics["loss"] = (loss, one)
+        metrics["grad_norm"] = (optax.global_norm(gradients), one)
+        metrics["learning_rate"] = (jnp.float32(schedule(step)), one)
+        return {"step": step + 1, "params": params, "opt_state": opt_state}, metrics
+
+    return train_step
