@@ -1,6 +1,6 @@
 """Named encoder sizes as plain values; `encoder.EncoderConfig` says what each field means.
 
-The figures of public models are those of their published config files; parameter counts are without embeddings unless said.
+The figures of public models are those of their published config files; parameter counts are without embeddings.
 """
 
 from typing import Any
