@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Makes the virtual environment .venv and installs the locked packages into it.
+#
+# Usage: bash launch/environment.sh [--dev]
+#
+#   --dev    also what the tests and linters need (requirements-dev.txt instead of requirements.txt)
+#
+# Nothing is installed when the lock is the one that was installed last. An installation that was cut off starts over.
+# Everything then runs from the repository's root with .venv/bin/python -m ...
+#
+# KD_JAX_PYTHON names the interpreter, Python 3.11 to 3.13; without it the first suitable one on PATH is taken.
+# For a GPU or a TPU, add afterwards:  .venv/bin/python -m pip install -c requirements.txt ".[cuda]"   (or ".[tpu]")
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() {
+  echo "launch/environment.sh: $1" >&2
+  exit 1
+}
+
+lock=requirements.txt
+for argument in "$@"; do
+  case "$argument" in
+    --dev) lock=requirements-dev.txt ;;
+    -h | --help)
+      sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+      exit
+      ;;
+    *) fail "unknown argument $argument; see --help" ;;
+  esac
+done
+
+version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
+
+suits() {
+  case "$(version "$1")" in
+    3.11 | 3.12 | 3.13) "$1" -c 'import ensurepip, venv' 2>/dev/null ;;
+    *) return 1 ;;
+  esac
+}
+
+find_python() {
+  local name
+  if [[ -n "${KD_JAX_PYTHON:-}" ]]; then
+    suits "$KD_JAX_PYTHON" || fail "KD_JAX_PYTHON=$KD_JAX_PYTHON is not Python 3.11 to 3.13 with the venv module; name one that is"
+    echo "$KD_JAX_PYTHON"
+    return
+  fi
+  for name in python3 python3.13 python3.12 python3.11 python; do
+    if suits "$name"; then
+      echo "$name"
+      return
+    fi
+  done
+  fail "found no Python 3.11 to 3.13 with the venv module on PATH; install one (on Debian or Ubuntu: apt-get install \
+python3-venv) or set KD_JAX_PYTHON to its path"
+}
+
+if [[ -n "${KD_JAX_PYTHON:-}" && -x .venv/bin/python && "$(version "$KD_JAX_PYTHON")" != "$(version .venv/bin/python)" ]]; then
+  fail ".venv holds Python $(version .venv/bin/python), which KD_JAX_PYTHON=$KD_JAX_PYTHON is not; remove .venv first"
+fi
+
+# The copy of the lock inside .venv is written last, so it is there only when all of it was installed.
+if [[ -x .venv/bin/python ]] && cmp -s "$lock" ".venv/installed/$lock"; then
+  exit
+fi
+
+if [[ -e .venv/installing ]] || ! suits .venv/bin/python || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+  python=$(find_python)
+  echo "Making the virtual environment .venv with Python $(version "$python")"
+  "$python" -m venv --clear .venv
+fi
+
+echo "Installing the packages of $lock into .venv (a few minutes, this once; log in .venv/install.log)"
+touch .venv/installing
+if ! .venv/bin/python -m pip install --disable-pip-version-check --no-input -r "$lock" >.venv/install.log 2>&1; then
+  rm .venv/installing
+  tail -n 20 .venv/install.log >&2
+  fail "pip could not install $lock; the end of .venv/install.log is above"
+fi
+mkdir -p .venv/installed
+cp requirements.txt .venv/installed/ # requirements-dev.txt contains it
+cp "$lock" .venv/installed/
+rm .venv/installing
+echo "Installed in ${SECONDS} s"
