@@ -79,8 +79,8 @@ if ! .venv/bin/python -m pip install --disable-pip-version-check --no-input -r "
   tail -n 20 .venv/install.log >&2
   fail "pip could not install $lock; the end of .venv/install.log is above"
 fi
+rm .venv/installing
 mkdir -p .venv/installed
 cp requirements.txt .venv/installed/ # requirements-dev.txt contains it
 cp "$lock" .venv/installed/
-rm .venv/installing
 echo "Installed in ${SECONDS} s"
