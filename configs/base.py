@@ -10,141 +10,182 @@ from kd_jax.models.presets import PRESETS
 
 
 def source(kind: str, format: str, languages: tuple[str, ...], **changes) -> ConfigDict:
-  """One source of text. `kind` is "generic" or "task"; `languages` are language or locale names, e.g. "de" or "de-DE"."""
-  keys = ConfigDict({
-    'kind': kind,
-    'format': format,  # embedded | text | jsonl | parquet | huggingface | tfds | utterances (the train partition of config.nlu)
-    'languages': tuple(languages),
-    'path': '',  # file, folder or glob; {language} and ${VARIABLE} are filled in
-    'field': 'text',  # field that holds the text (jsonl, parquet, huggingface, tfds)
-    'name': '',  # data set name on the hub or in TFDS; {language} is filled in
-    'subset': '',  # its configuration on the hub; {language} is filled in
-    'split': 'train',  # its split
-    'streaming': False,  # huggingface: read over the network as it goes
-    'spoken_share': 0.0,  # in [0, 1]: share of texts brought to spoken form (lower case, no punctuation)
-    'weight': 1.0,  # relative share among the sources of the same kind and language, > 0
-    'max_texts': 0,  # texts read for each language; 0 reads all
-  })
-  keys.update(changes)
-  return keys
+    """One source of text. `kind` is "generic" or "task"; `languages` are language or locale names, e.g. "de" or "de-DE"."""
+    keys = ConfigDict(
+        {
+            "kind": kind,
+            "format": format,  # embedded | text | jsonl | parquet | huggingface | tfds | utterances (the train partition of config.nlu)
+            "languages": tuple(languages),
+            "path": "",  # file, folder or glob; {language} and ${VARIABLE} are filled in
+            "field": "text",  # field that holds the text (jsonl, parquet, huggingface, tfds)
+            "name": "",  # data set name on the hub or in TFDS; {language} is filled in
+            "subset": "",  # its configuration on the hub; {language} is filled in
+            "split": "train",  # its split
+            "streaming": False,  # huggingface: read over the network as it goes
+            "spoken_share": 0.0,  # in [0, 1]: share of texts brought to spoken form (lower case, no punctuation)
+            "weight": 1.0,  # relative share among the sources of the same kind and language, > 0
+            "max_texts": 0,  # texts read for each language; 0 reads all
+        }
+    )
+    keys.update(changes)
+    return keys
 
 
 def job(**changes) -> ConfigDict:
-  """What every training job has."""
-  keys = ConfigDict({
-    'steps': 1000,  # optimizer steps
-    'batch_size': 64,  # rows a step (pretrain, adapt, distill) or utterances a step (finetune), over all devices
-    'accumulation': 1,  # micro-batches a step; divides batch_size
-    'learning_rate': 1e-3,  # peak
-    'warmup_steps': 50,  # linear from 0
-    'schedule': 'linear',  # after warm-up: linear | cosine | constant
-    'final_learning_rate': 0.0,  # what linear and cosine end at
-    'weight_decay': 0.01,  # on matrices only, never on norms and biases
-    'clip_norm': 1.0,  # global gradient norm; 0 turns clipping off
-    'beta1': 0.9,
-    'beta2': 0.98,
-    'epsilon': 1e-6,
-    'log_every': 20,  # steps
-    'evaluate_every': 0,  # steps; 0 evaluates at the end only
-    'evaluate_rows': 256,  # held-out rows a store at the most, masked-LM jobs
-    'checkpoint_every': 200,  # steps; a checkpoint is always written at the end
-    'keep_checkpoints': 2,
-  })
-  keys.update(changes)
-  return keys
+    """What every training job has."""
+    keys = ConfigDict(
+        {
+            "steps": 1000,  # optimizer steps
+            "batch_size": 64,  # rows a step (pretrain, adapt, distill) or utterances a step (finetune), over all devices
+            "accumulation": 1,  # micro-batches a step; divides batch_size
+            "learning_rate": 1e-3,  # peak
+            "warmup_steps": 50,  # linear from 0
+            "schedule": "linear",  # after warm-up: linear | cosine | constant
+            "final_learning_rate": 0.0,  # what linear and cosine end at
+            "weight_decay": 0.01,  # on matrices only, never on norms and biases
+            "clip_norm": 1.0,  # global gradient norm; 0 turns clipping off
+            "beta1": 0.9,
+            "beta2": 0.98,
+            "epsilon": 1e-6,
+            "log_every": 20,  # steps
+            "evaluate_every": 0,  # steps; 0 evaluates at the end only
+            "evaluate_rows": 256,  # held-out rows a store at the most, masked-LM jobs
+            "checkpoint_every": 200,  # steps; a checkpoint is always written at the end
+            "keep_checkpoints": 2,
+        }
+    )
+    keys.update(changes)
+    return keys
 
 
 def encoder(preset: str, **changes) -> ConfigDict:
-  """The encoder keys of a named size (kd_jax/models/presets.py); vocab_size 0 means the tokenizer's."""
-  keys = ConfigDict(dict(PRESETS[preset]))
-  keys.update(changes)
-  return keys
+    """The encoder keys of a named size (kd_jax/models/presets.py); vocab_size 0 means the tokenizer's."""
+    keys = ConfigDict(dict(PRESETS[preset]))
+    keys.update(changes)
+    return keys
 
 
 def get_config() -> ConfigDict:
-  config = ConfigDict()
-  config.seed = 0  # student init, data order, dropout and finetuning
-  config.prepared = ''  # folder that `prepare` wrote; every other command reads it
+    config = ConfigDict()
+    config.seed = 0  # student init, data order, dropout and finetuning
+    config.prepared = ""  # folder that `prepare` wrote; every other command reads it
 
-  # Labelled utterances of the task.
-  config.nlu = ConfigDict({
-    'format': 'embedded',  # embedded | massive | massive_parquet | huggingface
-    'path': '',  # folder of <locale>.jsonl, the official tarball, or Parquet files; ${VARIABLE} is filled in
-    'name': '',  # huggingface: data set on the hub
-    'locales': ('en-US',),
-    'max_train': 0,  # train utterances a locale, 0 keeps all; the same ids in every locale
-  })
-  config.sources = ConfigDict()  # name -> source(...)
-  config.tokenizer = ConfigDict({
-    'kind': 'train',  # train | load
-    'path': '',  # load: folder or hub name
-    'model': 'unigram',  # train: unigram | bpe
-    'vocab_size': 8000,  # train: pieces, special tokens included
-    'texts_per_store': 20000,  # train: texts read from each source and language
-  })
-  config.rows = ConfigDict({
-    'length': 64,  # tokens a row, special tokens included
-    'heldout_share': 0.02,  # in (0, 0.5]: share of generic texts kept for held-out loss; task text uses the dev partition
-    'open_rows': 64,  # rows kept open while packing
-  })
-  config.transfer = ConfigDict({
-    'task_share': 0.5,  # in [0, 1]: the rest is generic
-    'unit': 'tokens',  # tokens (maskable) | utterances: what the share is a share of
-    'language_mix': 'task',  # task | generic | own | uniform: whose language distribution both kinds follow
-    'language_temperature': 1.0,  # p(language) ~ tokens ** temperature; 1 keeps the proportions, 0 is uniform
-  })
-  config.masking = ConfigDict({
-    'seed': 0,  # apart from config.seed, so that seeds and students share masks
-    'rate': 0.15,  # share of maskable tokens
-    'mask_share': 0.8,  # of the masked: replaced by the mask token
-    'random_share': 0.1,  # of the masked: replaced by a random piece; the rest is kept
-    'epochs': 8,  # masks repeat after so many epochs of a store
-  })
-  config.teacher = encoder('teacher_small')
-  config.student = encoder('student_small')
-  config.teacher_checkpoint = ''  # distill: workdir of a pretrain run
+    # Labelled utterances of the task.
+    config.nlu = ConfigDict(
+        {
+            "format": "embedded",  # embedded | massive | massive_parquet | huggingface
+            "path": "",  # folder of <locale>.jsonl, the official tarball, or Parquet files; ${VARIABLE} is filled in
+            "name": "",  # huggingface: data set on the hub
+            "locales": ("en-US",),
+            "max_train": 0,  # train utterances a locale, 0 keeps all; the same ids in every locale
+        }
+    )
+    config.sources = ConfigDict()  # name -> source(...)
+    config.tokenizer = ConfigDict(
+        {
+            "kind": "train",  # train | load
+            "path": "",  # load: folder or hub name
+            "model": "unigram",  # train: unigram | bpe
+            "vocab_size": 8000,  # train: pieces, special tokens included
+            "texts_per_store": 20000,  # train: texts read from each source and language
+        }
+    )
+    config.rows = ConfigDict(
+        {
+            "length": 64,  # tokens a row, special tokens included
+            "heldout_share": 0.02,  # in (0, 0.5]: share of generic texts kept for held-out loss; task text uses the dev partition
+            "open_rows": 64,  # rows kept open while packing
+        }
+    )
+    config.transfer = ConfigDict(
+        {
+            "task_share": 0.5,  # in [0, 1]: the rest is generic
+            "unit": "tokens",  # tokens (maskable) | utterances: what the share is a share of
+            "language_mix": "task",  # task | generic | own | uniform: whose language distribution both kinds follow
+            "language_temperature": 1.0,  # p(language) ~ tokens ** temperature; 1 keeps the proportions, 0 is uniform
+        }
+    )
+    config.masking = ConfigDict(
+        {
+            "seed": 0,  # apart from config.seed, so that seeds and students share masks
+            "rate": 0.15,  # share of maskable tokens
+            "mask_share": 0.8,  # of the masked: replaced by the mask token
+            "random_share": 0.1,  # of the masked: replaced by a random piece; the rest is kept
+            "epochs": 8,  # masks repeat after so many epochs of a store
+        }
+    )
+    config.teacher = encoder("teacher_small")
+    config.student = encoder("student_small")
+    config.teacher_checkpoint = ""  # distill: workdir of a pretrain run
 
-  config.pretrain = job()
-  config.pretrain.model = 'teacher'  # teacher | student: which encoder is trained
-  config.pretrain.init_from = ''  # workdir of a pretrain run to continue from, with a fresh optimizer
-  config.adapt = job()  # the study's second stage for the adapted teacher: pretrain on task text from the generic teacher
-  config.distill = job()
-  config.distill.temperature = 2.0  # > 0, of both softmaxes in the KL term
-  config.distill.kl_weight = 1.0  # weight of KL(teacher || student), already scaled by temperature squared
-  config.distill.mlm_weight = 1.0  # weight of the hard masked-LM cross entropy
-  config.distill.kl_final_weight = 1.0  # the weight moves linearly to this at the last step
-  config.distill.mlm_final_weight = 1.0
-  config.distill.positions = 'masked'  # masked | all: where the KL term is taken
+    config.pretrain = job()
+    config.pretrain.model = "teacher"  # teacher | student: which encoder is trained
+    config.pretrain.init_from = ""  # workdir of a pretrain run to continue from, with a fresh optimizer
+    config.adapt = (
+        job()
+    )  # the study's second stage for the adapted teacher: pretrain on task text from the generic teacher
+    config.distill = job()
+    config.distill.temperature = 2.0  # > 0, of both softmaxes in the KL term
+    config.distill.kl_weight = 1.0  # weight of KL(teacher || student), already scaled by temperature squared
+    config.distill.mlm_weight = 1.0  # weight of the hard masked-LM cross entropy
+    config.distill.kl_final_weight = 1.0  # the weight moves linearly to this at the last step
+    config.distill.mlm_final_weight = 1.0
+    config.distill.positions = "masked"  # masked | all: where the KL term is taken
 
-  config.finetune = job(batch_size=32)
-  config.finetune.init_from = ''  # workdir of a distill or pretrain run; empty trains from scratch
-  config.finetune.epochs = 0  # > 0 replaces steps: passes over the train utterances
-  config.finetune.domain = ''  # ICNER: one domain's model; empty takes all domains together; "each" trains one after the other
-  config.finetune.label_smoothing = 0.0  # in [0, 1); not with domain='each'
-  config.finetune.tag_weight = 1.0  # ICNER: weight of the tag loss beside the intent loss
-  config.finetune.dropout = 0.1  # in the heads and the encoder while finetuning
+    config.finetune = job(batch_size=32)
+    config.finetune.init_from = ""  # workdir of a distill or pretrain run; empty trains from scratch
+    config.finetune.epochs = 0  # > 0 replaces steps: passes over the train utterances
+    config.finetune.domain = (
+        ""  # ICNER: one domain's model; empty takes all domains together; "each" trains one after the other
+    )
+    config.finetune.label_smoothing = 0.0  # in [0, 1); not with domain='each'
+    config.finetune.tag_weight = 1.0  # ICNER: weight of the tag loss beside the intent loss
+    config.finetune.dropout = 0.1  # in the heads and the encoder while finetuning
 
-  config.evaluate = ConfigDict({
-    'checkpoint': '',  # workdir of a finetune run
-    'partition': 'test',  # dev | test
-    'mode': 'strict',  # strict (IOB2 after repair) | massive (the official score)
-    'batch_rows': 32,
-  })
+    config.evaluate = ConfigDict(
+        {
+            "checkpoint": "",  # workdir of a finetune run
+            "partition": "test",  # dev | test
+            "mode": "strict",  # strict (IOB2 after repair) | massive (the official score)
+            "batch_rows": 32,
+        }
+    )
 
-  config.mesh = ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1})  # -1: the devices that are left
-  config.compute_dtype = 'auto'  # auto (float32 on CPU, bfloat16 elsewhere) | float32 | bfloat16
-  config.progress = True  # progress bars on a terminal
-  config.tensorboard = True
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: the devices that are left
+    config.compute_dtype = "auto"  # auto (float32 on CPU, bfloat16 elsewhere) | float32 | bfloat16
+    config.progress = True  # progress bars on a terminal
+    config.tensorboard = True
 
-  config.study = ConfigDict({
-    'name': 'study',
-    'transfer_sets': ConfigDict({'generic': 0.0, 'mix50': 0.5, 'task': 1.0}),  # name -> task_share
-    'adapted_sets': ('task',),  # transfer sets also distilled from the adapted teacher
-    'mlm_sets': ('task',),  # transfer sets also learned by MLM alone, without a teacher
-    'seeds': (0, 1, 2),
-    'tasks': ('dc', 'icner'),
-    'recipe_learning_rates': (1e-3,),  # searched on dev for each kind of student, with the first seed
-    'recipe_epochs': (10,),
-    'require_teacher_better_than_unigram': True,  # stop before distilling a teacher that knows no more than a unigram
-  })
-  return config
+    config.study = ConfigDict(
+        {
+            "name": "study",
+            "transfer_sets": ConfigDict({"generic": 0.0, "mix50": 0.5, "task": 1.0}),  # name -> task_share
+            "adapted_sets": ("task",),  # transfer sets also distilled from the adapted teacher
+            "mlm_sets": ("task",),  # transfer sets also learned by MLM alone, without a teacher
+            "seeds": (0, 1, 2),
+            "tasks": ("dc", "icner"),
+            "recipe_learning_rates": (1e-3,),  # searched on dev for each kind of student, with the first seed
+            "recipe_epochs": (10,),
+            "require_teacher_better_than_unigram": True,  # stop before distilling a teacher that knows no more than a unigram
+        }
+    )
+    return config
+
+
+JOBS = ("pretrain", "adapt", "distill", "finetune")
+
+
+def smoke(config: ConfigDict) -> ConfigDict:
+    """The same experiment at two steps a job, one seed and a tiny model: does every stage run?"""
+    config.nlu.max_train = 200
+    for name in config.sources:
+        config.sources[name].max_texts = 200
+    config.tokenizer.vocab_size = min(config.tokenizer.vocab_size, 600)
+    config.rows.length = min(config.rows.length, 32)
+    config.teacher = encoder("tiny")
+    config.student = encoder("tiny")
+    for name in JOBS:
+        config[name].update({"steps": 2, "batch_size": 8, "warmup_steps": 1, "log_every": 1, "evaluate_rows": 8})
+    config.study.update({"seeds": (0,), "recipe_learning_rates": (1e-3,), "recipe_epochs": (0,)})
+    config.study.require_teacher_better_than_unigram = False
+    return config

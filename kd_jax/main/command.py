@@ -1,6 +1,5 @@
 """The form that every command shares: --config, --workdir, one-sentence errors, exit codes."""
 
-import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -20,7 +19,9 @@ def main(run: Run, *, description: str) -> None:
     """Parses the flags and calls run(config, workdir); a UserError becomes one sentence and exit code 2."""
     config_flag = config_flags.DEFINE_config_file("config", None, "File with the config: configs/FILE.py[:argument].")
     workdir_flag = flags.DEFINE_string("workdir", None, "Directory of this run; the same again resumes it.")
-    usage = f"{description}\n\n  python -m ... --config=configs/FILE.py[:argument] --workdir=DIR [--config.key=value ...]"
+    usage = (
+        f"{description}\n\n  python -m ... --config=configs/FILE.py[:argument] --workdir=DIR [--config.key=value ...]"
+    )
     app.usage = lambda *args, **kwargs: print(usage)
 
     def parse(argv: list[str]) -> list[str]:
@@ -71,13 +72,3 @@ def guarded(run: Run, config: ConfigDict, workdir: pathlib.Path) -> int:
         print(f"preempted: {stop}; the same command resumes the run", file=sys.stderr)
         return EXIT_CODE
     return 0
-
-
-def prepare_jax(cache: pathlib.Path | None = None) -> None:
-    """Keeps compiled programs between runs, since a study compiles the same few programs again and again."""
-    import jax
-
-    folder = cache or pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "kd_jax" / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

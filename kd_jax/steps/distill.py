@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax.losses import kl_divergence, masked_cross_entropy
-from kd_jax.models.functional import Functional, gather_positions
+from kd_jax.models.functional import Functional
+from kd_jax.models.heads import gather_positions
 from kd_jax.steps.objective import Objective, linear
 from kd_jax.steps.pretrain import masked_accuracy, masked_logits
 

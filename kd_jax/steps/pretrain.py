@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 
 from kd_jax.losses import masked_cross_entropy
-from kd_jax.models.functional import Functional, gather_positions
+from kd_jax.models.functional import Functional
+from kd_jax.models.heads import gather_positions
 from kd_jax.steps.objective import Objective
 from kd_jax.types import Array, Batch, Params, Term
 

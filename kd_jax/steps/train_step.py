@@ -77,7 +77,7 @@ def make_train_step(
         one = jnp.float32(1.0)
         metrics = dict(terms)
         metrics["loss"] = (loss, one)
-        metrics["grad_norm"] = (optax.global_norm(gradients), one)
+        metrics["grad_norm"] = (optax.tree.norm(gradients), one)
         metrics["learning_rate"] = (jnp.float32(schedule(step)), one)
         return {"step": step + 1, "params": params, "opt_state": opt_state}, metrics
 

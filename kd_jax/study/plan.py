@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,15 +70,15 @@ def recipes(config: ConfigDict) -> list[Recipe]:
 
 
 class Planner:
-    """Turns a study's config into stages. `keys[command]` are the config keys which that command reads."""
+    """Turns a study's config into stages. `keys[command](config)` are the keys that decide what that command computes."""
 
-    def __init__(self, config: ConfigDict, keys: Mapping[str, Iterable[str]]):
+    def __init__(self, config: ConfigDict, keys: Mapping[str, Callable[[ConfigDict], Iterable[str]]]):
         for name, share in config.study.transfer_sets.items():
             valid = 0.0 <= share <= 1.0
             require(valid, f"study.transfer_sets.{name}", f"{share} is no share", "give a number from 0 to 1")
         require(len(config.study.seeds) > 0, "study.seeds", "there is no seed", "give at least one, better three")
         self._config = config
-        self._keys = {command: tuple(names) for command, names in keys.items()}
+        self._keys = dict(keys)
 
     def _stage(self, command: str, name: str, needs: Iterable[Stage], changes: Mapping[str, Any]) -> Stage:
         full = self._config.copy_and_resolve_references()
@@ -89,7 +89,7 @@ class Planner:
                 for parent in parents:
                     target = target[parent]
                 target[last] = value
-        config = ConfigDict({key: full[key] for key in (*self._keys[command], *EXECUTION_KEYS)})
+        config = ConfigDict({key: full[key] for key in (*self._keys[command](full), *EXECUTION_KEYS)})
         slug = re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-")
         folder = f"{slug}-{fingerprint([command, identity(to_dict(config))])}"
         return Stage(name, command, config, tuple(need.folder for need in needs), folder)
@@ -152,11 +152,13 @@ class Planner:
         }
         return self._stage("evaluate", f"test-{finetuned.name}", (finetuned,), changes)
 
+    def teacher_stages(self) -> list[Stage]:
+        return [self.prepare(), *self.teachers().values()]
+
     def before_recipes(self) -> list[Stage]:
-        """Everything up to and including the recipe search, which uses the first seed."""
-        stages = [self.prepare(), *self.teachers().values()]
+        """The students' encoders, and the recipe search, which uses the first seed."""
         rows, seeds = students(self._config), self._config.study.seeds
-        stages += [stage for student in rows for seed in seeds if (stage := self.encoder(student, seed))]
+        stages = [stage for student in rows for seed in seeds if (stage := self.encoder(student, seed))]
         if len(recipes(self._config)) > 1:
             stages += [
                 self.finetune(student, seeds[0], task, recipe)

@@ -1,0 +1,45 @@
+"""Transfer sets compared on MASSIVE with a small teacher of our own, four locales.
+
+Command:   KD_JAX_DATA=DIR python -m kd_jax.main.study --config=configs/massive.py --workdir=runs/massive
+           where DIR holds nlu/massive/<locale>.jsonl (MASSIVE's own files) and generic/<language>.txt.gz (one text a line);
+           other places: --config.nlu.path=... --config.sources.generic.path=.../{language}.txt.gz
+Hardware:  two CPU cores, 8 GB of memory
+Time:      see docs/results/massive.md
+Result:    docs/results/massive.md
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+LANGUAGES = ("de", "en", "es", "fr")
+LOCALES = ("de-DE", "en-US", "es-ES", "fr-FR")
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    config = base.get_config()
+    config.nlu.update({"format": "massive", "path": "${KD_JAX_DATA}/nlu/massive", "locales": LOCALES})
+    config.sources.generic = base.source(
+        "generic", "text", LANGUAGES, path="${KD_JAX_DATA}/generic/{language}.txt.gz", spoken_share=0.7
+    )
+    config.sources.task = base.source("task", "utterances", LOCALES)
+    config.tokenizer.vocab_size = 8000
+    config.rows.length = 64
+
+    config.teacher = base.encoder("teacher_small")
+    config.student = base.encoder("student_small")
+    config.pretrain.update({"steps": 4000, "batch_size": 64, "learning_rate": 2e-3, "warmup_steps": 200})
+    config.adapt.update({"steps": 300, "batch_size": 64, "learning_rate": 1e-3, "warmup_steps": 30})
+    config.distill.update({"steps": 500, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 50})
+    config.finetune.update({"batch_size": 64, "warmup_steps": 50})
+
+    config.study.update(
+        {
+            "name": "MASSIVE, four locales, a small teacher",
+            "transfer_sets": ConfigDict({"generic": 0.0, "mix30": 0.3, "mix70": 0.7, "task": 1.0}),
+            "seeds": (0, 1, 2),
+            "recipe_learning_rates": (1e-3, 3e-3),
+            "recipe_epochs": (10,),
+        }
+    )
+    return base.smoke(config) if argument == "smoke" else config

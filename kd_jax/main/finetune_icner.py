@@ -1,0 +1,14 @@
+"""Finetunes intent classification and named entity recognition together.
+
+python -m kd_jax.main.finetune_icner --config=configs/FILE.py --workdir=DIR --config.prepared=DIR [--config.finetune.init_from=DIR]
+"""
+
+import functools
+
+from kd_jax.main import command, finetune
+
+keys = finetune.keys
+run = functools.partial(finetune.run, task="icner")
+
+if __name__ == "__main__":
+    command.main(run, description="Finetunes intent classification and named entity recognition together.")

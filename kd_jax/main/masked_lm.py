@@ -1,0 +1,156 @@
+"""What pretrain and distill share: masked-LM rows in, a trained encoder and its held-out losses out."""
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from kd_jax.config import require
+from kd_jax.data.batches import MaskedBatches, heldout_batches
+from kd_jax.data.prepared import Prepared
+from kd_jax.data.transfer_set import TransferSet
+from kd_jax.main import training
+from kd_jax.models.encoder import encoder_config
+from kd_jax.models.functional import Functional
+from kd_jax.steps.pretrain import make_heldout_step
+from kd_jax.trainer.disk import write_json
+from kd_jax.trainer.mesh import global_batch
+from kd_jax.types import Params
+
+HELDOUT = "heldout.json"
+
+
+def encoder_model(encoder: ConfigDict, prepared: Prepared, compute_dtype: str, key: str) -> Functional:
+    """The masked LM of one encoder block of the config (config.<key>), with the tokenizer's vocabulary filled in."""
+    values = encoder_config(encoder.to_dict(), prepared.tokenizer.vocab_size)
+    length = prepared.config["rows"]["length"]
+    require(
+        length <= values.max_positions,
+        "rows.length",
+        f"rows of {length} tokens do not fit config.{key}.max_positions = {values.max_positions}",
+        "shorten the rows and prepare again, or choose a model with more positions",
+    )
+    return Functional("mlm", values, compute_dtype=resolve_dtype(compute_dtype))
+
+
+def resolve_dtype(name: str) -> Any:
+    """float32 on CPU and bfloat16 elsewhere for "auto"; bfloat16 is slower on CPU."""
+    known = name in ("auto", "float32", "bfloat16")
+    require(known, "compute_dtype", f"{name!r} is unknown", "use auto, float32 or bfloat16")
+    if name != "auto":
+        return name
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def train(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    prepared: Prepared,
+    mesh,
+    *,
+    command: str,
+    keys: tuple[str, ...],
+    model: Functional,
+    objective: Callable,
+    arguments: tuple,
+    frozen: dict[str, Any],
+    init: Callable[[Params], Params] | None = None,
+) -> None:
+    """Trains on the transfer set that config.transfer describes; config.<command> is the job's block."""
+    block = config[command]
+    stores = prepared.stores("train")
+    weights = {name: source.weight for name, source in prepared.config["sources"].items()}
+    transfer_set = TransferSet(stores, transfer=config.transfer, seed=config.seed, weights=weights)
+    batches = MaskedBatches(stores, transfer_set, config.masking, prepared.tokenizer, block.batch_size)
+
+    def evaluate(params: Params, step: int) -> dict[str, float]:
+        del step
+        rows = heldout_rows(model, params, prepared, config, mesh, block.batch_size, block.evaluate_rows)
+        if jax.process_index() == 0:
+            write_json(workdir / HELDOUT, rows)
+        return summarize(rows)
+
+    job = training.Job(
+        command=command,
+        block=command,
+        keys=keys,
+        model=model,
+        objective=objective,
+        arguments=arguments,
+        frozen=frozen,
+        batch_at=lambda step: batches.batch(step, jax.process_index(), jax.process_count()),
+        data_fingerprint=batches.fingerprint,
+        evaluate=evaluate,
+        init=init,
+        notes={"realized": transfer_set.describe(block.steps * block.batch_size)},
+    )
+    training.train(config, workdir, job, prepared, mesh)
+
+
+@functools.cache
+def compiled_heldout_step(model: Functional):
+    return jax.jit(make_heldout_step(model))
+
+
+def heldout_rows(
+    model: Functional, params: Params, prepared: Prepared, config: ConfigDict, mesh, batch_size: int, most_rows: int
+) -> list[dict[str, Any]]:
+    """One entry a held-out store: loss and unigram loss in nats a masked token, accuracy, and the number of masked tokens."""
+    step = compiled_heldout_step(model)
+    unigrams = unigram_log_probabilities(prepared)
+    entries = []
+    for store in prepared.stores("heldout"):
+        sums = np.zeros(4)
+        for batch in heldout_batches(store, config.masking, prepared.tokenizer, batch_size, most_rows):
+            terms = jax.device_get(step(params, global_batch(mesh, local_rows(batch))))
+            unigram = -np.sum(unigrams[store.kind][batch["masked_targets"]] * batch["masked_weights"])
+            sums += [terms["loss"][0], terms["accuracy"][0], unigram, terms["loss"][1]]
+        loss, hits, unigram, count = (float(value) for value in sums)
+        if count:
+            entries.append(
+                {
+                    "store": store.name,
+                    "kind": store.kind,
+                    "language": store.language,
+                    "loss": loss / count,
+                    "accuracy": hits / count,
+                    "unigram_loss": unigram / count,
+                    "count": int(count),
+                }
+            )
+    return entries
+
+
+def local_rows(batch):
+    """This process's rows of a batch that every process has whole."""
+    count, index = jax.process_count(), jax.process_index()
+    return {
+        name: values[len(values) * index // count : len(values) * (index + 1) // count]
+        for name, values in batch.items()
+    }
+
+
+def unigram_log_probabilities(prepared: Prepared) -> dict[str, np.ndarray]:
+    """log p of each piece by its count (plus one) in the train text of each kind, float64 [vocabulary]."""
+    vocabulary = prepared.tokenizer.vocab_size
+    counts = {"generic": np.ones(vocabulary), "task": np.ones(vocabulary)}
+    for store in prepared.stores("train"):
+        counts[store.kind] += store.token_counts(vocabulary)
+    for values in counts.values():
+        values[list(prepared.tokenizer.special_ids)] = 1e-9  # special tokens are never masked
+    return {kind: np.log(values / values.sum()) for kind, values in counts.items()}
+
+
+def summarize(entries: list[dict[str, Any]]) -> dict[str, float]:
+    """Held-out loss and accuracy by kind of text over all masked tokens, under the names that metrics.jsonl uses."""
+    summary = {}
+    for kind in sorted({entry["kind"] for entry in entries}):
+        of_kind = [entry for entry in entries if entry["kind"] == kind]
+        count = sum(entry["count"] for entry in of_kind)
+        for name in ("loss", "accuracy"):
+            summary[f"heldout_{kind}/{name}"] = sum(entry[name] * entry["count"] for entry in of_kind) / count
+    return summary

@@ -1,0 +1,49 @@
+"""Masked-LM pretraining from scratch, or continued from another run (which is how a teacher is adapted).
+
+python -m kd_jax.main.pretrain --config=configs/FILE.py --workdir=DIR --config.prepared=DIR
+"""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+from kd_jax.config import require
+from kd_jax.data.prepared import Prepared
+from kd_jax.main import command, masked_lm, trained
+from kd_jax.steps.pretrain import make_pretrain_objective
+from kd_jax.trainer.mesh import make_mesh
+
+
+def keys(config: ConfigDict) -> tuple[str, ...]:
+    """The config keys that decide what this command computes."""
+    which = config.pretrain.model
+    require(which in ("teacher", "student"), "pretrain.model", f"{which!r} is unknown", "use teacher or student")
+    return ("prepared", "seed", "transfer", "masking", which, "pretrain", "compute_dtype")
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Trains config.teacher or config.student (config.pretrain.model) with the masked-LM loss."""
+    names = keys(config)
+    prepared = Prepared(config.prepared)
+    mesh = make_mesh(config.mesh)
+    which, start = config.pretrain.model, config.pretrain.init_from
+    model = masked_lm.encoder_model(config[which], prepared, config.compute_dtype, which)
+    if start:
+        trained.check_tokenizer(start, prepared, "pretrain.init_from")
+    masked_lm.train(
+        config,
+        workdir,
+        prepared,
+        mesh,
+        command="pretrain",
+        keys=names,
+        model=model,
+        objective=make_pretrain_objective,
+        arguments=(model,),
+        frozen={},
+        init=(lambda _: trained.trained_params(start, model, mesh)) if start else None,
+    )
+
+
+if __name__ == "__main__":
+    command.main(run, description="Masked-LM pretraining.")

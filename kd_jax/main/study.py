@@ -1,0 +1,71 @@
+"""The whole comparison: prepare, pretrain, adapt, distill, finetune, evaluate, report.
+
+python -m kd_jax.main.study --config=configs/FILE.py --workdir=DIR
+"""
+
+import pathlib
+import time
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from kd_jax.data.prepared import Prepared
+from kd_jax.evaluation.similarity import domain_similarity
+from kd_jax.main import command, distill, evaluate, finetune_dc, finetune_icner, prepare, pretrain
+from kd_jax.study.collect import collect
+from kd_jax.study.report import summary_text, write_report
+from kd_jax.study.run import Study
+from kd_jax.trainer.run_directory import provenance
+
+COMMANDS = {
+    "prepare": prepare,
+    "pretrain": pretrain,
+    "distill": distill,
+    "finetune_dc": finetune_dc,
+    "finetune_icner": finetune_icner,
+    "evaluate": evaluate,
+}
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Runs or resumes the study, writes its report and prints the result table."""
+    started = time.monotonic()
+    distill.check_settings(config)
+    for task in config.study.tasks:
+        finetune_dc.finetune.check(config, task)
+
+    def run_stage(name: str, stage_config: ConfigDict, folder: pathlib.Path) -> None:
+        COMMANDS[name].run(stage_config, folder)
+
+    study = Study(config, workdir, run_stage, {name: module.keys for name, module in COMMANDS.items()})
+    study.run()
+    prepared = Prepared(str(study.folder(study.planner.prepare())))
+    inputs = collect(study, domains_against_generic(prepared), provenance())
+    paths = write_report(workdir, inputs)
+    print(summary_text(inputs))
+    print(f"\nReport: {paths.html} and {paths.markdown}")
+    print(
+        f"This start took {time.monotonic() - started:.0f} s; all stages together {sum(study.seconds.values()):.0f} s."
+    )
+
+
+def domains_against_generic(prepared: Prepared) -> list[dict]:
+    """The similarity of each domain's train text to the generic train text, by token counts."""
+    vocabulary = prepared.tokenizer.vocab_size
+    generic = np.zeros(vocabulary, np.int64)
+    for store in prepared.stores("train"):
+        if store.kind == "generic":
+            generic += store.token_counts(vocabulary)
+    by_domain: dict[str, list[str]] = {}
+    for utterance in prepared.utterances:
+        if utterance.partition == "train":
+            by_domain.setdefault(utterance.domain, []).append(utterance.text)
+    counts = {}
+    for domain, texts in sorted(by_domain.items()):
+        pieces = np.concatenate(prepared.tokenizer.encode(texts))
+        counts[domain] = np.bincount(pieces, minlength=vocabulary)
+    return domain_similarity(counts, generic)
+
+
+if __name__ == "__main__":
+    command.main(run, description="Compares transfer sets from start to report.")

@@ -1,0 +1,137 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from kd_jax.models.encoder import EncoderConfig
+from kd_jax.models.functional import Functional
+from kd_jax.models.presets import PRESETS
+from kd_jax.steps.distill import make_distill_objective
+from kd_jax.steps.pretrain import make_pretrain_objective
+from kd_jax.steps.train_step import make_train_step, split_micro_batches
+
+VOCABULARY, ROWS, LENGTH, SLOTS = 61, 8, 12, 4
+SETTINGS = {
+    "temperature": 2.0,
+    "positions": "masked",
+    "kl_weight": 1.0,
+    "kl_final_weight": 0.5,
+    "mlm_weight": 1.0,
+    "mlm_final_weight": 1.0,
+}
+
+
+def tiny(**changes) -> Functional:
+    values = {**PRESETS["tiny"], "vocab_size": VOCABULARY, **changes}
+    return Functional("mlm", EncoderConfig(**values))
+
+
+def uneven_batch(seed=0):
+    """Rows with one or two segments, padding, and 0 to SLOTS used mask slots."""
+    random = np.random.default_rng(seed)
+    tokens = random.integers(5, VOCABULARY, (ROWS, LENGTH)).astype(np.int32)
+    segments = np.ones((ROWS, LENGTH), np.int32)
+    positions = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
+    for row in range(0, ROWS, 2):
+        segments[row, 7:] = 2
+        positions[row, 7:] = np.arange(LENGTH - 7)
+    segments[3, 5:] = 0
+    weights = (np.arange(SLOTS)[None, :] < np.arange(ROWS)[:, None] % (SLOTS + 1)).astype(np.float32)
+    columns = np.sort(np.stack([random.permutation(4)[:SLOTS] + 1 for _ in range(ROWS)]), axis=1).astype(np.int32)
+    return {
+        "tokens": tokens,
+        "segment_ids": segments,
+        "positions": positions,
+        "masked_positions": columns * weights.astype(np.int32),
+        "masked_targets": (random.integers(5, VOCABULARY, (ROWS, SLOTS)) * weights).astype(np.int32),
+        "masked_weights": weights,
+    }
+
+
+def one_step(objective, params, frozen, batch, accumulation=1, optimizer=None):
+    optimizer = optimizer or optax.sgd(1.0)
+    step = jax.jit(make_train_step(objective, optimizer, lambda step: 1.0, steps=10, accumulation=accumulation))
+    state = {"step": jnp.int32(0), "params": params, "opt_state": optimizer.init(params)}
+    return step(state, {"seed": np.int32(0), **frozen}, batch)
+
+
+def assert_trees_close(one, other, tolerance=1e-5):
+    for (path, left), right in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(left, right, atol=tolerance, rtol=tolerance, err_msg=jax.tree_util.keystr(path))
+
+
+def test_micro_batches_take_every_nth_row():
+    split = split_micro_batches({"tokens": np.arange(6)[:, None]}, 3)
+    assert split["tokens"][:, :, 0].tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+@pytest.mark.parametrize("positions", ["masked", "all"])
+def test_accumulation_equals_the_whole_batch_under_uneven_masks(accumulation, positions):
+    student, teacher = tiny(), tiny(num_layers=1)
+    objective = make_distill_objective(student, teacher, {**SETTINGS, "positions": positions})
+    params = student.init(jax.random.key(0))
+    frozen = {"teacher": teacher.init(jax.random.key(1))}
+    whole, metrics = one_step(objective, params, frozen, uneven_batch())
+    parts, part_metrics = one_step(objective, params, frozen, uneven_batch(), accumulation)
+    assert_trees_close(whole["params"], parts["params"])
+    for name in ("loss", "kl", "mlm", "accuracy"):
+        for left, right in zip(metrics[name], part_metrics[name]):
+            np.testing.assert_allclose(left, right, rtol=1e-5, err_msg=name)
+
+
+def test_loss_is_each_sum_over_its_own_global_weight():
+    model = tiny()
+    params = model.init(jax.random.key(0))
+    batch = uneven_batch()
+    _, metrics = one_step(make_pretrain_objective(model), params, {}, batch)
+    total, weight = metrics["mlm"]
+    assert float(weight) == batch["masked_weights"].sum()
+    np.testing.assert_allclose(metrics["loss"][0], total / weight, rtol=1e-6)
+
+
+def test_batch_without_masked_tokens_changes_nothing():
+    student, teacher = tiny(), tiny(num_layers=1)
+    params = student.init(jax.random.key(0))
+    batch = uneven_batch()
+    batch["masked_weights"] = np.zeros_like(batch["masked_weights"])
+    objective = make_distill_objective(student, teacher, SETTINGS)
+    state, metrics = one_step(objective, params, {"teacher": teacher.init(jax.random.key(1))}, batch)
+    assert float(metrics["loss"][0]) == 0.0
+    assert_trees_close(state["params"], params, tolerance=0.0)
+
+
+def test_more_padding_never_changes_the_step():
+    student, teacher = tiny(), tiny(num_layers=1)
+    params = student.init(jax.random.key(0))
+    frozen = {"teacher": teacher.init(jax.random.key(1))}
+    batch = uneven_batch()
+    wider = dict(batch)
+    for name in ("tokens", "segment_ids", "positions"):
+        wider[name] = np.pad(batch[name], ((0, 0), (0, 5)))
+    wider["tokens"][:, LENGTH:] = 17  # whatever stands in the padding
+    for positions in ("masked", "all"):
+        objective = make_distill_objective(student, teacher, {**SETTINGS, "positions": positions})
+        narrow_state, narrow_metrics = one_step(objective, params, frozen, batch)
+        wide_state, wide_metrics = one_step(objective, params, frozen, wider)
+        np.testing.assert_allclose(narrow_metrics["loss"][0], wide_metrics["loss"][0], rtol=1e-5)
+        assert_trees_close(narrow_state["params"], wide_state["params"])
+
+
+def test_student_equal_to_teacher_has_no_kl_and_no_gradient_from_it():
+    model = tiny()
+    params = model.init(jax.random.key(0))
+    objective = make_distill_objective(model, model, {**SETTINGS, "mlm_weight": 0.0, "mlm_final_weight": 0.0})
+    state, metrics = one_step(objective, params, {"teacher": params}, uneven_batch())
+    # The loss itself is exactly 0 on equal logits (test_losses.py); here the two forward passes are compiled apart.
+    assert abs(float(metrics["kl"][0])) < 1e-6
+    assert float(metrics["grad_norm"][0]) < 1e-6
+    assert_trees_close(state["params"], params, tolerance=1e-6)
+
+
+def test_term_weights_follow_their_schedule():
+    objective = make_distill_objective(tiny(), tiny(), SETTINGS)
+    assert objective.coefficients(0.0) == {"kl": 1.0, "mlm": 1.0}
+    assert objective.coefficients(1.0) == {"kl": 0.5, "mlm": 1.0}
+    assert objective.coefficients(0.5)["kl"] == 0.75
