@@ -1,0 +1,65 @@
+"""Counter-based random numbers, and permutations whose element at any index is computed directly.
+
+Everything that looks random in the data (row order, masks, finetuning samples) is a pure function of integers through
+these, so nothing has to be replayed to reach step k.
+"""
+
+import hashlib
+
+import numpy as np
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_ROUNDS = 6
+
+
+def splitmix64(values: np.ndarray) -> np.ndarray:
+    """Mixes uint64 [...] to uint64 [...], a bijection; SplitMix64 of Steele, Lea and Flood, OOPSLA 2014."""
+    mixed = values + _GOLDEN
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def name_key(*parts: str | int) -> int:
+    """A 64-bit key from names and numbers."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+def counter_keys(base: int | np.ndarray, *counters: np.ndarray) -> np.ndarray:
+    """uint64 [n] keys, one for each tuple of counters (non-negative integers [n]) under a base key (scalar or uint64
+    [n]).
+    """
+    keys = np.broadcast_to(np.asarray(base, np.uint64), np.shape(counters[0]))
+    for counter in counters:
+        keys = splitmix64(keys + splitmix64(np.asarray(counter).astype(np.uint64)))
+    return keys
+
+
+def _feistel(values: np.ndarray, half_bits: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    half_mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    left, right = values >> half_bits, values & half_mask
+    for number in range(_ROUNDS):
+        mixed = splitmix64(keys + splitmix64(right + np.uint64(number << 56)))
+        left, right = right, left ^ (mixed & half_mask)
+    return (left << half_bits) | right
+
+
+def permute(index: np.ndarray, size: np.ndarray | int, keys: np.ndarray) -> np.ndarray:
+    """Where a random permutation of range(size) sends `index`: int64 [n], with a permutation for each key (uint64 [n]).
+
+    `index` is int64 [n] in [0, size), `size` a scalar or int64 [n], below 2**52. A Feistel network over the next
+    power of four that repeats until the value is inside the range (cycle walking; Black and Rogaway, CT-RSA 2002);
+    O(1) memory.
+    """
+    size = np.broadcast_to(np.asarray(size, np.int64), np.shape(index))
+    bits = np.frexp((size - 1).astype(np.float64))[1]  # bit length of size - 1, exact below 2**53
+    half_bits = np.maximum(1, (bits + 1) // 2).astype(np.uint64)
+    size = size.astype(np.uint64)
+    result = np.asarray(index).astype(np.uint64)
+    outside = np.arange(len(result))
+    while outside.size:
+        values = _feistel(result[outside], half_bits[outside], keys[outside])
+        result[outside] = values
+        outside = outside[values >= size[outside]]
+    return result.astype(np.int64)
