@@ -36,10 +36,10 @@ def mask_rows(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Masks rows: (corrupted int32 [R, L], positions int32 [R, K], targets int32 [R, K], weights float32 [R, K]).
 
-    Tokens and segment ids are int32 [R, L]. `masking` is config.masking, `keys` uint64 [R], `slots` K, `random_ids` the pieces a random replacement is drawn
-    from. A row has round(rate * maskable) masks, at least 1 where one is possible and at most K. In each segment one
-    maskable position is exempt, so that a short text keeps something to predict from. Positions ascend; unused slots
-    have position 0, target 0, weight 0.
+    Tokens and segment ids are int32 [R, L]. `masking` is config.masking, `keys` uint64 [R], `slots` K, `random_ids`
+    the pieces a random replacement is drawn from. A row has round(rate * maskable) masks, at least 1 where one is
+    possible and at most K. In each segment one maskable position is exempt, so that a short text keeps something to
+    predict from. Positions ascend; unused slots have position 0, target 0, weight 0.
     """
     rows, length = tokens.shape
     columns = np.arange(1, length + 1, dtype=np.uint64)
