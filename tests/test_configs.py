@@ -1,0 +1,85 @@
+"""Every experiment in configs/ loads the way --config=FILE.py[:smoke] loads it, and says how to run it."""
+
+import ast
+import pathlib
+import re
+from collections.abc import Iterator
+
+import pytest
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from configs import base
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "base"))
+JOBS = ("pretrain", "adapt", "distill", "finetune")
+# Keys under which an experiment names things of its own.
+OPEN = ("sources", "study.transfer_sets")
+
+
+def load(path: pathlib.Path, argument: str | None = None) -> ConfigDict:
+    """What --config=PATH[:argument] gives a command."""
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values)
+    values(["command", f"--config={path}:{argument}" if argument else f"--config={path}"])
+    return holder.value
+
+
+def keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all leaves, down to what the experiment names itself."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict) and prefix + key not in OPEN:
+            yield from keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def docstring_problems(name: str, docstring: str | None) -> list[str]:
+    """What the docstring of configs/<name> lacks of Command (which names the file), Hardware, Time and Result."""
+    parts = dict(re.findall(r"^(Command|Hardware|Time|Result): +(.+?)(?=\n\S|\Z)", docstring or "", re.M | re.S))
+    problems = [
+        f"configs/{name}: the docstring has no line '{part}:'"
+        for part in ("Command", "Hardware", "Time", "Result")
+        if part not in parts
+    ]
+    if "Command" in parts and f"--config=configs/{name}" not in parts["Command"]:
+        problems.append(f"configs/{name}: the command does not name --config=configs/{name}")
+    return problems
+
+
+def test_there_are_experiments():
+    assert {"quickstart", "massive"} <= {path.stem for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_docstring_names_command_hardware_time_and_result(path):
+    assert not docstring_problems(path.name, ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def test_docstring_problems_sees_each_gap():
+    whole = "One.\n\nCommand:   python --config=configs/a.py\nHardware:  a laptop\nTime:      1 min\nResult:    fine"
+    assert docstring_problems("a.py", whole) == []
+    assert docstring_problems("b.py", whole) == ["configs/b.py: the command does not name --config=configs/b.py"]
+    assert docstring_problems("a.py", whole.replace("Time: ", "When: ")) == [
+        "configs/a.py: the docstring has no line 'Time:'"
+    ]
+    assert len(docstring_problems("a.py", None)) == 4
+
+
+@pytest.mark.parametrize("argument", [None, "smoke"])
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_config_has_exactly_the_declared_keys(path, argument):
+    config = load(path, argument)
+    assert set(keys(config)) == set(keys(base.get_config()))
+    declared = set(base.source("generic", "text", ("de",)))
+    assert config.sources and all(set(source) == declared for source in config.sources.values())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_smoke_is_the_same_experiment_made_small(path):
+    full, smoke = load(path), load(path, "smoke")
+    assert set(smoke.sources) == set(full.sources)
+    for job in JOBS:
+        assert smoke[job].steps < full[job].steps, f"{path.name}:smoke trains {job} as long as the whole experiment"
+        assert smoke[job].steps <= 10
