@@ -1,0 +1,144 @@
+"""Asynchronous checkpoints with orbax: a run's own, to resume it, and another run's, to start from its parameters."""
+
+import json
+import logging
+import pathlib
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from kd_jax.config import differences
+from kd_jax.trainer.disk import full_disk_is_user_error
+from kd_jax.trainer.state import State, from_plain, to_plain
+from kd_jax.types import Params, UserError
+
+FOLDER = "checkpoints"  # inside a run's directory
+
+
+class _OrbaxNoise(logging.Filter):
+    """Keeps what orbax reports through absl below an error off the screen; errors arrive as exceptions."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR or "orbax" not in record.pathname
+
+
+logging.getLogger("absl").addFilter(_OrbaxNoise())
+
+
+class Checkpoints:
+    """The newest `keep` checkpoints of one run, each with the items "state" (arrays) and "meta" (JSON).
+
+    A checkpoint is written to a temporary folder that is renamed when it is whole, so a half-written one is never read;
+    what a killed run left of such folders is removed here. A full disk is a UserError, from whichever call notices.
+    """
+
+    def __init__(self, folder: str | pathlib.Path, keep: int):
+        self._folder = pathlib.Path(folder).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        with full_disk_is_user_error(self._folder):
+            self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "meta"))
+
+    def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
+        """Starts to save; returns when the state is copied from the devices, so it may be donated to the next step.
+
+        Waits for the save before, if that is still being written. A step that is already saved is left as it is.
+        """
+        if self.latest_step() == step:
+            return
+        items = ocp.args.Composite(state=ocp.args.StandardSave(to_plain(state)), meta=ocp.args.JsonSave(meta))
+        with full_disk_is_user_error(self._folder):
+            self._manager.save(step, args=items, force=True)
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def check(self, identity: dict[str, Any]) -> None:
+        """Raises UserError, with the differences, when the newest checkpoint is of a run with another identity.
+
+        identity: what a resume must share with the run it goes on with, as JSON values (config, data fingerprint).
+        """
+        step = self.latest_step()
+        if step is None:
+            return
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        changed = differences(meta["identity"], json.loads(json.dumps(identity)))
+        if changed:
+            lines = "".join(f"\n  {line}" for line in changed)
+            raise UserError(
+                f"{self._folder}: the checkpoint of step {step} belongs to a run that differs (old -> new); go back to "
+                f"the old values, or start in a new directory:{lines}"
+            )
+
+    def restore(self, abstract: State) -> tuple[State, dict[str, Any]] | None:
+        """The newest (state, meta), or None if nothing is saved; abstract: ShapeDtypeStructs with shardings."""
+        step = self.latest_step()
+        if step is None:
+            return None
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(to_plain(abstract)), meta=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=items)
+        return from_plain(restored["state"], abstract), restored["meta"]
+
+    def wait(self) -> None:
+        """Blocks until what was saved is on the disk."""
+        with full_disk_is_user_error(self._folder):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        with full_disk_is_user_error(self._folder):
+            self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load_params(workdir: str | pathlib.Path, abstract: Params) -> Params:
+    """The parameters of another run's newest checkpoint, without its optimizer state.
+
+    abstract: all of the parameters or some of their top-level entries, as ShapeDtypeStructs with shardings. Raises
+    UserError when the directory holds no checkpoint, or one of another model; it names the first difference.
+    """
+    folder = (pathlib.Path(workdir) / FOLDER).absolute()
+    if not folder.is_dir():
+        raise UserError(f"{workdir}: holds no checkpoint; give the workdir of a run that has saved one")
+    handlers = {"state": ocp.PyTreeCheckpointHandler()}
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(folder, item_handlers=handlers, options=options) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise UserError(f"{workdir}: holds no checkpoint; give the workdir of a run that has saved one")
+        saved = manager.item_metadata(step)["state"].tree["params"]
+        for problem in _mismatches({name: saved[name] for name in abstract if name in saved}, abstract):
+            raise UserError(
+                f"{folder / str(step)}: a checkpoint of another model: {problem}; give the workdir of a run of this "
+                "model, or change the model's config to that run's"
+            )
+        item = {"params": abstract}
+        arguments = ocp.args.PyTreeRestore(
+            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+        )
+        return manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]["params"]
+
+
+def _mismatches(saved: Any, wanted: Params) -> Iterator[str]:
+    """What differs in names and shapes, in the order of the names."""
+
+    def shapes(tree) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+    old, new = shapes(saved), shapes(wanted)
+    for name in sorted(old.keys() | new.keys()):
+        if name not in old:
+            yield f"it has no parameter {name}, which has shape {new[name]} here"
+        elif name not in new:
+            yield f"its parameter {name} {old[name]} does not exist here"
+        elif old[name] != new[name]:
+            yield f"its parameter {name} has shape {old[name]}, here {new[name]}"

@@ -1,0 +1,182 @@
+"""The training loop that all jobs share: it is handed a step, batches and an evaluation."""
+
+import concurrent.futures
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from kd_jax.trainer.checkpoint import Checkpoints
+from kd_jax.trainer.mesh import global_batch, replicated
+from kd_jax.trainer.metrics import TIME, MetricsWriter, Window
+from kd_jax.trainer.preemption import Preempted, Preemption
+from kd_jax.trainer.progress import Progress
+from kd_jax.trainer.state import State
+from kd_jax.types import Batch, Params, Term, UserError
+
+TrainStep = Callable[[State, Any, Mapping[str, jax.Array]], tuple[State, Mapping[str, Term]]]
+
+
+def count_tokens(batch: Batch) -> tuple[int, int]:
+    """(real tokens, all positions) of a packed batch."""
+    segments = np.asarray(batch["segment_ids"])
+    return int(np.count_nonzero(segments)), segments.size
+
+
+def fit(
+    *,
+    initial_state: Callable[[], State],
+    abstract: State,
+    train_step: TrainStep,
+    frozen: Any,
+    batch_at: Callable[[int], Batch],
+    job: ConfigDict,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    writer: MetricsWriter,
+    identity: dict[str, Any],
+    evaluate: Callable[[Params, int], Mapping[str, float | None]] | None = None,
+    tokens_in: Callable[[Batch], tuple[int, int]] = count_tokens,
+    preemption: Preemption | None = None,
+    description: str = "train",
+    lines: Sequence[str] = (),
+    progress: bool = False,
+) -> State:
+    """Trains from the newest checkpoint, or from `initial_state()`, up to `job.steps` and returns the final state.
+
+    abstract: the state as ShapeDtypeStructs with shardings. train_step: jitted; may donate the state, and its metrics
+    hold "loss". batch_at(step): this process's rows, NumPy, called on a thread of its own one step ahead.
+    evaluate(params, step): called every `job.evaluate_every` steps and at the end. lines: printed at the start.
+    Read of `job`: steps, log_every, evaluate_every, checkpoint_every.
+
+    Raises UserError when `identity` is not that of the checkpoint and when a metric is not finite, and Preempted after
+    the checkpoint that a preemption asks for.
+    """
+    # 1. This run's own checkpoint, 2. whatever the command starts from.
+    checkpoints.check(identity)
+    restored = checkpoints.restore(abstract)
+    state, meta = restored if restored is not None else (initial_state(), {})
+    start = int(state["step"])
+    writer.start(start)
+    frozen = jax.tree.map(lambda leaf: _on_mesh(leaf, mesh), frozen)
+
+    bar = Progress(description, start, job.steps, lines, shown=progress)
+    run = _Run(job, writer, bar, Window(meta.get("window")))
+    if preemption is None:
+        preemption = Preemption()
+    readers = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+    with preemption, bar, readers as reader:
+
+        def read(step: int) -> tuple[dict[str, jax.Array], tuple[int, int]]:
+            local = batch_at(step)
+            return global_batch(mesh, local), tokens_in(local)
+
+        def evaluate_now(step: int) -> None:
+            if evaluate is not None:
+                bar.note(f"evaluating at step {step}")
+                writer.write(step, evaluate(state["params"], step))
+
+        # A preemption does not wait for an evaluation that was due: it is made up for here.
+        if meta.get("evaluation_due"):
+            evaluate_now(start)
+        waiting = reader.submit(read, start) if start < job.steps else None
+        for step in range(start + 1, job.steps + 1):
+            began = time.perf_counter()
+            batch, tokens = waiting.result()
+            waited = time.perf_counter() - began
+            waiting = reader.submit(read, step) if step < job.steps else None
+            state, metrics = train_step(state, frozen, batch)
+            run.dispatched(step, metrics, tokens, began, waited)
+
+            stop = preemption.requested()
+            last = step == job.steps
+            evaluation_due = last or (job.evaluate_every > 0 and step % job.evaluate_every == 0)
+            save_due = last or stop or step % job.checkpoint_every == 0
+            if evaluation_due or save_due:
+                run.settle()
+            if evaluation_due and not stop:
+                evaluate_now(step)
+            if save_due:
+                due = evaluation_due and stop
+                meta = {"identity": identity, "window": run.window.totals(), "evaluation_due": due}
+                checkpoints.save(step, state, meta)
+            if stop:
+                checkpoints.wait()
+                raise Preempted(f"step {step} of {job.steps} is saved")
+    checkpoints.wait()
+    return state
+
+
+class _Run:
+    """Reads each step's metrics while the next one runs, and writes the row of a logged step."""
+
+    def __init__(self, job: ConfigDict, writer: MetricsWriter, bar: Progress, window: Window):
+        self.window = window
+        self._job, self._writer, self._bar = job, writer, bar
+        self._pending: tuple[int, Mapping[str, Term], tuple[int, int]] | None = None
+        self._compiled = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self._seconds = self._waited = 0.0
+        self._steps = self._real = self._total = 0
+
+    def dispatched(
+        self, step: int, metrics: Mapping[str, Term], tokens: tuple[int, int], began: float, waited: float
+    ) -> None:
+        """Takes over a step that was just handed to the devices, and reads the one before."""
+        for leaf in jax.tree.leaves(metrics):
+            leaf.copy_to_host_async()
+        self.settle()
+        self._pending = (step, metrics, tokens)
+        if self._compiled:  # the first step's time is compilation
+            self._seconds += time.perf_counter() - began
+            self._waited += waited
+            self._steps += 1
+            self._real += tokens[0] * jax.process_count()
+            self._total += tokens[1] * jax.process_count()
+        self._compiled = True
+
+    def settle(self) -> None:
+        """Waits for the pending step's metrics, and writes its row if it is logged; UserError if one is not finite."""
+        if self._pending is None:
+            return
+        step, metrics, (real, total) = self._pending
+        self._pending = None
+        terms = {name: (float(value), float(weight)) for name, (value, weight) in jax.device_get(dict(metrics)).items()}
+        wrong = [name for name, pair in sorted(terms.items()) if not all(math.isfinite(number) for number in pair)]
+        if wrong:
+            raise UserError(
+                f"step {step}: {', '.join(wrong)} is not a finite number, so the run stops; lower learning_rate, set "
+                "clip_norm, or warm up longer; it can start again from its last checkpoint"
+            )
+        self.window.add(terms | {"useful_share": (real, total)})
+        loss, weight = terms["loss"]
+        self._bar.update(step, loss / weight if weight else math.nan, self._rates())
+        if step % self._job.log_every == 0 or step == self._job.steps:
+            rates = self._rates()
+            times = {f"{TIME}{name}": value for name, value in rates.items() if name != "useful_share"}
+            self._writer.write(step, self.window.take() | times)
+            self._clear()
+
+    def _rates(self) -> dict[str, float]:
+        """Throughput since the last logged step, over all processes; {} before there is any."""
+        if not self._seconds:
+            return {}
+        return {
+            "tokens_per_second": self._real / self._seconds,
+            "padded_tokens_per_second": self._total / self._seconds,
+            "useful_share": self._real / max(self._total, 1),
+            "seconds_per_step": self._seconds / self._steps,
+            "data_wait_share": self._waited / self._seconds,
+        }
+
+
+def _on_mesh(leaf: Any, mesh: Mesh) -> jax.Array:
+    """Host values are placed once, and not again in every step."""
+    return leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf, replicated(mesh))

@@ -1,0 +1,101 @@
+"""metrics.jsonl and TensorBoard, and the window over which a logged value is taken."""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from kd_jax.trainer.disk import full_disk_is_user_error, write_atomically
+from kd_jax.types import Array
+
+FILE = "metrics.jsonl"
+
+# Values that differ from run to run on the same machine; what compares runs leaves these keys out.
+TIME = "time/"
+
+
+class Window:
+    """Sums (sum, weight) terms since the last logged step, in float64, and divides once."""
+
+    def __init__(self, totals: Mapping[str, tuple[float, float]] | None = None):
+        self._totals = {name: (float(value), float(weight)) for name, (value, weight) in (totals or {}).items()}
+
+    def add(self, terms: Mapping[str, tuple[float | Array, float | Array]]) -> None:
+        for name, (value, weight) in terms.items():
+            old_value, old_weight = self._totals.get(name, (0.0, 0.0))
+            self._totals[name] = (old_value + float(value), old_weight + float(weight))
+
+    def take(self) -> dict[str, float | None]:
+        """name -> sum / weight, None where nothing was counted; the window starts anew."""
+        values = {name: value / weight if weight else None for name, (value, weight) in self._totals.items()}
+        self._totals = {}
+        return values
+
+    def totals(self) -> dict[str, list[float]]:
+        """The sums so far as JSON values, for a checkpoint between two logged steps."""
+        return {name: [value, weight] for name, (value, weight) in self._totals.items()}
+
+
+class MetricsWriter:
+    """Appends rows {"step": int, name: float or null} to metrics.jsonl, and TensorBoard events; on process 0 only."""
+
+    def __init__(self, workdir: str | pathlib.Path, tensorboard: bool):
+        self._path = pathlib.Path(workdir) / FILE
+        self._wants_tensorboard = tensorboard
+        self._writes = jax.process_index() == 0
+        self._file = None
+        self._tensorboard = None
+
+    def start(self, step: int) -> None:
+        """Goes on after `step`: removes the rows of later steps and the torn line that a killed run may have left."""
+        if not self._writes:
+            return
+        self.close()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(self._path) if row["step"] <= step]
+        write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+        if self._wants_tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        """One row; a value that is not finite is written as null, since NaN is not JSON."""
+        if not self._writes:
+            return
+        if self._file is None:
+            raise RuntimeError("MetricsWriter.start comes before write")
+        row: dict[str, Any] = {"step": step}
+        row |= {name: _finite(value) for name, value in values.items()}
+        with full_disk_is_user_error(self._path):
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+
+
+def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, [] if there is none; a last line without its newline is torn and left out."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None

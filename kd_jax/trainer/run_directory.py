@@ -1,0 +1,118 @@
+"""What a run's directory says about itself: config.json, run.json, and DONE, written last."""
+
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+import jax
+
+from kd_jax.config import differences, identity
+from kd_jax.trainer.disk import write_json
+from kd_jax.types import UserError
+
+CONFIG = "config.json"
+RUN = "run.json"
+DONE = "DONE"
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
+
+__all__ = ["CONFIG", "DONE", "PACKAGES", "RUN", "RunDirectory", "is_done", "mark_done", "provenance", "write_json"]
+
+
+class RunDirectory:
+    """Claims a directory for one command with one resolved config, or finds that it is its own and may be resumed.
+
+    config: the resolved config as plain values. Raises UserError, with the differences, when the directory belongs to
+    another command or to a config that differs in more than `kd_jax.config.MAY_CHANGE`.
+    """
+
+    def __init__(self, workdir: str | pathlib.Path, command: str, config: dict[str, Any]):
+        self.path = pathlib.Path(workdir)
+        values = json.loads(json.dumps({"command": command, "config": config}))
+        file = self.path / CONFIG
+        if file.exists():
+            old = json.loads(file.read_text(encoding="utf-8"))
+            changed = differences(identity(old), identity(values))
+            if changed:
+                lines = "".join(f"\n  {line}" for line in changed)
+                raise UserError(
+                    f"{self.path}: holds a run that differs (old -> new); go back to the old values, or choose a new "
+                    f"--workdir:{lines}"
+                )
+            if old == values or self.done:
+                return
+        if jax.process_index() == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(file, values)
+
+    @property
+    def done(self) -> bool:
+        return is_done(self.path)
+
+    def start(self, **notes: Any) -> None:
+        """Writes run.json: `provenance()`, the notes (data fingerprint and the like), and the times of all starts."""
+        if jax.process_index() != 0:
+            return
+        file = self.path / RUN
+        starts = json.loads(file.read_text(encoding="utf-8"))["starts"] if file.exists() else []
+        write_json(file, {**provenance(), **notes, "starts": [*starts, _now()]})
+
+    def finish(self, **notes: Any) -> None:
+        """Writes DONE, which says that everything else in the directory is whole."""
+        mark_done(self.path, **notes)
+
+
+def mark_done(workdir: str | pathlib.Path, **notes: Any) -> None:
+    """Writes the DONE marker (JSON: the time and the notes) into a directory; on process 0 only."""
+    if jax.process_index() == 0:
+        write_json(pathlib.Path(workdir) / DONE, {"finished": _now(), **notes})
+
+
+def is_done(workdir: str | pathlib.Path) -> bool:
+    return (pathlib.Path(workdir) / DONE).is_file()
+
+
+def provenance() -> dict[str, Any]:
+    """Command line, git commit (None outside a clone), package versions, device kind and count, Python and platform."""
+    devices = jax.devices()
+    return {
+        "command_line": shlex.join(sys.argv),
+        "commit": _commit(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device_kind": devices[0].device_kind,
+        "device_count": len(devices),
+        "process_count": jax.process_count(),
+    }
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Commit of the clone that this file lies in, with "+changes" when tracked files differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(pathlib.Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,80 @@
+"""The training state {"step", "params", "opt_state"}: made sharded, described abstractly, laid out for checkpoints."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from kd_jax.trainer.mesh import replicated, shardings
+from kd_jax.types import Params
+
+State = dict[str, Any]
+
+
+def create_state(params: Params, optimizer: optax.GradientTransformation) -> State:
+    """A state at step 0 around the given parameters.
+
+    Under `jax.jit` with `out_shardings` of `state_shardings` it is made in place: no device holds more than its shards.
+    """
+    return {"step": jnp.int32(0), "params": params, "opt_state": optimizer.init(params)}
+
+
+def state_shardings(
+    mesh: Mesh, logical_axes: Any, abstract_params: Params, optimizer: optax.GradientTransformation
+) -> State:
+    """The sharding of every leaf of a state: moments lie as their parameters do, counters are replicated."""
+    params = shardings(mesh, logical_axes, abstract_params)
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, abstract_params),
+        params,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    return {"step": replicated(mesh), "params": params, "opt_state": opt_state}
+
+
+def abstract_state(abstract_params: Params, optimizer: optax.GradientTransformation, layout: State) -> State:
+    """The state as ShapeDtypeStructs that carry their sharding of `layout`: what a restore is told to make."""
+    shapes = jax.eval_shape(lambda params: create_state(params, optimizer), abstract_params)
+    return with_shardings(shapes, layout)
+
+
+def with_shardings(abstract: Any, layout: Any) -> Any:
+    """A tree of ShapeDtypeStructs, each with its sharding from the tree `layout`."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, layout
+    )
+
+
+def to_plain(tree: Any) -> dict[str, Any]:
+    """The tree as nested dicts with string keys: named tuples by field, sequences by index; empty nodes are left out.
+
+    The optimizer state of a job is {"adam": {"count", "mu": {...}, "nu": {...}}, "learning_rate": {"count"}}.
+    """
+    plain: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        *parents, last = _names(path)
+        node = plain
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return plain
+
+
+def from_plain(plain: dict[str, Any], like: Any) -> Any:
+    """The inverse of `to_plain` for a tree with the structure of `like`; KeyError when a leaf is missing."""
+
+    def leaf_at(path, _):
+        node = plain
+        for name in _names(path):
+            node = node[name]
+        return node
+
+    return jax.tree_util.tree_map_with_path(leaf_at, like)
+
+
+def _names(path) -> list[str]:
+    return [jax.tree_util.keystr((key,), simple=True) for key in path]
