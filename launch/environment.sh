@@ -76,7 +76,7 @@ echo "Installing the packages of $lock into .venv (a few minutes, this once; log
 touch .venv/installing
 if ! .venv/bin/python -m pip install --disable-pip-version-check --no-input -r "$lock" >.venv/install.log 2>&1; then
   rm .venv/installing
-  tail -n 20 .venv/install.log >&2
+  grep -v '^Ignoring' .venv/install.log | tail -n 10 >&2
   fail "pip could not install $lock; the end of .venv/install.log is above"
 fi
 rm .venv/installing
