@@ -48,6 +48,10 @@ def test_hand_worked_rows():
     np.testing.assert_array_equal(segment_ids, [[1, 1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 0, 0, 0, 0]])
 
 
+def test_runs():
+    np.testing.assert_array_equal(rows_module.runs(np.array([5, 0, 9]), np.array([3, 0, 2])), [5, 6, 7, 9, 10])
+
+
 @pytest.mark.parametrize("open_rows", [1, 3, 64])
 def test_no_text_is_lost_and_long_ones_are_split(open_rows):
     length, texts = 24, random_texts(500, 60)
@@ -114,6 +118,7 @@ def test_store_holds_what_was_packed(tmp_path):
     assert read[0].dtype == read[1].dtype == np.int32
     pieces = np.concatenate(texts)
     assert store.maskable == len(pieces) and manifest["unique_pieces"] == len(np.unique(pieces))
+    np.testing.assert_array_equal(store.token_counts(50000), np.bincount(pieces, minlength=50000))
     assert store.tokens == np.count_nonzero(segment_ids)
     assert manifest["packing_efficiency"] == pytest.approx(np.mean(segment_ids > 0))
     empty = sum(len(text) == 0 for text in texts)

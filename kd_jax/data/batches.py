@@ -115,25 +115,21 @@ def heldout_batches(
     tokenizer: Tokenizer,
     batch_size: int,
     rows: int,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> Iterator[Batch]:
     """The first `rows` rows of a store (all, if it has fewer) in order, with the masks of masking epoch 0.
 
-    Every batch has `batch_size` rows over all processes; the last is filled up with empty rows, which have no
-    segments and no mask weights. Yields this process's slice of each.
+    Every batch has `batch_size` rows; the last is filled up with empty rows, which have no segments and no mask
+    weights.
     """
     masker = _Masker(masking, tokenizer, store.length)
-    first, last = process_slice(batch_size, process_index, process_count)
     rows = min(rows, store.num_rows)
     for start in range(0, rows, batch_size):
-        index = np.arange(start + first, min(start + last, rows), dtype=np.int64)
-        tokens = np.full((last - first, store.length), tokenizer.pad_id, np.int32)
-        segment_ids = np.zeros((last - first, store.length), np.int32)
-        keys = np.zeros(last - first, np.uint64)
-        if len(index):
-            tokens[: len(index)], segment_ids[: len(index)] = store.rows(index)
-            keys[: len(index)] = row_keys(masking.seed, store.fingerprint, index, np.zeros_like(index))
+        index = np.arange(start, min(start + batch_size, rows), dtype=np.int64)
+        tokens = np.full((batch_size, store.length), tokenizer.pad_id, np.int32)
+        segment_ids = np.zeros((batch_size, store.length), np.int32)
+        keys = np.zeros(batch_size, np.uint64)
+        tokens[: len(index)], segment_ids[: len(index)] = store.rows(index)
+        keys[: len(index)] = row_keys(masking.seed, store.fingerprint, index, np.zeros_like(index))
         yield masker(tokens, segment_ids, keys)
 
 

@@ -122,15 +122,11 @@ def pack_stream(
         tokens[: len(open_ids)], segments[: len(open_ids)] = open_tokens, open_segments
 
         starts = np.searchsorted(ids, placed_rows) * length + np.asarray(columns)
-        piece_ends = np.cumsum(sizes)
-        within = np.arange(len(pieces)) - np.repeat(piece_ends - sizes, sizes)
         flat = tokens.reshape(-1)
         flat[starts] = cls_id
         flat[starts + sizes + 1] = sep_id
-        flat[np.repeat(starts + 1, sizes) + within] = pieces
-        ends = np.cumsum(sizes + 2)
-        within = np.arange(ends[-1]) - np.repeat(ends - sizes - 2, sizes + 2)
-        segments.reshape(-1)[np.repeat(starts, sizes + 2) + within] = np.repeat(numbers, sizes + 2)
+        flat[runs(starts + 1, sizes)] = pieces
+        segments.reshape(-1)[runs(starts, sizes + 2)] = np.repeat(numbers, sizes + 2)
 
         finished = np.searchsorted(ids, np.asarray(closed, np.int64))
         if len(finished):
@@ -140,6 +136,12 @@ def pack_stream(
         open_ids, open_tokens, open_segments = ids[still_open], tokens[still_open], segments[still_open]
     if len(open_ids):
         yield open_tokens, open_segments
+
+
+def runs(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """int64 [sum of sizes]: sizes[0] numbers counting up from starts[0], then sizes[1] from starts[1], and so on."""
+    before = np.cumsum(sizes) - sizes
+    return np.arange(sizes.sum()) + np.repeat(starts - before, sizes)
 
 
 def _segment_sizes(pieces_each: np.ndarray, most: int) -> np.ndarray:
@@ -230,7 +232,7 @@ def write_store(
     token_type = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32)
     segment_type = np.dtype(np.uint8 if length // SMALLEST_SEGMENT <= 255 else np.uint16)
     texts = empty = tokens_total = maskable_total = 0
-    seen = np.zeros(tokenizer.vocab_size, bool)
+    piece_counts = np.zeros(tokenizer.vocab_size, np.int64)
 
     def counted(chunks):
         nonlocal texts, empty
@@ -252,7 +254,7 @@ def write_store(
             tokens_total += int(np.count_nonzero(segment_ids))
             pieces = tokens[maskable(tokens, segment_ids, tokenizer.special_ids)]
             maskable_total += len(pieces)
-            seen[pieces] = True
+            piece_counts += np.bincount(pieces, minlength=len(piece_counts))
         rows = token_file.rows
         if not rows:
             left_out = ", ".join(f"{count} {reason}" for reason, count in removed.items()) or "none was read"
@@ -262,6 +264,7 @@ def write_store(
             )
         token_file.finish()
         segment_file.finish()
+        np.save(temporary / "piece_counts.npy", piece_counts)
         content = f"{length} {tokenizer.fingerprint} {token_file.digest.hexdigest()} {segment_file.digest.hexdigest()}"
         manifest = {
             "name": name,
@@ -275,7 +278,7 @@ def write_store(
             "texts_per_row": texts / rows,
             "tokens": tokens_total,
             "maskable": maskable_total,
-            "unique_pieces": int(seen.sum()),
+            "unique_pieces": int(np.count_nonzero(piece_counts)),
             "packing_efficiency": tokens_total / (rows * length),
             "removed": {**removed, "empty": empty},
             "tokens_type": token_type.name,
@@ -341,6 +344,16 @@ class RowStore:
                 f"{dtype} {expected}; {remedy}"
             )
         return np.asarray(rows)  # a view of the mapped file without memmap's slower indexing
+
+    def token_counts(self, vocabulary: int) -> np.ndarray:
+        """int64 [vocabulary]: how often each maskable piece occurs in the store; 0 for special tokens."""
+        path = self.folder / "piece_counts.npy"
+        counts = np.load(path, allow_pickle=False)
+        if counts.shape != (vocabulary,):
+            raise UserError(
+                f"{path}: counts {counts.shape} pieces, not {vocabulary}; remove the folder and prepare again"
+            )
+        return counts
 
     def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(tokens int32 [n, L], segment_ids int32 [n, L]) of the rows at `indices`, int [n]."""
