@@ -16,7 +16,7 @@ import optax
 from configs.base import job as base_job
 from kd_jax.trainer.checkpoint import Checkpoints
 from kd_jax.trainer.loop import fit
-from kd_jax.trainer.mesh import make_mesh
+from kd_jax.trainer.mesh import make_mesh, shardings
 from kd_jax.trainer.metrics import MetricsWriter
 from kd_jax.trainer.optimizer import make_optimizer
 from kd_jax.trainer.state import abstract_state, create_state, state_shardings
@@ -32,7 +32,14 @@ ABSTRACT = {
 
 
 def toy_job(**changes):
-    values = {"steps": 12, "learning_rate": 0.05, "warmup_steps": 3, "log_every": 4, "checkpoint_every": 5, "beta2": 0.9}
+    values = {
+        "steps": 12,
+        "learning_rate": 0.05,
+        "warmup_steps": 3,
+        "log_every": 4,
+        "checkpoint_every": 5,
+        "beta2": 0.9,
+    }
     return base_job(**(values | changes))
 
 
@@ -59,11 +66,16 @@ def make_step(optimizer):
         (_, total), gradients = jax.value_and_grad(loss_of, has_aux=True)(state["params"], batch)
         gradients = jax.tree.map(lambda leaf: leaf * frozen["scale"], gradients)
         updates, opt_state = optimizer.update(gradients, state["opt_state"], state["params"])
-        metrics = {"loss": (total, jnp.sum(batch["weights"])), "grad_norm": (optax.global_norm(gradients), 1.0)}
+        metrics = {"loss": (total, jnp.sum(batch["weights"])), "grad_norm": (optax.tree.norm(gradients), 1.0)}
         params = optax.apply_updates(state["params"], updates)
         return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, metrics
 
     return step
+
+
+def init_params():
+    draw = jax.random.normal(jax.random.key(0), (INPUTS, OUTPUTS))
+    return {"layer": {"kernel": draw, "bias": jnp.zeros(OUTPUTS)}}
 
 
 def train(workdir, job=None, *, mesh=None, batches=batch_at, identity=None, tensorboard=False, **changes):
@@ -71,16 +83,11 @@ def train(workdir, job=None, *, mesh=None, batches=batch_at, identity=None, tens
     job = job or toy_job()
     mesh = mesh or make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
     optimizer = make_optimizer(job)
-    layout = state_shardings(mesh, AXES, ABSTRACT, optimizer)
+    layout = state_shardings(ABSTRACT, optimizer, shardings(mesh, AXES, ABSTRACT))
 
-    def init(seed):
-        draw = jax.random.normal(jax.random.key(seed), (INPUTS, OUTPUTS))
-        return create_state({"layer": {"kernel": draw, "bias": jnp.zeros(OUTPUTS)}}, optimizer)
-
-    initial = jax.jit(init, out_shardings=layout)
     writer = MetricsWriter(workdir, tensorboard=tensorboard)
     arguments = {
-        "initial_state": lambda: initial(0),
+        "initial_state": lambda: create_state(init_params, optimizer, layout),
         "abstract": abstract_state(ABSTRACT, optimizer, layout),
         "train_step": jax.jit(make_step(optimizer), donate_argnums=0, out_shardings=(layout, None)),
         "frozen": {"scale": np.float32(1.0)},

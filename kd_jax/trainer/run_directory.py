@@ -22,8 +22,6 @@ DONE = "DONE"
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
 
-__all__ = ["CONFIG", "DONE", "PACKAGES", "RUN", "RunDirectory", "is_done", "mark_done", "provenance", "write_json"]
-
 
 class RunDirectory:
     """Claims a directory for one command with one resolved config, or finds that it is its own and may be resumed.

@@ -1,44 +1,41 @@
 """The training state {"step", "params", "opt_state"}: made sharded, described abstractly, laid out for checkpoints."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
-from kd_jax.trainer.mesh import replicated, shardings
+from kd_jax.trainer.mesh import replicated
 from kd_jax.types import Params
 
 State = dict[str, Any]
 
 
-def create_state(params: Params, optimizer: optax.GradientTransformation) -> State:
-    """A state at step 0 around the given parameters.
-
-    Under `jax.jit` with `out_shardings` of `state_shardings` it is made in place: no device holds more than its shards.
-    """
+def new_state(params: Params, optimizer: optax.GradientTransformation) -> State:
+    """A state at step 0 around the given parameters."""
     return {"step": jnp.int32(0), "params": params, "opt_state": optimizer.init(params)}
 
 
 def state_shardings(
-    mesh: Mesh, logical_axes: Any, abstract_params: Params, optimizer: optax.GradientTransformation
+    abstract_params: Params, optimizer: optax.GradientTransformation, params_shardings: Params
 ) -> State:
     """The sharding of every leaf of a state: moments lie as their parameters do, counters are replicated."""
-    params = shardings(mesh, logical_axes, abstract_params)
+    whole = replicated(jax.tree.leaves(params_shardings)[0].mesh)
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
         jax.eval_shape(optimizer.init, abstract_params),
-        params,
-        transform_non_params=lambda _: replicated(mesh),
+        params_shardings,
+        transform_non_params=lambda _: whole,
     )
-    return {"step": replicated(mesh), "params": params, "opt_state": opt_state}
+    return {"step": whole, "params": params_shardings, "opt_state": opt_state}
 
 
 def abstract_state(abstract_params: Params, optimizer: optax.GradientTransformation, layout: State) -> State:
     """The state as ShapeDtypeStructs that carry their sharding of `layout`: what a restore is told to make."""
-    shapes = jax.eval_shape(lambda params: create_state(params, optimizer), abstract_params)
+    shapes = jax.eval_shape(lambda params: new_state(params, optimizer), abstract_params)
     return with_shardings(shapes, layout)
 
 
@@ -47,6 +44,16 @@ def with_shardings(abstract: Any, layout: Any) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, layout
     )
+
+
+def create_state(init_params: Callable[[], Params], optimizer: optax.GradientTransformation, layout: State) -> State:
+    """A state from scratch, made in place on the devices: none ever holds more than its shards."""
+    return jax.jit(lambda: new_state(init_params(), optimizer), out_shardings=layout)()
+
+
+def state_from_params(params: Params, optimizer: optax.GradientTransformation, layout: State) -> State:
+    """A state at step 0 with a fresh optimizer around a copy of parameters that were loaded."""
+    return jax.jit(lambda values: new_state(values, optimizer), out_shardings=layout)(params)
 
 
 def to_plain(tree: Any) -> dict[str, Any]:

@@ -1,0 +1,186 @@
+import itertools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from toy_training import OUTPUTS, batch_at, toy_job, train
+
+from kd_jax.trainer.mesh import make_mesh
+from kd_jax.trainer.metrics import TIME, read_metrics
+from kd_jax.trainer.preemption import Preempted, Preemption
+from kd_jax.trainer.state import to_plain
+from kd_jax.types import UserError
+
+
+def rows_without_time(workdir):
+    rows = read_metrics(workdir / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if not name.startswith(TIME)} for row in rows]
+
+
+def assert_identical(first, second):
+    """Bit for bit: every leaf of two states."""
+    old, new = jax.tree_util.tree_leaves_with_path(to_plain(first)), jax.tree.leaves(to_plain(second))
+    assert len(old) == len(new) > 6
+    for (path, left), right in zip(old, new):
+        np.testing.assert_array_equal(np.asarray(left), np.asarray(right), err_msg=jax.tree_util.keystr(path))
+
+
+def test_trains_the_toy_and_logs_sums_divided_once(tmp_path):
+    state = train(tmp_path, toy_job(steps=12, log_every=4))
+    assert int(state["step"]) == 12
+    rows = rows_without_time(tmp_path)
+    assert [row["step"] for row in rows] == [4, 8, 12]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    segments = np.concatenate([batch_at(step)["segment_ids"] for step in range(4)])
+    assert rows[0]["useful_share"] == np.count_nonzero(segments) / segments.size
+    timed = read_metrics(tmp_path / "metrics.jsonl")[0]
+    assert timed["time/padded_tokens_per_second"] > timed["time/tokens_per_second"] > 0
+
+
+def test_the_first_loss_row_is_the_weighted_mean_of_its_window(tmp_path):
+    """With a tiny learning rate the parameters stay, so the row follows from the batches in float64."""
+    state = train(tmp_path, toy_job(steps=4, log_every=4, learning_rate=1e-12, weight_decay=0.0))
+    kernel = np.asarray(state["params"]["layer"]["kernel"], np.float64)
+    total = weight = 0.0
+    for step in range(4):
+        batch = batch_at(step)
+        errors = ((batch["inputs"] @ kernel - batch["targets"]) ** 2).sum(-1)
+        total += (errors * batch["weights"]).sum()
+        weight += batch["weights"].sum()
+    assert rows_without_time(tmp_path)[0]["loss"] == pytest.approx(total / weight, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2), (1, 1, 1)])
+def test_the_mesh_does_not_change_the_losses(tmp_path, shape):
+    train(tmp_path / "eight", toy_job(steps=6, log_every=1))
+    data, fsdp, tensor = shape
+    mesh = make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, devices=jax.devices()[: data * fsdp * tensor])
+    state = train(tmp_path / "other", toy_job(steps=6, log_every=1), mesh=mesh)
+    assert state["params"]["layer"]["kernel"].sharding.shard_shape((8, 4)) == (8 // fsdp, OUTPUTS // tensor)
+    assert state["opt_state"]["adam"].mu["layer"]["kernel"].sharding.shard_shape((8, 4)) == (
+        8 // fsdp,
+        OUTPUTS // tensor,
+    )
+    first, second = rows_without_time(tmp_path / "eight"), rows_without_time(tmp_path / "other")
+    assert len(first) == 6
+    for left, right in zip(first, second):
+        assert left == pytest.approx(right, rel=1e-5)
+
+
+def test_resume_is_exact_even_between_two_logged_steps(tmp_path):
+    """5 steps, stop, resume: the checkpoint lies inside the window of steps 5 to 8."""
+    straight = train(tmp_path / "straight")
+
+    def broken(step):
+        if step == 7:
+            raise OSError("the text is gone")
+        return batch_at(step)
+
+    with pytest.raises(OSError, match="the text is gone"):
+        train(tmp_path / "broken", batches=broken)
+    resumed = train(tmp_path / "broken")
+    assert_identical(straight, resumed)
+    assert rows_without_time(tmp_path / "straight") == rows_without_time(tmp_path / "broken")
+
+
+def test_a_killed_process_resumes_exactly(tmp_path):
+    """kill -9 at step 11, then the same command again; the reference never stops."""
+    program = pathlib.Path(__file__).with_name("toy_training.py")
+    root = program.parent.parent
+    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{program.parent}"}
+
+    def run(folder, kill_at):
+        command = [sys.executable, str(program), str(tmp_path / folder), str(kill_at)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+    killed = run("killed", 11)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert {row["step"] for row in rows_without_time(tmp_path / "killed")} <= {4, 8}
+    again = train(tmp_path / "killed")
+    assert_identical(train(tmp_path / "straight"), again)
+    assert rows_without_time(tmp_path / "straight") == rows_without_time(tmp_path / "killed")
+
+
+def test_a_finished_run_takes_no_further_step(tmp_path):
+    first = train(tmp_path)
+
+    def never(step):
+        raise AssertionError(f"step {step} was run again")
+
+    assert_identical(first, train(tmp_path, batches=never))
+
+
+def test_a_preempted_run_saves_and_goes_on_with_the_evaluation_that_was_due(tmp_path):
+    def evaluate(params, step):
+        return {"dev/bias": float(np.asarray(params["layer"]["bias"]).sum()), "dev/none": None}
+
+    job = toy_job(evaluate_every=3)
+    straight = train(tmp_path / "straight", job, evaluate=evaluate)
+    polls = itertools.count(1)
+
+    class AtStepThree(Preemption):
+        def requested(self):
+            return next(polls) == 3
+
+    with pytest.raises(Preempted, match="step 3 of 12 is saved"):
+        train(tmp_path / "stopped", job, preemption=AtStepThree(), evaluate=evaluate)
+    assert read_metrics(tmp_path / "stopped" / "metrics.jsonl") == []
+    assert_identical(straight, train(tmp_path / "stopped", job, evaluate=evaluate))
+    rows = rows_without_time(tmp_path / "straight")
+    assert rows == rows_without_time(tmp_path / "stopped")
+    assert [row["step"] for row in rows if "dev/bias" in row] == [3, 6, 9, 12]
+    assert rows[0]["dev/none"] is None
+
+
+def test_sigterm_is_a_preemption(tmp_path):
+    def batches(step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+        return batch_at(step)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted):
+        train(tmp_path, batches=batches)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_is_not_saved(tmp_path):
+    def batches(step):
+        batch = batch_at(step)
+        return batch | {"targets": np.full_like(batch["targets"], np.nan)} if step == 6 else batch
+
+    with pytest.raises(UserError, match=r"^step 7: grad_norm, loss is not a finite number"):
+        train(tmp_path, toy_job(checkpoint_every=7), batches=batches)
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+def test_a_resume_with_another_identity_is_refused(tmp_path):
+    train(tmp_path, toy_job(steps=5), identity={"config": {"distill": {"temperature": 2.0}}, "data": "abc"})
+    with pytest.raises(UserError, match=r"config\.distill\.temperature: 2\.0 -> 3\.0\n  data: 'abc' -> 'def'"):
+        train(tmp_path, toy_job(steps=5), identity={"config": {"distill": {"temperature": 3.0}}, "data": "def"})
+
+
+def test_logging_and_checkpoint_intervals_may_change_on_resume(tmp_path):
+    with pytest.raises(Preempted):
+        preemption = Preemption()
+        preemption.request()
+        train(tmp_path / "changed", preemption=preemption)
+    changed = train(tmp_path / "changed", toy_job(log_every=3, checkpoint_every=7))
+    assert_identical(train(tmp_path / "straight"), changed)
+    assert [row["step"] for row in rows_without_time(tmp_path / "changed")] == [3, 6, 9, 12]
+
+
+def test_progress_prints_the_lines_and_writes_json_rows(tmp_path, capsys):
+    train(tmp_path, toy_job(steps=2), lines=["kernel 8 x 4"], progress=True, tensorboard=True)
+    assert "kernel 8 x 4" in capsys.readouterr().err
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line)["step"] == 2
