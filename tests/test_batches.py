@@ -7,7 +7,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from kd_jax.data.batches import MaskedBatches, heldout_batches, prefetch, real_tokens
-from kd_jax.data.rows import RowStore, positions, write_store
+from kd_jax.data.packing import positions
+from kd_jax.data.rows import RowStore, StoreWriter
 from kd_jax.data.transfer_set import TransferSet
 from kd_jax.types import UserError
 
@@ -26,10 +27,13 @@ def stores(tmp_path_factory):
     result = []
     for source, kind, longest, count in (("web", "generic", 40, 300), ("nlu", "task", 8, 60)):
         texts = [random.integers(5, 500, random.integers(1, longest)).astype(np.int32) for _ in range(count)]
-        write_store(
-            folder / source, [texts], name=f"{source}-en", source=source, kind=kind, language="en", split="train",
-            length=LENGTH, open_rows=8, tokenizer=TOKENIZER, removed={}, built_from="",
-        )  # fmt: skip
+        (folder / source).mkdir()
+        with StoreWriter(
+            folder / source, name=f"{source}-en", source=source, kind=kind, language="en", split="train",
+            length=LENGTH, open_rows=8, tokenizer=TOKENIZER, built_from="",
+        ) as writer:  # fmt: skip
+            writer.add(texts)
+            writer.finish({})
         result.append(RowStore(folder / source))
     return result
 

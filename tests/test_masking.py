@@ -3,7 +3,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from kd_jax.data.masking import mask_rows, num_slots, row_keys
-from kd_jax.data.rows import maskable
+from kd_jax.data.packing import maskable
 
 PAD, CLS, SEP, UNK, MASK = range(5)
 SPECIAL = (PAD, CLS, SEP, UNK, MASK)

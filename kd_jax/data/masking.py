@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
+from kd_jax.data.packing import maskable
 from kd_jax.data.permutation import counter_keys, name_key, splitmix64
-from kd_jax.data.rows import maskable
 
 _CHOICE = np.uint64(0x5851F42D4C957F2D)
 _RANDOM_PIECE = np.uint64(0x14057B7EF767814F)

@@ -1,4 +1,4 @@
-"""Packed rows: texts that share a row of fixed length, told apart by segment ids; and stores of them on disk."""
+"""Stores of packed rows on disk: written once, streaming, and read through memory maps."""
 
 import contextlib
 import errno
@@ -7,150 +7,46 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from kd_jax.data.packing import SMALLEST_SEGMENT, Packer, maskable
+from kd_jax.data.tokenizer import Tokenizer
 from kd_jax.types import UserError
-
-# [cls], one piece, [sep]: a row with less room than this takes no further text.
-SMALLEST_SEGMENT = 3
 
 MANIFEST = "manifest.json"
 
 
-def positions(segment_ids: np.ndarray) -> np.ndarray:
-    """int32 [R, L] positions that restart at 0 in each segment of int [R, L] segment ids; 0 on padding."""
-    columns = np.arange(segment_ids.shape[1], dtype=np.int32)[None, :]
-    starts = np.zeros(segment_ids.shape, bool)
-    starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    first_column = np.maximum.accumulate(np.where(starts, columns, np.int32(0)), axis=1)
-    return np.where(segment_ids > 0, columns - first_column, np.int32(0))
+@contextlib.contextmanager
+def disk_of(folder: pathlib.Path) -> Iterator[None]:
+    """Makes a full disk while writing below `folder` a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{folder}: the disk is full; free some space or choose another folder") from error
 
 
-def maskable(tokens: np.ndarray, segment_ids: np.ndarray, special_ids: Sequence[int]) -> np.ndarray:
-    """bool [R, L]: real pieces that are no special token, which masking may take and which shares are counted in."""
-    result = segment_ids > 0
-    for special in special_ids:
-        result &= tokens != special
-    return result
+@contextlib.contextmanager
+def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary folder that takes the name and place of `folder` when the block ends well, and vanishes otherwise.
 
-
-class BestFit:
-    """Places items of given sizes into rows: the open row with the least sufficient room, else a new row.
-
-    At most `open_rows` rows stay open; beyond that the fullest is closed. A row also closes when no text fits into it
-    any more or when it holds `max_segments` texts.
+    What a killed process left is removed at the next try.
     """
-
-    def __init__(self, length: int, open_rows: int, max_segments: int):
-        self.length, self.open_rows, self.max_segments = length, open_rows, max_segments
-        self.num_rows = 0
-        self._by_room: list[list[int]] = [[] for _ in range(length + 1)]
-        self._rooms = 0  # bit r is set while some open row has room r
-        self._segments: dict[int, int] = {}  # texts in each open row
-
-    def place(self, sizes: Iterable[int]) -> tuple[list[int], list[int], list[int], list[int]]:
-        """(row, column, segment id) of each item as three lists, and the rows that closed meanwhile, in order."""
-        by_room, segments, rooms = self._by_room, self._segments, self._rooms
-        length, max_segments = self.length, self.max_segments
-        rows, columns, numbers, closed = [], [], [], []
-        for size in sizes:
-            fitting = rooms >> size
-            if fitting:
-                room = size + (fitting & -fitting).bit_length() - 1
-                row = by_room[room].pop()
-                if not by_room[room]:
-                    rooms ^= 1 << room
-                number = segments[row] + 1
-            else:
-                row, room, number = self.num_rows, length, 1
-                self.num_rows += 1
-            rows.append(row)
-            columns.append(length - room)
-            numbers.append(number)
-            room -= size
-            if room < SMALLEST_SEGMENT or number == max_segments:
-                segments.pop(row, None)
-                closed.append(row)
-                continue
-            segments[row] = number
-            by_room[room].append(row)
-            rooms |= 1 << room
-            if len(segments) > self.open_rows:
-                room = (rooms & -rooms).bit_length() - 1
-                fullest = by_room[room].pop(0)
-                if not by_room[room]:
-                    rooms ^= 1 << room
-                del segments[fullest]
-                closed.append(fullest)
-        self._rooms = rooms
-        return rows, columns, numbers, closed
-
-    def open(self) -> list[int]:
-        """The rows that are still open, oldest first."""
-        return sorted(self._segments)
-
-
-def pack_stream(
-    chunks: Iterable[Sequence[np.ndarray]], length: int, cls_id: int, sep_id: int, pad_id: int, open_rows: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Packs texts into rows of `length`; yields blocks of finished rows, (tokens int32 [n, L], segment_ids int32 [n,
-    L]).
-
-    `chunks` are lists of texts, a text being its pieces (int [p]) without special tokens. Each text becomes [cls]
-    pieces [sep]; a text of more than length - 2 pieces becomes consecutive segments; a text without pieces is left
-    out. The rows do not depend on how the texts are cut into chunks. Memory: one chunk and `open_rows` rows.
-    """
-    fit = BestFit(length, open_rows, max_segments=length)
-    open_ids = np.zeros(0, np.int64)
-    open_tokens = np.zeros((0, length), np.int32)
-    open_segments = np.zeros((0, length), np.int32)
-    for chunk in chunks:
-        pieces_each = np.fromiter((len(text) for text in chunk), np.int64, len(chunk))
-        if not pieces_each.sum():
-            continue
-        pieces = np.concatenate(chunk)
-        sizes = _segment_sizes(pieces_each, length - 2)
-        first_new = fit.num_rows
-        placed_rows, columns, numbers, closed = fit.place((sizes + 2).tolist())
-
-        ids = np.concatenate([open_ids, np.arange(first_new, fit.num_rows)])
-        tokens = np.full((len(ids), length), pad_id, np.int32)
-        segments = np.zeros((len(ids), length), np.int32)
-        tokens[: len(open_ids)], segments[: len(open_ids)] = open_tokens, open_segments
-
-        starts = np.searchsorted(ids, placed_rows) * length + np.asarray(columns)
-        flat = tokens.reshape(-1)
-        flat[starts] = cls_id
-        flat[starts + sizes + 1] = sep_id
-        flat[runs(starts + 1, sizes)] = pieces
-        segments.reshape(-1)[runs(starts, sizes + 2)] = np.repeat(numbers, sizes + 2)
-
-        finished = np.searchsorted(ids, np.asarray(closed, np.int64))
-        if len(finished):
-            yield tokens[finished], segments[finished]
-        still_open = np.ones(len(ids), bool)
-        still_open[finished] = False
-        open_ids, open_tokens, open_segments = ids[still_open], tokens[still_open], segments[still_open]
-    if len(open_ids):
-        yield open_tokens, open_segments
-
-
-def runs(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """int64 [sum of sizes]: sizes[0] numbers counting up from starts[0], then sizes[1] from starts[1], and so on."""
-    before = np.cumsum(sizes) - sizes
-    return np.arange(sizes.sum()) + np.repeat(starts - before, sizes)
-
-
-def _segment_sizes(pieces_each: np.ndarray, most: int) -> np.ndarray:
-    """Pieces of each segment when texts are cut after every `most` pieces; texts without pieces have none."""
-    parts = -(-pieces_each // most)
-    sizes = np.full(parts.sum(), most)
-    last = np.cumsum(parts)[parts > 0] - 1
-    sizes[last] = (pieces_each - (parts - 1) * most)[parts > 0]
-    return sizes
+    temporary = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with disk_of(folder):
+            temporary.mkdir(parents=True)
+            yield temporary
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 class _ArrayFile:
@@ -186,109 +82,99 @@ class _ArrayFile:
         self._file.close()
 
 
-@contextlib.contextmanager
-def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary folder beside `folder` that takes its name (and place) when the block ends well, and vanishes
-    otherwise.
+class StoreWriter:
+    """Packs texts and appends their rows to files in `folder`, an existing empty folder (see `new_folder`).
 
-    What a killed process left is removed at the next try. A full disk is a UserError.
+    `built_from` identifies the part of the config that the store depends on.
     """
-    temporary = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(temporary, folder)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{folder}: the disk is full; free some space or choose another folder") from error
-        raise
 
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        name: str,
+        source: str,
+        kind: str,
+        language: str,
+        split: str,
+        length: int,
+        open_rows: int,
+        tokenizer: Tokenizer,
+        built_from: str,
+    ):
+        self.folder, self.tokenizer, self.length = folder, tokenizer, length
+        self._identity = {"name": name, "source": source, "kind": kind, "language": language, "split": split}
+        self._built_from = built_from
+        self._packer = Packer(length, tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id, open_rows)
+        self._tokens = _ArrayFile(
+            folder / "tokens.npy", length, np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32)
+        )
+        self._segments = _ArrayFile(
+            folder / "segments.npy", length, np.dtype(np.uint8 if length // SMALLEST_SEGMENT <= 255 else np.uint16)
+        )
+        self._piece_counts = np.zeros(tokenizer.vocab_size, np.int64)
+        self._texts = self._empty = self._real_tokens = 0
 
-def write_store(
-    folder: str | os.PathLike,
-    chunks: Iterable[Sequence[np.ndarray]],
-    *,
-    name: str,
-    source: str,
-    kind: str,
-    language: str,
-    split: str,
-    length: int,
-    open_rows: int,
-    tokenizer: Any,
-    removed: Mapping[str, int],
-    built_from: str,
-) -> dict[str, Any]:
-    """Packs `chunks` (see `pack_stream`) into a store and returns its manifest.
+    def __enter__(self) -> "StoreWriter":
+        return self
 
-    `removed` (texts left out before tokenising, by reason) is read after the last chunk; `built_from` identifies the
-    config part the store was built from. Raises UserError when no text is left or the disk is full; nothing is left
-    behind then.
-    """
-    folder = pathlib.Path(folder)
-    token_type = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32)
-    segment_type = np.dtype(np.uint8 if length // SMALLEST_SEGMENT <= 255 else np.uint16)
-    texts = empty = tokens_total = maskable_total = 0
-    piece_counts = np.zeros(tokenizer.vocab_size, np.int64)
+    def __exit__(self, *exception) -> None:
+        self._tokens.close()
+        self._segments.close()
 
-    def counted(chunks):
-        nonlocal texts, empty
-        for chunk in chunks:
-            without_pieces = sum(len(text) == 0 for text in chunk)
-            texts += len(chunk) - without_pieces
-            empty += without_pieces
-            yield chunk
+    def add(self, texts: Sequence[np.ndarray]) -> None:
+        """Takes texts, each int [pieces] without special tokens; one without pieces is counted as empty."""
+        empty = sum(len(text) == 0 for text in texts)
+        self._texts += len(texts) - empty
+        self._empty += empty
+        self._append(*self._packer.add(texts))
 
-    with new_folder(folder) as temporary, contextlib.ExitStack() as files:
-        token_file = _ArrayFile(temporary / "tokens.npy", length, token_type)
-        files.callback(token_file.close)
-        segment_file = _ArrayFile(temporary / "segments.npy", length, segment_type)
-        files.callback(segment_file.close)
-        blocks = pack_stream(counted(chunks), length, tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id, open_rows)
-        for tokens, segment_ids in blocks:
-            token_file.append(tokens)
-            segment_file.append(segment_ids)
-            tokens_total += int(np.count_nonzero(segment_ids))
-            pieces = tokens[maskable(tokens, segment_ids, tokenizer.special_ids)]
-            maskable_total += len(pieces)
-            piece_counts += np.bincount(pieces, minlength=len(piece_counts))
-        rows = token_file.rows
+    def _append(self, tokens: np.ndarray, segment_ids: np.ndarray) -> None:
+        self._tokens.append(tokens)
+        self._segments.append(segment_ids)
+        self._real_tokens += int(np.count_nonzero(segment_ids))
+        pieces = tokens[maskable(tokens, segment_ids, self.tokenizer.special_ids)]
+        self._piece_counts += np.bincount(pieces, minlength=len(self._piece_counts))
+
+    def finish(self, removed: Mapping[str, int]) -> dict[str, Any]:
+        """Completes the files and returns the manifest; `removed` counts texts left out before, by reason.
+
+        Raises UserError when there is no row.
+        """
+        self._append(*self._packer.finish())
+        rows = self._tokens.rows
+        removed = {**removed, "empty": self._empty}
         if not rows:
-            left_out = ", ".join(f"{count} {reason}" for reason, count in removed.items()) or "none was read"
+            left_out = ", ".join(f"{count} {reason}" for reason, count in removed.items())
+            source, split, language = (self._identity[name] for name in ("source", "split", "language"))
             raise UserError(
-                f"config.sources.{source}: no {split} text is left for {language} ({left_out}); "
-                "check its path, its languages and rows.heldout_share"
+                f"config.sources.{source}: no {split} text is left for {language} "
+                f"(removed: {left_out}); check its path, its languages and rows.heldout_share"
             )
-        token_file.finish()
-        segment_file.finish()
-        np.save(temporary / "piece_counts.npy", piece_counts)
-        content = f"{length} {tokenizer.fingerprint} {token_file.digest.hexdigest()} {segment_file.digest.hexdigest()}"
+        self._tokens.finish()
+        self._segments.finish()
+        np.save(self.folder / "piece_counts.npy", self._piece_counts)
+        digests = f"{self._tokens.digest.hexdigest()} {self._segments.digest.hexdigest()}"
+        content = f"{self.length} {self.tokenizer.fingerprint} {digests}"
         manifest = {
-            "name": name,
-            "source": source,
-            "kind": kind,
-            "language": language,
-            "split": split,
+            **self._identity,
             "rows": rows,
-            "length": length,
-            "texts": texts,
-            "texts_per_row": texts / rows,
-            "tokens": tokens_total,
-            "maskable": maskable_total,
-            "unique_pieces": int(np.count_nonzero(piece_counts)),
-            "packing_efficiency": tokens_total / (rows * length),
-            "removed": {**removed, "empty": empty},
-            "tokens_type": token_type.name,
-            "segments_type": segment_type.name,
-            "tokenizer_fingerprint": tokenizer.fingerprint,
+            "length": self.length,
+            "texts": self._texts,
+            "texts_per_row": self._texts / rows,
+            "tokens": self._real_tokens,
+            "maskable": int(self._piece_counts.sum()),
+            "unique_pieces": int(np.count_nonzero(self._piece_counts)),
+            "packing_efficiency": self._real_tokens / (rows * self.length),
+            "removed": removed,
+            "tokens_type": self._tokens.dtype.name,
+            "segments_type": self._segments.dtype.name,
+            "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "fingerprint": hashlib.sha256(content.encode()).hexdigest(),
-            "built_from": built_from,
+            "built_from": self._built_from,
         }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    return manifest
+        (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        return manifest
 
 
 class RowStore:
