@@ -49,10 +49,11 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [] if old == new else [f"{prefix}: {old!r} -> {new!r}"]
 
 
-# Keys that change how a run is executed and watched, not what it computes: a resume may change them.
-MAY_CHANGE = frozenset(
-    {"mesh", "progress", "tensorboard", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"}
-)
+# Top-level keys that every command reads and that change only how a run is executed and watched.
+EXECUTION_KEYS = ("mesh", "progress", "tensorboard")
+
+# Keys, at any depth, that a resume may change.
+MAY_CHANGE = frozenset({*EXECUTION_KEYS, "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"})
 
 
 def identity(values: Any) -> Any:

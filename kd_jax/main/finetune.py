@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import math
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,15 +16,16 @@ from kd_jax.data.labelled import FinetuneBatches, LabelledSet
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.utterances import LabelMaps, Utterance
 from kd_jax.evaluation.predictions import predict_records
-from kd_jax.evaluation.results import headline
+from kd_jax.evaluation.records import Record, assign_test_sets, intent_slot_record
+from kd_jax.evaluation.results import results
 from kd_jax.main import masked_lm, trained, training
 from kd_jax.models.functional import Functional
 from kd_jax.steps.finetune import ABSENT, make_dc_objective, make_icner_objective
-from kd_jax.trainer.mesh import global_batch, make_mesh
-from kd_jax.trainer.run_directory import mark_done, write_json
-from kd_jax.types import UserError
+from kd_jax.trainer.disk import write_json
+from kd_jax.trainer.mesh import global_batch, make_mesh, row_multiple
+from kd_jax.trainer.run_directory import is_done, mark_done
+from kd_jax.types import Params, UserError
 
-LABELS = "labels.json"
 DEV = "dev.json"
 
 
@@ -48,7 +51,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, task: str) -> None:
     if task == "icner" and block.domain:
         known = block.domain == "each" or block.domain in domains
         require(known, "finetune.domain", f"{block.domain!r} is no domain", f"use each or one of {', '.join(domains)}")
-    if task == "icner" and block.domain == "each":
+    if task == "icner" and block.domain == "each" and not is_done(workdir):
         # Class counts are padded to the largest domain's, so that all domains share one compiled step.
         maps = [LabelMaps.for_domain(train, domain) for domain in domains]
         sizes = {"intents": max(len(one.intents) for one in maps), "tags": max(len(one.tags) for one in maps)}
@@ -83,63 +86,53 @@ def check(config: ConfigDict, task: str) -> None:
     require(block.epochs >= 0, "finetune.epochs", f"{block.epochs} is negative", "0 uses config.finetune.steps")
 
 
+def of_domain(utterances: Sequence[Utterance], partition: str, domain: str) -> list[Utterance]:
+    """The utterances of a partition, of one domain or ("") of all."""
+    return [one for one in utterances if one.partition == partition and domain in ("", one.domain)]
+
+
 def classifier(encoder: ConfigDict, prepared: Prepared, config: ConfigDict, task: str, sizes: dict) -> Functional:
     """The finetuned model's shape: the encoder with dropout as config.finetune says, and the task's head."""
-    length = prepared.config["rows"]["length"]
-    masked = masked_lm.encoder_model(encoder, prepared, config.compute_dtype, length, "student")
-    rate = config.finetune.dropout
-    encoder_config = dataclasses.replace(masked.config, dropout=rate, attention_dropout=0.0)
-    return Functional(task, encoder_config, compute_dtype=masked.compute_dtype, **sizes)
+    masked = masked_lm.encoder_model(encoder, prepared, config.compute_dtype, "student")
+    shape = dataclasses.replace(masked.config, dropout=float(config.finetune.dropout))
+    return Functional(task, shape, compute_dtype=masked.compute_dtype, **sizes)
 
 
 def finetune_one(config: ConfigDict, workdir: pathlib.Path, task: str, prepared: Prepared, sizes: dict) -> None:
     """Trains one classifier and writes labels.json and dev.json beside its checkpoints."""
-    mesh = make_mesh(config.mesh)
     block = config.finetune
-    chosen = [one for one in prepared.utterances if not block.domain or task == "dc" or one.domain == block.domain]
-    train = [utterance for utterance in chosen if utterance.partition == "train"]
-    dev = [utterance for utterance in chosen if utterance.partition == "dev"]
+    domain = block.domain if task == "icner" else ""
+    train = of_domain(prepared.utterances, "train", domain)
+    dev = of_domain(prepared.utterances, "dev", domain)
     if not train:
         raise UserError("config.nlu: there is no utterance to train on; give a data set with a train partition")
-    maps = LabelMaps.from_train(train)
-    counts = {"domains": len(maps.domains)} if task == "dc" else {"intents": len(maps.intents), "tags": len(maps.tags)}
-    padded = sizes or counts
-    encoder = trained.encoder_block(block.init_from, "finetune.init_from") if block.init_from else config.student
-    if block.init_from:
-        trained.check_tokenizer(block.init_from, prepared, "finetune.init_from")
-    model = classifier(encoder, prepared, config, task, padded)
-    length = prepared.config["rows"]["length"]
-    labelled = LabelledSet(train, prepared.tokenizer, maps, task, length)
-    batches = FinetuneBatches(
-        labelled, block.batch_size, length, config.seed, row_multiple=math.lcm(8, mesh.size * block.accumulation)
-    )
     if block.epochs:
         config = config.copy_and_resolve_references()
         config.finetune.steps = math.ceil(block.epochs * len(train) / block.batch_size)
+        config.finetune.warmup_steps = min(block.warmup_steps, config.finetune.steps)
+    if block.init_from:
+        trained.check_tokenizer(block.init_from, prepared, "finetune.init_from")
+    encoder = trained.encoder_block(block.init_from, "finetune.init_from") if block.init_from else config.student
+    maps = LabelMaps.from_train(train)
+    padded = {**class_counts(task, maps), **sizes}
+    model = classifier(encoder, prepared, config, task, padded)
+    masks = class_masks(class_counts(task, maps), padded)
+    mesh = make_mesh(config.mesh)
+    length = prepared.config["rows"]["length"]
+    rows = math.lcm(row_multiple(mesh) * block.accumulation, 4)
+    labelled = LabelledSet(train, prepared.tokenizer, maps, task, length)
+    batches = FinetuneBatches(labelled, block.batch_size, length, config.seed, rows)
 
-    def init(params):
-        if not block.init_from:
-            return params
-        masked = masked_lm.encoder_model(encoder, prepared, config.compute_dtype, length, "student")
+    def init(params: Params) -> Params:
+        masked = masked_lm.encoder_model(encoder, prepared, config.compute_dtype, "student")
         return {**params, **trained.trained_params(block.init_from, masked, mesh, subtree="encoder")}
 
-    frozen = class_masks(task, counts, padded)
-
-    def evaluate(params, step):
+    def evaluate(params: Params, step: int) -> dict[str, float]:
         del step
-        records = predict_records(
-            model,
-            params,
-            frozen,
-            dev,
-            prepared.tokenizer,
-            maps,
-            task,
-            length,
-            place=functools.partial(global_batch, mesh),
-        )
-        scores = headline(records, task)
-        write_json(workdir / DEV, {**scores, "count": len(dev)})
+        records = predict(model, params, masks, dev, train, prepared, maps, mesh)
+        scores = dev_scores(records, task)
+        if jax.process_index() == 0:
+            write_json(workdir / DEV, {**scores, "count": len(dev)})
         return {f"dev/{name}": value for name, value in scores.items()}
 
     smoothing = float(block.label_smoothing)
@@ -150,22 +143,97 @@ def finetune_one(config: ConfigDict, workdir: pathlib.Path, task: str, prepared:
         model=model,
         objective=make_dc_objective if task == "dc" else make_icner_objective,
         arguments=(model, smoothing) if task == "dc" else (model, smoothing, float(block.tag_weight)),
-        frozen=frozen,
+        frozen=masks,
         batch_at=lambda step: batches.batch(step, jax.process_index(), jax.process_count()),
         data_fingerprint=batches.fingerprint,
         evaluate=evaluate,
-        init=init,
-        notes={"train_utterances": len(train), "label_counts": counts, "padded_counts": padded},
+        init=init if block.init_from else None,
+        notes={"train_utterances": len(train), "classes": padded, "labels": maps.to_json()},
     )
-    training.train(config, workdir, job, prepared, mesh, before=lambda: write_json(workdir / LABELS, maps.to_json()))
+    training.train(config, workdir, job, prepared, mesh)
 
 
-def class_masks(task: str, counts: dict[str, int], padded: dict[str, int]) -> dict[str, np.ndarray]:
+def class_counts(task: str, maps: LabelMaps) -> dict[str, int]:
+    """The sizes of a finetuned model's heads, under the names that Functional takes."""
+    return {"domains": len(maps.domains)} if task == "dc" else {"intents": len(maps.intents), "tags": len(maps.tags)}
+
+
+def class_masks(counts: dict[str, int], padded: dict[str, int]) -> dict[str, np.ndarray]:
     """What is added to the logits: 0 for a real class, a large negative number for one that only pads the label map."""
+    masks = {}
+    for name, size in padded.items():
+        mask = np.where(np.arange(size) < counts[name], 0.0, ABSENT).astype(np.float32)
+        masks["tag_classes" if name == "tags" else "utterance_classes"] = mask
+    return masks
 
-    def mask(name):
-        return np.where(np.arange(padded[name]) < counts[name], 0.0, ABSENT).astype(np.float32)
 
-    if task == "dc":
-        return {"utterance_classes": mask("domains")}
-    return {"utterance_classes": mask("intents"), "tag_classes": mask("tags")}
+def predict(
+    model: Functional,
+    params: Params,
+    masks: dict[str, np.ndarray],
+    utterances: Sequence[Utterance],
+    train: Sequence[Utterance],
+    prepared: Prepared,
+    maps: LabelMaps,
+    mesh,
+    batch_rows: int = 32,
+) -> list[Record]:
+    """Records of the utterances, in their order."""
+    return predict_records(
+        model,
+        params,
+        masks,
+        utterances,
+        train,
+        prepared.tokenizer,
+        maps,
+        length=prepared.config["rows"]["length"],
+        batch_rows=math.lcm(batch_rows, row_multiple(mesh)),
+        place=functools.partial(global_batch, mesh),
+    )
+
+
+def dev_scores(records: Sequence[Record], task: str) -> dict[str, float]:
+    """The dev metrics, and "score", by which recipes are chosen: DC accuracy, or the mean of intent accuracy and slot F1."""
+    who = {"student": "", "transfer_set": "", "teacher": "", "seed": 0}
+    rows = [row for row in results(records, identity=who) if row["scope"] == "all"]
+    scores = {row["metric"]: row["value"] for row in rows if row["value"] is not None}
+    parts = ("accuracy",) if task == "dc" else ("intent_accuracy", "slot_f1")
+    return {"score": float(np.mean([scores.get(name, 0.0) for name in parts])), **scores}
+
+
+def predict_partition(
+    checkpoint: pathlib.Path, prepared: Prepared, mesh, partition: str, compute_dtype: str
+) -> list[Record]:
+    """Records of a partition by a finetuned model, or by the model of each utterance's gold domain where there is one for each."""
+    domains = domain_folders(checkpoint)
+    if not domains:
+        return predict_with(checkpoint, prepared, mesh, partition, "", compute_dtype)
+    records = []
+    for domain, folder in domains.items():
+        records += predict_with(folder, prepared, mesh, partition, domain, compute_dtype)
+    # A domain without a train utterance has no model: its utterances count as errors.
+    orphans = [one for one in of_domain(prepared.utterances, partition, "") if one.domain not in domains]
+    sets = assign_test_sets(orphans, of_domain(prepared.utterances, "train", ""))
+    return records + [intent_slot_record(one, names, "", ["O"] * len(one.words)) for one, names in zip(orphans, sets)]
+
+
+def predict_with(
+    folder: pathlib.Path, prepared: Prepared, mesh, partition: str, domain: str, compute_dtype: str
+) -> list[Record]:
+    """Records of a partition (of one domain, or of all) by the single model in `folder`."""
+    config = trained.run_config(folder, "evaluate.checkpoint")
+    run: dict[str, Any] = trained.read_json(folder / "run.json")
+    task = trained.read_json(folder / "config.json")["command"].removeprefix("finetune_")
+    maps = LabelMaps.from_json(run["labels"])
+    start = config.finetune.init_from
+    encoder = trained.encoder_block(start, "finetune.init_from") if start else config.student
+    config.compute_dtype = compute_dtype
+    model = classifier(encoder, prepared, config, task, run["classes"])
+    params = trained.trained_params(folder, model, mesh)
+    masks = class_masks(class_counts(task, maps), run["classes"])
+    utterances = of_domain(prepared.utterances, partition, domain)
+    if not utterances:
+        return []
+    train = of_domain(prepared.utterances, "train", "")
+    return predict(model, params, masks, utterances, train, prepared, maps, mesh)

@@ -105,10 +105,12 @@ def heldout_rows(
     entries = []
     for store in prepared.stores("heldout"):
         sums = np.zeros(4)
-        for batch in heldout_batches(store, config.masking, prepared.tokenizer, batch_size, most_rows):
-            terms = jax.device_get(step(params, global_batch(mesh, local_rows(batch))))
-            unigram = -np.sum(unigrams[store.kind][batch["masked_targets"]] * batch["masked_weights"])
-            sums += [terms["loss"][0], terms["accuracy"][0], unigram, terms["loss"][1]]
+        for batch in heldout_batches(
+            store, config.masking, prepared.tokenizer, batch_size, most_rows, jax.process_index(), jax.process_count()
+        ):
+            batch = global_batch(mesh, {**batch, "unigram": unigrams[store.kind][batch["masked_targets"]]})
+            terms = jax.device_get(step(params, batch))
+            sums += [terms["loss"][0], terms["accuracy"][0], terms["unigram_loss"][0], terms["loss"][1]]
         loss, hits, unigram, count = (float(value) for value in sums)
         if count:
             entries.append(
@@ -125,24 +127,15 @@ def heldout_rows(
     return entries
 
 
-def local_rows(batch):
-    """This process's rows of a batch that every process has whole."""
-    count, index = jax.process_count(), jax.process_index()
-    return {
-        name: values[len(values) * index // count : len(values) * (index + 1) // count]
-        for name, values in batch.items()
-    }
-
-
 def unigram_log_probabilities(prepared: Prepared) -> dict[str, np.ndarray]:
-    """log p of each piece by its count (plus one) in the train text of each kind, float64 [vocabulary]."""
+    """log p of each piece by its count (plus one) in the train text of each kind, float32 [vocabulary]."""
     vocabulary = prepared.tokenizer.vocab_size
     counts = {"generic": np.ones(vocabulary), "task": np.ones(vocabulary)}
     for store in prepared.stores("train"):
         counts[store.kind] += store.token_counts(vocabulary)
     for values in counts.values():
         values[list(prepared.tokenizer.special_ids)] = 1e-9  # special tokens are never masked
-    return {kind: np.log(values / values.sum()) for kind, values in counts.items()}
+    return {kind: np.log(values / values.sum()).astype(np.float32) for kind, values in counts.items()}
 
 
 def summarize(entries: list[dict[str, Any]]) -> dict[str, float]:

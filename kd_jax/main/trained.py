@@ -2,8 +2,8 @@
 
 import json
 import pathlib
+from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from kd_jax.config import from_dict
@@ -11,6 +11,7 @@ from kd_jax.data.prepared import Prepared
 from kd_jax.models.functional import Functional
 from kd_jax.trainer.checkpoint import load_params
 from kd_jax.trainer.mesh import shardings
+from kd_jax.trainer.state import with_shardings
 from kd_jax.types import Params, UserError
 
 
@@ -19,7 +20,7 @@ def run_config(workdir: str | pathlib.Path, key: str) -> ConfigDict:
     file = pathlib.Path(workdir) / "config.json"
     if not file.is_file():
         raise UserError(f"config.{key}: {workdir} holds no config.json; give the workdir of a finished run")
-    return from_dict(json.loads(file.read_text(encoding="utf-8"))["config"])
+    return from_dict(read_json(file)["config"])
 
 
 def encoder_block(workdir: str | pathlib.Path, key: str) -> ConfigDict:
@@ -33,8 +34,7 @@ def encoder_block(workdir: str | pathlib.Path, key: str) -> ConfigDict:
 
 def check_tokenizer(workdir: str | pathlib.Path, prepared: Prepared, key: str) -> None:
     """Raises when the run was trained on rows of another tokenizer than `prepared` has."""
-    file = pathlib.Path(workdir) / "run.json"
-    recorded = json.loads(file.read_text(encoding="utf-8"))["tokenizer_fingerprint"]
+    recorded = read_json(pathlib.Path(workdir) / "run.json")["tokenizer_fingerprint"]
     if recorded != prepared.tokenizer.fingerprint:
         raise UserError(
             f"config.{key}: {workdir} was trained with another tokenizer ({recorded[:12]}) than config.prepared has "
@@ -47,8 +47,8 @@ def trained_params(workdir: str | pathlib.Path, model: Functional, mesh, subtree
     abstract, axes = model.abstract(), model.logical_axes()
     if subtree:
         abstract, axes = {subtree: abstract[subtree]}, {subtree: axes[subtree]}
-    layout = shardings(mesh, axes, abstract)
-    placed = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, layout
-    )
-    return load_params(workdir, placed)
+    return load_params(workdir, with_shardings(abstract, shardings(mesh, axes, abstract)))
+
+
+def read_json(file: pathlib.Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))

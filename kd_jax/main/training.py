@@ -10,17 +10,18 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from kd_jax.config import identity, require, to_dict
+from kd_jax.config import EXECUTION_KEYS, identity, to_dict
 from kd_jax.data.prepared import Prepared
-from kd_jax.models.functional import Functional
+from kd_jax.models.functional import Functional, parameter_count
 from kd_jax.steps.objective import Objective
 from kd_jax.steps.train_step import make_train_step
-from kd_jax.trainer.checkpoint import Checkpoints
+from kd_jax.trainer.checkpoint import FOLDER, Checkpoints
 from kd_jax.trainer.loop import fit
+from kd_jax.trainer.mesh import describe_shardings, shardings
 from kd_jax.trainer.metrics import MetricsWriter
-from kd_jax.trainer.optimizer import make_optimizer, make_schedule
+from kd_jax.trainer.optimizer import check_job, make_optimizer, make_schedule
 from kd_jax.trainer.run_directory import RunDirectory
-from kd_jax.trainer.state import create_state, state_shardings
+from kd_jax.trainer.state import abstract_state, create_state, state_from_params, state_shardings
 from kd_jax.types import Batch, Params
 
 # The keys of a job's block that the compiled step depends on.
@@ -49,38 +50,63 @@ class Job:
 
 
 @functools.cache
-def compiled_train_step(objective, arguments: tuple, model: Functional, settings: FrozenConfigDict, mesh):
-    """The jitted step, the jitted initial state, and the state's shardings."""
+def compiled(objective, arguments: tuple, model: Functional, settings: FrozenConfigDict, mesh):
+    """The jitted step, the optimizer, and abstract state with its shardings.
+
+    A study asks for the same few programs again and again: equal arguments give the same jitted function, compiled once.
+    """
     job = ConfigDict(settings)
     optimizer, schedule = make_optimizer(job), make_schedule(job)
     step = make_train_step(objective(*arguments), optimizer, schedule, steps=job.steps, accumulation=job.accumulation)
-    layout = state_shardings(mesh, model.logical_axes(), model.abstract(), optimizer)
-
-    def init(seed):
-        return create_state(model.init(jax.random.key(seed)), optimizer)
-
-    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None)), jax.jit(init, out_shardings=layout), layout
+    shapes = model.abstract()
+    layout = state_shardings(shapes, optimizer, shardings(mesh, model.logical_axes(), shapes))
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None)), optimizer, layout
 
 
 def train(config: ConfigDict, workdir: pathlib.Path, job: Job, prepared: Prepared, mesh) -> None:
     """Runs one job to its end, or resumes it; a finished one is left as it is."""
     block = config[job.block]
-    require(
-        block.batch_size % block.accumulation == 0,
-        f"{job.block}.accumulation",
-        f"{block.accumulation} does not divide batch_size {block.batch_size}",
-        "choose a divisor",
-    )
+    check_job(block, job.block)
     values = to_dict(config)
-    resolved = {key: values[key] for key in job.keys}
+    resolved = {key: values[key] for key in (*job.keys, *EXECUTION_KEYS)}
     directory = RunDirectory(workdir, job.command, resolved)
     if directory.done:
         return
     settings = FrozenConfigDict({key: block[key] for key in STEP_KEYS})
-    train_step, init, layout = compiled_train_step(job.objective, job.arguments, job.model, settings, mesh)
+    train_step, optimizer, layout = compiled(job.objective, job.arguments, job.model, settings, mesh)
 
     def initial_state():
-        state = init(np.int32(config.seed))
-        if job.init is not None:
-            state["params"] = jax.device_put(job.init(state["params"]), layout["params"])
-        return state
+        key = jax.random.key(config.seed)
+        if job.init is None:
+            return create_state(lambda: job.model.init(key), optimizer, layout)
+        drawn = jax.jit(lambda: job.model.init(key), out_shardings=layout["params"])()
+        return state_from_params(job.init(drawn), optimizer, layout)
+
+    directory.start(
+        data_fingerprint=job.data_fingerprint,
+        tokenizer_fingerprint=prepared.tokenizer.fingerprint,
+        parameters=parameter_count(job.model.abstract()),
+        **job.notes,
+    )
+    with Checkpoints(workdir / FOLDER, keep=block.keep_checkpoints) as checkpoints:
+        writer = MetricsWriter(workdir, tensorboard=config.tensorboard)
+        try:
+            fit(
+                initial_state=initial_state,
+                abstract=abstract_state(job.model.abstract(), optimizer, layout),
+                train_step=train_step,
+                frozen={**job.frozen, "seed": np.int32(config.seed)},
+                batch_at=job.batch_at,
+                job=block,
+                mesh=mesh,
+                checkpoints=checkpoints,
+                writer=writer,
+                identity={"config": identity(resolved), "data": job.data_fingerprint},
+                evaluate=job.evaluate,
+                description=workdir.name,
+                lines=describe_shardings(job.model.abstract(), layout["params"]) if mesh.size > 1 else (),
+                progress=config.progress,
+            )
+        finally:
+            writer.close()
+    directory.finish()

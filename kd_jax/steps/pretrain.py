@@ -39,13 +39,17 @@ def make_pretrain_objective(model: Functional) -> Objective:
 
 
 def make_heldout_step(model: Functional):
-    """(params, batch) -> {"loss", "accuracy"} as (sum, weight) over the masked tokens."""
+    """(params, batch) -> {"loss", "accuracy", "unigram_loss"} as (sum, weight) over the masked tokens.
+
+    batch["unigram"] float32 [R, K] holds a unigram's log probability of each target, to set the loss against.
+    """
 
     def heldout_step(params: Params, batch: Batch) -> dict[str, Term]:
         logits = masked_logits(model, params, batch)
         return {
             "loss": masked_cross_entropy(logits, batch["masked_targets"], batch["masked_weights"]),
             "accuracy": masked_accuracy(logits, batch),
+            "unigram_loss": (-jnp.sum(batch["unigram"] * batch["masked_weights"]), jnp.sum(batch["masked_weights"])),
         }
 
     return heldout_step

@@ -6,22 +6,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from kd_jax.config import fingerprint, identity, to_dict
-from kd_jax.evaluation.records import read_records
+from kd_jax.evaluation.records import read_records, write_json_lines
 from kd_jax.evaluation.results import results
 from kd_jax.study.plan import Student, students
 from kd_jax.study.report import ReportInputs
 from kd_jax.study.run import Study, read_json
 
 
-def student_identity(student: Student, seed: int, task: str) -> dict[str, Any]:
+def student_identity(student: Student, seed: int) -> dict[str, Any]:
     """The fields that tell whose result it is, in every object of results.jsonl."""
-    return {
-        "student": student.kind,
-        "transfer_set": student.transfer_set,
-        "teacher": student.teacher,
-        "seed": seed,
-        "task": task,
-    }
+    return {"student": student.kind, "transfer_set": student.transfer_set, "teacher": student.teacher, "seed": seed}
 
 
 def heldout_results(rows: Iterable[dict[str, Any]], who: dict[str, Any]) -> list[dict[str, Any]]:
@@ -39,6 +33,7 @@ def heldout_results(rows: Iterable[dict[str, Any]], who: dict[str, Any]) -> list
                 found.append(
                     {
                         **who,
+                        "task": "mlm",
                         "scope": "all" if locale == "all" else "locale",
                         "locale": locale,
                         "domain": "all",
@@ -57,23 +52,23 @@ def collect(study: Study, similarity: list[dict[str, Any]], provenance: dict[str
     records, curves, realized = {}, {}, {}
     config = study.config
     for name, stage in study.planner.teachers().items():
-        who = {"student": "teacher", "transfer_set": "", "teacher": name, "seed": config.seed, "task": "mlm"}
+        who = {"student": "teacher", "transfer_set": "", "teacher": name, "seed": config.seed}
         objects += heldout_results(study.heldout(stage), who)
         curves[f"teacher, {name}"] = read_curve(study.folder(stage))
     for student in students(config):
         for seed in config.study.seeds:
             encoder = study.planner.encoder(student, seed)
             if encoder is not None:
-                objects += heldout_results(study.heldout(encoder), student_identity(student, seed, "mlm"))
+                objects += heldout_results(study.heldout(encoder), student_identity(student, seed))
                 curves[f"{student.name}, seed {seed}"] = read_curve(study.folder(encoder))
                 realized[student.transfer_set] = read_json(study.folder(encoder) / "run.json")["realized"]
             for task in config.study.tasks:
                 finetuned = study.planner.finetune(student, seed, task, study.chosen[student.name, task])
                 of_run = read_records(study.folder(study.planner.evaluate(finetuned)) / "records.jsonl")
-                who = student_identity(student, seed, task)
+                who = student_identity(student, seed)
                 objects += results(of_run, identity=who)
                 records[student.kind, student.transfer_set, student.teacher, seed, task] = of_run
-    write_lines(study.workdir / "results.jsonl", objects)
+    write_json_lines(study.workdir / "results.jsonl", objects)
     return ReportInputs(
         name=config.study.name,
         config=to_dict(config),
@@ -96,10 +91,3 @@ def read_curve(folder: pathlib.Path) -> list[tuple[int, dict[str, float]]]:
         values = json.loads(line)
         rows.append((values.pop("step"), values))
     return rows
-
-
-def write_lines(file: pathlib.Path, objects: Iterable[dict[str, Any]]) -> None:
-    """One JSON object a line, in place of what the file held, at once."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in objects), encoding="utf-8")
-    partial.replace(file)

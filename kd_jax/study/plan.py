@@ -8,9 +8,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kd_jax.config import fingerprint, identity, require, to_dict
+from kd_jax.config import EXECUTION_KEYS, fingerprint, identity, require, to_dict
 
-EXECUTION_KEYS = ("mesh", "progress", "tensorboard")
 STAGE = "stage:"  # a config value "stage:<folder>" stands for that stage's directory, wherever the study lies
 
 

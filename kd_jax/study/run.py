@@ -58,7 +58,7 @@ class Study:
             self.seconds[stage.name] = read_seconds(folder)
 
     def _check_teachers(self) -> None:
-        """A teacher that predicts task text no better than a unigram has nothing to teach (kept as a note, or an error)."""
+        """A teacher that predicts task text no better than a unigram has nothing to teach: an error, or a note."""
         for name, stage in self.planner.teachers().items():
             rows = [row for row in self.heldout(stage) if row["kind"] == "task"]
             count = sum(row["count"] for row in rows)

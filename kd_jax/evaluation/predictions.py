@@ -1,0 +1,92 @@
+"""From a finetuned model and utterances to one record an utterance, over packed rows."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kd_jax.data.labelled import LabelledSet, packed
+from kd_jax.data.tokenizer import Tokenizer
+from kd_jax.data.utterances import LabelMaps, Utterance
+from kd_jax.evaluation.records import Record, assign_test_sets, domain_record, intent_slot_record
+from kd_jax.evaluation.slots import decode_bio_batch
+from kd_jax.models.functional import Functional
+from kd_jax.types import Array, Batch, Params
+
+# Score of every tag but "O" on a word of which no piece is in the row.
+NO_PIECE = -1e9
+
+Place = Callable[[Batch], Mapping[str, Array]]
+Predict = Callable[[Params, Mapping[str, Array], Mapping[str, Array]], Any]
+
+
+@functools.cache
+def compiled_predict(model: Functional) -> Predict:
+    """Jitted (params, class masks, batch) -> class ids int32 [R, S], and for ICNER tag scores float32 [R, L, T] too.
+
+    The class masks are added to the logits; they make the classes impossible that only pad a label map.
+    """
+
+    def predict_dc(params, masks, batch):
+        logits_RxSxC = model.domain_logits(params, batch) + masks["utterance_classes"][None, None, :]
+        return jnp.argmax(logits_RxSxC, axis=-1), None
+
+    def predict_icner(params, masks, batch):
+        intent_RxSxI, tag_RxLxT = model.intent_and_tag_logits(params, batch)
+        intents = jnp.argmax(intent_RxSxI + masks["utterance_classes"][None, None, :], axis=-1)
+        return intents, tag_RxLxT.astype(jnp.float32) + masks["tag_classes"][None, None, :]
+
+    return jax.jit(predict_dc if model.kind == "dc" else predict_icner)
+
+
+def predict_records(
+    model: Functional,
+    params: Params,
+    masks: Mapping[str, Array],
+    utterances: Sequence[Utterance],
+    train: Sequence[Utterance],
+    tokenizer: Tokenizer,
+    maps: LabelMaps,
+    *,
+    length: int,
+    batch_rows: int,
+    place: Place,
+) -> list[Record]:
+    """Records in the order of `utterances`; `train` decides who belongs to test_unseen and tail, `place` puts a batch on the devices."""
+    labelled = LabelledSet(utterances, tokenizer, maps, model.kind, length)
+    test_sets = assign_test_sets(utterances, train)
+    predict = compiled_predict(model)
+    records: list[Record] = [{} for _ in utterances]
+    for batch, index_RxS in packed(labelled, length, batch_rows):
+        classes_RxS, scores_RxLxT = jax.device_get(predict(params, masks, place(batch)))
+        rows, slots = np.nonzero(index_RxS >= 0)
+        chosen = index_RxS[rows, slots]
+        if model.kind == "dc":
+            for number, label in zip(chosen, classes_RxS[rows, slots]):
+                records[number] = domain_record(utterances[number], test_sets[number], maps.domains[label])
+            continue
+        firsts = batch["first_positions"][rows, slots]
+        tags = decode_rows(labelled, chosen, scores_RxLxT[rows], firsts, maps.tags)
+        for number, label, one in zip(chosen, classes_RxS[rows, slots], tags):
+            records[number] = intent_slot_record(utterances[number], test_sets[number], maps.intents[label], one)
+    return records
+
+
+def decode_rows(
+    labelled: LabelledSet, chosen: np.ndarray, scores_NxLxT: np.ndarray, firsts: np.ndarray, tags: Sequence[str]
+) -> list[list[str]]:
+    """Valid IOB2 tags, one a word, of each chosen utterance, from the scores of its row and the column where it starts.
+
+    A word counts by its first piece; one without a piece in the row (cut off, or nothing left of it by the tokenizer) is "O".
+    """
+    lengths = np.array([len(labelled.utterances[number].words) for number in chosen])
+    scores = np.full((len(chosen), lengths.max(initial=1), len(tags)), NO_PIECE, np.float32)
+    scores[:, :, 0] = 0.0
+    for place, (number, first) in enumerate(zip(chosen, firsts)):
+        inside = slice(labelled.offsets[number], labelled.offsets[number + 1])
+        starts = np.flatnonzero(labelled.word_starts[inside])
+        scores[place, labelled.words[inside][starts]] = scores_NxLxT[place, first + 1 + starts, : len(tags)]
+    return decode_bio_batch(scores, lengths, tags)
