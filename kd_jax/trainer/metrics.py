@@ -61,7 +61,10 @@ class MetricsWriter:
         if self._wants_tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=step + 1)
+            # The suffix keeps a restart within the same second from overwriting the former file, named by the second.
+            self._tensorboard = SummaryWriter(
+                str(self._path.parent / "tensorboard"), purge_step=step + 1, filename_suffix=f".{step}"
+            )
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """One row; a value that is not finite is written as null, since NaN is not JSON."""

@@ -1,0 +1,91 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from ml_collections import ConfigDict
+
+from kd_jax.trainer.mesh import (
+    LARGE,
+    describe_shardings,
+    global_batch,
+    make_mesh,
+    row_multiple,
+    shardings,
+)
+from kd_jax.types import UserError
+
+
+def mesh_of(data, fsdp, tensor):
+    return make_mesh(ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor}))
+
+
+def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+def spec_of(mesh, names, abstract):
+    return shardings(mesh, {"one": names}, {"one": abstract})["one"].spec
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"), [((-1, 1, 1), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 4, 2), (1, 4, 2))]
+)
+def test_minus_one_takes_the_devices_that_are_left(sizes, expected):
+    mesh = mesh_of(*sizes)
+    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), expected))
+    assert mesh.axis_types == (AxisType.Auto,) * 3
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (-1, 16, 1), (2, 2, 1), (-1, -1, 1), (0, 1, -1), (-2, 1, 1)])
+def test_sizes_that_do_not_fit_the_devices_are_refused(sizes):
+    with pytest.raises(UserError, match=r"^config\.mesh: data="):
+        mesh_of(*sizes)
+
+
+def test_rules_place_each_dimension_and_no_mesh_axis_twice():
+    mesh = mesh_of(2, 2, 2)
+    assert spec_of(mesh, ("vocab", "embed"), shape(100, 8)) == PartitionSpec("tensor", "fsdp")
+    assert spec_of(mesh, ("layers", "embed", "heads", None), shape(3, 8, 4, 5)) == PartitionSpec(
+        None, "fsdp", "tensor", None
+    )
+    assert spec_of(mesh, ("mlp", "heads"), shape(8, 8)) == PartitionSpec("tensor", None)
+    assert spec_of(mesh_of(8, 1, 1), ("vocab", "embed"), shape(100, 8)) == PartitionSpec(None, None)
+
+
+def test_a_dimension_that_does_not_divide_stays_whole_only_when_small():
+    mesh = mesh_of(2, 2, 2)
+    assert spec_of(mesh, ("vocab", "embed"), shape(101, 8)) == PartitionSpec(None, "fsdp")
+    large = shape(LARGE + 1, 1)
+    with pytest.raises(UserError, match=r"^config\.mesh\.tensor: 2 does not divide dimension 'vocab' of one"):
+        spec_of(mesh, ("vocab", None), large)
+    assert spec_of(mesh_of(8, 1, 1), ("vocab", None), large) == PartitionSpec(None, None)
+
+
+def test_a_name_without_a_rule_and_a_wrong_rank_are_bugs():
+    with pytest.raises(ValueError, match="no rule for the logical axis 'vocabulary'"):
+        spec_of(mesh_of(2, 2, 2), ("vocabulary",), shape(8))
+    with pytest.raises(ValueError, match="one: 1 logical axes"):
+        spec_of(mesh_of(2, 2, 2), ("vocab",), shape(8, 8))
+
+
+def test_the_table_counts_what_each_device_holds():
+    mesh = mesh_of(2, 2, 2)
+    abstract = {"embeddings": shape(1024, 512), "norm": shape(1024)}
+    layout = shardings(mesh, {"embeddings": ("vocab", "embed"), "norm": (None,)}, abstract)
+    lines = describe_shardings(abstract, layout)
+    assert lines[0].split() == ["embeddings", "1024/tensor", "x", "512/fsdp", "0.50", "MiB"]  # a quarter of 2 MiB
+    assert lines[1].split() == ["norm", "1024", "0.00", "MiB"]
+    assert lines[2].split() == ["total", "525,312", "elements", "0.50", "MiB", "a", "device"]
+
+
+def test_a_batch_is_dealt_by_rows_over_data_and_fsdp():
+    mesh = mesh_of(2, 2, 2)
+    local = {"tokens": np.arange(24, dtype=np.int32).reshape(8, 3), "weights": np.ones(8, np.float32)}
+    batch = global_batch(mesh, local)
+    np.testing.assert_array_equal(np.asarray(batch["tokens"]), local["tokens"])
+    assert row_multiple(mesh) == 4
+    assert batch["tokens"].sharding.shard_shape((8, 3)) == (2, 3)
+    assert batch["weights"].sharding.shard_shape((8,)) == (2,)
+    with pytest.raises(UserError, match="a batch of 6 rows"):
+        global_batch(mesh, {"tokens": np.zeros((6, 3), np.int32)})

@@ -1,0 +1,71 @@
+import importlib.metadata
+import json
+
+import jax
+import pytest
+
+from kd_jax.trainer.run_directory import RunDirectory, is_done, mark_done, provenance
+from kd_jax.types import UserError
+
+CONFIG = {"seed": 0, "distill": {"temperature": 2.0, "log_every": 20}, "mesh": {"data": -1}, "sets": ("a", "b")}
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_writes_who_ran_what_with_what(tmp_path):
+    run = RunDirectory(tmp_path / "deep" / "run", "distill", CONFIG)
+    run.start(data_fingerprint="abc")
+    assert read(run.path / "config.json") == {"command": "distill", "config": json.loads(json.dumps(CONFIG))}
+    record = read(run.path / "run.json")
+    assert record["data_fingerprint"] == "abc"
+    assert record["packages"]["orbax-checkpoint"] == importlib.metadata.version("orbax-checkpoint")
+    assert record["device_count"] == len(jax.devices()) == 8
+    assert record["device_kind"] == jax.devices()[0].device_kind
+    assert "pytest" in record["command_line"]
+    run.start(data_fingerprint="abc")
+    assert len(read(run.path / "run.json")["starts"]) == 2
+    assert not [entry for entry in run.path.iterdir() if entry.name.endswith(".tmp")]
+
+
+def test_done_is_written_last_and_only_by_finish(tmp_path):
+    run = RunDirectory(tmp_path, "pretrain", CONFIG)
+    run.start()
+    assert not run.done
+    run.finish(score=0.5)
+    assert run.done and RunDirectory(tmp_path, "pretrain", CONFIG).done
+    assert read(tmp_path / "DONE")["score"] == 0.5
+
+
+def test_another_config_or_command_is_refused_with_the_differences(tmp_path):
+    RunDirectory(tmp_path, "distill", CONFIG)
+    with pytest.raises(UserError, match=r"differs .*\n  config\.distill\.temperature: 2\.0 -> 4\.0$"):
+        RunDirectory(tmp_path, "distill", {**CONFIG, "distill": {"temperature": 4.0, "log_every": 20}})
+    with pytest.raises(UserError, match="command: 'distill' -> 'pretrain'"):
+        RunDirectory(tmp_path, "pretrain", CONFIG)
+    assert read(tmp_path / "config.json")["config"]["distill"]["temperature"] == 2.0
+
+
+def test_execution_keys_may_change_and_the_newest_are_kept(tmp_path):
+    RunDirectory(tmp_path, "distill", CONFIG)
+    changed = {**CONFIG, "mesh": {"data": 4}, "distill": {"temperature": 2.0, "log_every": 5}}
+    RunDirectory(tmp_path, "distill", changed)
+    assert read(tmp_path / "config.json")["config"]["mesh"] == {"data": 4}
+
+
+def test_a_finished_directory_keeps_the_config_it_was_made_with(tmp_path):
+    RunDirectory(tmp_path, "distill", CONFIG).finish()
+    RunDirectory(tmp_path, "distill", {**CONFIG, "mesh": {"data": 4}})
+    assert read(tmp_path / "config.json")["config"]["mesh"] == {"data": -1}
+
+
+def test_any_folder_can_be_marked_done(tmp_path):
+    assert not is_done(tmp_path)
+    mark_done(tmp_path)
+    assert is_done(tmp_path)
+
+
+def test_provenance_outside_a_clone_has_no_commit(monkeypatch):
+    monkeypatch.setenv("GIT_DIR", "/nonexistent")
+    assert provenance()["commit"] is None
