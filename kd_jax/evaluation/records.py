@@ -1,0 +1,129 @@
+"""One record an utterance: gold and prediction by name. Every metric is derived from records.
+
+Fields of every record: id, locale, domain, intent, partition, test_sets (list), task ("dc" or "icner"), words (list).
+A DC record adds predicted_domain. An ICNER record adds gold_tags, predicted_intent, predicted_tags (IOB2, a tag a
+word), the counts of strict scoring (gold_slots, correct, substitutions, insertions, deletions) and exact (intent and
+all spans right).
+"""
+
+import json
+import os
+import pathlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from kd_jax.data import files
+from kd_jax.data.decontamination import normalize
+from kd_jax.data.utterances import Utterance
+from kd_jax.evaluation.slots import count_slots
+from kd_jax.types import UserError
+
+Record = dict[str, Any]
+
+FIELDS = ("id", "locale", "domain", "intent", "partition", "test_sets", "task", "words")
+TASK_FIELDS = {
+    "dc": ("predicted_domain",),
+    "icner": (
+        *("gold_tags", "predicted_intent", "predicted_tags"),
+        *("gold_slots", "correct", "substitutions", "insertions", "deletions", "exact"),
+    ),
+}
+
+
+def assign_test_sets(utterances: Sequence[Utterance], train: Iterable[Utterance]) -> list[list[str]]:
+    """The test sets that each utterance belongs to: its partition, and for the test partition also
+
+    test_unseen (its normalized text is no train utterance of its locale) and tail (at least one of its words, case
+    ignored, occurs in no train utterance of its locale).
+    """
+    texts: dict[str, set[str]] = defaultdict(set)
+    words: dict[str, set[str]] = defaultdict(set)
+    for utterance in train:
+        texts[utterance.locale].add(normalize(utterance.text))
+        words[utterance.locale].update(word.casefold() for word in utterance.words)
+    assigned = []
+    for utterance in utterances:
+        sets = [utterance.partition]
+        if utterance.partition == "test":
+            if normalize(utterance.text) not in texts[utterance.locale]:
+                sets.append("test_unseen")
+            if any(word.casefold() not in words[utterance.locale] for word in utterance.words):
+                sets.append("tail")
+        assigned.append(sets)
+    return assigned
+
+
+def domain_record(utterance: Utterance, test_sets: Sequence[str], predicted_domain: str) -> Record:
+    """The DC record of one utterance."""
+    return {**_common(utterance, test_sets, "dc"), "predicted_domain": predicted_domain}
+
+
+def intent_slot_record(
+    utterance: Utterance, test_sets: Sequence[str], predicted_intent: str, predicted_tags: Sequence[str]
+) -> Record:
+    """The ICNER record of one utterance; predicted_tags are decoded IOB2, one a word, else ValueError."""
+    counts = count_slots(utterance.tags, predicted_tags)
+    return {
+        **_common(utterance, test_sets, "icner"),
+        "gold_tags": list(utterance.tags),
+        "predicted_intent": predicted_intent,
+        "predicted_tags": list(predicted_tags),
+        "gold_slots": counts.correct + counts.substitutions + counts.deletions,
+        **counts._asdict(),
+        "exact": predicted_intent == utterance.intent and sum(counts) == counts.correct,
+    }
+
+
+def write_records(path: str | os.PathLike, records: Iterable[Record]) -> None:
+    """Writes one JSON object a line; the file appears whole or not at all."""
+    write_json_lines(path, records)
+
+
+def read_records(path: str | os.PathLike) -> list[Record]:
+    """Reads what `write_records` wrote; raises UserError with file and line."""
+    records = read_json_lines(path)
+    for number, record in enumerate(records, 1):
+        task = record.get("task")
+        if task not in TASK_FIELDS:
+            raise UserError(f"{path}:{number}: task is {task!r}; it must be dc or icner, write the records again")
+        missing = [field for field in FIELDS + TASK_FIELDS[task] if field not in record]
+        if missing:
+            raise UserError(f"{path}:{number}: field {missing[0]!r} is missing; write the records again")
+    return records
+
+
+def write_json_lines(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes one JSON object a line to a temporary file, then renames it; UserError when it cannot be written."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Reads one JSON object a line; raises UserError with file and line."""
+    lines = files.numbered_lines(pathlib.Path(path))
+    return [files.json_object(line, f"{path}:{number}") for number, line in lines]
+
+
+def _common(utterance: Utterance, test_sets: Sequence[str], task: str) -> Record:
+    return {
+        "id": utterance.id,
+        "locale": utterance.locale,
+        "domain": utterance.domain,
+        "intent": utterance.intent,
+        "partition": utterance.partition,
+        "test_sets": list(test_sets),
+        "task": task,
+        "words": list(utterance.words),
+    }

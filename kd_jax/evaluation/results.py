@@ -1,0 +1,183 @@
+"""From records to result objects.
+
+Keys: student, transfer_set, teacher, seed, task, scope, locale, domain, test_set, metric, value, count.
+
+scope is "all", "locale", "domain" or "locale_domain"; where it does not name locale or domain, that field is "all"
+(pooled over utterances). value is null where the metric is undefined, never NaN. count is the metric's denominator:
+utterances, or for slot F1 the gold plus predicted spans, or for SemER the gold slots plus utterances.
+
+Every metric but macro F1 is a ratio of two sums over utterances (`TERMS`), which is also what significance.py
+resamples.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from seqeval.metrics import f1_score
+from seqeval.scheme import IOB2
+
+from kd_jax.evaluation.classification import macro_f1
+from kd_jax.evaluation.records import Record, read_json_lines, write_json_lines
+from kd_jax.evaluation.slots import MODES, SlotCounts, count_slots
+
+Term = tuple[float, float]  # numerator, denominator of one utterance
+
+IDENTITY = ("student", "transfer_set", "teacher", "seed")
+MASSIVE_METRICS = ("massive_intent_accuracy", "massive_slot_f1", "massive_exact_match")
+
+
+def _counts(record: Record) -> SlotCounts:
+    return SlotCounts(record["correct"], record["substitutions"], record["insertions"], record["deletions"])
+
+
+def _slot_f1(counts: SlotCounts) -> Term:
+    """Micro F1 = 2 correct / (gold + predicted), summed over utterances before dividing."""
+    spans = 2 * (counts.correct + counts.substitutions) + counts.insertions + counts.deletions
+    return 2.0 * counts.correct, spans
+
+
+def _massive(record: Record) -> SlotCounts:
+    return count_slots(record["gold_tags"], record["predicted_tags"], "massive")
+
+
+def _semer(record: Record) -> Term:
+    counts = _counts(record)
+    errors = (
+        counts.substitutions + counts.insertions + counts.deletions + (record["predicted_intent"] != record["intent"])
+    )
+    return float(errors), record["gold_slots"] + 1
+
+
+def _share(right: Callable[[Record], bool]) -> Callable[[Record], Term]:
+    return lambda record: (float(right(record)), 1)
+
+
+def _rest(term: Callable[[Record], Term]) -> Callable[[Record], Term]:
+    """The error rate that belongs to a score: 1 - score, as a ratio of the same denominator."""
+
+    def errors(record: Record) -> Term:
+        numerator, denominator = term(record)
+        return denominator - numerator, denominator
+
+    return errors
+
+
+def _massive_exact(record: Record) -> bool:
+    counts = _massive(record)
+    return record["predicted_intent"] == record["intent"] and sum(counts) == counts.correct
+
+
+_accuracy = _share(lambda record: record["predicted_domain"] == record["domain"])
+_intent = _share(lambda record: record["predicted_intent"] == record["intent"])
+_exact = _share(lambda record: record["exact"])
+
+
+def _f1(record: Record) -> Term:
+    return _slot_f1(_counts(record))
+
+
+TERMS: dict[str, dict[str, Callable[[Record], Term]]] = {
+    "dc": {"accuracy": _accuracy, "error_rate": _rest(_accuracy)},
+    "icner": {
+        "intent_accuracy": _intent,
+        "intent_error_rate": _rest(_intent),
+        "slot_f1": _f1,
+        "slot_error_rate": _rest(_f1),
+        "exact_match": _exact,
+        "exact_match_error_rate": _rest(_exact),
+        "semer": _semer,
+        "massive_intent_accuracy": _intent,
+        "massive_slot_f1": lambda record: _slot_f1(_massive(record)),
+        "massive_exact_match": _share(_massive_exact),
+    },
+}
+# The headline error rates, lower is better: what reports compare.
+ERROR_METRICS = {
+    "dc": ("error_rate",),
+    "icner": ("intent_error_rate", "slot_error_rate", "exact_match_error_rate", "semer"),
+}
+
+
+def results(records: Sequence[Record], *, identity: dict[str, Any], mode: str = "strict") -> list[dict[str, Any]]:
+    """Result objects of one student's records of one task, over test sets, locales and domains.
+
+    Slot F1 over all records is held against seqeval's. identity holds student, transfer_set, teacher and seed. mode
+    "massive" adds the official MASSIVE scores (massive_slot_f1, ...) to the strict ones. macro_f1 is null in the
+    scopes of one domain, where precision has no meaning. Raises ValueError for another identity or mode, for records
+    of several tasks, or when counts and tags of the records disagree.
+    """
+    if set(identity) != set(IDENTITY):
+        raise ValueError(f"identity holds {sorted(identity)}; it must hold exactly {', '.join(IDENTITY)}")
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(MODES)}")
+    if not records:
+        return []
+    tasks = {record["task"] for record in records}
+    if len(tasks) > 1:
+        raise ValueError(f"records of several tasks at once: {', '.join(sorted(tasks))}")
+    (task,) = tasks
+    if task == "icner":
+        _check_against_seqeval(records)
+    wanted = [name for name in TERMS[task] if mode == "massive" or name not in MASSIVE_METRICS]
+
+    sums: dict[tuple[str, str, str, str], dict[str, list[float]]] = defaultdict(
+        lambda: {name: [0.0, 0] for name in wanted}
+    )
+    labels: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
+    for record in records:
+        terms = [(name, *TERMS[task][name](record)) for name in wanted]
+        for test_set in record["test_sets"]:
+            for scope, locale, domain in _scopes(record):
+                bucket = sums[test_set, scope, locale, domain]
+                for name, numerator, denominator in terms:
+                    bucket[name][0] += numerator
+                    bucket[name][1] += denominator
+                if task == "dc" and domain == "all":
+                    labels[test_set, locale].append((record["domain"], record["predicted_domain"]))
+
+    rows = []
+    for (test_set, scope, locale, domain), bucket in sorted(sums.items()):
+        place = {**identity, "task": task, "scope": scope, "locale": locale, "domain": domain, "test_set": test_set}
+        for name, (numerator, denominator) in bucket.items():
+            value = numerator / denominator if denominator else None
+            rows.append({**place, "metric": name, "value": value, "count": int(denominator)})
+        if task == "dc":
+            pairs = labels[test_set, locale] if domain == "all" else []
+            value = macro_f1([gold for gold, _ in pairs], [guess for _, guess in pairs])
+            rows.append({**place, "metric": "macro_f1", "value": value, "count": len(pairs)})
+    return rows
+
+
+def _check_against_seqeval(records: Sequence[Record]) -> None:
+    terms = [_f1(record) for record in records]
+    spans = sum(denominator for _, denominator in terms)
+    ours = sum(numerator for numerator, _ in terms) / spans if spans else 0.0
+    tags = [[record[field] for record in records] for field in ("gold_tags", "predicted_tags")]
+    settings: dict[str, Any] = {"average": "micro", "mode": "strict", "scheme": IOB2, "zero_division": 0}
+    theirs = np.asarray(f1_score(*tags, **settings)).item()
+    if abs(ours - theirs) > 1e-9:
+        raise ValueError(f"the records' counts give slot F1 {ours:.6f}, seqeval gives {theirs:.6f} from their tags")
+
+
+def append_results(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
+    """Adds result objects to a JSON-lines file, atomically; a row replaces one that differs in value and count."""
+    known = {_key(row): row for row in read_json_lines(path)} if os.path.exists(path) else {}
+    known.update((_key(row), row) for row in rows)
+    write_json_lines(path, known.values())
+
+
+def _key(row: dict[str, Any]) -> tuple:
+    return tuple(sorted((name, repr(value)) for name, value in row.items() if name not in ("value", "count")))
+
+
+def _scopes(record: Record) -> tuple[tuple[str, str, str], ...]:
+    locale, domain = record["locale"], record["domain"]
+    return (
+        ("all", "all", "all"),
+        ("locale", locale, "all"),
+        ("domain", "all", domain),
+        ("locale_domain", locale, domain),
+    )
