@@ -9,7 +9,7 @@
 # Everything then runs from the repository's root with .venv/bin/python -m ...
 #
 # KD_JAX_PYTHON names the interpreter, Python 3.11 to 3.13; without it the first suitable one on PATH is taken.
-# For a GPU or a TPU, add afterwards:  .venv/bin/python -m pip install -c requirements.txt ".[cuda]"   (or ".[tpu]")
+# For a GPU or a TPU, add afterwards:  .venv/bin/python -m pip install -c requirements.txt -e ".[cuda]"  (or ".[tpu]")
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
