@@ -49,3 +49,10 @@ def test_counter_keys_depend_on_the_order_of_counters():
     assert len(np.unique(counter_keys(1, a, b))) == 100
     assert not np.intersect1d(counter_keys(1, a, b)[:50], counter_keys(1, b, a)[:50]).size
     assert not np.intersect1d(counter_keys(1, a), counter_keys(2, a)).size
+
+
+def test_all_orders_of_three_are_about_equally_likely():
+    keys = np.repeat(counter_keys(3, np.arange(6000)), 3)
+    orders = permute(np.tile(np.arange(3), 6000), 3, keys).reshape(-1, 3)
+    _, counts = np.unique(orders, axis=0, return_counts=True)
+    assert len(counts) == 6 and np.all(np.abs(counts - 1000) < 150)

@@ -59,13 +59,13 @@ def mask_rows(
     counts = np.minimum(np.clip(counts, 1, slots), possible)
 
     # The candidates with the smallest hashes are masked; hashes of others are beyond all 63-bit ones.
-    order = np.argsort(np.where(candidates, hashes, np.uint64(2**63)), axis=1)[:, :slots]
-    slot = np.arange(order.shape[1])[None, :]
-    positions = np.full((rows, slots), length, np.int64)
-    positions[:, : order.shape[1]] = np.where(slot < counts[:, None], order, length)
-    positions.sort(axis=1)
-    used = positions < length
-    positions[~used] = 0
+    ranked = np.where(candidates, hashes, np.uint64(2**63))
+    threshold = np.sort(ranked, axis=1)[np.arange(rows), np.maximum(counts, 1) - 1]
+    used_rows, used_columns = np.nonzero((ranked <= threshold[:, None]) & (counts > 0)[:, None])
+    used_slots = np.arange(len(used_rows)) - (np.cumsum(counts) - counts)[used_rows]
+    positions = np.zeros((rows, slots), np.int64)
+    positions[used_rows, used_slots] = used_columns
+    used = np.arange(slots)[None, :] < counts[:, None]
 
     row = np.arange(rows)[:, None]
     original = tokens[row, positions]
@@ -75,6 +75,5 @@ def mask_rows(
     replaced = np.where(choice < masking.mask_share + masking.random_share, drawn, original)
     replaced = np.where(choice < masking.mask_share, mask_id, replaced)
     corrupted = tokens.copy()
-    used_rows, used_slots = np.nonzero(used)
-    corrupted[used_rows, positions[used]] = replaced[used_rows, used_slots]
+    corrupted[used_rows, used_columns] = replaced[used_rows, used_slots]
     return corrupted, positions.astype(np.int32), np.where(used, original, 0).astype(np.int32), used.astype(np.float32)

@@ -36,30 +36,31 @@ def counter_keys(base: int | np.ndarray, *counters: np.ndarray) -> np.ndarray:
     return keys
 
 
-def _feistel(values: np.ndarray, half_bits: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    half_mask = (np.uint64(1) << half_bits) - np.uint64(1)
-    left, right = values >> half_bits, values & half_mask
-    for number in range(_ROUNDS):
-        mixed = splitmix64(keys + splitmix64(right + np.uint64(number << 56)))
-        left, right = right, left ^ (mixed & half_mask)
-    return (left << half_bits) | right
+def _feistel(values: np.ndarray, bits: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """A bijection of range(2**bits) for each key: the two halves (one bit apart for odd bits) change in turn."""
+    low_bits = bits - bits // np.uint64(2)
+    masks = ((np.uint64(1) << low_bits) - np.uint64(1), (np.uint64(1) << (bits // np.uint64(2))) - np.uint64(1))
+    low, high = values & masks[0], values >> low_bits
+    for number in range(0, _ROUNDS, 2):
+        low = low ^ (splitmix64(keys + high + np.uint64(number << 56)) & masks[0])
+        high = high ^ (splitmix64(keys + low + np.uint64((number + 1) << 56)) & masks[1])
+    return (high << low_bits) | low
 
 
 def permute(index: np.ndarray, size: np.ndarray | int, keys: np.ndarray) -> np.ndarray:
     """Where a random permutation of range(size) sends `index`: int64 [n], with a permutation for each key (uint64 [n]).
 
-    `index` is int64 [n] in [0, size), `size` a scalar or int64 [n], below 2**52. A Feistel network over the next
-    power of four that repeats until the value is inside the range (cycle walking; Black and Rogaway, CT-RSA 2002);
-    O(1) memory.
+    `index` is int64 [n] in [0, size), `size` a scalar or int64 [n], below 2**52. A Feistel network over the next power
+    of two that repeats until the value is inside the range (cycle walking; Black and Rogaway, CT-RSA 2002); O(1)
+    memory.
     """
     size = np.broadcast_to(np.asarray(size, np.int64), np.shape(index))
-    bits = np.frexp((size - 1).astype(np.float64))[1]  # bit length of size - 1, exact below 2**53
-    half_bits = np.maximum(1, (bits + 1) // 2).astype(np.uint64)
+    bits = np.frexp((size - 1).astype(np.float64))[1].astype(np.uint64)  # bit length of size - 1, exact below 2**53
     size = size.astype(np.uint64)
     result = np.asarray(index).astype(np.uint64)
     outside = np.arange(len(result))
     while outside.size:
-        values = _feistel(result[outside], half_bits[outside], keys[outside])
+        values = _feistel(result[outside], bits[outside], keys[outside])
         result[outside] = values
         outside = outside[values >= size[outside]]
     return result.astype(np.int64)
