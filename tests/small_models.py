@@ -1,0 +1,62 @@
+"""Encoders small enough for tests, one of each family, and packed batches for them."""
+
+import dataclasses
+
+import numpy as np
+
+from kd_jax.models.encoder import EncoderConfig, encoder_config
+from kd_jax.models.presets import PRESETS
+
+FAMILIES = {"bert": "mbert", "roberta": "xlmr_base", "xlmr_xl": "xlmr_xl", "modernbert": "mmbert_small"}
+VOCAB = 50
+
+
+def small_config(family: str, **changes) -> EncoderConfig:
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "num_layers": 4,
+        "num_heads": 2,
+        "intermediate_size": 24,
+        "max_positions": 40,
+        "local_window": 4,
+        "local_theta": 500.0,
+        "initializer_range": 0.3,  # far from linear, so that errors show
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "remat": False,
+        "scan": "unroll",
+    }
+    return dataclasses.replace(encoder_config(PRESETS[FAMILIES[family]], 1), **sizes | changes)
+
+
+def packed_batch(rows: list[list[int]], length: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random tokens for rows given as lists of text lengths; the rest of each row is padding."""
+    rng = np.random.default_rng(seed)
+    shape = (len(rows), length)
+    batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "segment_ids", "positions")}
+    for row, lengths in enumerate(rows):
+        start = 0
+        for segment, size in enumerate(lengths, 1):
+            part = slice(start, start + size)
+            batch["tokens"][row, part] = rng.integers(1, VOCAB, size)
+            batch["segment_ids"][row, part] = segment
+            batch["positions"][row, part] = np.arange(size)
+            start += size
+    return batch
+
+
+def alone(batch: dict[str, np.ndarray], length: int) -> tuple[dict[str, np.ndarray], list[tuple[int, slice]]]:
+    """The same texts with a padded row each, and the (row, columns) where each stood in the packed batch."""
+    places = []
+    for row, segments in enumerate(batch["segment_ids"]):
+        for segment in range(1, segments.max() + 1):
+            columns = np.flatnonzero(segments == segment)
+            places.append((row, slice(columns[0], columns[-1] + 1)))
+    single = {name: np.zeros((len(places), length), np.int32) for name in batch}
+    for index, (row, columns) in enumerate(places):
+        size = columns.stop - columns.start
+        single["tokens"][index, :size] = batch["tokens"][row, columns]
+        single["segment_ids"][index, :size] = 1
+        single["positions"][index, :size] = np.arange(size)
+    return single, places
