@@ -1,7 +1,7 @@
 """Every key that kd_jax reads, with its unit or range and a default.
 
-An experiment's file calls `get_config()` here, changes what it needs, and returns the result; library code never asks for a
-key that is not declared here, and an override of an unknown key is an error.
+An experiment's file calls `get_config()` here, changes what it needs, and returns the result; library code never asks
+for a key that is not declared here, and an override of an unknown key is an error.
 """
 
 from ml_collections import ConfigDict
@@ -10,11 +10,12 @@ from kd_jax.models.presets import PRESETS
 
 
 def source(kind: str, format: str, languages: tuple[str, ...], **changes) -> ConfigDict:
-    """One source of text. `kind` is "generic" or "task"; `languages` are language or locale names, e.g. "de" or "de-DE"."""
+    """One source of text of a kind, "generic" or "task", in some languages or locales, e.g. "de" or "de-DE"."""
     keys = ConfigDict(
         {
             "kind": kind,
-            "format": format,  # embedded | text | jsonl | parquet | huggingface | tfds | utterances (the train partition of config.nlu)
+            # embedded | text | jsonl | parquet | huggingface | tfds | utterances (the train partition of config.nlu)
+            "format": format,
             "languages": tuple(languages),
             "path": "",  # file, folder or glob; {language} and ${VARIABLE} are filled in
             "field": "text",  # field that holds the text (jsonl, parquet, huggingface, tfds)
@@ -36,7 +37,7 @@ def job(**changes) -> ConfigDict:
     keys = ConfigDict(
         {
             "steps": 1000,  # optimizer steps
-            "batch_size": 64,  # rows a step (pretrain, adapt, distill) or utterances a step (finetune), over all devices
+            "batch_size": 64,  # rows a step, or utterances a step when finetuning, over all devices
             "accumulation": 1,  # micro-batches a step; divides batch_size
             "learning_rate": 1e-3,  # peak
             "warmup_steps": 50,  # linear from 0
@@ -93,7 +94,7 @@ def get_config() -> ConfigDict:
     config.rows = ConfigDict(
         {
             "length": 64,  # tokens a row, special tokens included
-            "heldout_share": 0.02,  # in (0, 0.5]: share of generic texts kept for held-out loss; task text uses the dev partition
+            "heldout_share": 0.02,  # in (0, 0.5]: of generic texts; task text is held out by the dev partition
             "open_rows": 64,  # rows kept open while packing
         }
     )
@@ -164,9 +165,10 @@ def get_config() -> ConfigDict:
             "mlm_sets": ("task",),  # transfer sets also learned by MLM alone, without a teacher
             "seeds": (0, 1, 2),
             "tasks": ("dc", "icner"),
-            "recipe_learning_rates": (1e-3,),  # searched on dev for each kind of student, with the first seed
+            "recipe_learning_rates": (1e-3,),  # searched on dev for each student, with the first seed
             "recipe_epochs": (10,),
-            "require_teacher_better_than_unigram": True,  # stop before distilling a teacher that knows no more than a unigram
+            # Stop before distilling a teacher whose loss on task text is no better than a unigram's.
+            "require_teacher_better_than_unigram": True,
         }
     )
     return config

@@ -1,8 +1,8 @@
 """Transfer sets compared on MASSIVE with a small teacher of our own, four locales.
 
 Command:   KD_JAX_DATA=DIR python -m kd_jax.main.study --config=configs/massive.py --workdir=runs/massive
-           where DIR holds nlu/massive/<locale>.jsonl (MASSIVE's own files) and generic/<language>.txt.gz (one text a line);
-           other places: --config.nlu.path=... --config.sources.generic.path=.../{language}.txt.gz
+           where DIR holds nlu/massive/<locale>.jsonl (MASSIVE's files) and generic/<language>.txt.gz (one text a line);
+           elsewhere: --config.nlu.path=DIR --config.sources.generic.path=DIR/{language}.txt.gz
 Hardware:  two CPU cores, 8 GB of memory
 Time:      see docs/results/massive.md
 Result:    docs/results/massive.md

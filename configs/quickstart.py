@@ -4,8 +4,8 @@ Command:   bash launch/quickstart.sh
            python -m kd_jax.main.study --config=configs/quickstart.py --workdir=runs/quickstart
 Hardware:  two CPU cores, 4 GB of memory
 Time:      under 10 minutes
-Result:    a table of students and a report; at this size "no winner" is a fair verdict on the downstream tasks, while the held-out
-           masked-LM loss already tells the transfer sets apart
+Result:    a table of students and a report; at this size "no winner" is a fair verdict on the downstream tasks,
+           while the held-out masked-LM loss already tells the transfer sets apart
 """
 
 from ml_collections import ConfigDict

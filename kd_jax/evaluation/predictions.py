@@ -55,7 +55,7 @@ def predict_records(
     batch_rows: int,
     place: Place,
 ) -> list[Record]:
-    """Records in the order of `utterances`; `train` decides who belongs to test_unseen and tail, `place` puts a batch on the devices."""
+    """Records in the order of `utterances`; `train` decides on test_unseen and tail, `place` puts rows on devices."""
     labelled = LabelledSet(utterances, tokenizer, maps, model.kind, length)
     test_sets = assign_test_sets(utterances, train)
     predict = compiled_predict(model)
@@ -78,9 +78,9 @@ def predict_records(
 def decode_rows(
     labelled: LabelledSet, chosen: np.ndarray, scores_NxLxT: np.ndarray, firsts: np.ndarray, tags: Sequence[str]
 ) -> list[list[str]]:
-    """Valid IOB2 tags, one a word, of each chosen utterance, from the scores of its row and the column where it starts.
+    """Valid IOB2 tags of each chosen utterance, from its row's scores and the column where it starts.
 
-    A word counts by its first piece; one without a piece in the row (cut off, or nothing left of it by the tokenizer) is "O".
+    A word counts by its first piece; one without a piece in the row (cut off, or emptied by the tokenizer) is "O".
     """
     lengths = np.array([len(labelled.utterances[number].words) for number in chosen])
     scores = np.full((len(chosen), lengths.max(initial=1), len(tags)), NO_PIECE, np.float32)

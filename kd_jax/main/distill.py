@@ -1,6 +1,7 @@
 """Distillation of a student from a pretrained teacher over a mix of generic and task-specific text.
 
-python -m kd_jax.main.distill --config=configs/FILE.py --workdir=DIR --config.prepared=DIR --config.teacher_checkpoint=DIR
+python -m kd_jax.main.distill --config=configs/FILE.py --workdir=DIR \\
+    --config.prepared=DIR --config.teacher_checkpoint=DIR
 """
 
 import pathlib

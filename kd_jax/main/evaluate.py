@@ -1,6 +1,7 @@
-"""Scores a finetuned model on one partition: records.jsonl, one object an utterance, and results.jsonl, derived from it.
+"""Scores a finetuned model on one partition: records.jsonl (one object an utterance), and from it results.jsonl.
 
-python -m kd_jax.main.evaluate --config=configs/FILE.py --workdir=DIR --config.prepared=DIR --config.evaluate.checkpoint=DIR
+python -m kd_jax.main.evaluate --config=configs/FILE.py --workdir=DIR \\
+    --config.prepared=DIR --config.evaluate.checkpoint=DIR
 """
 
 import pathlib

@@ -194,7 +194,7 @@ def predict(
 
 
 def dev_scores(records: Sequence[Record], task: str) -> dict[str, float]:
-    """The dev metrics, and "score", by which recipes are chosen: DC accuracy, or the mean of intent accuracy and slot F1."""
+    """The dev metrics and, for choosing recipes, "score": DC accuracy, or intent accuracy and slot F1 averaged."""
     who = {"student": "", "transfer_set": "", "teacher": "", "seed": 0}
     rows = [row for row in results(records, identity=who) if row["scope"] == "all"]
     scores = {row["metric"]: row["value"] for row in rows if row["value"] is not None}
@@ -205,7 +205,7 @@ def dev_scores(records: Sequence[Record], task: str) -> dict[str, float]:
 def predict_partition(
     checkpoint: pathlib.Path, prepared: Prepared, mesh, partition: str, compute_dtype: str
 ) -> list[Record]:
-    """Records of a partition by a finetuned model, or by the model of each utterance's gold domain where there is one for each."""
+    """Records of a partition by a finetuned model, or by that of each gold domain where there are several."""
     domains = domain_folders(checkpoint)
     if not domains:
         return predict_with(checkpoint, prepared, mesh, partition, "", compute_dtype)

@@ -1,6 +1,7 @@
 """Finetunes a domain classifier (which domain is this utterance for?).
 
-python -m kd_jax.main.finetune_dc --config=configs/FILE.py --workdir=DIR --config.prepared=DIR [--config.finetune.init_from=DIR]
+python -m kd_jax.main.finetune_dc --config=configs/FILE.py --workdir=DIR \\
+    --config.prepared=DIR [--config.finetune.init_from=DIR]
 """
 
 import functools

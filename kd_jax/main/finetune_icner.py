@@ -1,6 +1,7 @@
 """Finetunes intent classification and named entity recognition together.
 
-python -m kd_jax.main.finetune_icner --config=configs/FILE.py --workdir=DIR --config.prepared=DIR [--config.finetune.init_from=DIR]
+python -m kd_jax.main.finetune_icner --config=configs/FILE.py --workdir=DIR \\
+    --config.prepared=DIR [--config.finetune.init_from=DIR]
 """
 
 import functools

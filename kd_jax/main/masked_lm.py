@@ -99,7 +99,7 @@ def compiled_heldout_step(model: Functional):
 def heldout_rows(
     model: Functional, params: Params, prepared: Prepared, config: ConfigDict, mesh, batch_size: int, most_rows: int
 ) -> list[dict[str, Any]]:
-    """One entry a held-out store: loss and unigram loss in nats a masked token, accuracy, and the number of masked tokens."""
+    """One entry a held-out store: loss and unigram loss (nats a masked token), accuracy, number of masked tokens."""
     step = compiled_heldout_step(model)
     unigrams = unigram_log_probabilities(prepared)
     entries = []

@@ -1,4 +1,4 @@
-"""What every training command does between its batches and its checkpoints: compile, resume or start, fit, mark as done."""
+"""What every training command does with its batches: compile, resume or start, fit, mark as done."""
 
 import functools
 import pathlib
@@ -53,7 +53,7 @@ class Job:
 def compiled(objective, arguments: tuple, model: Functional, settings: FrozenConfigDict, mesh):
     """The jitted step, the optimizer, and abstract state with its shardings.
 
-    A study asks for the same few programs again and again: equal arguments give the same jitted function, compiled once.
+    A study asks for the same few programs again and again: equal arguments give one function, compiled once.
     """
     job = ConfigDict(settings)
     optimizer, schedule = make_optimizer(job), make_schedule(job)

@@ -15,8 +15,8 @@ from kd_jax.steps.pretrain import masked_accuracy, masked_logits
 def make_distill_objective(student: Functional, teacher: Functional, settings: Mapping) -> Objective:
     """KL(teacher || student) * T**2 (Hinton et al. 2015) plus the hard masked-LM loss, each with its schedule.
 
-    frozen["teacher"] holds the teacher's parameters. settings are the keys of config.distill. With positions "masked" the logits
-    of both are formed at the masked positions only; "all" takes the KL at every real token.
+    frozen["teacher"] holds the teacher's parameters. settings are keys of config.distill. With positions "masked" the
+    logits of both are formed at the masked positions only; "all" takes the KL at every real token.
     """
     everywhere = settings["positions"] == "all"
     temperature = settings["temperature"]

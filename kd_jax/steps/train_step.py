@@ -17,7 +17,7 @@ TrainStep = Callable[[State, Any, Batch], tuple[State, Mapping[str, Term]]]
 def split_micro_batches(batch: Batch, accumulation: int) -> dict[str, Array]:
     """[B, ...] -> [accumulation, B // accumulation, ...]; row r goes to micro-batch r % accumulation.
 
-    Taking every accumulation-th row keeps each device's rows on that device when the rows are sharded in contiguous blocks.
+    Taking every accumulation-th row keeps each device's rows on that device when rows lie in contiguous blocks.
     """
 
     def split(values):

@@ -69,7 +69,7 @@ def recipes(config: ConfigDict) -> list[Recipe]:
 
 
 class Planner:
-    """Turns a study's config into stages. `keys[command](config)` are the keys that decide what that command computes."""
+    """Turns a study's config into stages; `keys[command](config)` are the keys that decide what a command computes."""
 
     def __init__(self, config: ConfigDict, keys: Mapping[str, Callable[[ConfigDict], Iterable[str]]]):
         for name, share in config.study.transfer_sets.items():
