@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from kd_jax.data.utterances import Utterance
+from kd_jax.data.utterances import Utterance, read_massive
 from kd_jax.evaluation.records import (
     assign_test_sets,
     domain_record,
@@ -108,3 +108,14 @@ def test_errors_name_file_and_line(tmp_path):
         read_records(path)
     with pytest.raises(UserError, match="No such file"):
         read_records(tmp_path / "absent.jsonl")
+
+
+def test_test_unseen_against_the_published_overlap_lists(data_dir):
+    folder = data_dir / "nlu" / "massive"
+    utterances = read_massive(folder, ["de-DE", "en-US"])
+    test = [item for item in utterances if item.partition == "test"]
+    sets = assign_test_sets(test, [item for item in utterances if item.partition == "train"])
+    lists = json.loads((folder / "overlap_with_train.json").read_text(encoding="utf-8"))
+    for locale, extra in (("de-DE", 0), ("en-US", 9)):  # extra: equal only once normalized
+        seen = {item.id for item, names in zip(test, sets) if item.locale == locale and "test_unseen" not in names}
+        assert set(lists[locale]["test"]) <= seen and len(seen) == len(lists[locale]["test"]) + extra

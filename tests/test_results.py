@@ -136,8 +136,8 @@ def test_appending_replaces_rows_of_the_same_identity(tmp_path):
     other = results([dc("a", "b")], identity={**IDENTITY, "seed": 1})
     append_results(path, first)
     append_results(path, other)
-    append_results(path, results([dc("a", "a")], identity=IDENTITY))
-    append_results(path, results([dc("a", "a")], identity=IDENTITY))
+    for _ in range(2):
+        append_results(path, results([dc("a", "a"), dc("a", "a")], identity=IDENTITY))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == len(first) + len(other)
     accuracy = {row["seed"]: row["value"] for row in rows if row["metric"] == "accuracy" and row["scope"] == "all"}

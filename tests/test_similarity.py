@@ -63,7 +63,7 @@ def test_interface_by_name():
 
 
 def test_rank_correlation_against_scipy_and_all_orders():
-    x, y = np.array([1.0, 2, 3, 4, 5]), np.array([2.0, 1, 4, 3, 5])
+    x, y = np.array([1.0, 2, 3, 4, 50]), np.array([2.0, 1, 4, 3, 90])  # only the order counts
     got = rank_correlation(x, y)
     assert got.rho == pytest.approx(0.8) and got.count == 5
     orders = [abs(spearmanr(x, y[list(order)]).statistic) for order in itertools.permutations(range(5))]
