@@ -53,7 +53,9 @@ def icner_record(number: int, locale: str, domain: str, intent_right: bool, slot
 def records_of(task: str, rate: float, seed: int, shift: dict[str, float], size: int) -> list[dict]:
     """Records whose errors fall on the same hard utterances for all students, with a little noise by seed."""
     rng = np.random.default_rng(100 * seed + (task == "dc"))
-    difficulty = np.random.default_rng(7).random((size, len(LOCALES), 2)) + 0.03 * rng.standard_normal((size, len(LOCALES), 2))
+    difficulty = np.random.default_rng(7).random((size, len(LOCALES), 2)) + 0.03 * rng.standard_normal(
+        (size, len(LOCALES), 2)
+    )
     rows = []
     for number in range(size):
         domain = DOMAINS[number % len(DOMAINS)]
@@ -71,7 +73,11 @@ def heldout_rows(who: dict, loss: dict[str, float]) -> list[dict]:
     for kind, value in loss.items():
         languages = LOCALES if kind == "task" else tuple(locale[:2] for locale in LOCALES)
         for offset, language in enumerate(("all", *languages)):
-            found = {"loss": value + 0.1 * offset, "accuracy": max(0.02, 0.8 - value / 9), "unigram_loss": 6.7 + 0.05 * offset}
+            found = {
+                "loss": value + 0.1 * offset,
+                "accuracy": max(0.02, 0.8 - value / 9),
+                "unigram_loss": 6.7 + 0.05 * offset,
+            }
             for metric, number in found.items():
                 scope = "all" if language == "all" else "locale"
                 place = {"scope": scope, "locale": language, "domain": "all", "test_set": f"heldout_{kind}"}
@@ -98,10 +104,12 @@ def synthetic_inputs(
         for seed in seeds:
             who = {"student": kind, "transfer_set": set_name, "teacher": teacher, "seed": seed}
             if task_loss is not None:
-                objects += heldout_rows(who, {"task": task_loss + 0.02 * seed, "generic": generic_loss + 0.03 * seed})
+                wobble = 0.02 * np.random.default_rng(len(objects)).standard_normal(2)
+                objects += heldout_rows(who, {"task": task_loss + wobble[0], "generic": generic_loss + wobble[1]})
                 steps = range(0, 260, 20)
                 curves[f"{name}, seed {seed}"] = [
-                    (step, {"mlm": task_loss + (8.3 - task_loss) * np.exp(-step / 60) + 0.03 * seed, "loss": 20.0}) for step in steps
+                    (step, {"mlm": task_loss + (8.3 - task_loss) * np.exp(-step / 60) + 0.03 * seed, "loss": 20.0})
+                    for step in steps
                 ]
             for task in tasks:
                 found = records_of(task, dc if task == "dc" else icner, seed, shift, size)
@@ -115,13 +123,18 @@ def synthetic_inputs(
                 recipes.append({**recipe, "dev_score": score, "chosen": chosen})
     for name, loss in (("generic", {"task": 6.6, "generic": 5.2}), ("adapted", {"task": 4.2, "generic": 5.9})):
         objects += heldout_rows({"student": "teacher", "transfer_set": "", "teacher": name, "seed": 0}, loss)
-        curves[f"teacher, {name}"] = [(step, {"mlm": 5 + 3.3 * np.exp(-step / 200)}) for step in range(0, 900, 60)]
+        start = 8.3 if name == "generic" else 7.0
+        curves[f"teacher, {name}"] = [
+            (step, {"mlm": 5 + (start - 5) * np.exp(-step / 200)}) for step in range(0, 900, 60)
+        ]
     return ReportInputs(
         name="Synthetic study",
         config={
             "teacher": {"num_layers": 3, "hidden_size": 192},
             "student": {"num_layers": 2, "hidden_size": 96},
-            **{job: {"steps": 100, "batch_size": 32, "learning_rate": 1e-3} for job in ("pretrain", "adapt", "distill")},
+            **{
+                job: {"steps": 100, "batch_size": 32, "learning_rate": 1e-3} for job in ("pretrain", "adapt", "distill")
+            },
             "study": {"seeds": list(seeds)},
         },
         provenance={
@@ -129,7 +142,12 @@ def synthetic_inputs(
             "commit": None,
             "packages": {"jax": "0.0.0", "numpy": "0.0.0"},
             "config": "0123456789ab",
-            "seconds": {"prepare": 12.0, "pretrain-teacher": 100.0, "dc-scratch-seed0": 5.5, "test-dc-scratch-seed0": float("nan")},
+            "seconds": {
+                "prepare": 12.0,
+                "pretrain-teacher": 100.0,
+                "dc-scratch-seed0": 5.5,
+                "test-dc-scratch-seed0": float("nan"),
+            },
         },
         results=objects,
         records=records,
@@ -137,7 +155,13 @@ def synthetic_inputs(
         realised={name: described(share) for name, share in SHARES.items()},
         curves=curves,
         similarity=[
-            {"domain": domain, "jsd": 0.3 + 0.05 * index, "jsd_matched": 0.25 + 0.04 * index, "overlap": 0.5, "tokens": 1000 + index}
+            {
+                "domain": domain,
+                "jsd": 0.3 + 0.05 * index,
+                "jsd_matched": 0.25 + 0.04 * index,
+                "overlap": 0.5,
+                "tokens": 1000 + index,
+            }
             for index, domain in enumerate(DOMAINS)
         ],
         recipes=recipes,

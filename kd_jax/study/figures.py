@@ -8,6 +8,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 from kd_jax.study.findings import DomainGain, correlation, correlation_text, divergence_key, similarity_points
 from kd_jax.study.inputs import HEADLINE, Measure, Numbers, Place
@@ -97,6 +98,7 @@ def _share_panel(panel: Axes, numbers: Numbers, measure: Measure) -> None:
         shade = color(numbers, student)
         share = numbers.share(student)
         if share is None:
+            panel.axhspan(values.min(), values.max(), color=shade, alpha=0.15, linewidth=0)
             panel.axhline(values.mean(), color=shade, linestyle=(0, (5, 3)), linewidth=1.4)
             continue
         # Baselines stand a little aside, so that they do not cover the curve.
@@ -205,7 +207,7 @@ def teacher_noise(numbers: Numbers) -> Figure | None:
                 place = Place(f"heldout_{kind}", locale)
                 unigram = unigram_loss(numbers, kind, locale)
                 if metric == "loss" and unigram is not None:
-                    panel.plot([unigram], [position], "|", color=INK, markersize=11, markeredgewidth=1.6)
+                    panel.plot([unigram], [position], "|", color=INK, markersize=15, markeredgewidth=1.6, zorder=3)
                 for teacher in numbers.teachers:
                     values = [scale * value for value in numbers.values(teacher, "mlm", metric, place).values()]
                     seed_points(panel, values, position, _teacher_style(teacher))
@@ -220,7 +222,7 @@ def teacher_noise(numbers: Numbers) -> Figure | None:
             Line2D([], [], color=shade, marker=shape, linestyle="none", markersize=7, label=numbers.label(teacher))
         )
     handles.append(
-        Line2D([], [], color=INK, marker="|", linestyle="none", markersize=11, markeredgewidth=1.6, label="unigram")
+        Line2D([], [], color=INK, marker="|", linestyle="none", markersize=13, markeredgewidth=1.6, label="unigram")
     )
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handletextpad=0.3)
     return figure
@@ -249,7 +251,7 @@ def similarity_scatter(numbers: Numbers, rows: Sequence[DomainGain]) -> Figure |
         panel.set_title(f"{HEADLINE[task].error_title}: {correlation_text(correlation(rows, task))}")
         panel.set_ylabel("relative error reduction\nby task text, %")
     matched = " at a matched number of tokens" if divergence_key(rows) == "jsd_matched" else ""
-    axes[-1, 0].set_xlabel(f"Jensen-Shannon divergence from generic text{matched}, bits (right: less similar)")
+    axes[-1, 0].set_xlabel(f"Jensen-Shannon divergence from generic text{matched}, bits")
     return figure
 
 
@@ -288,7 +290,8 @@ def _place_names(panel: Axes, names: Sequence[str], x: np.ndarray, y: np.ndarray
         taken.append(box(index, best))
         dx, dy, align = best
         offset = {"textcoords": "offset points", "ha": align, "va": "center"}
-        panel.annotate(names[index], (x[index], y[index]), (dx, dy), size=9, **offset)
+        text = panel.annotate(names[index], (x[index], y[index]), (dx, dy), size=9, **offset)
+        text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
 
 
 @rc_context(STYLE)
@@ -300,23 +303,19 @@ def training_curves(numbers: Numbers) -> Figure | None:
     groups = [(name, group) for name, group in (("Teachers", teachers), ("Students", students)) if _any_points(group)]
     if not groups:
         return None
-    figure, axes = panel_grid(1, len(groups), 3.6)
+    styles = {label: _curve_style(numbers, label) for _, group in groups for label in group}
+    names = dict(styles.values())
+    figure, axes = panel_grid(1, len(groups), 3.2 + 0.1 * len(names))
     for panel, (title, group) in zip(axes[0], groups):
         panel.grid(axis="y")
         panel.set_title(title)
         panel.set_xlabel("step")
         panel.set_ylabel("masked-LM training loss, nats")
-        known: dict[str, str] = {}
         for label, rows in group.items():
-            name, shade = _curve_style(numbers, label)
-            points = curve_points(rows)
-            # "_" keeps further seeds of a student out of the legend.
-            panel.plot(
-                *zip(*points), color=shade, linewidth=1.1, alpha=0.8, label=f"_{name}" if name in known else name
-            )
-            known[name] = shade
+            panel.plot(*zip(*curve_points(rows)), color=styles[label][1], linewidth=1.1, alpha=0.8)
         panel.set_xlim(left=0)
-        panel.legend(fontsize=8.5, loc="upper right", handlelength=1.4)
+    handles = [Line2D([], [], color=shade, linewidth=2, label=name) for name, shade in names.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, handlelength=1.4)
     return figure
 
 
@@ -343,4 +342,6 @@ def _curve_style(numbers: Numbers, label: str) -> tuple[str, str]:
     for student in numbers.students:
         if student.name == name:
             return numbers.label(student), color(numbers, student)
-    return name, ADAPTED if "adapted" in name else TASK_ONLY
+    if name.startswith("teacher, "):
+        name = f"{name.removeprefix('teacher, ')} teacher"
+    return name, ADAPTED if name.startswith("adapted") else INK

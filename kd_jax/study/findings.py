@@ -133,11 +133,11 @@ def verdict_text(numbers: Numbers, task: str) -> str:
             f"{set_name(numbers, rival)}: {change}."
         )
     tied = [set_name(numbers, students[key]) for key in result.tied[1:]] or [set_name(numbers, rival)]
+    against = f"against {set_name(numbers, rival)}: " if len(tied) > 1 else "relative change "
     few = f"; fewer than {MINIMUM_SEEDS} seeds decide nothing" if difference.seeds < MINIMUM_SEEDS else ""
     return (
-        f"**{name}: no winner at this size.** {sentence(set_name(numbers, best))} has the lowest {title} ({rate}) but "
-        f"is not told "
-        f"apart from {listed(tied)} (against {set_name(numbers, rival)}: {change}{few})."
+        f"**{name}: no winner at this size.** {sentence(set_name(numbers, best))} has the lowest {title} ({rate}) "
+        f"but is not told apart from {listed(tied)} ({against}{change}{few})."
     )
 
 
@@ -151,13 +151,13 @@ def loss_text(numbers: Numbers) -> str | None:
     rates = {key: item.rate_a for key, item in result.comparisons.items()}
     lowest = next(iter(result.comparisons.values())).rate_b
     others = listed(
-        [f"{set_name(numbers, students[key])} {rates[key]:.2f}" for key in sorted(rates, key=rates.__getitem__)]
+        [f"{rates[key]:.2f} ({set_name(numbers, students[key])})" for key in sorted(rates, key=rates.__getitem__)]
     )
     told = "" if result.winner else "; not all of these are told apart"
     return (
         f"On held-out task text the masked-LM loss of the students distilled from the generic teacher is lowest for "
         f"{best}: "
-        f"{lowest:.2f} nats a masked token, {others}{told}. That is the pretraining objective, not the task."
+        f"{lowest:.2f} nats a masked token, against {others}{told}. That is the pretraining objective, not the task."
     )
 
 
@@ -181,7 +181,7 @@ def distilled_beats_scratch(numbers: Numbers, task: str) -> Answer:
     differences, adjusted = compare_all(names, numbers.scratch.name)
     best = min(differences, key=lambda name: differences[name].rate_a)
     student = next(student for student in counts if student.name == best)
-    reason = f"{numbers.label(student)} {relative_text(differences[best])}"
+    reason = f"{numbers.label(student)}: {relative_text(differences[best])}"
     return Answer(judge(differences[best], adjusted[best]), reason)
 
 

@@ -4,6 +4,7 @@ Colors are Okabe and Ito's, which stay apart under the common kinds of color bli
 apart as well.
 """
 
+import contextlib
 import io
 import os
 import pathlib
@@ -84,7 +85,8 @@ def write_whole(path: pathlib.Path, data: bytes) -> None:
         temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from error
 
 

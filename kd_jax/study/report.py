@@ -368,5 +368,6 @@ def provenance_lines(inputs: ReportInputs) -> list[str]:
             continue
         if isinstance(value, dict):
             value = ", ".join(f"{key} {item}" for key, item in value.items() if item is not None)
-        lines.append(f"{name.replace('_', ' ')}: `{'unknown' if value in (None, '') else value}`")
+        label = "config hash" if name == "config" else name.replace("_", " ")
+        lines.append(f"{label}: `{'unknown' if value in (None, '') else value}`")
     return lines or ["The command, commit and versions were not recorded."]

@@ -10,35 +10,36 @@ from kd_jax.study.document import Block, Bullets, Document, Picture, Table, Text
 STYLE = """
 :root { color-scheme: light; --ink: #1c2430; --soft: #5b6675; --line: #d9dee5; --shade: #f5f7fa; --mark: #0b5394; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; background: #fff; color: var(--ink);
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 68rem; background: #fff; color: var(--ink);
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 1rem; }
 h2 { font-size: 1.25rem; line-height: 1.3; margin: 2.75rem 0 .75rem; padding-top: .75rem; border-top: 1px solid
 var(--line); }
-p, li { max-width: 46rem; }
+p, li { max-width: 50rem; }
 a { color: var(--mark); }
 code { font: .88em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; background: var(--shade); padding: .05em
 .3em;
   border-radius: 3px; overflow-wrap: anywhere; }
-nav { font-size: .92rem; color: var(--soft); margin: 0 0 1.5rem; }
+nav { font-size: .92rem; color: var(--soft); margin: 1.2rem 0 1.5rem; }
 nav ol { margin: .3rem 0 0; padding-left: 1.4rem; columns: 2; }
 section.verdict { background: var(--shade); border-left: 4px solid var(--mark); padding: .4rem 1rem .6rem; }
 section.verdict h2 { border: 0; margin: .3rem 0; padding: 0; }
 .scroll { overflow-x: auto; margin: 1.1rem 0; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--soft); padding: 0 0 .4rem; max-width: 46rem; }
-th, td { padding: .32rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top;
+table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
+.caption, figcaption { color: var(--soft); font-size: .9rem; max-width: 50rem; }
+.caption { margin: 1.4rem 0 -.6rem; }
+th, td { padding: .32rem .55rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top;
   white-space: nowrap; }
 th.name, td.name { text-align: left; white-space: normal; min-width: 9rem; }
 td.wide { min-width: 17rem; }
-thead th { border-bottom: 2px solid var(--soft); vertical-align: bottom; }
+thead th { white-space: normal; max-width: 10rem; border-bottom: 2px solid var(--soft); vertical-align: bottom; }
 tr.strong td { background: var(--shade); font-weight: 600; }
 td small { display: block; color: var(--soft); font-weight: 400; font-size: .92em; }
-th:first-child, td:first-child { padding-left: 0; position: sticky; left: 0; background: #fff; }
-tr.strong td:first-child { background: var(--shade); padding-left: .3rem; }
+th:first-child, td:first-child { position: sticky; left: 0; background: #fff; }
+tr.strong td:first-child { background: var(--shade); }
 figure { margin: 1.2rem 0; }
 figure img { display: block; width: 100%; max-width: 50rem; height: auto; }
-figcaption { color: var(--soft); font-size: .9rem; max-width: 46rem; margin-top: .4rem; }
+figcaption { margin-top: .4rem; }
 @media (max-width: 40rem) {
   nav ol { columns: 1; }
   figure .scroll img { width: auto; min-width: 36rem; }
@@ -77,7 +78,8 @@ def inline(text: str) -> str:
 
 
 def _marked(text: str) -> str:
-    escaped = html.escape(text)
+    escaped = html.escape(text).replace(" %", "\u00a0%")
+    escaped = re.sub(r"\[[^\]]*\]", lambda interval: interval.group().replace(" ", "\u00a0"), escaped)
     escaped = re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped)
     return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escaped)
 
@@ -114,6 +116,6 @@ def _table(table: Table) -> str:
         for index, row in enumerate(table.rows)
     )
     return (
-        f'<div class="scroll"><table><caption>{inline(table.caption)}</caption>\n'
+        f'<p class="caption">{inline(table.caption)}</p>\n<div class="scroll"><table>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>"
     )

@@ -228,7 +228,7 @@ def findings_table(findings: Sequence[Finding], places: Sequence[str]) -> Table:
         "Holm-adjusted where "
         "several students are compared); not seen: told apart in the other direction; undecided: neither."
     )
-    return Table(["Finding of the paper", *(columns[name] for name in used), "Shown in"], rows, caption)
+    return Table(["Finding of the paper", *(columns[name] for name in used), "Shown in"], rows, caption, len(used) + 2)
 
 
 def recipe_table(numbers: Numbers) -> Table:
@@ -315,21 +315,23 @@ def terminal_tables(numbers: Numbers) -> list[Table]:
     for student in numbers.students:
         loss = numbers.mean(student, "mlm", "loss", Place("heldout_task"))
         means = [numbers.mean(student, measure.task, measure.shown, place) for measure in measures]
-        scores.append([numbers.label(student), *(spread(mean) for mean in means), spread(loss, 1.0)])
+        scores.append([short_label(numbers, student), *(spread(mean) for mean in means), spread(loss, 1.0)])
         changes.append(
-            [numbers.label(student), *(marked(numbers, student, reference, measure) for measure in measures)]
+            [short_label(numbers, student), *(marked(numbers, student, reference, measure) for measure in measures)]
         )
     names = [measure.title for measure in measures]
     tables = [
-        Table(
-            ["Student (%)", *names, "Task loss"], scores, f"Mean ± standard deviation over {seeds_text(numbers)}, in %"
-        )
+        Table(["Student", *names, "Task loss"], scores, f"Mean ± standard deviation over {seeds_text(numbers)}, in %")
     ]
     if reference and len(numbers.students) > 1 and measures:
         errors = [measure.title if measure.shown == measure.error else f"{measure.title} error" for measure in measures]
         caption = "Relative change of error rates against generic only, in %; * the 95 % interval leaves out zero"
         tables.append(Table(["Student", *errors], changes, caption))
     return tables
+
+
+def short_label(numbers: Numbers, student: Student) -> str:
+    return numbers.label(student).removesuffix(" teacher")
 
 
 def marked(numbers: Numbers, student: Student, reference: Student | None, measure: Measure) -> str:
