@@ -139,6 +139,30 @@ def test_a_preempted_run_saves_and_goes_on_with_the_evaluation_that_was_due(tmp_
     assert rows[0]["dev/none"] is None
 
 
+def test_an_evaluation_made_up_for_is_not_counted_twice(tmp_path):
+    """Preempted where an evaluation is due, evaluated on resume, killed before the next checkpoint, and resumed."""
+    polls, job = itertools.count(1), toy_job(evaluate_every=3, checkpoint_every=6)
+
+    class AtStepThree(Preemption):
+        def requested(self):
+            return next(polls) == 3
+
+    def broken(step):
+        if step == 4:
+            raise OSError("the text is gone")
+        return batch_at(step)
+
+    def evaluate(params, step):
+        return {"dev/step": step}
+
+    with pytest.raises(Preempted):
+        train(tmp_path, job, preemption=AtStepThree(), evaluate=evaluate)
+    with pytest.raises(OSError, match="the text is gone"):
+        train(tmp_path, job, batches=broken, evaluate=evaluate)
+    train(tmp_path, job, evaluate=evaluate)
+    assert [row["dev/step"] for row in rows_without_time(tmp_path) if "dev/step" in row] == [3, 6, 9, 12]
+
+
 def test_sigterm_is_a_preemption(tmp_path):
     def batches(step):
         if step == 5:

@@ -50,6 +50,17 @@ def test_a_resume_drops_later_rows_and_a_torn_line(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_a_resume_keeps_as_many_rows_as_the_checkpoint_knew(tmp_path):
+    for rows, kept in ((None, 2), (1, 1), (5, 1)):
+        writer = MetricsWriter(tmp_path, tensorboard=False)
+        writer.start(0 if rows is None else 5, rows)
+        if rows is None:
+            writer.write(5, {"loss": 0.5})
+            writer.write(5, {"dev/accuracy": 0.25})
+        assert writer.rows == kept == len(read_metrics(tmp_path / "metrics.jsonl"))
+        writer.close()
+
+
 def events(folder):
     """The events of a TensorBoard folder: records of length (8 bytes), checksum (4), data, checksum (4)."""
     for file in sorted(folder.glob("events.*")):

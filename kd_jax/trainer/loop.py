@@ -1,6 +1,8 @@
 """The training loop that all jobs share: it is handed a step, batches and an evaluation."""
 
+import collections
 import concurrent.futures
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -62,15 +64,14 @@ def fit(
     restored = checkpoints.restore(abstract)
     state, meta = restored if restored is not None else (initial_state(), {})
     start = int(state["step"])
-    writer.start(start)
+    writer.start(start, meta.get("rows"))
     frozen = jax.tree.map(lambda leaf: _on_mesh(leaf, mesh), frozen)
 
     bar = Progress(description, start, job.steps, lines, shown=progress)
     run = _Run(job, writer, bar, Window(meta.get("window")))
-    if preemption is None:
-        preemption = Preemption()
+    watch = Preemption() if preemption is None else contextlib.nullcontext(preemption)
     readers = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-    with preemption, bar, readers as reader:
+    with watch as preemption, bar, readers as reader:
 
         def read(step: int) -> tuple[dict[str, jax.Array], tuple[int, int]]:
             local = batch_at(step)
@@ -84,12 +85,13 @@ def fit(
         # A preemption does not wait for an evaluation that was due: it is made up for here.
         if meta.get("evaluation_due"):
             evaluate_now(start)
-        waiting = reader.submit(read, start) if start < job.steps else None
+        ahead = collections.deque(reader.submit(read, step) for step in range(start, min(start + 1, job.steps)))
         for step in range(start + 1, job.steps + 1):
             began = time.perf_counter()
-            batch, tokens = waiting.result()
+            batch, tokens = ahead.popleft().result()
             waited = time.perf_counter() - began
-            waiting = reader.submit(read, step) if step < job.steps else None
+            if step < job.steps:
+                ahead.append(reader.submit(read, step))
             state, metrics = train_step(state, frozen, batch)
             run.dispatched(step, metrics, tokens, began, waited)
 
@@ -102,8 +104,12 @@ def fit(
             if evaluation_due and not stop:
                 evaluate_now(step)
             if save_due:
-                due = evaluation_due and stop
-                meta = {"identity": identity, "window": run.window.totals(), "evaluation_due": due}
+                meta = {
+                    "identity": identity,
+                    "window": run.window.totals(),
+                    "rows": writer.rows,
+                    "evaluation_due": evaluation_due and stop,
+                }
                 checkpoints.save(step, state, meta)
             if stop:
                 checkpoints.wait()

@@ -30,7 +30,7 @@ RULES: Mapping[str, str | None] = {
 LARGE = 2**22
 
 
-def make_mesh(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(mesh: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh with the axes ("data", "fsdp", "tensor") of `config.mesh`; -1 on one axis takes the devices that are left.
 
     Raises UserError when the sizes do not multiply to the number of devices.

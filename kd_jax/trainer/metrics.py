@@ -48,14 +48,16 @@ class MetricsWriter:
         self._writes = jax.process_index() == 0
         self._file = None
         self._tensorboard = None
+        self.rows = 0  # in the file, for a checkpoint to remember
 
-    def start(self, step: int) -> None:
-        """Goes on after `step`: removes the rows of later steps and the torn line that a killed run may have left."""
+    def start(self, step: int, rows: int | None = None) -> None:
+        """Goes on after `step`: keeps the rows up to it, at most the first `rows`; later ones are of a killed run."""
         if not self._writes:
             return
         self.close()
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_metrics(self._path) if row["step"] <= step]
+        kept = [row for row in read_metrics(self._path)[:rows] if row["step"] <= step]
+        self.rows = len(kept)
         write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
         if self._wants_tensorboard:
@@ -77,6 +79,7 @@ class MetricsWriter:
         with full_disk_is_user_error(self._path):
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
+        self.rows += 1
         if self._tensorboard is not None:
             for name, value in row.items():
                 if name != "step" and value is not None:

@@ -73,6 +73,7 @@ def mark_done(workdir: str | pathlib.Path, **notes: Any) -> None:
 
 
 def is_done(workdir: str | pathlib.Path) -> bool:
+    """Whether a directory holds the DONE marker."""
     return (pathlib.Path(workdir) / DONE).is_file()
 
 

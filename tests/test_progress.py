@@ -1,0 +1,50 @@
+import io
+import sys
+
+import pytest
+
+from kd_jax.trainer import progress
+from kd_jax.trainer.progress import Progress
+
+RATES = {"tokens_per_second": 12_300.0, "padded_tokens_per_second": 1.5e6, "useful_share": 0.971}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_sees_a_bar_with_loss_rates_and_time_left(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Progress("distill", 0, 10, ["table"]) as bar:
+        for step in range(1, 6):
+            bar.update(step, 2.5, RATES)
+        bar.note("evaluating")
+        shown = sys.stderr.getvalue()
+    assert shown.startswith("table\n")
+    assert "distill" in shown and "5/10" in shown and "evaluating" in shown
+    assert "<" in shown  # tqdm's elapsed<remaining
+
+
+def test_a_log_file_sees_a_line_now_and_then(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with Progress("distill", 10, 40) as bar:
+        bar.update(11, 3.0, {})
+        now[0] += 31
+        bar.update(20, 2.5, RATES)
+        bar.update(21, 2.5, RATES)
+    line = "distill: step 20/40, loss 2.5000, 12.3k tok/s (1.5M padded, 97% useful), 62 s left\n"
+    assert capsys.readouterr().err == line  # 10 steps in 31 s, 20 steps to go
+
+
+def test_nothing_is_shown_when_progress_is_off(capsys):
+    with Progress("distill", 0, 10, ["table"], shown=False) as bar:
+        bar.update(1, 1.0, RATES)
+        bar.note("evaluating")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("number", "text"), [(999, "999"), (12_300, "12.3k"), (2.5e6, "2.5M"), (3e9, "3.0G")])
+def test_numbers_are_short(number, text):
+    assert progress._short(number) == text
