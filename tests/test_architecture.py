@@ -302,15 +302,18 @@ def project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
+# Import name -> the distributions that provide it.
+installed_distributions = functools.cache(importlib.metadata.packages_distributions)
+
+
 def undeclared_imports(path: str, source: str, declared: set[str]) -> list[str]:
     """Imports of packages that pyproject.toml does not name, though another package may bring them."""
     ours = {"kd_jax", "configs", *(file.stem for file in (ROOT / "tests").glob("*.py"))}
-    distributions = importlib.metadata.packages_distributions()
     problems = []
     for line, name in imported_modules(path, source):
         first = name.split(".")[0]
         if first not in ours | sys.stdlib_module_names:
-            owners = {normalized(owner) for owner in distributions.get(first, [first])}
+            owners = {normalized(owner) for owner in installed_distributions().get(first, [first])}
             if not owners & declared:
                 problems.append(f"{path}:{line}: {first} is not among the dependencies in pyproject.toml")
     return problems
