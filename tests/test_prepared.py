@@ -1,0 +1,307 @@
+import errno
+import json
+
+import numpy as np
+import pytest
+from kd_jax.data.tokenizer import Tokenizer, train_tokenizer
+from ml_collections import ConfigDict
+
+from kd_jax.data import prepared as prepared_module
+from kd_jax.data import rows as rows_module
+from kd_jax.data.decontamination import normalize
+from kd_jax.data.prepared import Prepared, prepare
+from kd_jax.types import UserError
+
+WORDS = [
+    "wake",
+    "me",
+    "up",
+    "at",
+    "nine",
+    "play",
+    "some",
+    "jazz",
+    "what",
+    "is",
+    "the",
+    "weather",
+    "today",
+    "turn",
+    "off",
+]
+
+
+def sentence(random, longest):
+    return " ".join(random.choice(WORDS, random.integers(2, longest)))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A MASSIVE folder of one locale and a file of generic text that holds two of its test utterances."""
+    folder = tmp_path_factory.mktemp("texts")
+    random = np.random.default_rng(0)
+    spoken = list(dict.fromkeys(sentence(random, 8) for _ in range(400)))[:300]
+    records = [
+        {
+            "id": str(number), "locale": "en-US", "partition": ("train", "train", "dev", "test")[number % 4],
+            "scenario": "alarm", "intent": "alarm_set", "utt": text, "annot_utt": text,
+        }
+        for number, text in enumerate(spoken)
+    ]  # fmt: skip
+    (folder / "nlu").mkdir()
+    (folder / "nlu" / "en-US.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    test = [record["utt"] for record in records if record["partition"] == "test"]
+    generic = [sentence(random, 60).capitalize() + "." for _ in range(2000)]
+    generic[100:102] = [test[0].upper() + "!", test[1]]
+    (folder / "en.txt").write_text("\n".join(generic) + "\n")
+    return folder, generic, records
+
+
+@pytest.fixture(scope="module")
+def tokenizer(texts, tmp_path_factory):
+    """A folder with a tokenizer trained on the generic text."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(texts[1], "bpe", 60).save(folder)
+    return folder
+
+
+def source(**changes):
+    values = {
+        "kind": "generic", "format": "text", "languages": ("en",), "path": "", "field": "text", "name": "",
+        "subset": "", "split": "train", "streaming": False, "spoken_share": 0.0, "weight": 1.0, "max_texts": 0,
+    }  # fmt: skip
+    return ConfigDict(values | changes)
+
+
+@pytest.fixture
+def config(texts, tokenizer):
+    result = ConfigDict()
+    nlu = str(texts[0] / "nlu")
+    result.nlu = {"format": "massive", "path": nlu, "name": "", "locales": ("en-US",), "max_train": 0}
+    result.sources = {
+        "web": source(path=str(texts[0] / "{language}.txt")),
+        "nlu": source(kind="task", format="utterances", languages=("en-US",)),
+    }
+    result.tokenizer = {
+        "kind": "load",
+        "path": str(tokenizer),
+        "model": "unigram",
+        "vocab_size": 60,
+        "texts_per_store": 500,
+    }
+    result.rows = {"length": 32, "heldout_share": 0.1, "open_rows": 16}
+    return result
+
+
+def decoded(store, tokenizer):
+    """The texts of a store's segments, without spaces and marks."""
+    names = tokenizer.tokens()
+    tokens, segment_ids = store.rows(np.arange(store.num_rows))
+    for row, ids in zip(tokens, segment_ids):
+        for number in range(1, ids.max() + 1):
+            pieces = row[ids == number]
+            assert pieces[0] == tokenizer.cls_id and pieces[-1] == tokenizer.sep_id
+            yield "".join(names[piece] for piece in pieces[1:-1]).replace("▁", "")
+
+
+def test_every_text_is_in_exactly_one_split(config, texts, tmp_path):
+    prepare(config, tmp_path / "p")
+    prepared = Prepared(tmp_path / "p")
+    _, generic, records = texts
+    train, heldout = prepared.stores("train"), prepared.stores("heldout")
+    assert [store.name for store in train] == ["nlu-en-US", "web-en"]  # a config's keys are sorted
+    assert [(store.name, store.kind, store.language) for store in heldout] == [
+        ("web-en", "generic", "en"), ("task-en-US", "task", "en-US"),
+    ]  # fmt: skip
+    excluded = {record["utt"] for record in records if record["partition"] != "train"}
+    kept = [text for text in generic if text.lower().strip(".!") not in excluded]
+    assert train[1].texts + heldout[0].texts == len(kept) <= len(generic) - 2
+    assert train[0].texts == sum(record["partition"] == "train" for record in records)
+    assert heldout[0].texts / len(generic) == pytest.approx(0.1, abs=0.03)
+    assert prepared.manifest["removed"]["decontaminated"] == len(generic) - len(kept)
+    # Long texts are cut, but all characters are there, in some order of the segments.
+    found = "".join("".join(decoded(store, prepared.tokenizer)) for store in (train[1], heldout[0]))
+    assert sorted(found.lower()) == sorted("".join(kept).replace(" ", "").lower())
+    dev = [record["utt"] for record in records if record["partition"] == "dev"]
+    assert heldout[1].texts == len(dev)
+    found = {normalize(text) for text in decoded(heldout[1], prepared.tokenizer)}
+    assert found == {text.replace(" ", "") for text in dev}
+
+
+def test_equal_texts_are_on_the_same_side(config, texts, tmp_path):
+    path = tmp_path / "twice.txt"
+    path.write_text("\n".join(texts[1] + [text.upper() for text in texts[1]]))
+    config.sources.web.path = str(path)
+    prepare(config, tmp_path / "p")
+    prepared = Prepared(tmp_path / "p")
+    config.sources.web.path = str(texts[0] / "en.txt")
+    prepare(config, tmp_path / "once")
+    once = Prepared(tmp_path / "once")
+    for split in ("train", "heldout"):
+        double, single = (next(s for s in one.stores(split) if s.name == "web-en") for one in (prepared, once))
+        assert double.texts == 2 * single.texts
+
+
+def test_reading_back(config, texts, tmp_path):
+    prepare(config, tmp_path / "p")
+    prepared = Prepared(str(tmp_path / "p"))
+    assert [one.text for one in prepared.utterances] == [record["utt"] for record in texts[2]]
+    assert prepared.config.rows.length == 32 and prepared.config["sources"]["web"].weight == 1.0
+    assert prepared.manifest["utterances"]["en-US train"] == sum(r["partition"] == "train" for r in texts[2])
+    assert prepared.tokenizer.fingerprint == prepared.stores("train")[0].tokenizer_fingerprint
+    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["manifest.json", "rows", "tokenizer", "utterances"]
+
+
+def test_is_deterministic(config, tmp_path):
+    for name in ("a", "b"):
+        prepare(config, tmp_path / name)
+    assert Prepared(tmp_path / "a").fingerprint == Prepared(tmp_path / "b").fingerprint
+    config.rows.heldout_share = 0.2
+    prepare(config, tmp_path / "c")
+    assert Prepared(tmp_path / "c").fingerprint != Prepared(tmp_path / "a").fingerprint
+
+
+def test_a_finished_folder_is_left_alone_and_another_config_refused(config, tmp_path, monkeypatch):
+    prepare(config, tmp_path / "p")
+    monkeypatch.setattr(prepared_module, "load_utterances", lambda nlu: pytest.fail("read again"))
+    prepare(config, tmp_path / "p")
+    config.rows.length = 64
+    config.sources.web.max_texts = 5
+    with pytest.raises(UserError, match=r"config\.rows\.length: 32 -> 64; config\.sources\.web\.max_texts: 0 -> 5"):
+        prepare(config, tmp_path / "p")
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_call_goes_on_where_it_was(config, tmp_path, monkeypatch):
+    prepare(config, tmp_path / "whole")
+    read_texts, finish = prepared_module.read_texts, rows_module.StoreWriter.finish
+    read = []
+
+    def recording(source, language, *rest, **named):
+        read.append(language)
+        return read_texts(source, language, *rest, **named)
+
+    def killed(self, removed):
+        if self._identity["name"] == "web-en":
+            raise Killed
+        return finish(self, removed)
+
+    monkeypatch.setattr(prepared_module, "read_texts", recording)
+    monkeypatch.setattr(rows_module.StoreWriter, "finish", killed)
+    with pytest.raises(Killed):
+        prepare(config, tmp_path / "p")
+    assert read == ["en-US", "en"]
+    with pytest.raises(UserError, match="no finished prepared folder"):
+        Prepared(tmp_path / "p")
+    # A kill that runs no handlers leaves its temporary folder behind.
+    leftover = tmp_path / "p" / "rows" / "train" / "web-en.partial"
+    leftover.mkdir()
+    monkeypatch.setattr(rows_module.StoreWriter, "finish", finish)
+    read.clear()
+    prepare(config, tmp_path / "p")
+    assert read == ["en"] and not leftover.exists()
+    assert Prepared(tmp_path / "p").fingerprint == Prepared(tmp_path / "whole").fingerprint
+
+
+def test_stores_of_an_unfinished_other_config_are_replaced(config, tmp_path, monkeypatch):
+    def killed(*arguments):
+        raise Killed
+
+    config.sources.old = config.sources.web.copy_and_resolve_references()
+    config.rows.length = 64
+    monkeypatch.setattr(prepared_module, "_write_manifest", killed)
+    with pytest.raises(Killed):
+        prepare(config, tmp_path / "p")
+    monkeypatch.undo()
+    del config.sources["old"]
+    config.rows.length = 32
+    prepare(config, tmp_path / "p")
+    assert {store.length for store in Prepared(tmp_path / "p").stores("train")} == {32}
+    assert sorted(p.name for p in (tmp_path / "p" / "rows" / "train").iterdir()) == ["nlu-en-US", "web-en"]
+
+
+def test_a_loaded_tokenizer_is_the_one_of_its_folder(config, tokenizer, tmp_path):
+    prepare(config, tmp_path / "p")
+    assert Prepared(tmp_path / "p").tokenizer.fingerprint == Tokenizer.load(str(tokenizer)).fingerprint
+    assert Prepared(tmp_path / "p").manifest["tokenizer_fingerprint"] == Tokenizer.load(str(tokenizer)).fingerprint
+
+
+def test_a_trained_tokenizer_reads_no_text_that_is_held_out(config, tmp_path, monkeypatch):
+    given = []
+
+    def recording(texts, model, vocab_size):
+        given.extend(texts)
+        return train_tokenizer(given, model, vocab_size)
+
+    monkeypatch.setattr(prepared_module, "train_tokenizer", recording)
+    config.tokenizer.kind, config.tokenizer.texts_per_store = "train", 700
+    prepare(config, tmp_path / "p")
+    prepared = Prepared(tmp_path / "p")
+    task, generic = (next(s for s in prepared.stores("train") if s.kind == kind) for kind in ("task", "generic"))
+    assert len(given) == task.texts + 700 < task.texts + generic.texts
+    heldout = "".join(decoded(prepared.stores("heldout")[0], prepared.tokenizer))
+    long_ones = [text.replace(" ", "") for text in given if 60 < len(text) < 100]
+    assert len(long_ones) > 20 and not any(text in heldout for text in long_ones)
+    assert prepared.tokenizer.vocab_size <= 60
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rows.heldout_share", 0.9, r"config\.rows\.heldout_share: 0\.9"),
+        ("rows.length", 2, r"config\.rows\.length"),
+        ("sources.web.kind", "news", r"config\.sources\.web\.kind"),
+        ("sources.web.languages", (), r"config\.sources\.web\.languages"),
+        ("sources.web.languages", ("en", "en"), "web-en would be built twice"),
+        ("sources.web.spoken_share", 1.5, r"config\.sources\.web\.spoken_share"),
+        ("sources.web.path", "/nowhere/{language}.txt", r"config\.sources\.web.*nowhere/en\.txt"),
+        ("sources.web.max_texts", 1, r"config\.sources\.web: no heldout text is left for en"),
+        ("tokenizer.kind", "guess", r"config\.tokenizer\.kind"),
+        ("sources", {}, r"config\.sources: is empty"),
+    ],
+)
+def test_mistakes_are_named(config, tmp_path, key, value, message):
+    with config.ignore_type():
+        if key == "sources":
+            config.sources = ConfigDict()
+        else:
+            config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=message):
+        prepare(config, tmp_path / "p")
+    assert not (tmp_path / "p" / "manifest.json").exists()
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(config, tmp_path, monkeypatch):
+    append = rows_module._ArrayFile.append
+
+    def full(self, rows):
+        append(self, rows)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(rows_module._ArrayFile, "append", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        prepare(config, tmp_path / "p")
+    assert not list((tmp_path / "p" / "rows").glob("*/*"))
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"config\.prepared: is empty"):
+        Prepared("")
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="broken JSON"):
+        Prepared(tmp_path)
+
+
+def test_massive_and_generic_text(config, data_dir, tmp_path):
+    config.nlu.path, config.nlu.locales, config.nlu.max_train = str(data_dir / "nlu" / "massive"), ("de-DE",), 300
+    config.sources.web.path, config.sources.web.languages = str(data_dir / "generic" / "{language}.txt.gz"), ("de",)
+    config.sources.web.max_texts, config.sources.nlu.languages = 2000, ("de-DE",)
+    config.tokenizer.kind, config.tokenizer.vocab_size, config.rows.length = "train", 1000, 128
+    prepare(config, tmp_path / "p")
+    prepared = Prepared(tmp_path / "p")
+    assert len(prepared.utterances) == 300 + 2033 + 2974
+    stores = prepared.manifest["stores"]
+    assert all(store["packing_efficiency"] > 0.93 for store in stores if store["rows"] > 50), stores
