@@ -20,10 +20,7 @@ RULES: Mapping[str, str | None] = {
     "heads": "tensor",
     "mlp": "tensor",
     "layers": None,
-    "norm": None,
     "positions": None,
-    "head_dim": None,
-    "classes": None,
 }
 
 # A parameter of so many elements (16 MiB in float32) or more must not stay whole because a rule cannot be applied.
