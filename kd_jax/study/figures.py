@@ -248,7 +248,7 @@ def similarity_scatter(numbers: Numbers, rows: Sequence[DomainGain]) -> Figure |
         panel.plot(x, y, "o", color=TASK_ONLY, markersize=6.5, markeredgecolor="white", markeredgewidth=0.6)
         panel.margins(0.1, 0.15)
         _place_names(panel, [point[0] for point in points], x, y)
-        panel.set_title(f"{HEADLINE[task].error_title}: {correlation_text(correlation(rows, task))}")
+        panel.set_title(f"{HEADLINE[task].title}: {correlation_text(correlation(rows, task))}")
         panel.set_ylabel("relative error reduction\nby task text, %")
     matched = " at a matched number of tokens" if divergence_key(rows) == "jsd_matched" else ""
     axes[-1, 0].set_xlabel(f"Jensen-Shannon divergence from generic text{matched}, bits")
