@@ -1,5 +1,6 @@
 import errno
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -126,6 +127,23 @@ def test_every_text_is_in_exactly_one_split(config, texts, tmp_path):
     assert heldout[1].texts == len(dev)
     found = {normalize(text) for text in decoded(heldout[1], prepared.tokenizer)}
     assert found == {text.replace(" ", "") for text in dev}
+
+
+def test_the_hash_of_a_text_ignores_case_marks_and_spaces():
+    plain = "Über die Brücke fährt die letzte Straßenbahn um zehn nach eins in die Stadt zurück, sagt man"
+    same = [
+        plain.upper(),
+        plain.replace(" ", " ... "),
+        "«" * 80 + plain,
+        unicodedata.normalize("NFD", plain),
+        plain.replace("ß", "ss") + "!",
+    ]
+    assert {prepared_module._content_hash(text) for text in same} == {prepared_module._content_hash(plain)}
+    others = [f"{word} {plain}" for word in WORDS]
+    assert len({prepared_module._content_hash(text) for text in others}) == len(WORDS)
+    # For every cut, the head's letters are those of the whole text.
+    for marks in range(70):
+        assert prepared_module._content_hash("-" * marks + plain) == prepared_module._content_hash(plain)
 
 
 def test_equal_texts_are_on_the_same_side(config, texts, tmp_path):
