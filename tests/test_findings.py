@@ -105,7 +105,7 @@ def test_unmatched_divergence_is_used_where_texts_are_too_short_to_match():
 def test_too_few_domains_have_no_correlation():
     inputs = synthetic_inputs(size=60, tasks=("dc",))
     numbers = dataclasses.replace(inputs, similarity=inputs.similarity[:2]).numbers
-    answer = findings.gain_correlates(numbers, findings.domain_gains(numbers), "dc")
+    answer = findings.gain_correlates(findings.domain_gains(numbers), "dc")
     assert answer.status == findings.NOT_RUN and "2 domains" in answer.reason
 
 

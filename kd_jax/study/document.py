@@ -9,11 +9,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Text:
+    """One paragraph."""
+
     text: str
 
 
 @dataclass(frozen=True)
 class Bullets:
+    """A list without numbers."""
+
     items: Sequence[str]
 
 
@@ -42,6 +46,8 @@ Block = Text | Bullets | Table | Picture
 
 @dataclass(frozen=True)
 class Section:
+    """A heading and what stands under it; `anchor` is its name in links."""
+
     title: str
     blocks: Sequence[Block]
 
@@ -52,6 +58,8 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
+    """A report: the first section is set off from the others in HTML."""
+
     title: str
     sections: Sequence[Section]
 

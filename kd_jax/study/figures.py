@@ -1,7 +1,7 @@
 """The figures of a report; each is None where the study has nothing to show in it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib import rc_context
@@ -182,11 +182,13 @@ def by_group(numbers: Numbers, places: Sequence[tuple[str, Place]], students: Se
 
 
 def by_locale(numbers: Numbers) -> Figure | None:
+    """The headline error of each task by locale; None without results by locale."""
     names = sorted({locale for task in numbers.tasks() for locale in numbers.locales(task)})
     return by_group(numbers, [(name, Place(locale=name)) for name in names], compared_students(numbers))
 
 
 def by_test_set(numbers: Numbers) -> Figure | None:
+    """The headline error of each task by test set; None without results."""
     names = sorted({name for task in numbers.tasks() for name in numbers.test_sets(task)})
     order = sorted(names, key=lambda name: (name != "test", name != "test_unseen", name))
     return by_group(numbers, [(name, Place(name)) for name in order], compared_students(numbers))
@@ -285,12 +287,18 @@ def _place_names(panel: Axes, names: Sequence[str], x: np.ndarray, y: np.ndarray
 
     sides = [(6, 0, "left"), (-6, 0, "right"), (0, 9, "center"), (0, -10, "center")]
     sides += [(5, 8, "left"), (5, -8, "left"), (-5, 8, "right"), (-5, -8, "right")]
-    for index in np.argsort(-points[:, 1]):
+    for index in map(int, np.argsort(-points[:, 1])):
         best = min(sides, key=lambda side: covered(box(index, side), index))
         taken.append(box(index, best))
-        dx, dy, align = best
-        offset = {"textcoords": "offset points", "ha": align, "va": "center"}
-        text = panel.annotate(names[index], (x[index], y[index]), (dx, dy), size=9, **offset)
+        text = panel.annotate(
+            names[index],
+            xy=(x[index], y[index]),
+            xytext=best[:2],
+            textcoords="offset points",
+            horizontalalignment=best[2],
+            verticalalignment="center",
+            fontsize=9,
+        )
         text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
 
 
@@ -326,7 +334,7 @@ def _any_points(group: dict) -> bool:
     return bool(group)
 
 
-def curve_points(rows: Sequence[tuple[int, dict]]) -> list[tuple[int, float]]:
+def curve_points(rows: Sequence[tuple[int, Mapping[str, float | None]]]) -> list[tuple[int, float]]:
     """(step, loss): the masked-LM part where a run logs it apart from the distillation loss, else its whole loss."""
     points = []
     for step, values in rows:

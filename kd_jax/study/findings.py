@@ -36,6 +36,8 @@ class Answer(NamedTuple):
 
 
 class Finding(NamedTuple):
+    """A finding of the paper, and what this study answers for each task."""
+
     claim: str
     answers: dict[str, Answer]  # "dc", "icner" or LOSS -> answer
 
@@ -51,18 +53,45 @@ class DomainGain(NamedTuple):
     gains: dict[str, Difference | None]  # task -> task-only against generic-only; the gain is -relative
 
 
+class Relative(NamedTuple):
+    """A relative change as a fraction, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class SetVerdict(NamedTuple):
+    """The verdict among transfer sets; students and their counts by the names that it uses."""
+
+    result: Verdict
+    students: dict[str, Student]
+    counts: dict[str, ErrorCounts]
+
+    def between(self, a: str, b: str) -> Difference:
+        return compare(self.counts[a], self.counts[b])
+
+
 def signed(value: float, digits: int = 1) -> str:
     """+1.2 or −1.2, with the typographic minus; what rounds to zero has no sign."""
     text = f"{abs(value):.{digits}f}"
     return text if float(text) == 0 else (MINUS if value < 0 else "+") + text
 
 
+def relative(difference: Difference | None) -> Relative | None:
+    """The relative change of a difference; None where it is undefined (no error to compare with)."""
+    if difference is None or difference.relative is None:
+        return None
+    assert difference.relative_low is not None and difference.relative_high is not None
+    return Relative(difference.relative, difference.relative_low, difference.relative_high)
+
+
 def relative_text(difference: Difference | None) -> str:
     """Relative change with its interval, in percent; an en dash where it is undefined."""
-    if difference is None or difference.relative is None:
+    change = relative(difference)
+    if change is None:
         return "–"
-    low, high = signed(100 * difference.relative_low), signed(100 * difference.relative_high)
-    return f"{signed(100 * difference.relative)} % [{low}, {high}]"
+    return f"{signed(100 * change.value)} % [{signed(100 * change.low)}, {signed(100 * change.high)}]"
 
 
 def judge(difference: Difference, p_value: float) -> str:
@@ -72,30 +101,31 @@ def judge(difference: Difference, p_value: float) -> str:
     return SEEN if difference.difference < 0 else NOT_SEEN
 
 
+def counts_of(numbers: Numbers, student: Student, what: str) -> ErrorCounts | None:
+    """Headline errors of a task, or for LOSS the held-out loss on task text in nats, which is known by seed alone."""
+    if what == LOSS:
+        return seed_counts(numbers.values(student, "mlm", "loss", Place("heldout_task")))
+    return numbers.errors(student, HEADLINE[what])
+
+
 def comparable_students(numbers: Numbers, students: list[Student], what: str) -> dict[Student, ErrorCounts]:
-    """The error counts of those students that can be compared with the first that has any; `what` is a task or LOSS."""
+    """The counts of those students that can all be compared with each other; the first come first."""
     found: dict[Student, ErrorCounts] = {}
     for student in students:
-        counts = loss_counts(numbers, student) if what == LOSS else numbers.errors(student, HEADLINE[what])
-        if counts is not None and (not found or comparable(next(iter(found.values())), counts)):
+        counts = counts_of(numbers, student, what)
+        if counts is not None and all(comparable(other, counts) for other in found.values()):
             found[student] = counts
-    return found
+    # A student alone, or with one seed and no utterances, has nothing to be compared with.
+    return found if len(found) > 1 else {}
 
 
-def loss_counts(numbers: Numbers, student: Student) -> ErrorCounts | None:
-    """Held-out loss on task text (nats), by seed."""
-    return seed_counts(numbers.values(student, "mlm", "loss", Place("heldout_task")))
-
-
-def task_verdict(numbers: Numbers, what: str) -> tuple[Verdict, dict[str, Student]] | None:
-    """Which transfer set won among the students distilled from the generic teacher; None where nothing can be
-    compared.
-    """
-    counts = comparable_students(numbers, numbers.distilled("generic"), what)
-    if len(counts) < 2:
+def task_verdict(numbers: Numbers, what: str) -> SetVerdict | None:
+    """Which transfer set won among the students distilled from the generic teacher; None where none can be compared."""
+    found = comparable_students(numbers, numbers.distilled("generic"), what)
+    if not found:
         return None
-    names = {student.name: student for student in counts}
-    return verdict({student.name: errors for student, errors in counts.items()}), names
+    counts = {student.name: errors for student, errors in found.items()}
+    return SetVerdict(verdict(counts), {student.name: student for student in found}, counts)
 
 
 def set_name(numbers: Numbers, student: Student) -> str:
@@ -119,11 +149,11 @@ def verdict_text(numbers: Numbers, task: str) -> str:
             f"({100 * known[best]:.2f} %), but with one seed and no records of single utterances a difference has no "
             f"interval."
         )
-    result, students = judged
+    result, students, _ = judged
     best = students[result.best]
-    rivals = sorted(result.comparisons, key=lambda key: result.comparisons[key].rate_a)
-    rival = students[result.tied[1] if len(result.tied) > 1 else rivals[0]]
-    difference = numbers.difference(best, rival, measure)
+    ranked = sorted(result.comparisons, key=lambda key: result.comparisons[key].rate_a)
+    rival = students[result.tied[1] if len(result.tied) > 1 else ranked[0]]
+    difference = judged.between(best.name, rival.name)
     rate = f"{100 * min(item.rate_b for item in result.comparisons.values()):.2f} %"
     change = f"{relative_text(difference)}, {plural(difference.seeds, 'seed')}"
     if result.winner:
@@ -146,7 +176,7 @@ def loss_text(numbers: Numbers) -> str | None:
     judged = task_verdict(numbers, LOSS)
     if judged is None:
         return None
-    result, students = judged
+    result, students, _ = judged
     best = set_name(numbers, students[result.best])
     rates = {key: item.rate_a for key, item in result.comparisons.items()}
     lowest = next(iter(result.comparisons.values())).rate_b
@@ -173,12 +203,12 @@ def scratch_text(numbers: Numbers) -> str | None:
 
 
 def distilled_beats_scratch(numbers: Numbers, task: str) -> Answer:
-    students = [student for student in (numbers.scratch, *numbers.distilled("generic")) if student]
-    counts = comparable_students(numbers, students, task)
-    if numbers.scratch not in counts or len(counts) < 2:
+    """The best of the students distilled from the generic teacher against the one from scratch, Holm-adjusted."""
+    scratch = numbers.scratch
+    counts = comparable_students(numbers, [scratch, *numbers.distilled("generic")], task) if scratch else {}
+    if scratch is None or scratch not in counts:
         return Answer(NOT_RUN, "no from-scratch student beside a distilled one, or no interval")
-    names = {student.name: errors for student, errors in counts.items()}
-    differences, adjusted = compare_all(names, numbers.scratch.name)
+    differences, adjusted = compare_all({who.name: errors for who, errors in counts.items()}, scratch.name)
     best = min(differences, key=lambda name: differences[name].rate_a)
     student = next(student for student in counts if student.name == best)
     reason = f"{numbers.label(student)}: {relative_text(differences[best])}"
@@ -186,35 +216,33 @@ def distilled_beats_scratch(numbers: Numbers, task: str) -> Answer:
 
 
 def task_only_is_best(numbers: Numbers, what: str) -> Answer:
+    """The task-only transfer set against all others, for a task or for LOSS."""
     judged, task_only = task_verdict(numbers, what), numbers.with_share(1.0)
-    if judged is None or task_only is None or task_only.name not in judged[1]:
+    if judged is None or task_only is None or task_only.name not in judged.students:
         return Answer(NOT_RUN, "no task-only transfer set beside another, or no interval")
-    result, students = judged
+    result, students, _ = judged
     if result.best == task_only.name:
-        runner_up = students[min(result.comparisons, key=lambda key: result.comparisons[key].rate_a)]
-        difference = compare(loss_or_errors(numbers, task_only, what), loss_or_errors(numbers, runner_up, what))
-        reason = f"lowest; against the next, {set_name(numbers, runner_up)}, {relative_text(difference)}"
+        next_best = min(result.comparisons, key=lambda key: result.comparisons[key].rate_a)
+        change = relative_text(judged.between(task_only.name, next_best))
+        reason = f"lowest; against the next, {set_name(numbers, students[next_best])}, {change}"
         return Answer(SEEN if result.winner else UNDECIDED, reason)
-    difference = compare(loss_or_errors(numbers, task_only, what), loss_or_errors(numbers, students[result.best], what))
-    worse = result.adjusted[task_only.name] < ALPHA and difference.seeds >= MINIMUM_SEEDS
-    reason = f"{set_name(numbers, students[result.best])} is lowest; task-only against it {relative_text(difference)}"
-    return Answer(NOT_SEEN if worse else UNDECIDED, reason)
-
-
-def loss_or_errors(numbers: Numbers, student: Student, what: str) -> ErrorCounts | None:
-    return loss_counts(numbers, student) if what == LOSS else numbers.errors(student, HEADLINE[what])
+    difference = judged.between(task_only.name, result.best)
+    best = set_name(numbers, students[result.best])
+    reason = f"{best} is lowest; task-only against it {relative_text(difference)}"
+    return Answer(judge(difference, result.adjusted[task_only.name]), reason)
 
 
 def adapted_is_better(numbers: Numbers, what: str) -> Answer:
+    """The adapted teacher's student against the generic teacher's, over the same text; for a task or for LOSS."""
     adapted = numbers.distilled("adapted")
     if not adapted:
         return Answer(NOT_RUN, "no student was distilled from an adapted teacher")
     student = adapted[-1]  # the largest share of task text
     other = Student("distilled", student.transfer_set, "generic")
-    a, b = loss_or_errors(numbers, student, what), loss_or_errors(numbers, other, what)
-    if not comparable(a, b):
+    counts = comparable_students(numbers, [student, other], what)
+    if not counts:
         return Answer(NOT_RUN, "not both teachers' students have results, or no interval")
-    difference = compare(a, b)
+    difference = compare(counts[student], counts[other])
     reason = f"over {set_name(numbers, other)}, adapted against generic teacher {relative_text(difference)}"
     return Answer(judge(difference, difference.p_value), reason)
 
@@ -243,9 +271,9 @@ def similarity_points(rows: list[DomainGain], task: str) -> list[tuple[str, floa
     key = divergence_key(rows)
     points = []
     for row in rows:
-        difference, divergence = row.gains[task], getattr(row, key)
-        if divergence is not None and difference is not None and difference.relative is not None:
-            points.append((row.domain, divergence, -difference.relative))
+        change, divergence = relative(row.gains[task]), getattr(row, key)
+        if divergence is not None and change is not None:
+            points.append((row.domain, divergence, -change.value))
     return points
 
 
@@ -256,15 +284,17 @@ def correlation(rows: list[DomainGain], task: str) -> RankCorrelation:
 
 
 def correlation_text(found: RankCorrelation) -> str:
-    if found.rho is None:
+    """A rank correlation with its interval and p-value, or that there is none."""
+    if found.rho is None or found.low is None or found.high is None:
         return f"no rank correlation from {plural(found.count, 'domain')}"
     interval = f"[{signed(found.low, 2)}, {signed(found.high, 2)}]"
     return f"Spearman's ρ {signed(found.rho, 2)} {interval}, p = {found.p_value:.2g}, {plural(found.count, 'domain')}"
 
 
-def gain_correlates(numbers: Numbers, rows: list[DomainGain], task: str) -> Answer:
+def gain_correlates(rows: list[DomainGain], task: str) -> Answer:
+    """Whether gain and divergence are rank-correlated; the paper's abstract does not say in which direction."""
     found = correlation(rows, task)
-    if found.rho is None:
+    if found.rho is None or found.p_value is None:
         return Answer(NOT_RUN, correlation_text(found))
     if found.p_value >= ALPHA:
         return Answer(UNDECIDED, correlation_text(found))
@@ -278,7 +308,7 @@ def findings(numbers: Numbers, rows: list[DomainGain]) -> list[Finding]:
     def answers(question: Callable[[Numbers, str], Answer], with_loss: bool) -> dict[str, Answer]:
         return {what: question(numbers, what) for what in [*tasks, *([LOSS] if with_loss else [])]}
 
-    by_domain = {task: gain_correlates(numbers, rows, task) for task in tasks}
+    by_domain = {task: gain_correlates(rows, task) for task in tasks}
     return [
         Finding("A distilled student beats one from scratch", answers(distilled_beats_scratch, False)),
         Finding("The best transfer set is task text only", answers(task_only_is_best, True)),
@@ -288,6 +318,7 @@ def findings(numbers: Numbers, rows: list[DomainGain]) -> list[Finding]:
 
 
 def plural(count: int, noun: str) -> str:
+    """ "1 seed", "3 seeds"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
@@ -297,8 +328,10 @@ def listed(names: list[str]) -> str:
 
 
 def sentence(text: str) -> str:
+    """With a capital letter."""
     return text[:1].upper() + text[1:]
 
 
 def article(noun: str) -> str:
+    """ "a" or "an"."""
     return "an" if noun[0] in "aeiou" else "a"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kd_jax.evaluation.records import Record
 from kd_jax.evaluation.significance import Difference, ErrorCounts, Interval, compare, error_counts, mean_interval
 from kd_jax.study.plan import Student
 
@@ -37,7 +38,7 @@ class ReportInputs:
     config: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     results: Sequence[Mapping[str, Any]] = ()
-    records: Mapping[RecordKey, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    records: Mapping[RecordKey, Sequence[Record]] = field(default_factory=dict)
     task_shares: Mapping[str, float] = field(default_factory=dict)
     realised: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     curves: Mapping[str, Sequence[tuple[int, Mapping[str, float | None]]]] = field(default_factory=dict)
@@ -182,7 +183,7 @@ class Numbers:
             return error_counts(records, measure.error, test_set=place.test_set)
         return seed_counts(values)
 
-    def _records(self, key: RecordKey, place: Place) -> Sequence[Mapping[str, Any]]:
+    def _records(self, key: RecordKey, place: Place) -> Sequence[Record]:
         """The records of one locale and domain, sorted once: with many locales, going through all each time is slow."""
         if key not in self._buckets:
             buckets = self._buckets[key] = defaultdict(list)
@@ -209,7 +210,7 @@ class Numbers:
         if student is None or reference is None or student == reference:
             return None
         a, b = self.errors(student, measure, place), self.errors(reference, measure, place)
-        return compare(a, b) if comparable(a, b) else None
+        return compare(a, b) if a is not None and b is not None and comparable(a, b) else None
 
     def distilled(self, teacher: str) -> list[Student]:
         """The students distilled from one teacher, by share of task text."""
@@ -232,9 +233,9 @@ def seed_counts(values: Mapping[int, float]) -> ErrorCounts | None:
     return ErrorCounts(rates, np.ones_like(rates), tuple(values), ("all",))
 
 
-def comparable(a: ErrorCounts | None, b: ErrorCounts | None) -> bool:
+def comparable(a: ErrorCounts, b: ErrorCounts) -> bool:
     """Whether an interval of the difference can be had: common seeds, and more than one seed or utterance."""
-    if a is None or b is None or a.ids != b.ids:
+    if a.ids != b.ids:
         return False
     shared = set(a.seeds) & set(b.seeds)
     return len(shared) > 1 or (len(shared) == 1 and len(a.ids) > 1)

@@ -9,6 +9,7 @@ import io
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -16,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from kd_jax.study.inputs import Numbers
 from kd_jax.study.plan import Student
@@ -26,7 +28,7 @@ SCRATCH, MLM, ADAPTED = "#7a7a7a", "#e69f00", "#d55e00"
 GENERIC_ONLY, TASK_ONLY = "#56b4e9", "#003f73"  # ends of the blue scale of task shares
 MARKERS = {"scratch": "X", "mlm": "s", "distilled": "o", "teacher": "v"}
 WIDTH = 7.4  # inches; figures are shown at most about as wide
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "font.family": "DejaVu Sans",
     "axes.titlesize": 10.5,
@@ -59,10 +61,11 @@ def color(numbers: Numbers, student: Student) -> str:
         return TASK_ONLY
     share = numbers.share(student) or 0.0
     low, high = np.array(to_rgb(GENERIC_ONLY)), np.array(to_rgb(TASK_ONLY))
-    return to_hex(low + share * (high - low))
+    return to_hex(tuple(low + share * (high - low)))
 
 
 def marker(student: Student) -> str:
+    """The student's marker in every figure."""
     return "D" if student.kind == "distilled" and student.teacher == "adapted" else MARKERS[student.kind]
 
 
@@ -91,14 +94,16 @@ def write_whole(path: pathlib.Path, data: bytes) -> None:
 
 
 def panel_grid(rows: int, columns: int, height: float, **options) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    """A figure of the common width, `height` inches high, with Axes [rows, columns]."""
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, wspace=0.05, hspace=0.05)
+    figure = Figure(figsize=(WIDTH, height), layout=layout)
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.05, hspace=0.05)
     return figure, axes
 
 
 def rows_axis(axes: Axes, names: Sequence[str]) -> None:
+    """Names down the left side, the first on top."""
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.set_ylim(len(names) - 0.4, -0.6)

@@ -46,6 +46,8 @@ Draw = Callable[[str, Figure | None, str, str, str], Block]
 
 
 class ReportPaths(NamedTuple):
+    """Where the parts of a report lie."""
+
     markdown: pathlib.Path
     html: pathlib.Path
     figures: pathlib.Path
@@ -77,13 +79,13 @@ def summary_text(inputs: ReportInputs) -> str:
     lines = [inputs.name]
     if numbers.students:
         for table in tables.terminal_tables(numbers):
-            lines += ["", wrapped(table.caption), tables.plain(table)]
-    lines += ["", *(wrapped(text.replace("**", "")) for text in verdict_sentences(numbers))]
-    lines += [wrapped(f"Note: {note}") for note in inputs.notes]
+            lines += ["", _wrapped(table.caption), tables.plain(table)]
+    lines += ["", *(_wrapped(text.replace("**", "")) for text in _verdict_sentences(numbers))]
+    lines += [_wrapped(f"Note: {note}") for note in inputs.notes]
     return "\n".join(lines)
 
 
-def wrapped(text: str, width: int = 110) -> str:
+def _wrapped(text: str, width: int = 110) -> str:
     lines, line = [], ""
     for word in text.split():
         if line and len(line) + 1 + len(word) > width:
@@ -94,7 +96,7 @@ def wrapped(text: str, width: int = 110) -> str:
     return "\n".join([*lines, line])
 
 
-def verdict_sentences(numbers: Numbers) -> list[str]:
+def _verdict_sentences(numbers: Numbers) -> list[str]:
     sentences = [verdict_text(numbers, task) for task in numbers.tasks()]
     if not sentences:
         sentences = ["**No verdict.** There are no downstream results."]
@@ -106,29 +108,29 @@ def build(inputs: ReportInputs, draw: Draw) -> Document:
     numbers = inputs.numbers
     gains = domain_gains(numbers)
     sections = [
-        verdict_section(numbers),
-        results_section(numbers),
-        heldout_section(numbers, draw),
-        curve_section(numbers, draw),
-        test_sets_section(numbers, draw),
-        locale_section(numbers, draw),
-        teacher_section(numbers, draw),
-        similarity_section(numbers, gains, draw),
-        training_section(numbers, draw),
-        findings_section(numbers, gains),
-        method_section(numbers),
+        _verdict_section(numbers),
+        _results_section(numbers),
+        _heldout_section(numbers, draw),
+        _curve_section(numbers, draw),
+        _test_sets_section(numbers, draw),
+        _locale_section(numbers, draw),
+        _teacher_section(numbers, draw),
+        _similarity_section(numbers, gains, draw),
+        _training_section(numbers, draw),
+        _findings_section(numbers, gains),
+        _method_section(numbers),
     ]
     return Document(f"{inputs.name}: on which text to distill", sections)
 
 
-def verdict_section(numbers: Numbers) -> Section:
-    blocks: list[Block] = [Text(text) for text in verdict_sentences(numbers)]
+def _verdict_section(numbers: Numbers) -> Section:
+    blocks: list[Block] = [Text(text) for text in _verdict_sentences(numbers)]
     if numbers.inputs.notes:
         blocks.append(Bullets([f"**Note:** {note}" for note in numbers.inputs.notes]))
     return Section("Verdict", [*blocks, Text(OWN_CHOICES)])
 
 
-def results_section(numbers: Numbers) -> Section:
+def _results_section(numbers: Numbers) -> Section:
     if not numbers.students or not numbers.tasks():
         return Section(RESULTS, [Text("No student was finetuned and tested, so there is no table.")])
     blocks: list[Block] = [tables.result_table(numbers)]
@@ -137,10 +139,10 @@ def results_section(numbers: Numbers) -> Section:
             blocks.append(Text(f"{TASK_NAMES[task]} was not part of this study."))
     if numbers.scratch is None or not any(student.kind == "mlm" for student in numbers.students):
         blocks.append(Text("A baseline is missing: from scratch, or MLM alone on the same text."))
-    return Section(RESULTS, [*blocks, Text(interval_text(numbers))])
+    return Section(RESULTS, [*blocks, Text(_interval_text(numbers))])
 
 
-def interval_text(numbers: Numbers) -> str:
+def _interval_text(numbers: Numbers) -> str:
     text = (
         "Intervals come from a paired bootstrap over seeds and utterances (locales of one utterance together). They "
         "cover seeds and test "
@@ -152,7 +154,7 @@ def interval_text(numbers: Numbers) -> str:
     return text + (" With one seed they cover test utterances only." if len(numbers.seeds()) == 1 else "")
 
 
-def heldout_section(numbers: Numbers, draw: Draw) -> Section:
+def _heldout_section(numbers: Numbers, draw: Draw) -> Section:
     figure = draw(
         "heldout_loss",
         figures.heldout_loss(numbers),
@@ -172,7 +174,7 @@ def heldout_section(numbers: Numbers, draw: Draw) -> Section:
     return Section(HELDOUT, [Text(text), figure, tables.heldout_table(numbers)])
 
 
-def curve_section(numbers: Numbers, draw: Draw) -> Section:
+def _curve_section(numbers: Numbers, draw: Draw) -> Section:
     return Section(
         CURVES,
         [
@@ -191,7 +193,7 @@ def curve_section(numbers: Numbers, draw: Draw) -> Section:
     )
 
 
-def test_sets_section(numbers: Numbers, draw: Draw) -> Section:
+def _test_sets_section(numbers: Numbers, draw: Draw) -> Section:
     title = "Unseen and tail utterances"
     names = {name for task in numbers.tasks() for name in numbers.test_sets(task)}
     blocks: list[Block] = []
@@ -202,7 +204,7 @@ def test_sets_section(numbers: Numbers, draw: Draw) -> Section:
         if name not in names:
             blocks.append(Text(f"There are no results on `{name}` ({meaning})."))
             continue
-        blocks.append(Text(f"`{name}`: {meaning}{same_as_test(numbers, name)}."))
+        blocks.append(Text(f"`{name}`: {meaning}{_same_as_test(numbers, name)}."))
         blocks.append(tables.result_table(numbers, name))
     if names - {TEST}:
         figure = draw(
@@ -216,7 +218,7 @@ def test_sets_section(numbers: Numbers, draw: Draw) -> Section:
     return Section(title, blocks)
 
 
-def same_as_test(numbers: Numbers, name: str) -> str:
+def _same_as_test(numbers: Numbers, name: str) -> str:
     """A remark where a test set holds every test utterance, so that its numbers repeat those of test."""
     for task in numbers.tasks():
         metric = "error_rate" if task == "dc" else "exact_match"
@@ -227,7 +229,7 @@ def same_as_test(numbers: Numbers, name: str) -> str:
     return "; here these are all test utterances, so the numbers are those of the first table"
 
 
-def locale_section(numbers: Numbers, draw: Draw) -> Section:
+def _locale_section(numbers: Numbers, draw: Draw) -> Section:
     title, tasks = "By locale", [task for task in numbers.tasks() if numbers.locales(task)]
     if not tasks:
         return Section(title, [Text("There are no results by locale.")])
@@ -241,7 +243,7 @@ def locale_section(numbers: Numbers, draw: Draw) -> Section:
     return Section(title, [figure, *(tables.locale_table(numbers, task) for task in tasks)])
 
 
-def teacher_section(numbers: Numbers, draw: Draw) -> Section:
+def _teacher_section(numbers: Numbers, draw: Draw) -> Section:
     title = "Noise of the teachers"
     figure = draw(
         "teacher_noise",
@@ -260,7 +262,7 @@ def teacher_section(numbers: Numbers, draw: Draw) -> Section:
     return Section(title, blocks)
 
 
-def similarity_section(numbers: Numbers, gains: Sequence[DomainGain], draw: Draw) -> Section:
+def _similarity_section(numbers: Numbers, gains: Sequence[DomainGain], draw: Draw) -> Section:
     rows = list(gains)
     if not rows:
         return Section(SIMILARITY, [Text("No domain's text was compared with the generic text.")])
@@ -293,7 +295,7 @@ def similarity_section(numbers: Numbers, gains: Sequence[DomainGain], draw: Draw
     return Section(SIMILARITY, [Text(text), Bullets(lines), figure, tables.domain_table(rows, tasks)])
 
 
-def training_section(numbers: Numbers, draw: Draw) -> Section:
+def _training_section(numbers: Numbers, draw: Draw) -> Section:
     figure = draw(
         "training",
         figures.training_curves(numbers),
@@ -305,7 +307,7 @@ def training_section(numbers: Numbers, draw: Draw) -> Section:
     return Section("Training curves", [figure])
 
 
-def findings_section(numbers: Numbers, gains: Sequence[DomainGain]) -> Section:
+def _findings_section(numbers: Numbers, gains: Sequence[DomainGain]) -> Section:
     found = findings(numbers, list(gains))
     names = {**TASK_NAMES, LOSS: "held-out task loss"}
     details = []
@@ -315,11 +317,11 @@ def findings_section(numbers: Numbers, gains: Sequence[DomainGain]) -> Section:
     return Section("The paper's four findings", [tables.findings_table(found, FINDING_PLACES), Bullets(details)])
 
 
-def method_section(numbers: Numbers) -> Section:
+def _method_section(numbers: Numbers) -> Section:
     inputs = numbers.inputs
     blocks: list[Block] = []
     if inputs.config:
-        blocks.append(Bullets(settings(inputs)))
+        blocks.append(Bullets(_settings(inputs)))
     if inputs.recipes:
         if len({(row["learning_rate"], row["epochs"]) for row in inputs.recipes}) == 1:
             row = inputs.recipes[0]
@@ -329,13 +331,13 @@ def method_section(numbers: Numbers) -> Section:
             blocks.append(tables.recipe_table(numbers))
     if inputs.realised:
         blocks.append(tables.text_table(numbers))
-    blocks.append(Bullets(provenance_lines(inputs)))
+    blocks.append(Bullets(_provenance_lines(inputs)))
     if inputs.provenance.get("seconds"):
         blocks.append(tables.time_table(inputs.provenance["seconds"]))
     return Section("How it was done", blocks)
 
 
-def settings(inputs: ReportInputs) -> list[str]:
+def _settings(inputs: ReportInputs) -> list[str]:
     """What of the config a reader needs to judge the numbers."""
     config = inputs.config
     sizes = [
@@ -360,7 +362,7 @@ def settings(inputs: ReportInputs) -> list[str]:
     return lines
 
 
-def provenance_lines(inputs: ReportInputs) -> list[str]:
+def _provenance_lines(inputs: ReportInputs) -> list[str]:
     """Everything in provenance but the stages' seconds, one line each."""
     lines = []
     for name, value in inputs.provenance.items():

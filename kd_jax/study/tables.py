@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from kd_jax.evaluation.significance import Interval
 from kd_jax.study.document import Table
-from kd_jax.study.findings import LOSS, DomainGain, Finding, relative_text, signed
+from kd_jax.study.findings import LOSS, DomainGain, Finding, relative, relative_text, signed
 from kd_jax.study.inputs import HEADLINE, TASK_NAMES, TEST, Measure, Numbers, Place, percent
 from kd_jax.study.plan import Student
 
@@ -42,10 +41,11 @@ def change(numbers: Numbers, student: Student, reference: Student | None, measur
     difference = numbers.difference(student, reference, measure, place)
     if difference is not None:
         return relative_text(difference)
-    means = [numbers.mean(who, measure.task, measure.error, place) for who in (student, reference)]
-    if any(mean is None for mean in means) or not means[1].mean:
+    mean = numbers.mean(student, measure.task, measure.error, place)
+    base = numbers.mean(reference, measure.task, measure.error, place)
+    if mean is None or base is None or base.mean == 0:
         return NONE
-    return f"{signed(100 * (means[0].mean / means[1].mean - 1))} % (no interval)"
+    return f"{signed(100 * (mean.mean / base.mean - 1))} % (no interval)"
 
 
 def result_table(numbers: Numbers, test_set: str = TEST) -> Table:
@@ -87,6 +87,7 @@ def arrow(measure: Measure) -> str:
 
 
 def seeds_text(numbers: Numbers) -> str:
+    """How many seeds a mean is over, for captions."""
     count = len(numbers.seeds())
     return f"{count} seeds" if count != 1 else "one seed (so no spread)"
 
@@ -184,12 +185,11 @@ def domain_table(rows: Sequence[DomainGain], tasks: Sequence[str]) -> Table:
         return NONE if value is None else f"{value:.{digits}f}"
 
     def gain(row: DomainGain, task: str) -> str:
-        difference = row.gains[task]
-        if difference is None or difference.relative is None:
+        change = relative(row.gains[task])
+        if change is None:
             return NONE
         # A gain is a fall of the error, so the ends of the interval change places.
-        low, high = signed(-100 * difference.relative_high), signed(-100 * difference.relative_low)
-        return f"{signed(-100 * difference.relative)} % [{low}, {high}]"
+        return f"{signed(-100 * change.value)} % [{signed(-100 * change.high)}, {signed(-100 * change.low)}]"
 
     body = [
         [
@@ -257,7 +257,7 @@ def text_table(numbers: Numbers) -> Table:
     stores = sum(len(entry["stores"]) for entry in realized.values())
     level = "stores" if stores <= MOST_STORE_ROWS else "kinds"
     rows = []
-    for name, entry in sorted(realized.items(), key=lambda item: (share_of(numbers, item[0]), item[0])):
+    for name, entry in sorted(realized.items(), key=lambda item: (_share_of(numbers, item[0]), item[0])):
         for source, amount in entry[level].items():
             if amount["rows"]:
                 numbers_of = (f"{amount['tokens']:,}", percent(amount["tokens_share"]), f"{amount['epochs']:.2f}")
@@ -273,7 +273,7 @@ def text_table(numbers: Numbers) -> Table:
     return Table(header, rows, "Text that each student was distilled on, in maskable tokens.", 2)
 
 
-def share_of(numbers: Numbers, transfer_set: str) -> float:
+def _share_of(numbers: Numbers, transfer_set: str) -> float:
     shares = numbers.inputs.task_shares
     return shares.get(transfer_set, 0.0)
 
@@ -331,6 +331,7 @@ def terminal_tables(numbers: Numbers) -> list[Table]:
 
 
 def short_label(numbers: Numbers, student: Student) -> str:
+    """The label, short enough for a terminal."""
     return numbers.label(student).removesuffix(" teacher")
 
 
@@ -338,9 +339,9 @@ def marked(numbers: Numbers, student: Student, reference: Student | None, measur
     """The relative change in %, with a star where its interval leaves out zero."""
     if student == reference:
         return "0  "
-    difference: Any = numbers.difference(student, reference, measure)
-    if difference is None or difference.relative is None:
+    found = relative(numbers.difference(student, reference, measure))
+    if found is None:
         text = change(numbers, student, reference, measure, Place(TEST)).removesuffix(" % (no interval)")
         return f"{text}  "
-    apart = difference.relative_low > 0 or difference.relative_high < 0
-    return f"{signed(100 * difference.relative)}{' *' if apart else '  '}"
+    apart = found.low > 0 or found.high < 0
+    return f"{signed(100 * found.value)}{' *' if apart else '  '}"
