@@ -26,6 +26,8 @@ def utterance(text, partition, locale="en-US"):
         ("it\u00b4s 20\u00a0€ ♥\ufe0f", "its 20"),
         ('हिन्दी में, "पाँच" बजे।', "हिन्दी में पाँच बजे"),
         ("क\u094d\u200dष soft\u00adhyphen", "क\u094dष softhyphen"),
+        ("a\tb\nc\u2003d", "a b c d"),
+        ("\u03b9\u0308\u0301", "\u0390"),
         ("!?", ""),
     ],
 )

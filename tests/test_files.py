@@ -4,7 +4,7 @@ import gzip
 
 import pytest
 
-from kd_jax.data.files import fill_path, find_files, json_object, load_hub, numbered_lines
+from kd_jax.data.files import fill_path, find_files, hub_error, json_object, load_hub, numbered_lines
 from kd_jax.types import UserError
 
 
@@ -79,3 +79,6 @@ def test_a_hub_out_of_reach_is_one_sentence():
     with pytest.raises(UserError, match=r"^data set nobody/nothing \(de\) cannot be read: .*network.*`path`") as caught:
         load_hub("nobody/nothing", "de", split="train")
     assert "\n" not in str(caught.value)
+    assert str(hub_error("a/b", None, ValueError("first\nsecond"))).startswith(
+        "data set a/b cannot be read: ValueError: first;"
+    )

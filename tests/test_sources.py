@@ -21,6 +21,12 @@ TEXTS = ["Wake me up!", "पाँच बजे जगाओ।", "L'heure, s'il
 KEY = "config.sources.web"
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Even what is only streamed leaves lock files in the cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
 def read(format, path="", language="de", utterances=(), **changes):
     return list(
         read_texts(source("generic", format, (language,), path=str(path), **changes), language, utterances, key=KEY)
@@ -106,6 +112,13 @@ def test_parquet(tmp_path):
         read("parquet", tmp_path / "a", field="body")
     with pytest.raises(UserError, match=r"0.parquet: row 0: field 'id' holds a int and not text"):
         read("parquet", tmp_path / "a", field="id")
+    (tmp_path / "d").mkdir()
+    latin = pa.array([b"gut", b"\xfcber"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": latin, "n": [None, 1]}), tmp_path / "d" / "0.parquet")
+    with pytest.raises(UserError, match=r"d/0.parquet: row 0 or later holds bytes that are not UTF-8"):
+        read("parquet", tmp_path / "d")
+    with pytest.raises(UserError, match=r"d/0.parquet: row 1: field 'n' holds a int"):
+        read("parquet", tmp_path / "d", field="n")
     (tmp_path / "a" / "0.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"0.parquet: cannot be read as Parquet"):
         read("parquet", tmp_path / "a")
@@ -185,18 +198,19 @@ def tfds_folder(tmp_path_factory):
 
     class KdJaxLines(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
-        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="wiki.de")]  # noqa: RUF012
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in ("wiki.fr", "wiki.de")]  # noqa: RUF012
 
         def _info(self):
             features = {"text": tfds.features.Text(), "n": tfds.features.Scalar(dtype=np.int64)}
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
         def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples()}
+            good = [f"{number} {TEXTS[number % 4]}" for number in range(3000)]
+            return {"train": self._generate_examples(good), "latin": self._generate_examples([b"\xfcber"])}
 
-        def _generate_examples(self):
-            for number in range(3000):
-                yield number, {"text": f"{number} {TEXTS[number % 4]}", "n": number}
+        def _generate_examples(self, texts):
+            for number, text in enumerate(texts):
+                yield number, {"text": text, "n": number}
 
     folder = tmp_path_factory.mktemp("tfds")
     KdJaxLines(config="wiki.de", data_dir=folder, file_format="array_record").download_and_prepare()
@@ -211,6 +225,8 @@ def test_tfds_without_tensorflow(tfds_folder):
     assert "tensorflow" not in sys.modules
     with pytest.raises(UserError, match=r"no column 'body'; it has: .*text"):
         read("tfds", tfds_folder, name="kd_jax_lines/wiki.de", field="body")
+    with pytest.raises(UserError, match=r"row 0 holds bytes that are not UTF-8"):
+        read("tfds", tfds_folder, name="kd_jax_lines/wiki.de", split="latin")
     with pytest.raises(UserError, match=r"field 'n' holds a int and not text"):
         read("tfds", tfds_folder, name="kd_jax_lines/wiki.de", field="n")
     for changes in ({"name": "kd_jax_nothing"}, {"name": "kd_jax_lines/wiki.de", "split": "dev"}):

@@ -61,6 +61,9 @@ def test_parquet_in_one_folder_or_one_for_each_locale(tmp_path):
         (tmp_path / "many" / locale / "train").mkdir(parents=True)
         pq.write_table(pa.table(table(locale)), tmp_path / "many" / locale / "train" / "0000.parquet")
     check(load(path=str(tmp_path / "many")))
+    columns["partition"] = ["validation" if one == "dev" else one for one in columns["partition"]]
+    pq.write_table(pa.table(columns), tmp_path / "one" / "all.parquet")
+    check(load(path=str(tmp_path / "one")))
     with pytest.raises(UserError, match=r"no locale 'fr-FR'; it has: de-DE, hi-IN"):
         load(path=str(tmp_path / "one"), locales=("fr-FR",))
 

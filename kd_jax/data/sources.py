@@ -187,7 +187,9 @@ def _read_huggingface(source: ConfigDict, path: str, language: str, key: str) ->
             raise files.hub_error(path, None, error) from error
         if isinstance(table, datasets.DatasetDict):
             if source.split not in table:
-                raise UserError(f"{key}.split: {path} has no split {source.split!r}; it has: {', '.join(table)}")
+                raise UserError(
+                    f"{key}.split: {path} has no split {source.split!r}; it has: {', '.join(map(str, table))}"
+                )
             table = table[source.split]
     else:
         # Files on the disk are always streamed, since anything else would copy them into a cache first.
@@ -218,7 +220,7 @@ def _read_tfds(source: ConfigDict, path: str, language: str, key: str) -> Iterat
     if not name:
         raise UserError(f"{key}.name: is empty; name the data set in TFDS")
     try:
-        builder = tfds.builder(name, data_dir=path or None)
+        builder: Any = tfds.builder(name, data_dir=path or None)
         table = builder.as_data_source(split=source.split)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
