@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from kd_jax.config import EXECUTION_KEYS, require, to_dict
 from kd_jax.data.prepared import Prepared
-from kd_jax.evaluation.records import write_json_lines, write_records
+from kd_jax.evaluation.records import read_json_lines, write_json_lines, write_records
 from kd_jax.evaluation.results import results
 from kd_jax.evaluation.slots import MODES
 from kd_jax.main import command, finetune, trained
@@ -48,10 +48,14 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     rows = results(records, identity=lineage(block.checkpoint), mode=block.mode)
     write_json_lines(workdir / RESULTS, rows)
     directory.finish()
-    if config.progress:
-        for row in rows:
-            if row["scope"] == "all" and row["value"] is not None:
-                print(f"{row['test_set']:<12} {row['metric']:<24} {row['value']:.4f}  ({row['count']})")
+
+
+def run_and_print(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """`run`, and then the results over all locales and domains, a line each."""
+    run(config, workdir)
+    for row in read_json_lines(workdir / RESULTS):
+        if row["scope"] == "all" and row["value"] is not None:
+            print(f"{row['test_set']:<12} {row['metric']:<24} {row['value']:.4f}  ({row['count']})")
 
 
 def lineage(checkpoint: str) -> dict:
@@ -69,4 +73,4 @@ def lineage(checkpoint: str) -> dict:
 
 
 if __name__ == "__main__":
-    command.main(run, description="Scores a finetuned model.")
+    command.main(run_and_print, description="Scores a finetuned model.")

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kd_jax.config import require
-from kd_jax.data.batches import MaskedBatches, heldout_batches
+from kd_jax.data.batches import MaskedBatches, heldout_batches, process_slice
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.transfer_set import TransferSet
 from kd_jax.main import training
@@ -105,11 +105,11 @@ def heldout_rows(
     entries = []
     for store in prepared.stores("heldout"):
         sums = np.zeros(4)
-        for batch in heldout_batches(
-            store, config.masking, prepared.tokenizer, batch_size, most_rows, jax.process_index(), jax.process_count()
-        ):
-            batch = global_batch(mesh, {**batch, "unigram": unigrams[store.kind][batch["masked_targets"]]})
-            terms = jax.device_get(step(params, batch))
+        first, last = process_slice(batch_size, jax.process_index(), jax.process_count())
+        for batch in heldout_batches(store, config.masking, prepared.tokenizer, batch_size, most_rows):
+            whole = {**batch, "unigram": unigrams[store.kind][batch["masked_targets"]]}
+            mine = {name: values[first:last] for name, values in whole.items()}
+            terms = jax.device_get(step(params, global_batch(mesh, mine)))
             sums += [terms["loss"][0], terms["accuracy"][0], terms["unigram_loss"][0], terms["loss"][1]]
         loss, hits, unigram, count = (float(value) for value in sums)
         if count:

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kd_jax.data.prepared import Prepared
-from kd_jax.evaluation.similarity import domain_similarity
+from kd_jax.evaluation.similarity import jensen_shannon, matched_jsd, vocabulary_overlap
 from kd_jax.main import command, distill, evaluate, finetune_dc, finetune_icner, prepare, pretrain
 from kd_jax.study.collect import collect
 from kd_jax.study.report import summary_text, write_report
@@ -60,11 +60,22 @@ def domains_against_generic(prepared: Prepared) -> list[dict]:
     for utterance in prepared.utterances:
         if utterance.partition == "train":
             by_domain.setdefault(utterance.domain, []).append(utterance.text)
-    counts = {}
-    for domain, texts in sorted(by_domain.items()):
-        pieces = np.concatenate(prepared.tokenizer.encode(texts))
-        counts[domain] = np.bincount(pieces, minlength=vocabulary)
-    return domain_similarity(counts, generic)
+    counts = {
+        domain: np.bincount(np.concatenate(prepared.tokenizer.encode(texts)), minlength=vocabulary)
+        for domain, texts in sorted(by_domain.items())
+    }
+    # The divergence of two samples falls with their size, so domains are also compared at the size of the smallest.
+    size = int(min(of_domain.sum() for of_domain in counts.values()))
+    return [
+        {
+            "domain": domain,
+            "jsd": jensen_shannon(of_domain, generic),
+            "jsd_matched": matched_jsd(of_domain, generic, size, seed=0),
+            "overlap": vocabulary_overlap(of_domain, generic),
+            "tokens": int(of_domain.sum()),
+        }
+        for domain, of_domain in counts.items()
+    ]
 
 
 if __name__ == "__main__":

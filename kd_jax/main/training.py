@@ -4,7 +4,7 @@ import functools
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from kd_jax.trainer.mesh import describe_shardings, shardings
 from kd_jax.trainer.metrics import MetricsWriter
 from kd_jax.trainer.optimizer import check_job, make_optimizer, make_schedule
 from kd_jax.trainer.run_directory import RunDirectory
-from kd_jax.trainer.state import abstract_state, create_state, state_from_params, state_shardings
+from kd_jax.trainer.state import State, abstract_state, new_state, state_shardings
 from kd_jax.types import Batch, Params
 
 # The keys of a job's block that the compiled step depends on.
@@ -49,18 +49,37 @@ class Job:
     notes: dict[str, Any] = field(default_factory=dict)  # more for run.json
 
 
-@functools.cache
-def compiled(objective, arguments: tuple, model: Functional, settings: FrozenConfigDict, mesh):
-    """The jitted step, the optimizer, and abstract state with its shardings.
+class Programs(NamedTuple):
+    """The compiled functions of a job, and where its state lies."""
 
-    A study asks for the same few programs again and again: equal arguments give one function, compiled once.
-    """
+    step: Callable  # (state, frozen, batch) -> (state, metrics)
+    from_seed: Callable  # seed -> state at step 0
+    draw: Callable  # seed -> parameters
+    from_params: Callable  # parameters -> state at step 0 with a fresh optimizer
+    layout: State
+    abstract: State
+
+
+@functools.cache
+def programs(objective, arguments: tuple, model: Functional, settings: FrozenConfigDict, mesh) -> Programs:
+    """Equal arguments give the same functions: a study asks for the same few again and again and compiles them once."""
     job = ConfigDict(settings)
     optimizer, schedule = make_optimizer(job), make_schedule(job)
     step = make_train_step(objective(*arguments), optimizer, schedule, steps=job.steps, accumulation=job.accumulation)
     shapes = model.abstract()
     layout = state_shardings(shapes, optimizer, shardings(mesh, model.logical_axes(), shapes))
-    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None)), optimizer, layout
+
+    def draw(seed):
+        return model.init(jax.random.key(seed))
+
+    return Programs(
+        step=jax.jit(step, donate_argnums=0, out_shardings=(layout, None)),
+        from_seed=jax.jit(lambda seed: new_state(draw(seed), optimizer), out_shardings=layout),
+        draw=jax.jit(draw, out_shardings=layout["params"]),
+        from_params=jax.jit(lambda params: new_state(params, optimizer), out_shardings=layout),
+        layout=layout,
+        abstract=abstract_state(shapes, optimizer, layout),
+    )
 
 
 def train(config: ConfigDict, workdir: pathlib.Path, job: Job, prepared: Prepared, mesh) -> None:
@@ -73,14 +92,11 @@ def train(config: ConfigDict, workdir: pathlib.Path, job: Job, prepared: Prepare
     if directory.done:
         return
     settings = FrozenConfigDict({key: block[key] for key in STEP_KEYS})
-    train_step, optimizer, layout = compiled(job.objective, job.arguments, job.model, settings, mesh)
+    compiled = programs(job.objective, job.arguments, job.model, settings, mesh)
 
-    def initial_state():
-        key = jax.random.key(config.seed)
-        if job.init is None:
-            return create_state(lambda: job.model.init(key), optimizer, layout)
-        drawn = jax.jit(lambda: job.model.init(key), out_shardings=layout["params"])()
-        return state_from_params(job.init(drawn), optimizer, layout)
+    def initial_state() -> State:
+        seed = np.int32(config.seed)
+        return compiled.from_seed(seed) if job.init is None else compiled.from_params(job.init(compiled.draw(seed)))
 
     directory.start(
         data_fingerprint=job.data_fingerprint,
@@ -93,8 +109,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, job: Job, prepared: Prepare
         try:
             fit(
                 initial_state=initial_state,
-                abstract=abstract_state(job.model.abstract(), optimizer, layout),
-                train_step=train_step,
+                abstract=compiled.abstract,
+                train_step=compiled.step,
                 frozen={**job.frozen, "seed": np.int32(config.seed)},
                 batch_at=job.batch_at,
                 job=block,
@@ -104,7 +120,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, job: Job, prepared: Prepare
                 identity={"config": identity(resolved), "data": job.data_fingerprint},
                 evaluate=job.evaluate,
                 description=workdir.name,
-                lines=describe_shardings(job.model.abstract(), layout["params"]) if mesh.size > 1 else (),
+                lines=describe_shardings(job.model.abstract(), compiled.layout["params"]) if mesh.size > 1 else (),
                 progress=config.progress,
             )
         finally:

@@ -1,0 +1,108 @@
+"""The whole path at two steps a job: every stage, what it leaves behind, and what happens when it is started again."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from configs import quickstart
+from kd_jax.main import evaluate, study
+from kd_jax.study import run as study_run
+from kd_jax.types import UserError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(workdir, config) of a finished smoke study."""
+    workdir = tmp_path_factory.mktemp("study")
+    config = quickstart.get_config("smoke")
+    config.progress = False
+    config.tensorboard = False
+    study.run(config, workdir)
+    return workdir, config
+
+
+def test_report_and_results_are_written(finished):
+    workdir, config = finished
+    report = (workdir / "report.md").read_text(encoding="utf-8")
+    assert config.study.name in report
+    rows = [json.loads(line) for line in (workdir / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    wanted = {"student", "transfer_set", "teacher", "seed", "task", "scope", "locale", "domain", "test_set", "metric"}
+    assert all(set(row) == wanted | {"value", "count"} for row in rows)
+    compared = {(row["student"], row["transfer_set"], row["teacher"]) for row in rows}
+    assert {("scratch", "", ""), ("mlm", "task", ""), ("distilled", "task", "adapted")} <= compared
+    assert {("teacher", "", "generic"), ("teacher", "", "adapted")} <= compared
+    assert {row["test_set"] for row in rows if row["task"] == "icner"} == {"test", "test_unseen", "tail"}
+    assert {row["test_set"] for row in rows if row["task"] == "mlm"} == {"heldout_task", "heldout_generic"}
+
+
+def test_every_stage_says_how_it_was_run_and_that_it_is_whole(finished):
+    workdir, _ = finished
+    for folder in (workdir / "stages").iterdir():
+        assert (folder / "DONE").is_file(), folder
+        if not folder.name.startswith("prepare"):
+            assert json.loads((folder / "config.json").read_text())["config"]
+            assert json.loads((folder / "run.json").read_text())["packages"]["jax"]
+
+
+def test_the_same_command_again_runs_no_stage(finished, capsys):
+    workdir, config = finished
+    before = {path: path.stat().st_mtime_ns for path in (workdir / "stages").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    study.run(config, workdir)
+    assert not [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    after = {path: path.stat().st_mtime_ns for path in (workdir / "stages").rglob("*") if path.is_file()}
+    assert before == after
+
+
+def test_checkpoints_of_students_hold_no_teacher(finished):
+    workdir, _ = finished
+    (folder,) = (workdir / "stages").glob("distilled-task-generic-seed0-*")
+    saved = [path.name for path in (folder / "checkpoints").rglob("*")]
+    assert saved
+    assert not any("teacher" in name for name in saved)
+    from kd_jax.trainer.checkpoint import load_params
+
+    with pytest.raises(UserError, match="teacher"):
+        load_params(folder, {"teacher": {"weights": np.zeros(1)}})
+
+
+def test_teacher_files_are_as_the_teacher_run_left_them(finished):
+    workdir, _ = finished
+    (teacher,) = (workdir / "stages").glob("pretrain-teacher-*")
+    done = (teacher / "DONE").stat().st_mtime_ns
+    assert all(path.stat().st_mtime_ns <= done for path in (teacher / "checkpoints").rglob("*") if path.is_file())
+
+
+def test_records_cover_every_test_utterance_once(finished):
+    workdir, _ = finished
+    (prepared,) = (workdir / "stages").glob("prepare-*")
+    test = set()
+    for file in (prepared / "utterances").glob("*.jsonl"):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            one = json.loads(line)
+            if one["partition"] == "test":
+                test.add((one["locale"], one["id"]))
+    folders = list((workdir / "stages").glob("test-*"))
+    assert folders
+    for folder in folders:
+        records = [json.loads(line) for line in (folder / evaluate.RECORDS).read_text(encoding="utf-8").splitlines()]
+        assert len(records) == len(test)
+        assert {(record["locale"], record["id"]) for record in records} == test
+
+
+def test_a_teacher_no_better_than_a_unigram_stops_the_study(finished):
+    workdir, config = finished
+    strict = config.copy_and_resolve_references()
+    strict.study.require_teacher_better_than_unigram = True
+    with pytest.raises(UserError, match=r"no better than a unigram.*config\.pretrain\.steps"):
+        study.run(strict, workdir)
+
+
+def test_stage_references_become_directories():
+    config = quickstart.get_config()
+    config.prepared = "stage:prepare-123"
+    assert study_run.resolve_stages(config, pathlib.Path("runs/x/stages")).prepared == "runs/x/stages/prepare-123"
