@@ -33,10 +33,10 @@ def get_config(argument: str = "") -> ConfigDict:
     config.distill.update({"steps": 500, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 50})
     config.finetune.update({"batch_size": 64, "warmup_steps": 50})
 
+    config.study.transfer_sets = ConfigDict({"generic": 0.0, "mix30": 0.3, "mix70": 0.7, "task": 1.0})
     config.study.update(
         {
             "name": "MASSIVE, four locales, a small teacher",
-            "transfer_sets": ConfigDict({"generic": 0.0, "mix30": 0.3, "mix70": 0.7, "task": 1.0}),
             "seeds": (0, 1, 2),
             "recipe_learning_rates": (1e-3, 3e-3),
             "recipe_epochs": (10,),

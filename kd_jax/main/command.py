@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from kd_jax.types import UserError
@@ -39,6 +39,7 @@ def main(run: Run, *, description: str) -> None:
         return rest
 
     def execute(_) -> None:
+        logging.set_verbosity(logging.WARNING)  # jax tells through absl which backends are not here
         sys.exit(guarded(run, config_flag.value, pathlib.Path(workdir_flag.value)))
 
     app.run(execute, flags_parser=parse)
