@@ -113,21 +113,20 @@ def _read_text(source: ConfigDict, path: str, language: str, key: str) -> Iterat
 
 
 def _read_jsonl(source: ConfigDict, path: str, language: str, key: str) -> Iterator[str | None]:
+    field = source.field  # a config's look-up is too slow for every text
     for file in files.find_files(path, (".jsonl", ".jsonl.gz"), key=f"{key}.path"):
         for number, line in files.numbered_lines(file):
             if not line.strip():
                 continue
             place = f"{file}:{number}"
             record = files.json_object(line, place)
-            if source.field not in record:
+            if field not in record:
                 listed = ", ".join(record) or "none"
-                raise UserError(f"{place}: no field {source.field!r}; it has: {listed}; set {key}.field to one of them")
-            text = record[source.field]
+                raise UserError(f"{place}: no field {field!r}; it has: {listed}; set {key}.field to one of them")
+            text = record[field]
             if "\\u" in line and isinstance(text, str) and not _encodes(text):
-                raise UserError(
-                    f"{place}: field {source.field!r} holds half a surrogate pair; mend or leave out the line"
-                )
-            yield _text_or_none(text, place, source.field, key)
+                raise UserError(f"{place}: field {field!r} holds half a surrogate pair; mend or leave out the line")
+            yield _text_or_none(text, place, field, key)
 
 
 def _encodes(text: str) -> bool:
@@ -148,14 +147,15 @@ def _text_or_none(value: Any, place: str, field: str, key: str) -> str | None:
 
 
 def _read_parquet(source: ConfigDict, path: str, language: str, key: str) -> Iterator[str | None]:
+    field = source.field
     for file in files.find_files(path, (".parquet",), key=f"{key}.path"):
         row = 0
         try:
             with pyarrow.parquet.ParquetFile(file) as table:
-                _check_column(source.field, table.schema_arrow.names, str(file), key)
-                for batch in table.iter_batches(batch_size=BATCH, columns=[source.field]):
+                _check_column(field, table.schema_arrow.names, str(file), key)
+                for batch in table.iter_batches(batch_size=BATCH, columns=[field]):
                     for value in batch.column(0).to_pylist():
-                        yield _text_or_none(value, f"{file}: row {row}", source.field, key)
+                        yield _text_or_none(value, f"{file}: row {row}", field, key)
                         row += 1
         except UnicodeDecodeError:
             raise UserError(
@@ -174,6 +174,7 @@ def _read_huggingface(source: ConfigDict, path: str, language: str, key: str) ->
     """A data set of the hub; or, with a path, a folder that `save_to_disk` wrote or a folder of data files."""
     import datasets  # about a second, which other formats need not pay
 
+    field = source.field
     name, subset = source.name.replace("{language}", language), source.subset.replace("{language}", language)
     if not (path or name):
         raise UserError(f"{key}.name: is empty, and so is path; name a data set on the hub or set path to a folder")
@@ -196,14 +197,14 @@ def _read_huggingface(source: ConfigDict, path: str, language: str, key: str) ->
         streaming = bool(path) or source.streaming
         table = files.load_hub(place, subset or None, split=source.split, streaming=streaming)
     if table.column_names is not None:
-        _check_column(source.field, table.column_names, place, key)
-        table = table.select_columns([source.field])
+        _check_column(field, table.column_names, place, key)
+        table = table.select_columns([field])
     row = 0
     try:
         for batch in table.iter(batch_size=BATCH):
-            _check_column(source.field, list(batch), place, key)
-            for value in batch[source.field]:
-                yield _text_or_none(value, f"{place}: row {row}", source.field, key)
+            _check_column(field, list(batch), place, key)
+            for value in batch[field]:
+                yield _text_or_none(value, f"{place}: row {row}", field, key)
                 row += 1
     except UserError:
         raise
@@ -215,6 +216,7 @@ def _read_tfds(source: ConfigDict, path: str, language: str, key: str) -> Iterat
     """A data set that was prepared as array_record in the folder `path` (or TFDS's own), read without TensorFlow."""
     import tensorflow_datasets as tfds  # half a second, which other formats need not pay
 
+    field = source.field
     parts = (source.name.replace("{language}", language), source.subset.replace("{language}", language))
     name = "/".join(part for part in parts if part)
     if not name:
@@ -228,15 +230,15 @@ def _read_tfds(source: ConfigDict, path: str, language: str, key: str) -> Iterat
             f"{key}.name: TFDS cannot open {name} in {path or 'its own folder'} ({type(error).__name__}: {reason}); "
             f"check the name and split, or prepare it with: tfds build {name} --file_format=array_record"
         ) from error
-    _check_column(source.field, list(builder.info.features), name, key)
+    _check_column(field, list(builder.info.features), name, key)
     for start in range(0, len(table), BATCH):
         rows = range(start, min(start + BATCH, len(table)))
         for row, record in zip(rows, table.__getitems__(rows), strict=True):
-            value = record[source.field]
+            value = record[field]
             try:
                 text = value.decode() if isinstance(value, bytes) else value
             except UnicodeDecodeError:
                 raise UserError(
                     f"{name}: row {row} holds bytes that are not UTF-8; prepare the data set again"
                 ) from None
-            yield _text_or_none(text, f"{name}: row {row}", source.field, key)
+            yield _text_or_none(text, f"{name}: row {row}", field, key)
