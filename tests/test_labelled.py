@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from kd_jax.data.labelled import FinetuneBatches, LabelledSet, num_utterance_slots, packed
+from kd_jax.data.tokenizer import train_tokenizer
 from kd_jax.data.utterances import LabelMaps, Utterance
 from kd_jax.types import UserError
 
@@ -17,7 +18,8 @@ class ThreeLetterPieces:
     def __init__(self):
         self.ids = {}
 
-    def encode_words(self, texts, *_):
+    def encode_words(self, texts, joined):
+        assert not any(joined)
         result = []
         for words in texts:
             pairs = [(w[i : i + 3], n) for n, w in enumerate(words) if w != "x" for i in range(0, len(w), 3)]
@@ -77,10 +79,9 @@ def test_hand_worked_batch():
     np.testing.assert_array_equal(batch["utterance_weights"], [[1, 1, 0, 0]])
     np.testing.assert_array_equal(batch["utterance_labels"], [[0, -1, 0, 0]])
     np.testing.assert_array_equal(index, [[0, 1, -1, -1]])
-    # Tags are read back at the first piece of each word, and a word without a piece is outside.
-    row_tags = np.arange(100, 116)
-    np.testing.assert_array_equal(labelled.word_tags(0, row_tags, 0), [101, 104, 105])
-    np.testing.assert_array_equal(labelled.word_tags(1, row_tags, 8), [0, 109, 111])
+    # Each piece knows its word.
+    assert labelled.words.tolist() == [0, 0, 0, 1, 2, 2, 1, 1, 2, 2]
+    assert np.flatnonzero(labelled.word_starts).tolist() == [0, 3, 4, 6, 8]
 
 
 def labelled_ids(train, tag):
@@ -99,8 +100,7 @@ def test_domain_labels_have_no_tags():
 def test_long_utterances_are_cut_and_counted():
     labelled = make([utterance(0, ["tomorrow"] * 20), utterance(1, ["at"])], length=16)
     assert labelled.truncated == 1 and np.diff(labelled.offsets).tolist() == [14, 1]
-    tags = labelled.word_tags(0, np.full(16, 7), 0)
-    np.testing.assert_array_equal(tags, [7] * 5 + [0] * 15)
+    assert labelled.words[labelled.word_starts].tolist() == [0, 1, 2, 3, 4, 0]
 
 
 @pytest.mark.parametrize("batch_rows", [1, 5, 64])
@@ -108,7 +108,7 @@ def test_packed_covers_every_utterance_once_in_fixed_shapes(batch_rows):
     utterances = many()
     labelled = make(utterances)
     maps = LabelMaps.from_train(utterances)
-    alone = [labelled.tokenizer.encode_words([one.words])[0] for one in utterances]
+    alone = [labelled.tokenizer.encode_words([one.words], [False])[0] for one in utterances]
     seen = []
     for batch, index in packed(labelled, LENGTH, batch_rows):
         assert batch["tokens"].shape == (batch_rows, LENGTH) and index.shape == (
@@ -195,3 +195,16 @@ def test_seeds_and_data_tell_fingerprints_apart():
     prints = [batches_of().fingerprint, batches_of(seed=1).fingerprint, batches_of(count=199).fingerprint]
     assert len(set(prints)) == 3 and batches_of().fingerprint == prints[0]
     assert not np.array_equal(batches_of().utterances(0), batches_of(seed=1).utterances(0))
+
+
+def test_characters_are_joined_where_a_locale_has_no_spaces():
+    trained = train_tokenizer(["明天 早上", "明天早上", "wake me up", "wake up"] * 20, "unigram", 40)
+    tags = ("B-t", "I-t", "I-t", "I-t")
+    chinese = Utterance("0", "zh-CN", "train", "alarm", "set", "明天早上", tuple("明天早上"), tags)
+    english = utterance(1, ["wake", "up"])
+    maps = LabelMaps.from_train([chinese, english])
+    labelled = LabelledSet([chinese, english], trained, maps, "icner", 32)
+    for i, text in enumerate(["明天早上", "wake up"]):
+        inside = slice(labelled.offsets[i], labelled.offsets[i + 1])
+        np.testing.assert_array_equal(labelled.pieces[inside], trained.encode([text])[0])
+    assert labelled.tags[0] == maps.tag_id("B-t")

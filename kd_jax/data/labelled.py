@@ -11,7 +11,7 @@ from kd_jax.data.batches import process_slice
 from kd_jax.data.packing import BestFit, positions, runs
 from kd_jax.data.permutation import counter_keys, name_key, permute
 from kd_jax.data.tokenizer import Tokenizer
-from kd_jax.data.utterances import LabelMaps, Utterance
+from kd_jax.data.utterances import CHARACTER_LOCALES, LabelMaps, Utterance
 from kd_jax.types import Batch
 
 # Utterance slots a row: one for every so many tokens. Spoken utterances take more than this on average.
@@ -22,8 +22,9 @@ class LabelledSet:
     """Utterances as pieces and label ids. `task` is "dc" (labels are domains) or "icner" (intents, and tags).
 
     An utterance of more than length - 2 pieces is cut there; `truncated` counts those. Labels and tags unseen in
-    train are -1. Arrays: labels int32 [utterances]; pieces, tags and word_starts (bool, on the first piece of each
-    word) are flat, utterance i has offsets[i]:offsets[i + 1]. Tags are 0 where no word starts.
+    train are -1. Arrays: labels int32 [utterances]; flat ones of all pieces, of which utterance i has
+    offsets[i]:offsets[i + 1]: pieces, words (the word each belongs to), word_starts (bool, on the first piece of each
+    word) and tags (0 where no word starts). A word that the tokenizer empties, or that was cut off, has no piece.
     """
 
     def __init__(
@@ -31,13 +32,13 @@ class LabelledSet:
     ):
         self.utterances = tuple(utterances)
         self.tokenizer, self.task, self.length = tokenizer, task, length
-        encoded = tokenizer.encode_words([one.words for one in utterances])
+        joined = [one.locale in CHARACTER_LOCALES for one in utterances]
+        encoded = tokenizer.encode_words([one.words for one in utterances], joined)
         self.truncated = sum(len(ids) > length - 2 for ids, _ in encoded)
         encoded = [(ids[: length - 2], words[: length - 2]) for ids, words in encoded]
         none = np.zeros(0, np.int32)
-        self.offsets = np.concatenate([[0], np.cumsum([len(ids) for ids, _ in encoded], dtype=np.int64)]).astype(
-            np.int64
-        )
+        self.offsets = np.zeros(len(encoded) + 1, np.int64)
+        np.cumsum([len(ids) for ids, _ in encoded], out=self.offsets[1:])
         self.pieces = np.concatenate([none, *(ids for ids, _ in encoded)])
         self.words = np.concatenate([none, *(words for _, words in encoded)])
         self.word_starts = np.ones(len(self.words), bool)
@@ -61,18 +62,6 @@ class LabelledSet:
 
     def __len__(self) -> int:
         return len(self.utterances)
-
-    def word_tags(self, index: int, row_tags: np.ndarray, first_position: int) -> np.ndarray:
-        """int32 [words]: the tag ids of utterance `index` read from its row's tag ids (int [L]) at the first piece of
-        each word.
-
-        A word without a piece in the row (cut off, or nothing left of it by the tokenizer) has 0, the tag "O".
-        """
-        inside = slice(self.offsets[index], self.offsets[index + 1])
-        starts = self.word_starts[inside]
-        result = np.zeros(len(self.utterances[index].words), np.int32)
-        result[self.words[inside][starts]] = row_tags[first_position + 1 + np.flatnonzero(starts)]
-        return result
 
 
 def _pack(
