@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from kd_jax.config import require
 from kd_jax.data.labelled import FinetuneBatches, LabelledSet
 from kd_jax.data.prepared import Prepared
-from kd_jax.data.utterances import LabelMaps, Utterance
+from kd_jax.data.utterances import LabelMaps, Utterance, subset_train
 from kd_jax.evaluation.predictions import predict_records
 from kd_jax.evaluation.records import Record, assign_test_sets, intent_slot_record
 from kd_jax.evaluation.results import results
@@ -46,7 +46,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, task: str) -> None:
     prepared = Prepared(config.prepared)
     block = config.finetune
     check(config, task)
-    train = [utterance for utterance in prepared.utterances if utterance.partition == "train"]
+    train = labelled_train(prepared, block.max_train, "")
     domains = sorted({utterance.domain for utterance in train})
     if task == "icner" and block.domain:
         known = block.domain == "each" or block.domain in domains
@@ -83,12 +83,19 @@ def check(config: ConfigDict, task: str) -> None:
         "set it to 0",
     )
     require(0 <= block.dropout < 1, "finetune.dropout", f"{block.dropout} is outside [0, 1)", "0.1 is usual")
+    require(block.max_train >= 0, "finetune.max_train", f"{block.max_train} is negative", "0 takes all")
     require(block.epochs >= 0, "finetune.epochs", f"{block.epochs} is negative", "0 uses config.finetune.steps")
 
 
 def of_domain(utterances: Sequence[Utterance], partition: str, domain: str) -> list[Utterance]:
     """The utterances of a partition, of one domain or ("") of all."""
     return [one for one in utterances if one.partition == partition and domain in ("", one.domain)]
+
+
+def labelled_train(prepared: Prepared, max_train: int, domain: str) -> list[Utterance]:
+    """The train utterances whose labels finetuning may see."""
+    utterances = subset_train(prepared.utterances, max_train) if max_train else prepared.utterances
+    return of_domain(utterances, "train", domain)
 
 
 def classifier(encoder: ConfigDict, prepared: Prepared, config: ConfigDict, task: str, sizes: dict) -> Functional:
@@ -102,7 +109,7 @@ def finetune_one(config: ConfigDict, workdir: pathlib.Path, task: str, prepared:
     """Trains one classifier and writes labels.json and dev.json beside its checkpoints."""
     block = config.finetune
     domain = block.domain if task == "icner" else ""
-    train = of_domain(prepared.utterances, "train", domain)
+    train = labelled_train(prepared, block.max_train, domain)
     dev = of_domain(prepared.utterances, "dev", domain)
     if not train:
         raise UserError("config.nlu: there is no utterance to train on; give a data set with a train partition")
