@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what is needed (once), then runs all tests not marked slow. At most fifteen minutes on two CPU cores.
 #
-# Usage: bash launch/test.sh [PYTEST ARGUMENT ...]      e.g.  bash launch/test.sh -k masking
+# Usage: bash launch/test.sh [PYTEST ARGUMENT ...]      e.g.  -k masking,  or two at a time:  -n 2 --dist loadfile
 #
 # Tests that need larger data look for it in the folder named by KD_JAX_DATA, and are skipped with a message without it.
 
