@@ -48,7 +48,7 @@ class Tokenizer:
         self.backend = backend
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        self._names = {}
+        self._names: dict[str, str | None] = {}
         for role, names in _USUAL_NAMES.items():
             found = [name for name in names if name in vocabulary]
             if not found and role != "unk":
@@ -57,13 +57,10 @@ class Tokenizer:
                     "use one that was made for a masked language model"
                 )
             self._names[role] = found[0] if found else None
-        ids = {role: vocabulary.get(name) for role, name in self._names.items()}
-        self.cls_id: int = ids["cls"]
-        self.sep_id: int = ids["sep"]
-        self.pad_id: int = ids["pad"]
-        self.mask_id: int = ids["mask"]
-        self.unk_id: int | None = ids["unk"]
-        self.special_ids: tuple[int, ...] = tuple(sorted(i for i in ids.values() if i is not None))
+        ids = {role: vocabulary[name] for role, name in self._names.items() if name is not None}
+        self.cls_id, self.sep_id, self.pad_id, self.mask_id = (ids[role] for role in ("cls", "sep", "pad", "mask"))
+        self.unk_id = ids.get("unk")
+        self.special_ids = tuple(sorted(ids.values()))
 
     @classmethod
     def load(cls, name: str | os.PathLike) -> "Tokenizer":
