@@ -1,10 +1,13 @@
 """Encoders small enough for tests, one of each family, and packed batches for them."""
 
 import dataclasses
+import functools
 
+import jax
 import numpy as np
 
 from kd_jax.models.encoder import EncoderConfig, encoder_config
+from kd_jax.models.functional import Functional
 from kd_jax.models.presets import PRESETS
 
 FAMILIES = {"bert": "mbert", "roberta": "xlmr_base", "xlmr_xl": "xlmr_xl", "modernbert": "mmbert_small"}
@@ -15,7 +18,7 @@ def small_config(family: str, **changes) -> EncoderConfig:
     sizes = {
         "vocab_size": VOCAB,
         "hidden_size": 16,
-        "num_layers": 4,
+        "num_layers": 3,
         "num_heads": 2,
         "intermediate_size": 24,
         "max_positions": 40,
@@ -28,6 +31,16 @@ def small_config(family: str, **changes) -> EncoderConfig:
         "scan": "unroll",
     }
     return dataclasses.replace(encoder_config(PRESETS[FAMILIES[family]], 1), **sizes | changes)
+
+
+@functools.cache
+def _cached(model: Functional, seed: int) -> dict:
+    return jax.jit(model.init)(jax.random.key(seed))
+
+
+def parameters(model: Functional, seed: int = 0) -> dict:
+    """Fresh parameters, made once for each model: compiling the initializers takes most of a small test's time."""
+    return jax.tree.map(lambda leaf: leaf, _cached(model, seed))
 
 
 def packed_batch(rows: list[list[int]], length: int, seed: int = 0) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kd_jax.models.random_numbers import drop, truncated_normal
 from kd_jax.types import UserError
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -114,16 +115,12 @@ def encoder_config(values: Any, vocab_size: int) -> EncoderConfig:
     return EncoderConfig(**values)
 
 
-def normal(std: float) -> Callable[..., jax.Array]:
-    return jax.nn.initializers.truncated_normal(std)
-
-
 class Linear(nnx.Module):
     """Contracts the last axes of x, shaped `inputs`, into `outputs`. `axes` name the kernel's axes for sharding."""
 
     def __init__(self, inputs, outputs, axes, *, bias: bool, std: float, rngs: nnx.Rngs):
         self.num_inputs = len(inputs)
-        self.kernel = nnx.Param(normal(std)(rngs.params(), (*inputs, *outputs), jnp.float32), axes=axes)
+        self.kernel = nnx.Param(truncated_normal(rngs.params(), (*inputs, *outputs), std), axes=axes)
         self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32), axes=axes[len(inputs) :]) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -151,14 +148,6 @@ class LayerNorm(nnx.Module):
         if self.bias is not None:
             y = y + jnp.expand_dims(self.bias[...], leading)
         return y.astype(x.dtype)
-
-
-def drop(x: jax.Array, rate: float, key: jax.Array | None, site: int) -> jax.Array:
-    """Dropout with a key of its own for each `site`; without a key, or at rate 0, x itself."""
-    if key is None or rate == 0.0:
-        return x
-    keep = jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
 def rotary_tables(positions_RxL: jax.Array, head_dim: int, theta: float) -> jax.Array:
@@ -258,7 +247,7 @@ class Embeddings(nnx.Module):
 
         def table(rows, axis):
             shape = (rows, config.hidden_size)
-            return nnx.Param(normal(config.initializer_range)(rngs.params(), shape, jnp.float32), axes=(axis, "embed"))
+            return nnx.Param(truncated_normal(rngs.params(), shape, config.initializer_range), axes=(axis, "embed"))
 
         self.tokens = table(config.vocab_size, "vocab")
         learned = config.positions == "learned"

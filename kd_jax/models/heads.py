@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kd_jax.models.encoder import ACTIVATIONS, Encoder, EncoderConfig, LayerNorm, Linear, drop, output_std
+from kd_jax.models.encoder import ACTIVATIONS, Encoder, EncoderConfig, LayerNorm, Linear, output_std
+from kd_jax.models.random_numbers import drop
 from kd_jax.types import Batch
 
 
