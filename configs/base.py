@@ -86,7 +86,7 @@ def get_config() -> ConfigDict:
         {
             "kind": "train",  # train | load
             "path": "",  # load: folder or hub name
-            "model": "unigram",  # train: unigram | bpe
+            "model": "bpe",  # train: bpe | unigram
             "vocab_size": 8000,  # train: pieces, special tokens included
             "texts_per_store": 20000,  # train: texts read from each source and language
         }

@@ -10,14 +10,11 @@ import numpy as np
 
 from kd_jax.data.labelled import LabelledSet, packed
 from kd_jax.data.tokenizer import Tokenizer
-from kd_jax.data.utterances import LabelMaps, Utterance
+from kd_jax.data.utterances import CHARACTER_LOCALES, LabelMaps, Utterance
 from kd_jax.evaluation.records import Record, assign_test_sets, domain_record, intent_slot_record
-from kd_jax.evaluation.slots import decode_bio_batch
+from kd_jax.evaluation.slots import decode_bio_batch, repair_bio
 from kd_jax.models.functional import Functional
 from kd_jax.types import Array, Batch, Params
-
-# Score of every tag but "O" on a word of which no piece is in the row.
-NO_PIECE = -1e9
 
 Place = Callable[[Batch], Mapping[str, Array]]
 Predict = Callable[[Params, Mapping[str, Array], Mapping[str, Array]], Any]
@@ -80,13 +77,26 @@ def decode_rows(
 ) -> list[list[str]]:
     """Valid IOB2 tags of each chosen utterance, from its row's scores and the column where it starts.
 
-    A word counts by its first piece; one without a piece in the row (cut off, or emptied by the tokenizer) is "O".
+    A word counts by its first piece. One without a piece in the row (cut off, or emptied by the tokenizer) is "O"; a
+    character that shares the piece of the character before it (CHARACTER_LOCALES) goes on with its slot.
     """
-    lengths = np.array([len(labelled.utterances[number].words) for number in chosen])
-    scores = np.full((len(chosen), lengths.max(initial=1), len(tags)), NO_PIECE, np.float32)
-    scores[:, :, 0] = 0.0
-    for place, (number, first) in enumerate(zip(chosen, firsts)):
+    found = []
+    for number, first in zip(chosen, firsts):
         inside = slice(labelled.offsets[number], labelled.offsets[number + 1])
         starts = np.flatnonzero(labelled.word_starts[inside])
-        scores[place, labelled.words[inside][starts]] = scores_NxLxT[place, first + 1 + starts, : len(tags)]
-    return decode_bio_batch(scores, lengths, tags)
+        found.append((labelled.words[inside][starts], first + 1 + starts))
+    lengths = np.array([len(words) for words, _ in found])
+    scores = np.zeros((len(chosen), lengths.max(initial=1), len(tags)), np.float32)
+    for place, (_, columns) in enumerate(found):
+        scores[place, : len(columns)] = scores_NxLxT[place, columns, : len(tags)]
+    decoded = []
+    for number, (words, _), of_pieces in zip(chosen, found, decode_bio_batch(scores, lengths, tags)):
+        utterance = labelled.utterances[number]
+        shares = utterance.locale in CHARACTER_LOCALES
+        by_word = dict(zip(words.tolist(), of_pieces))
+        whole: list[str] = []
+        for word in range(len(utterance.words)):
+            slot = whole[-1][2:] if shares and whole else ""
+            whole.append(by_word.get(word, f"I-{slot}" if slot else "O"))
+        decoded.append(repair_bio(whole))
+    return decoded
