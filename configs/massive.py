@@ -28,20 +28,20 @@ def get_config(argument: str = "") -> ConfigDict:
 
     config.teacher = base.encoder("teacher_small")
     config.student = base.encoder("student_small")
-    # Tokens: 4.9 M for the teacher, 0.4 M more of task text for the adapted one, 0.4 M for each student.
+    # Tokens: 4.9 M for the teacher, 0.4 M more of task text for the adapted one, 0.33 M for each student.
     config.pretrain.update({"steps": 1200, "batch_size": 64, "learning_rate": 2e-3, "warmup_steps": 100})
     config.adapt.update({"steps": 100, "batch_size": 64, "learning_rate": 1e-3, "warmup_steps": 10})
-    config.distill.update({"steps": 100, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 10})
+    config.distill.update({"steps": 80, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 10})
     # A tenth of the labels: unlabelled task text is plentiful here, labels are scarce.
     config.finetune.update({"batch_size": 32, "warmup_steps": 50, "max_train": 1151})
 
-    config.study.transfer_sets = ConfigDict({"generic": 0.0, "mix30": 0.3, "mix70": 0.7, "task": 1.0})
+    config.study.transfer_sets = ConfigDict({"generic": 0.0, "mix50": 0.5, "task": 1.0})
     config.study.update(
         {
             "name": "MASSIVE, four locales, a small teacher",
             "seeds": (0, 1, 2),
             "recipe_learning_rates": (1e-3, 3e-3),
-            "recipe_epochs": (8,),
+            "recipe_epochs": (5,),
         }
     )
     return base.smoke(config) if argument == "smoke" else config

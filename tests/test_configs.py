@@ -1,6 +1,8 @@
 """Every experiment in configs/ loads the way --config=FILE.py[:smoke] loads it, and says how to run it."""
 
 import ast
+import json
+import os
 import pathlib
 import re
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import base
+from kd_jax.main import study
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "base"))
@@ -83,3 +86,19 @@ def test_smoke_is_the_same_experiment_made_small(path):
     for job in JOBS:
         assert smoke[job].steps < full[job].steps, f"{path.name}:smoke trains {job} as long as the whole experiment"
         assert smoke[job].steps <= 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_config_runs_two_smoke_steps_from_text_to_report(path, tmp_path):
+    config = load(path, "smoke")
+    if "KD_JAX_DATA" in str(config) and "KD_JAX_DATA" not in os.environ:
+        pytest.skip("KD_JAX_DATA names no folder; this config needs the larger data")
+    config.study.tasks = ("icner",)
+    config.study.transfer_sets = ConfigDict({"task": 1.0})
+    config.study.adapted_sets = ()
+    config.progress = config.tensorboard = False
+    study.run(config, tmp_path)
+    assert (tmp_path / "report.md").is_file()
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {row["student"] for row in rows} == {"scratch", "mlm", "distilled", "teacher"}

@@ -1,0 +1,60 @@
+"""Transfer sets compared on the official MASSIVE release, with Wikipedia from the hub as generic text.
+
+Command:   KD_JAX_MASSIVE=FILE python -m kd_jax.main.study --config=configs/massive_wikipedia.py --workdir=DIR
+           where FILE is MASSIVE's official tarball (amazon-massive-dataset-1.1.tar.gz, see github.com/alexa/massive)
+           or a folder of its <locale>.jsonl files; for mC4 instead of Wikipedia
+           --config.sources.generic.name=allenai/c4 --config.sources.generic.subset={language}
+Hardware:  a TPU slice or a node of GPUs; the network, for `prepare` alone
+Time:      not measured
+Result:    not run; its reading of the tarball and of a streamed data set is tested on local copies of the same form
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+LANGUAGES = ("de", "en", "es", "fr", "hi", "it", "pt")
+LOCALES = ("de-DE", "en-US", "es-ES", "fr-FR", "hi-IN", "it-IT", "pt-PT")
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    config = base.get_config()
+    config.nlu.update({"format": "massive", "path": "${KD_JAX_MASSIVE}", "locales": LOCALES})
+    config.sources.generic = base.source(
+        "generic",
+        "huggingface",
+        LANGUAGES,
+        name="wikimedia/wikipedia",
+        subset="20231101.{language}",
+        streaming=True,
+        max_texts=500_000,
+        spoken_share=0.7,
+    )
+    config.sources.task = base.source("task", "utterances", LOCALES)
+    config.tokenizer.update({"model": "unigram", "vocab_size": 64_000, "texts_per_store": 100_000})
+    config.rows.length = 128
+    config.transfer.language_temperature = 0.5
+
+    config.teacher = base.encoder("teacher_medium")
+    config.student = base.encoder("student_base")
+    config.pretrain.update({"steps": 100_000, "batch_size": 1024, "learning_rate": 1e-3, "warmup_steps": 5000})
+    config.adapt.update({"steps": 2000, "batch_size": 1024, "learning_rate": 3e-4, "warmup_steps": 200})
+    config.distill.update({"steps": 20_000, "batch_size": 1024, "learning_rate": 1e-3, "warmup_steps": 1000})
+    config.finetune.update({"batch_size": 128, "warmup_steps": 300})
+
+    config.study.transfer_sets = ConfigDict({"generic": 0.0, "mix30": 0.3, "mix70": 0.7, "task": 1.0})
+    config.study.update(
+        {
+            "name": "MASSIVE, seven locales, Wikipedia as generic text",
+            "seeds": (0, 1, 2, 3, 4),
+            "recipe_learning_rates": (1e-4, 3e-4, 1e-3),
+            "recipe_epochs": (10, 25),
+        }
+    )
+    if argument != "smoke":
+        return config
+    # No network in a smoke run: the embedded data stand in.
+    config.nlu.update({"format": "embedded", "path": "", "locales": LOCALES[:4]})
+    config.sources.generic = base.source("generic", "embedded", LANGUAGES[:4])
+    config.sources.task.languages = LOCALES[:4]
+    return base.smoke(config)

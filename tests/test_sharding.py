@@ -1,0 +1,72 @@
+"""The real steps give the same losses and parameters on 8 devices, however they are arranged, as on one."""
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from configs import base
+from kd_jax.main.training import STEP_KEYS, programs
+from kd_jax.steps.distill import make_distill_objective
+from kd_jax.steps.pretrain import make_pretrain_objective
+from kd_jax.trainer.mesh import global_batch, make_mesh, shardings
+from tests.test_train_step import SETTINGS, tiny, uneven_batch
+
+STEPS = 3
+
+
+def train(objective, arguments, model, frozen, mesh, **changes):
+    """(losses of STEPS steps, final parameters as NumPy)."""
+    job = base.job(steps=10, warmup_steps=2, learning_rate=1e-2, **changes)
+    settings = FrozenConfigDict({key: job[key] for key in STEP_KEYS})
+    compiled = programs(objective, arguments, model, settings, mesh)
+    state = compiled.from_seed(np.int32(0))
+    losses = []
+    for step in range(STEPS):
+        state, metrics = compiled.step(state, {"seed": np.int32(0), **frozen}, global_batch(mesh, uneven_batch(step)))
+        losses.append(float(metrics["loss"][0]))
+    return losses, jax.device_get(state["params"])
+
+
+@pytest.mark.parametrize(("shape", "accumulation"), [((8, 1, 1), 1), ((2, 2, 2), 1), ((1, 4, 2), 1), ((2, 2, 2), 2)])
+def test_distillation_on_eight_devices_equals_one(shape, accumulation):
+    student, teacher = tiny(), tiny(num_layers=1)
+    arguments = (student, teacher, FrozenConfigDict(SETTINGS))
+    one = make_mesh(ConfigDict({"data": 1, "fsdp": 1, "tensor": 1}), devices=jax.devices()[:1])
+    mesh = make_mesh(ConfigDict(dict(zip(("data", "fsdp", "tensor"), shape))))
+    params = jax.device_get(teacher.init(jax.random.key(7)))
+    layout = shardings(mesh, teacher.logical_axes(), teacher.abstract())
+    losses, alone = train(make_distill_objective, arguments, student, {"teacher": params}, one)
+    placed = {"teacher": jax.device_put(params, layout)}
+    spread, together = train(make_distill_objective, arguments, student, placed, mesh, accumulation=accumulation)
+    np.testing.assert_allclose(spread, losses, rtol=1e-5)
+    for (path, left), right in zip(jax.tree_util.tree_leaves_with_path(alone), jax.tree.leaves(together)):
+        np.testing.assert_allclose(right, left, atol=2e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def test_parameters_are_really_spread_over_fsdp_and_tensor():
+    model = tiny()
+    mesh = make_mesh(ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
+    settings = FrozenConfigDict({key: base.job()[key] for key in STEP_KEYS})
+    compiled = programs(make_pretrain_objective, (model,), model, settings, mesh)
+    state = compiled.from_seed(np.int32(0))
+    shares = [leaf.addressable_shards[0].data.size / leaf.size for leaf in jax.tree.leaves(state["params"])]
+    assert min(shares) <= 1 / 4
+    moments = [leaf for leaf in jax.tree.leaves(state["opt_state"]) if leaf.ndim]
+    assert min(leaf.addressable_shards[0].data.size / leaf.size for leaf in moments) <= 1 / 4
+
+
+def test_teacher_is_neither_changed_nor_part_of_the_state():
+    student, teacher = tiny(), tiny(num_layers=1)
+    mesh = make_mesh(ConfigDict({"data": -1, "fsdp": 1, "tensor": 1}))
+    params = teacher.init(jax.random.key(7))
+    before = jax.device_get(params)
+    settings = FrozenConfigDict({key: base.job()[key] for key in STEP_KEYS})
+    arguments = (student, teacher, FrozenConfigDict(SETTINGS))
+    compiled = programs(make_distill_objective, arguments, student, settings, mesh)
+    batch = global_batch(mesh, uneven_batch())
+    state, _ = compiled.step(compiled.from_seed(np.int32(0)), {"seed": np.int32(0), "teacher": params}, batch)
+    assert set(state) == {"step", "params", "opt_state"}
+    assert set(state["params"]) == set(student.abstract())
+    for left, right in zip(jax.tree.leaves(before), jax.tree.leaves(params)):
+        np.testing.assert_array_equal(left, right)
