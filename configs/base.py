@@ -140,7 +140,7 @@ def get_config() -> ConfigDict:
         ""  # ICNER: one domain's model; empty takes all domains together; "each" trains one after the other
     )
     config.finetune.max_train = 0  # labelled train utterances a locale, the same ids in each; 0 takes all
-    config.finetune.label_smoothing = 0.0  # in [0, 1); not with domain='each'
+    config.finetune.label_smoothing = 0.0  # in [0, 1)
     config.finetune.tag_weight = 1.0  # ICNER: weight of the tag loss beside the intent loss
     config.finetune.dropout = 0.1  # in the heads and the encoder while finetuning
 

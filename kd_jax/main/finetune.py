@@ -45,7 +45,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, task: str) -> None:
     """Finetunes for `task` ("dc" or "icner"): one model, or with finetune.domain="each" one for each domain."""
     prepared = Prepared(config.prepared)
     block = config.finetune
-    check(config, task)
+    check(config)
     train = labelled_train(prepared, block.max_train, "")
     domains = sorted({utterance.domain for utterance in train})
     if task == "icner" and block.domain:
@@ -70,18 +70,11 @@ def run(config: ConfigDict, workdir: pathlib.Path, task: str) -> None:
     finetune_one(config, workdir, task, prepared, {})
 
 
-def check(config: ConfigDict, task: str) -> None:
+def check(config: ConfigDict) -> None:
     """Refuses impossible finetuning settings before anything is read."""
     block = config.finetune
     smoothing = block.label_smoothing
     require(0 <= smoothing < 1, "finetune.label_smoothing", f"{smoothing} is outside [0, 1)", "0.1 is usual")
-    padded = task == "icner" and block.domain == "each"
-    require(
-        not (padded and smoothing),
-        "finetune.label_smoothing",
-        "it cannot be used with config.finetune.domain='each', whose label maps are padded",
-        "set it to 0",
-    )
     require(0 <= block.dropout < 1, "finetune.dropout", f"{block.dropout} is outside [0, 1)", "0.1 is usual")
     require(block.max_train >= 0, "finetune.max_train", f"{block.max_train} is negative", "0 takes all")
     require(block.epochs >= 0, "finetune.epochs", f"{block.epochs} is negative", "0 uses config.finetune.steps")
@@ -166,7 +159,7 @@ def class_counts(task: str, maps: LabelMaps) -> dict[str, int]:
 
 
 def class_masks(counts: dict[str, int], padded: dict[str, int]) -> dict[str, np.ndarray]:
-    """What is added to the logits: 0 for a real class, a large negative number for one that only pads the label map."""
+    """What is added to the logits: 0 for a real class, -inf for one that only pads the label map."""
     masks = {}
     for name, size in padded.items():
         mask = np.where(np.arange(size) < counts[name], 0.0, ABSENT).astype(np.float32)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from kd_jax.data.prepared import Prepared
 from kd_jax.evaluation.similarity import jensen_shannon, matched_jsd, vocabulary_overlap
-from kd_jax.main import command, distill, evaluate, finetune_dc, finetune_icner, prepare, pretrain
+from kd_jax.main import command, distill, evaluate, finetune, finetune_dc, finetune_icner, prepare, pretrain
 from kd_jax.study.collect import collect
 from kd_jax.study.report import summary_text, write_report
 from kd_jax.study.run import Study
@@ -31,8 +31,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Runs or resumes the study, writes its report and prints the result table."""
     started = time.monotonic()
     distill.check_settings(config)
-    for task in config.study.tasks:
-        finetune_dc.finetune.check(config, task)
+    finetune.check(config)
 
     def run_stage(name: str, stage_config: ConfigDict, folder: pathlib.Path) -> None:
         COMMANDS[name].run(stage_config, folder)
@@ -40,13 +39,20 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     study = Study(config, workdir, run_stage, {name: module.keys for name, module in COMMANDS.items()})
     study.run()
     prepared = Prepared(str(study.folder(study.planner.prepare())))
-    inputs = collect(study, domains_against_generic(prepared), provenance())
+    about = {**provenance(), "left out, equal to a dev or test utterance": left_out(prepared)}
+    inputs = collect(study, domains_against_generic(prepared), about)
     paths = write_report(workdir, inputs)
     print(summary_text(inputs))
     print(f"\nReport: {paths.html} and {paths.markdown}")
     print(
         f"This start took {time.monotonic() - started:.0f} s; all stages together {sum(study.seconds.values()):.0f} s."
     )
+
+
+def left_out(prepared: Prepared) -> str:
+    """How many texts of which store the decontamination removed."""
+    stores = [store for store in prepared.manifest["stores"] if store["removed"].get("decontaminated")]
+    return ", ".join(f"{store['name']} {store['removed']['decontaminated']}" for store in stores) or "no text"
 
 
 def domains_against_generic(prepared: Prepared) -> list[dict]:

@@ -7,8 +7,8 @@ from kd_jax.models.functional import Functional
 from kd_jax.steps.objective import Objective
 from kd_jax.types import Array, Batch, Params, Term
 
-# Added to the logits of classes that only pad the label map to a common size.
-ABSENT = -1e9
+# Added to the logits of classes that only pad the label map to a common size; the losses leave such classes out.
+ABSENT = -jnp.inf
 
 
 def labelled_weights(batch: Batch) -> Array:
