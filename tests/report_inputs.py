@@ -152,7 +152,7 @@ def synthetic_inputs(
         results=objects,
         records=records,
         task_shares=SHARES,
-        realised={name: described(share) for name, share in SHARES.items()},
+        realized={name: described(share) for name, share in SHARES.items()},
         curves=curves,
         similarity=[
             {

@@ -153,6 +153,7 @@ def test_the_walk_knows_every_expression(monkeypatch):
         ),
         ("es-ES", "enciende (el|la|los|las) (luz|luces|ventilador)", {"la luz", "las luces", "el ventilador"}, None),
         ("fr-FR", "allume (le|la|les) (lampe|lampes|ventilateur)", {"la lampe", "les lampes", "le ventilateur"}, None),
+        ("en-US", "wait {timer_minutes:minutes} (minute|minutes) longer", set(), {"minute longer"}),
         ("en-US", "start (a|the) {timer_minutes:minutes} (minute|minutes) timer", set(), {"minutes timer"}),
     ],
 )

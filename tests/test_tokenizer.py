@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from kd_jax.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
-from kd_jax.data.unigram import train_unigram
+from kd_jax.data.unigram import _prune, train_unigram
 from kd_jax.data.utterances import read_massive
 from kd_jax.types import UserError
 
@@ -105,6 +105,13 @@ def test_unigram_finds_the_stems_and_the_best_segmentation():
     # Log probabilities of at most one in all, most probable first.
     values = list(scores.values())
     assert values == sorted(values, reverse=True) and 0.5 < np.exp(values).sum() <= 1.01
+
+
+def test_unigram_drops_what_costs_least():
+    scores = {"a": -1.0, "b": -1.0, "ab": -1.5, "aab": -2.0}
+    counts = {"a": 5.0, "b": 5.0, "ab": 10.0, "aab": 1.0}
+    # Without "ab" 10 times -1 - 1 in place of -1.5: 5 nats; without "aab" once -1 - 1.5 in place of -2: half a nat.
+    assert _prune(scores, counts, ["a", "b"], 3) == {"a": -1.0, "b": -1.0, "ab": -1.5}
 
 
 def test_unigram_needs_few_pieces_against_the_library():

@@ -76,7 +76,7 @@ def collect(study: Study, similarity: list[dict[str, Any]], provenance: dict[str
         results=objects,
         records=records,
         task_shares={name: float(share) for name, share in config.study.transfer_sets.items()},
-        realised=realized,
+        realized=realized,
         curves=curves,
         similarity=similarity,
         recipes=study.searched,

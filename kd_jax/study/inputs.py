@@ -27,7 +27,7 @@ class ReportInputs:
     teacher is
     student "teacher". records: (student, transfer_set, teacher, seed, task) -> records; where they are missing,
     intervals cover
-    seeds only. task_shares: transfer set -> share in [0, 1]. realised: transfer set -> `TransferSet.describe`. curves:
+    seeds only. task_shares: transfer set -> share in [0, 1]. realized: transfer set -> `TransferSet.describe`. curves:
     label ->
     [(step, metrics)]. similarity: {domain, jsd, jsd_matched, overlap, tokens}. recipes: {student, task, learning_rate,
     epochs,
@@ -40,7 +40,7 @@ class ReportInputs:
     results: Sequence[Mapping[str, Any]] = ()
     records: Mapping[RecordKey, Sequence[Record]] = field(default_factory=dict)
     task_shares: Mapping[str, float] = field(default_factory=dict)
-    realised: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    realized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     curves: Mapping[str, Sequence[tuple[int, Mapping[str, float | None]]]] = field(default_factory=dict)
     similarity: Sequence[Mapping[str, Any]] = ()
     recipes: Sequence[Mapping[str, Any]] = ()

@@ -329,7 +329,7 @@ def _method_section(numbers: Numbers) -> Section:
             blocks.append(Text(f"One finetuning recipe was given for all students ({recipe}); nothing was searched."))
         else:
             blocks.append(tables.recipe_table(numbers))
-    if inputs.realised:
+    if inputs.realized:
         blocks.append(tables.text_table(numbers))
     blocks.append(Bullets(_provenance_lines(inputs)))
     if inputs.provenance.get("seconds"):

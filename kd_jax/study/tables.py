@@ -253,7 +253,7 @@ def recipe_table(numbers: Numbers) -> Table:
 
 def text_table(numbers: Numbers) -> Table:
     """How much text of each kind each transfer set saw, and how often it repeated; by store where that is short."""
-    realized = numbers.inputs.realised
+    realized = numbers.inputs.realized
     stores = sum(len(entry["stores"]) for entry in realized.values())
     level = "stores" if stores <= MOST_STORE_ROWS else "kinds"
     rows = []
