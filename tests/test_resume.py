@@ -53,7 +53,8 @@ def rows_of(workdir, timed=False):
 
 
 def leaves_of(workdir):
-    with ocp.CheckpointManager(workdir / "checkpoints", item_handlers={"state": ocp.StandardCheckpointHandler()}) as saved:
+    handlers = {"state": ocp.StandardCheckpointHandler()}
+    with ocp.CheckpointManager(workdir / "checkpoints", item_handlers=handlers) as saved:
         assert saved.latest_step() == STEPS
         tree = saved.restore(STEPS, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
     found = {}
