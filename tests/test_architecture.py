@@ -308,7 +308,7 @@ installed_distributions = functools.cache(importlib.metadata.packages_distributi
 
 def undeclared_imports(path: str, source: str, declared: set[str]) -> list[str]:
     """Imports of packages that pyproject.toml does not name, though another package may bring them."""
-    ours = {"kd_jax", "configs", *(file.stem for file in (ROOT / "tests").glob("*.py"))}
+    ours = {"kd_jax", "configs", "tests", *(file.stem for file in (ROOT / "tests").glob("*.py"))}
     problems = []
     for line, name in imported_modules(path, source):
         first = name.split(".")[0]
