@@ -1,5 +1,7 @@
 import importlib.metadata
 import json
+import shlex
+import sys
 
 import jax
 import pytest
@@ -23,7 +25,7 @@ def test_writes_who_ran_what_with_what(tmp_path):
     assert record["packages"]["orbax-checkpoint"] == importlib.metadata.version("orbax-checkpoint")
     assert record["device_count"] == len(jax.devices()) == 8
     assert record["device_kind"] == jax.devices()[0].device_kind
-    assert "pytest" in record["command_line"]
+    assert record["command_line"] == shlex.join(sys.argv)
     run.start(data_fingerprint="abc")
     assert len(read(run.path / "run.json")["starts"]) == 2
     assert not [entry for entry in run.path.iterdir() if entry.name.endswith(".tmp")]

@@ -29,13 +29,16 @@ def main(run: Run, *, description: str) -> None:
             rest = flags.FLAGS(argv)
         except (flags.Error, AttributeError, KeyError, ValueError, TypeError) as error:
             fail(explain_flags(error))
-        except FileNotFoundError as error:
-            fail(f"--config: {error}; give a file of configs/")
         if len(rest) > 1:
             fail(f"unexpected argument {rest[1]!r}; options have the form --config.key=value")
         if config_flag.value is None or not workdir_flag.value:
             missing = "--config" if config_flag.value is None else "--workdir"
             fail(f"{missing} is missing; the form is --config=configs/FILE.py --workdir=DIR")
+        try:
+            config_flag.value.keys()  # a file that could not be loaded says so only when it is asked
+        except OSError as error:
+            given = next((word for word in argv if word.startswith("--config=")), "--config")
+            fail(f"{given}: cannot be loaded ({str(error).strip().splitlines()[-1].strip()}); name a file of configs/")
         return rest
 
     def execute(_) -> None:
@@ -56,6 +59,7 @@ def explain_flags(error: Exception) -> str:
 
 
 def fail(message: str) -> None:
+    """Ends the program with one line on standard error."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(MISTAKE)
 

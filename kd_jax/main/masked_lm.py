@@ -93,6 +93,7 @@ def train(
 
 @functools.cache
 def compiled_heldout_step(model: Functional):
+    """The jitted held-out step of a model, the same function for all runs of a study."""
     return jax.jit(make_heldout_step(model))
 
 

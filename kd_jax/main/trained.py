@@ -51,4 +51,5 @@ def trained_params(workdir: str | pathlib.Path, model: Functional, mesh, subtree
 
 
 def read_json(file: pathlib.Path) -> Any:
+    """The value that a JSON file holds."""
     return json.loads(file.read_text(encoding="utf-8"))

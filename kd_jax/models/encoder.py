@@ -166,6 +166,8 @@ def rotate(x_RxLxNxD: jax.Array, tables: jax.Array) -> jax.Array:
 
 
 class Attention(nnx.Module):
+    """Self-attention inside each segment, with one merged projection for queries, keys and values."""
+
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         heads = (config.num_heads, config.head_dim)
@@ -196,6 +198,8 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
+    """The feed-forward part of a layer, gated (GeGLU) or plain."""
+
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         hidden, inner = config.hidden_size, config.intermediate_size
@@ -219,6 +223,8 @@ def output_std(config: EncoderConfig) -> float:
 
 
 class Layer(nnx.Module):
+    """Attention and feed-forward with their norms before (pre) or after (post) each."""
+
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.attention_norm = LayerNorm(config)
@@ -242,6 +248,8 @@ class Layer(nnx.Module):
 
 
 class Embeddings(nnx.Module):
+    """Token embeddings, with learned positions and token types where the family has them, and their norm."""
+
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.config = config
 

@@ -90,6 +90,7 @@ class TokenHead(nnx.Module):
 
 
 def encode(encoder: Encoder, batch: Batch, compute_dtype: Any, dropout_key: jax.Array | None) -> jax.Array:
+    """Hidden states [R, L, H] of a batch."""
     return encoder(
         jnp.asarray(batch["tokens"]),
         jnp.asarray(batch["segment_ids"]),
@@ -105,6 +106,8 @@ def _head_key(dropout_key: jax.Array | None, head: int) -> jax.Array | None:
 
 
 class MaskedLanguageModel(nnx.Module):
+    """An encoder with its masked-LM head, whose decoder is tied to the token embeddings."""
+
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.encoder = Encoder(config, rngs=rngs)
         self.mlm_head = MaskedHead(config, rngs=rngs)

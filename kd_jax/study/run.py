@@ -118,13 +118,16 @@ def resolve_stages(config: ConfigDict, stages: pathlib.Path) -> ConfigDict:
 
 
 def read_json(file: pathlib.Path) -> Any:
+    """The value that a JSON file holds."""
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def write_seconds(folder: pathlib.Path, seconds: float) -> None:
+    """Keeps a stage's wall time beside it."""
     (folder / "seconds.json").write_text(json.dumps(round(seconds, 2)), encoding="utf-8")
 
 
 def read_seconds(folder: pathlib.Path) -> float:
+    """A stage's wall time, NaN where it was killed between its end and the note of it."""
     file = folder / "seconds.json"
     return read_json(file) if file.exists() else float("nan")
