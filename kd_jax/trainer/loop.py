@@ -126,6 +126,7 @@ class _Run:
         self._job, self._writer, self._bar = job, writer, bar
         self._pending: tuple[int, Mapping[str, Term], tuple[int, int]] | None = None
         self._compiled = False
+        self._recent: dict[str, float] = {}
         self._clear()
 
     def _clear(self) -> None:
@@ -163,7 +164,9 @@ class _Run:
             )
         self.window.add(terms | {"useful_share": (real, total)})
         loss, weight = terms["loss"]
-        self._bar.update(step, loss / weight if weight else math.nan, self._rates())
+        if self._steps > 1:  # a single step of a window that has just begun says little
+            self._recent = self._rates()
+        self._bar.update(step, loss / weight if weight else math.nan, self._recent)
         if step % self._job.log_every == 0 or step == self._job.steps:
             rates = self._rates()
             times = {f"{TIME}{name}": value for name, value in rates.items() if name != "useful_share"}
