@@ -5,6 +5,7 @@ equal student and teacher logits give a gradient of exactly zero. `-inf` logits 
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def kl_divergence(student_logits: Array, teacher_logits: Array, weights: Array, 
     is a float32 scalar.
     """
     weights = jnp.asarray(weights, jnp.float32)
-    total = _kl_divergence(temperature, jnp.asarray(student_logits), jnp.asarray(teacher_logits), weights)
+    total: Any = _kl_divergence(temperature, jnp.asarray(student_logits), jnp.asarray(teacher_logits), weights)
     return total, jnp.sum(weights)
 
 

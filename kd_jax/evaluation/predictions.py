@@ -65,7 +65,7 @@ def predict_records(
             for number, label in zip(chosen, classes_RxS[rows, slots]):
                 records[number] = domain_record(utterances[number], test_sets[number], maps.domains[label])
             continue
-        firsts = batch["first_positions"][rows, slots]
+        firsts = np.asarray(batch["first_positions"])[rows, slots]
         tags = decode_rows(labelled, chosen, scores_RxLxT[rows], firsts, maps.tags)
         for number, label, one in zip(chosen, classes_RxS[rows, slots], tags):
             records[number] = intent_slot_record(utterances[number], test_sets[number], maps.intents[label], one)

@@ -3,7 +3,7 @@
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -31,11 +31,12 @@ def main(run: Run, *, description: str) -> None:
             fail(explain_flags(error))
         if len(rest) > 1:
             fail(f"unexpected argument {rest[1]!r}; options have the form --config.key=value")
-        if config_flag.value is None or not workdir_flag.value:
-            missing = "--config" if config_flag.value is None else "--workdir"
+        config, workdir = config_flag.value, workdir_flag.value
+        if config is None or not workdir:
+            missing = "--config" if config is None else "--workdir"
             fail(f"{missing} is missing; the form is --config=configs/FILE.py --workdir=DIR")
         try:
-            config_flag.value.keys()  # a file that could not be loaded says so only when it is asked
+            config.keys()  # a file that could not be loaded says so only when it is asked
         except OSError as error:
             given = next((word for word in argv if word.startswith("--config=")), "--config")
             fail(f"{given}: cannot be loaded ({str(error).strip().splitlines()[-1].strip()}); name a file of configs/")
@@ -43,7 +44,9 @@ def main(run: Run, *, description: str) -> None:
 
     def execute(_) -> None:
         logging.set_verbosity(logging.WARNING)  # jax tells through absl which backends are not here
-        sys.exit(guarded(run, config_flag.value, pathlib.Path(workdir_flag.value)))
+        config, workdir = config_flag.value, workdir_flag.value
+        assert config is not None and workdir, "parse has seen to both"
+        sys.exit(guarded(run, config, pathlib.Path(workdir)))
 
     app.run(execute, flags_parser=parse)
 
@@ -58,7 +61,7 @@ def explain_flags(error: Exception) -> str:
     return message
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Ends the program with one line on standard error."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(MISTAKE)

@@ -91,7 +91,7 @@ def labelled_train(prepared: Prepared, max_train: int, domain: str) -> list[Utte
     return of_domain(utterances, "train", domain)
 
 
-def classifier(encoder: ConfigDict, prepared: Prepared, config: ConfigDict, task: str, sizes: dict) -> Functional:
+def classifier(encoder: ConfigDict, prepared: Prepared, config: ConfigDict, task: Any, sizes: dict) -> Functional:
     """The finetuned model's shape: the encoder with dropout as config.finetune says, and the task's head."""
     masked = masked_lm.encoder_model(encoder, prepared, config.compute_dtype, "student")
     shape = dataclasses.replace(masked.config, dropout=float(config.finetune.dropout))

@@ -29,7 +29,7 @@ def make_distill_objective(student: Functional, teacher: Functional, settings: M
 
     def terms(params, frozen, batch, key):
         hidden_RxLxH = student.hidden(params, batch, key)
-        logits = student.mlm_logits(params, gather_positions(hidden_RxLxH, batch["masked_positions"]))
+        logits = student.mlm_logits(params, gather_positions(hidden_RxLxH, jnp.asarray(batch["masked_positions"])))
         if everywhere:
             kl = kl_everywhere(params, frozen, batch, hidden_RxLxH)
         else:

@@ -19,7 +19,7 @@ def masked_accuracy(logits_RxKxV: Array, batch: Batch) -> Term:
 def masked_logits(model: Functional, params: Params, batch: Batch, key=None) -> Array:
     """Logits [R, K, V] at the masked positions only."""
     hidden_RxLxH = model.hidden(params, batch, key)
-    return model.mlm_logits(params, gather_positions(hidden_RxLxH, batch["masked_positions"]))
+    return model.mlm_logits(params, gather_positions(hidden_RxLxH, jnp.asarray(batch["masked_positions"])))
 
 
 def make_pretrain_objective(model: Functional) -> Objective:

@@ -30,7 +30,7 @@ def split_micro_batches(batch: Batch, accumulation: int) -> dict[str, Array]:
 def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
-    schedule: Callable[[Array], Array | float],
+    schedule: optax.Schedule,
     *,
     steps: int,
     accumulation: int = 1,
