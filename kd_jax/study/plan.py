@@ -78,8 +78,15 @@ class Planner:
         require(len(config.study.seeds) > 0, "study.seeds", "there is no seed", "give at least one, better three")
         self._config = config
         self._keys = dict(keys)
+        self._made: dict[str, Stage] = {}  # copying a config takes milliseconds, and each stage is asked for many times
 
     def _stage(self, command: str, name: str, needs: Iterable[Stage], changes: Mapping[str, Any]) -> Stage:
+        key = str((command, name, dict(changes)))
+        if key not in self._made:
+            self._made[key] = self._make(command, name, needs, changes)
+        return self._made[key]
+
+    def _make(self, command: str, name: str, needs: Iterable[Stage], changes: Mapping[str, Any]) -> Stage:
         full = self._config.copy_and_resolve_references()
         with full.unlocked():
             for key, value in changes.items():
