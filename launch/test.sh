@@ -16,4 +16,4 @@ case "${1:-}" in
 esac
 
 bash launch/environment.sh --dev
-exec .venv/bin/python -m pytest -m "not slow" "$@"
+exec .venv/bin/python -m pytest -m "not slow" -n 2 --dist loadfile "$@"
