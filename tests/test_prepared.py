@@ -4,13 +4,13 @@ import unicodedata
 
 import numpy as np
 import pytest
-from kd_jax.data.tokenizer import Tokenizer, train_tokenizer
 from ml_collections import ConfigDict
 
 from kd_jax.data import prepared as prepared_module
 from kd_jax.data import rows as rows_module
 from kd_jax.data.decontamination import normalize
 from kd_jax.data.prepared import Prepared, prepare
+from kd_jax.data.tokenizer import Tokenizer, train_tokenizer
 from kd_jax.types import UserError
 
 WORDS = [
