@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from kd_jax.config import require
+from kd_jax.config import EXECUTION_KEYS, require, to_dict
 from kd_jax.data.labelled import FinetuneBatches, LabelledSet
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.utterances import LabelMaps, Utterance, subset_train
@@ -23,7 +23,7 @@ from kd_jax.models.functional import Functional
 from kd_jax.steps.finetune import ABSENT, make_dc_objective, make_icner_objective
 from kd_jax.trainer.disk import write_json
 from kd_jax.trainer.mesh import global_batch, make_mesh, row_multiple
-from kd_jax.trainer.run_directory import is_done, mark_done
+from kd_jax.trainer.run_directory import RunDirectory
 from kd_jax.types import Params, UserError
 
 DEV = "dev.json"
@@ -51,7 +51,13 @@ def run(config: ConfigDict, workdir: pathlib.Path, task: str) -> None:
     if task == "icner" and block.domain:
         known = block.domain == "each" or block.domain in domains
         require(known, "finetune.domain", f"{block.domain!r} is no domain", f"use each or one of {', '.join(domains)}")
-    if task == "icner" and block.domain == "each" and not is_done(workdir):
+    if task == "icner" and block.domain == "each":
+        values = to_dict(config)
+        names = (*keys(config), *EXECUTION_KEYS)
+        directory = RunDirectory(workdir, f"finetune_{task}", {name: values[name] for name in names})
+        if directory.done:
+            return
+        directory.start(tokenizer_fingerprint=prepared.tokenizer.fingerprint, domains=domains)
         # Class counts are padded to the largest domain's, so that all domains share one compiled step.
         maps = [LabelMaps.for_domain(train, domain) for domain in domains]
         sizes = {"intents": max(len(one.intents) for one in maps), "tags": max(len(one.tags) for one in maps)}
@@ -62,10 +68,10 @@ def run(config: ConfigDict, workdir: pathlib.Path, task: str) -> None:
             folder = workdir / "domains" / domain
             finetune_one(one, folder, task, prepared, sizes)
             scores[domain] = trained.read_json(folder / DEV)
-        total = sum(score["count"] for score in scores.values())
+        total = max(sum(score["count"] for score in scores.values()), 1)
         mean = sum(score["score"] * score["count"] for score in scores.values()) / total
         write_json(workdir / DEV, {"score": mean, "count": total})
-        mark_done(workdir)
+        directory.finish()
         return
     finetune_one(config, workdir, task, prepared, {})
 
