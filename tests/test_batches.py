@@ -1,12 +1,10 @@
-import threading
-import time
 import types
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from kd_jax.data.batches import MaskedBatches, heldout_batches, prefetch, real_tokens
+from kd_jax.data.batches import MaskedBatches, heldout_batches
 from kd_jax.data.packing import positions
 from kd_jax.data.rows import RowStore, StoreWriter
 from kd_jax.data.transfer_set import TransferSet
@@ -63,7 +61,6 @@ def test_rows_are_those_of_the_transfer_set(stores):
             np.testing.assert_array_equal(restored(batch)[i], tokens[0])
             np.testing.assert_array_equal(batch["segment_ids"][i], segment_ids[0])
         np.testing.assert_array_equal(batch["positions"], positions(batch["segment_ids"]))
-        assert real_tokens(batch) == np.sum(batch["segment_ids"] > 0) > 0
 
 
 def test_shapes_and_types(stores):
@@ -150,36 +147,3 @@ def test_heldout_batches_cover_the_rows_in_fixed_shapes(stores):
 def test_senseless_masking_is_refused(stores, changes, message):
     with pytest.raises(UserError, match=message):
         make(stores, **changes)
-
-
-def test_prefetch_keeps_order_and_stays_ahead():
-    produced = []
-
-    def produce(step):
-        produced.append(step)
-        return step * step
-
-    items = prefetch(produce, 3, 8)
-    assert next(items) == 9
-    deadline = time.time() + 5
-    while len(produced) < 3 and time.time() < deadline:
-        time.sleep(0.01)
-    # One consumed, one waiting, one more computed and held back.
-    assert produced == [3, 4, 5]
-    assert list(items) == [16, 25, 36, 49]
-
-
-def test_prefetch_carries_exceptions_and_ends_its_thread():
-    def produce(step):
-        if step == 2:
-            raise ValueError("step two")
-        return step
-
-    items = prefetch(produce, 0, 5)
-    assert [next(items), next(items)] == [0, 1]
-    with pytest.raises(ValueError, match="step two"):
-        next(items)
-    unfinished = prefetch(lambda step: step, 0, 10**9)
-    next(unfinished)
-    unfinished.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]

@@ -1,12 +1,10 @@
-import json
-
 import numpy as np
 import pytest
 from seqeval.metrics import f1_score as seqeval_f1
 from seqeval.scheme import IOB2
 from sklearn.metrics import accuracy_score, f1_score
 
-from kd_jax.evaluation.results import append_results, results
+from kd_jax.evaluation.results import results
 from kd_jax.evaluation.slots import count_slots, merge_adjacent, repair_bio
 
 IDENTITY = {"student": "s", "transfer_set": "task", "teacher": "generic", "seed": 0}
@@ -128,18 +126,3 @@ def test_bad_calls():
         results([record], identity={"student": "s"})
     with pytest.raises(ValueError, match="strict, massive"):
         results([record], identity=IDENTITY, mode="lenient")
-
-
-def test_appending_replaces_rows_of_the_same_identity(tmp_path):
-    path = tmp_path / "results.jsonl"
-    first = results([dc("a", "b")], identity=IDENTITY)
-    other = results([dc("a", "b")], identity={**IDENTITY, "seed": 1})
-    append_results(path, first)
-    append_results(path, other)
-    for _ in range(2):
-        append_results(path, results([dc("a", "a"), dc("a", "a")], identity=IDENTITY))
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(rows) == len(first) + len(other)
-    accuracy = {row["seed"]: row["value"] for row in rows if row["metric"] == "accuracy" and row["scope"] == "all"}
-    assert accuracy == {0: 1.0, 1: 0.0}
-    assert [item.name for item in tmp_path.iterdir()] == ["results.jsonl"]

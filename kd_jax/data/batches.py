@@ -1,10 +1,7 @@
 """Masked-LM batches: gathered from the stores by step alone, the same whatever the number of processes."""
 
 import json
-import queue
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -16,8 +13,6 @@ from kd_jax.data.rows import RowStore
 from kd_jax.data.tokenizer import Tokenizer
 from kd_jax.data.transfer_set import TransferSet
 from kd_jax.types import Batch, UserError
-
-Item = TypeVar("Item")
 
 
 class MaskedBatches:
@@ -132,49 +127,3 @@ def heldout_batches(
         tokens[: len(index)], segment_ids[: len(index)] = store.rows(index)
         keys[: len(index)] = row_keys(masking.seed, store.fingerprint, index, np.zeros_like(index))
         yield masker(tokens, segment_ids, keys)
-
-
-def real_tokens(batch: Batch) -> int:
-    """Tokens of a batch that are no padding."""
-    return int(np.count_nonzero(batch["segment_ids"]))
-
-
-def prefetch(produce: Callable[[int], Item], start: int, stop: int, depth: int = 1) -> Iterator[Item]:
-    """produce(start), ..., produce(stop - 1), computed in a thread that stays up to `depth` items ahead of the
-    consumer.
-
-    An exception in `produce` is raised where its item would have been; the thread ends when the consumer stops early.
-    """
-    items: queue.Queue = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
-
-    def put(entry) -> bool:
-        while not stopped.is_set():
-            try:
-                items.put(entry, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        for step in range(start, stop):
-            try:
-                entry = (produce(step), None)
-            except BaseException as error:
-                put((None, error))
-                return
-            if not put(entry):
-                return
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        for _ in range(start, stop):
-            item, error = items.get()
-            if error is not None:
-                raise error
-            yield item
-    finally:
-        stopped.set()
-        thread.join()

@@ -10,9 +10,8 @@ Every metric but macro F1 is a ratio of two sums over utterances (`TERMS`), whic
 resamples.
 """
 
-import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from seqeval.metrics import f1_score
 from seqeval.scheme import IOB2
 
 from kd_jax.evaluation.classification import macro_f1
-from kd_jax.evaluation.records import Record, read_json_lines, write_json_lines
+from kd_jax.evaluation.records import Record
 from kd_jax.evaluation.slots import MODES, SlotCounts, count_slots
 
 Term = tuple[float, float]  # numerator, denominator of one utterance
@@ -160,17 +159,6 @@ def _check_against_seqeval(records: Sequence[Record]) -> None:
     theirs = np.asarray(f1_score(*tags, **settings)).item()
     if abs(ours - theirs) > 1e-9:
         raise ValueError(f"the records' counts give slot F1 {ours:.6f}, seqeval gives {theirs:.6f} from their tags")
-
-
-def append_results(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
-    """Adds result objects to a JSON-lines file, atomically; a row replaces one that differs in value and count."""
-    known = {_key(row): row for row in read_json_lines(path)} if os.path.exists(path) else {}
-    known.update((_key(row), row) for row in rows)
-    write_json_lines(path, known.values())
-
-
-def _key(row: dict[str, Any]) -> tuple:
-    return tuple(sorted((name, repr(value)) for name, value in row.items() if name not in ("value", "count")))
 
 
 def _scopes(record: Record) -> tuple[tuple[str, str, str], ...]:
