@@ -71,7 +71,7 @@ def get_config() -> ConfigDict:
     config.seed = 0  # student init, data order, dropout and finetuning
     config.prepared = ""  # folder that `prepare` wrote; every other command reads it
 
-    # Labelled utterances of the task.
+    # Labeled utterances of the task.
     config.nlu = ConfigDict(
         {
             "format": "embedded",  # embedded | massive | massive_parquet | huggingface
@@ -139,7 +139,7 @@ def get_config() -> ConfigDict:
     config.finetune.domain = (
         ""  # ICNER: one domain's model; empty takes all domains together; "each" trains one after the other
     )
-    config.finetune.max_train = 0  # labelled train utterances a locale, the same ids in each; 0 takes all
+    config.finetune.max_train = 0  # labeled train utterances a locale, the same ids in each; 0 takes all
     config.finetune.label_smoothing = 0.0  # in [0, 1)
     config.finetune.tag_weight = 1.0  # ICNER: weight of the tag loss beside the intent loss
     config.finetune.dropout = 0.1  # in the heads and the encoder while finetuning

@@ -32,7 +32,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.pretrain.update({"steps": 1200, "batch_size": 64, "learning_rate": 2e-3, "warmup_steps": 100})
     config.adapt.update({"steps": 100, "batch_size": 64, "learning_rate": 1e-3, "warmup_steps": 10})
     config.distill.update({"steps": 80, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 10})
-    # A tenth of the labels: unlabelled task text is plentiful here, labels are scarce.
+    # A tenth of the labels: unlabeled task text is plentiful here, labels are scarce.
     config.finetune.update({"batch_size": 32, "warmup_steps": 50, "max_train": 1151})
 
     config.study.transfer_sets = ConfigDict({"generic": 0.0, "mix50": 0.5, "task": 1.0})

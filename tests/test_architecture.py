@@ -171,7 +171,7 @@ def check_docstrings(path: str, source: str) -> list[str]:
     return problems
 
 
-# (rule, the folders it holds in, the path and the source of a small breach and of its lawful neighbour)
+# (rule, the folders it holds in, the path and the source of a small breach and of its lawful neighbor)
 RULES: dict[str, tuple[Check, tuple[str, ...], tuple[str, str], tuple[str, str]]] = {
     "table": (
         check_import_table,

@@ -32,7 +32,7 @@ def table(locale, numbers=False):
     return columns
 
 
-def labelled(locale):
+def labeled(locale):
     """As the hub's own copies are written: label numbers, with the names in the schema's metadata."""
     columns = table(locale, numbers=True)
     features = {name: datasets.Value("string") for name in columns}
@@ -71,7 +71,7 @@ def test_parquet_in_one_folder_or_one_for_each_locale(tmp_path):
 def test_label_numbers_get_their_names(tmp_path):
     for locale in ROWS:
         (tmp_path / locale).mkdir()
-        labelled(locale).to_parquet(tmp_path / locale / "train.parquet")
+        labeled(locale).to_parquet(tmp_path / locale / "train.parquet")
     assert pq.read_schema(tmp_path / "de-DE" / "train.parquet").field("scenario").type == pa.int64()
     check(load(path=str(tmp_path)))
 
@@ -81,7 +81,7 @@ def test_datasets_reads_a_configuration_for_each_locale(tmp_path, monkeypatch):
     lines = ["---", "configs:"]
     for locale in ROWS:
         (tmp_path / "set" / locale).mkdir(parents=True)
-        data = labelled(locale)
+        data = labeled(locale)
         splits = ["train", "validation", "test"][: len(data)]
         lines += [f"- config_name: {locale}", "  data_files:"]
         for row, split in enumerate(splits):

@@ -1,6 +1,6 @@
 """The default data, which needs no download beyond pip: smart-home utterances and software messages in four languages.
 
-Labelled utterances are drawn from the sentence templates of home-assistant-intents (Apache-2.0) and split by template:
+Labeled utterances are drawn from the sentence templates of home-assistant-intents (Apache-2.0) and split by template:
 the sentences of one template all stand in one partition. Generic text is the translated messages of permissively
 licensed packages (`embedded_generic`). Both are the same on every call, in every process and on every machine, as long
 as the package versions are.
@@ -33,7 +33,7 @@ _ATTEMPTS = 60  # draws for one utterance
 
 
 def embedded_utterances(locales: Sequence[str]) -> list[Utterance]:
-    """Labelled utterances of the given locales, by locale, then partition (train, dev, test).
+    """Labeled utterances of the given locales, by locale, then partition (train, dev, test).
 
     Ids are unique within a locale and not parallel across locales. Raises UserError for a locale that is not in LOCALES
     and for a missing package.

@@ -1,6 +1,6 @@
 """From text sources to a prepared folder: utterances, tokenizer and row stores, and reading it back.
 
-utterances/<locale>.jsonl the labelled utterances, in MASSIVE's form tokenizer/ rows/<split>/<name>/ a store for each
+utterances/<locale>.jsonl the labeled utterances, in MASSIVE's form tokenizer/ rows/<split>/<name>/ a store for each
 source and language; "heldout" for generic text and for the dev partition manifest.json written last: what was built,
 from which config
 """
@@ -74,7 +74,7 @@ class Prepared:
 
     @functools.cached_property
     def utterances(self) -> list[Utterance]:
-        """The labelled utterances of all partitions and locales."""
+        """The labeled utterances of all partitions and locales."""
         return read_massive(self.folder / "utterances", self.config.nlu.locales)
 
     def stores(self, split: str) -> list[RowStore]:

@@ -1,4 +1,4 @@
-"""Labelled utterances in the schema of MASSIVE (FitzGerald et al. 2022), their IOB2 tags, and their label maps."""
+"""Labeled utterances in the schema of MASSIVE (FitzGerald et al. 2022), their IOB2 tags, and their label maps."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ class Span:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Utterance:
-    """One labelled utterance; `tags` are IOB2, one for each of `words` (characters in CHARACTER_LOCALES)."""
+    """One labeled utterance; `tags` are IOB2, one for each of `words` (characters in CHARACTER_LOCALES)."""
 
     id: str
     locale: str
@@ -262,7 +262,7 @@ def write_massive(utterances: Iterable[Utterance], folder: str | os.PathLike) ->
 
 
 def load_utterances(nlu: ConfigDict) -> list[Utterance]:
-    """The labelled utterances that `config.nlu` names, `nlu.max_train` train utterances a locale at the most.
+    """The labeled utterances that `config.nlu` names, `nlu.max_train` train utterances a locale at the most.
 
     Raises UserError when the config or the data is wrong.
     """

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax.data.labelled import LabelledSet, packed
+from kd_jax.data.labeled import LabeledSet, packed
 from kd_jax.data.tokenizer import Tokenizer
 from kd_jax.data.utterances import CHARACTER_LOCALES, LabelMaps, Utterance
 from kd_jax.evaluation.records import Record, assign_test_sets, domain_record, intent_slot_record
@@ -53,11 +53,11 @@ def predict_records(
     place: Place,
 ) -> list[Record]:
     """Records in the order of `utterances`; `train` decides on test_unseen and tail, `place` puts rows on devices."""
-    labelled = LabelledSet(utterances, tokenizer, maps, model.kind, length)
+    labeled = LabeledSet(utterances, tokenizer, maps, model.kind, length)
     test_sets = assign_test_sets(utterances, train)
     predict = compiled_predict(model)
     records: list[Record] = [{} for _ in utterances]
-    for batch, index_RxS in packed(labelled, length, batch_rows):
+    for batch, index_RxS in packed(labeled, length, batch_rows):
         classes_RxS, scores_RxLxT = jax.device_get(predict(params, masks, place(batch)))
         rows, slots = np.nonzero(index_RxS >= 0)
         chosen = index_RxS[rows, slots]
@@ -66,14 +66,14 @@ def predict_records(
                 records[number] = domain_record(utterances[number], test_sets[number], maps.domains[label])
             continue
         firsts = np.asarray(batch["first_positions"])[rows, slots]
-        tags = decode_rows(labelled, chosen, scores_RxLxT[rows], firsts, maps.tags)
+        tags = decode_rows(labeled, chosen, scores_RxLxT[rows], firsts, maps.tags)
         for number, label, one in zip(chosen, classes_RxS[rows, slots], tags):
             records[number] = intent_slot_record(utterances[number], test_sets[number], maps.intents[label], one)
     return records
 
 
 def decode_rows(
-    labelled: LabelledSet, chosen: np.ndarray, scores_NxLxT: np.ndarray, firsts: np.ndarray, tags: Sequence[str]
+    labeled: LabeledSet, chosen: np.ndarray, scores_NxLxT: np.ndarray, firsts: np.ndarray, tags: Sequence[str]
 ) -> list[list[str]]:
     """Valid IOB2 tags of each chosen utterance, from its row's scores and the column where it starts.
 
@@ -82,16 +82,16 @@ def decode_rows(
     """
     found = []
     for number, first in zip(chosen, firsts):
-        inside = slice(labelled.offsets[number], labelled.offsets[number + 1])
-        starts = np.flatnonzero(labelled.word_starts[inside])
-        found.append((labelled.words[inside][starts], first + 1 + starts))
+        inside = slice(labeled.offsets[number], labeled.offsets[number + 1])
+        starts = np.flatnonzero(labeled.word_starts[inside])
+        found.append((labeled.words[inside][starts], first + 1 + starts))
     lengths = np.array([len(words) for words, _ in found])
     scores = np.zeros((len(chosen), lengths.max(initial=1), len(tags)), np.float32)
     for place, (_, columns) in enumerate(found):
         scores[place, : len(columns)] = scores_NxLxT[place, columns, : len(tags)]
     decoded = []
     for number, (words, _), of_pieces in zip(chosen, found, decode_bio_batch(scores, lengths, tags)):
-        utterance = labelled.utterances[number]
+        utterance = labeled.utterances[number]
         shares = utterance.locale in CHARACTER_LOCALES
         by_word = dict(zip(words.tolist(), of_pieces))
         whole: list[str] = []

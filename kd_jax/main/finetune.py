@@ -1,4 +1,4 @@
-"""What the two finetuning commands share: labelled utterances in, a classifier and its dev score out."""
+"""What the two finetuning commands share: labeled utterances in, a classifier and its dev score out."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kd_jax.config import EXECUTION_KEYS, require, to_dict
-from kd_jax.data.labelled import FinetuneBatches, LabelledSet
+from kd_jax.data.labeled import FinetuneBatches, LabeledSet
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.utterances import LabelMaps, Utterance, subset_train
 from kd_jax.evaluation.predictions import predict_records
@@ -46,7 +46,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, task: str) -> None:
     prepared = Prepared(config.prepared)
     block = config.finetune
     check(config)
-    train = labelled_train(prepared, block.max_train, "")
+    train = labeled_train(prepared, block.max_train, "")
     domains = sorted({utterance.domain for utterance in train})
     if task == "icner" and block.domain:
         known = block.domain == "each" or block.domain in domains
@@ -91,7 +91,7 @@ def of_domain(utterances: Sequence[Utterance], partition: str, domain: str) -> l
     return [one for one in utterances if one.partition == partition and domain in ("", one.domain)]
 
 
-def labelled_train(prepared: Prepared, max_train: int, domain: str) -> list[Utterance]:
+def labeled_train(prepared: Prepared, max_train: int, domain: str) -> list[Utterance]:
     """The train utterances whose labels finetuning may see."""
     utterances = subset_train(prepared.utterances, max_train) if max_train else prepared.utterances
     return of_domain(utterances, "train", domain)
@@ -108,7 +108,7 @@ def finetune_one(config: ConfigDict, workdir: pathlib.Path, task: str, prepared:
     """Trains one classifier and writes labels.json and dev.json beside its checkpoints."""
     block = config.finetune
     domain = block.domain if task == "icner" else ""
-    train = labelled_train(prepared, block.max_train, domain)
+    train = labeled_train(prepared, block.max_train, domain)
     dev = of_domain(prepared.utterances, "dev", domain)
     if not train:
         raise UserError("config.nlu: there is no utterance to train on; give a data set with a train partition")
@@ -126,8 +126,8 @@ def finetune_one(config: ConfigDict, workdir: pathlib.Path, task: str, prepared:
     mesh = make_mesh(config.mesh)
     length = prepared.config["rows"]["length"]
     rows = math.lcm(row_multiple(mesh) * block.accumulation, 4)
-    labelled = LabelledSet(train, prepared.tokenizer, maps, task, length)
-    batches = FinetuneBatches(labelled, block.batch_size, length, config.seed, rows)
+    labeled = LabeledSet(train, prepared.tokenizer, maps, task, length)
+    batches = FinetuneBatches(labeled, block.batch_size, length, config.seed, rows)
 
     def init(params: Params) -> Params:
         masked = masked_lm.encoder_model(encoder, prepared, config.compute_dtype, "student")

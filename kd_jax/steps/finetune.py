@@ -1,4 +1,4 @@
-"""Finetuning on labelled utterances: domain classification, and intents together with slot tags."""
+"""Finetuning on labeled utterances: domain classification, and intents together with slot tags."""
 
 import jax.numpy as jnp
 
@@ -11,7 +11,7 @@ from kd_jax.types import Array, Batch, Params, Term
 ABSENT = -jnp.inf
 
 
-def labelled_weights(batch: Batch) -> Array:
+def labeled_weights(batch: Batch) -> Array:
     """float32 [R, S]: 1 for utterances whose label was seen in train."""
     return batch["utterance_weights"] * (batch["utterance_labels"] >= 0)
 
@@ -28,12 +28,12 @@ def make_dc_objective(model: Functional, label_smoothing: float) -> Objective:
     def terms(params, frozen, batch, key):
         logits = model.domain_logits(params, batch, key) + frozen["utterance_classes"][None, None, :]
         labels = jnp.maximum(batch["utterance_labels"], 0)
-        loss = masked_cross_entropy(logits, labels, labelled_weights(batch), label_smoothing)
+        loss = masked_cross_entropy(logits, labels, labeled_weights(batch), label_smoothing)
         return {"domain": loss, "accuracy": utterance_accuracy(logits, batch)}
 
     return Objective(
         terms=terms,
-        weights=lambda batch: {"domain": jnp.sum(labelled_weights(batch))},
+        weights=lambda batch: {"domain": jnp.sum(labeled_weights(batch))},
         coefficients=lambda progress: {"domain": 1.0},
     )
 
@@ -47,14 +47,14 @@ def make_icner_objective(model: Functional, label_smoothing: float, tag_weight: 
         tags = jnp.maximum(batch["tag_labels"], 0)
         tag_hits = jnp.argmax(tag_logits, axis=-1) == batch["tag_labels"]
         return {
-            "intent": masked_cross_entropy(intent_logits, labels, labelled_weights(batch), label_smoothing),
+            "intent": masked_cross_entropy(intent_logits, labels, labeled_weights(batch), label_smoothing),
             "tags": masked_cross_entropy(tag_logits, tags, batch["tag_weights"], label_smoothing),
             "accuracy": utterance_accuracy(intent_logits, batch),
             "tag_accuracy": (jnp.sum(tag_hits * batch["tag_weights"]), jnp.sum(batch["tag_weights"])),
         }
 
     def weights(batch):
-        return {"intent": jnp.sum(labelled_weights(batch)), "tags": jnp.sum(batch["tag_weights"])}
+        return {"intent": jnp.sum(labeled_weights(batch)), "tags": jnp.sum(batch["tag_weights"])}
 
     return Objective(terms, weights, lambda progress: {"intent": 1.0, "tags": tag_weight})
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from kd_jax.data.labelled import FinetuneBatches, LabelledSet, num_utterance_slots, packed
+from kd_jax.data.labeled import FinetuneBatches, LabeledSet, num_utterance_slots, packed
 from kd_jax.data.tokenizer import train_tokenizer
 from kd_jax.data.utterances import LabelMaps, Utterance
 from kd_jax.types import UserError
@@ -45,7 +45,7 @@ def many(count=200, longest=9, seed=0):
 
 
 def make(utterances, task="icner", length=LENGTH, train=None):
-    return LabelledSet(utterances, ThreeLetterPieces(), LabelMaps.from_train(train or utterances), task, length)
+    return LabeledSet(utterances, ThreeLetterPieces(), LabelMaps.from_train(train or utterances), task, length)
 
 
 def contents(batch, utterance_index):
@@ -65,14 +65,14 @@ def contents(batch, utterance_index):
 def test_hand_worked_batch():
     one = utterance(0, ["tomorrow", "at", "nine"], ["B-date", "O", "B-time"], intent="alarm_set")
     two = utterance(1, ["x", "play", "jazz"], ["B-time", "O", "B-genre"], intent="play_music")
-    labelled = make([one, two], train=[one])
-    assert labelled.labels.tolist() == [0, -1]
-    ((batch, index),) = packed(labelled, 16, batch_rows=1)
+    labeled = make([one, two], train=[one])
+    assert labeled.labels.tolist() == [0, -1]
+    ((batch, index),) = packed(labeled, 16, batch_rows=1)
     # tom orr ow at nin e | pla y jaz z; "x" has no piece; play_music and B-genre are unknown.
     np.testing.assert_array_equal(batch["tokens"], [[1, 10, 11, 12, 13, 14, 15, 2, 1, 16, 17, 18, 19, 2, 0, 0]])
     np.testing.assert_array_equal(batch["segment_ids"], [[1] * 8 + [2] * 6 + [0, 0]])
     np.testing.assert_array_equal(batch["positions"], [[*range(8), *range(6), 0, 0]])
-    date, time = labelled_ids(one, "B-date"), labelled_ids(one, "B-time")
+    date, time = labeled_ids(one, "B-date"), labeled_ids(one, "B-time")
     np.testing.assert_array_equal(batch["tag_labels"], [[0, date, 0, 0, 0, time, 0, 0, 0, 0, 0, -1, 0, 0, 0, 0]])
     np.testing.assert_array_equal(batch["tag_weights"], [[0, 1, 0, 0, 1, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0]])
     np.testing.assert_array_equal(batch["first_positions"], [[0, 8, 0, 0]])
@@ -80,37 +80,37 @@ def test_hand_worked_batch():
     np.testing.assert_array_equal(batch["utterance_labels"], [[0, -1, 0, 0]])
     np.testing.assert_array_equal(index, [[0, 1, -1, -1]])
     # Each piece knows its word.
-    assert labelled.words.tolist() == [0, 0, 0, 1, 2, 2, 1, 1, 2, 2]
-    assert np.flatnonzero(labelled.word_starts).tolist() == [0, 3, 4, 6, 8]
+    assert labeled.words.tolist() == [0, 0, 0, 1, 2, 2, 1, 1, 2, 2]
+    assert np.flatnonzero(labeled.word_starts).tolist() == [0, 3, 4, 6, 8]
 
 
-def labelled_ids(train, tag):
+def labeled_ids(train, tag):
     return LabelMaps.from_train([train]).tag_id(tag)
 
 
 def test_domain_labels_have_no_tags():
     utterances = many(20)
-    labelled = make(utterances, task="dc")
+    labeled = make(utterances, task="dc")
     maps = LabelMaps.from_train(utterances)
-    assert [maps.domains[label] for label in labelled.labels] == [one.domain for one in utterances]
-    for batch, _ in packed(labelled, LENGTH, 4):
+    assert [maps.domains[label] for label in labeled.labels] == [one.domain for one in utterances]
+    for batch, _ in packed(labeled, LENGTH, 4):
         assert not batch["tag_weights"].any() and not batch["tag_labels"].any()
 
 
 def test_long_utterances_are_cut_and_counted():
-    labelled = make([utterance(0, ["tomorrow"] * 20), utterance(1, ["at"])], length=16)
-    assert labelled.truncated == 1 and np.diff(labelled.offsets).tolist() == [14, 1]
-    assert labelled.words[labelled.word_starts].tolist() == [0, 1, 2, 3, 4, 0]
+    labeled = make([utterance(0, ["tomorrow"] * 20), utterance(1, ["at"])], length=16)
+    assert labeled.truncated == 1 and np.diff(labeled.offsets).tolist() == [14, 1]
+    assert labeled.words[labeled.word_starts].tolist() == [0, 1, 2, 3, 4, 0]
 
 
 @pytest.mark.parametrize("batch_rows", [1, 5, 64])
 def test_packed_covers_every_utterance_once_in_fixed_shapes(batch_rows):
     utterances = many()
-    labelled = make(utterances)
+    labeled = make(utterances)
     maps = LabelMaps.from_train(utterances)
-    alone = [labelled.tokenizer.encode_words([one.words], [False])[0] for one in utterances]
+    alone = [labeled.tokenizer.encode_words([one.words], [False])[0] for one in utterances]
     seen = []
-    for batch, index in packed(labelled, LENGTH, batch_rows):
+    for batch, index in packed(labeled, LENGTH, batch_rows):
         assert batch["tokens"].shape == (batch_rows, LENGTH) and index.shape == (
             batch_rows,
             num_utterance_slots(LENGTH),
@@ -156,12 +156,12 @@ def test_every_utterance_comes_once_an_epoch():
 
 def test_batch_holds_its_utterances():
     batches = batches_of()
-    labelled = batches.labelled
+    labeled = batches.labeled
     for step in (0, 3, 100):
         batch = batches.batch(step)
         assert batch["utterance_weights"].sum() == 16 and len(batch["tokens"]) % 4 == 0
         expected = sorted(
-            (1, *labelled.pieces[labelled.offsets[i] : labelled.offsets[i + 1]].tolist(), 2)
+            (1, *labeled.pieces[labeled.offsets[i] : labeled.offsets[i + 1]].tolist(), 2)
             for i in batches.utterances(step)
         )
         slots = batch["utterance_weights"].astype(int) - 1
@@ -203,8 +203,8 @@ def test_characters_are_joined_where_a_locale_has_no_spaces():
     chinese = Utterance("0", "zh-CN", "train", "alarm", "set", "明天早上", tuple("明天早上"), tags)
     english = utterance(1, ["wake", "up"])
     maps = LabelMaps.from_train([chinese, english])
-    labelled = LabelledSet([chinese, english], trained, maps, "icner", 32)
+    labeled = LabeledSet([chinese, english], trained, maps, "icner", 32)
     for i, text in enumerate(["明天早上", "wake up"]):
-        inside = slice(labelled.offsets[i], labelled.offsets[i + 1])
-        np.testing.assert_array_equal(labelled.pieces[inside], trained.encode([text])[0])
-    assert labelled.tags[0] == maps.tag_id("B-t")
+        inside = slice(labeled.offsets[i], labeled.offsets[i + 1])
+        np.testing.assert_array_equal(labeled.pieces[inside], trained.encode([text])[0])
+    assert labeled.tags[0] == maps.tag_id("B-t")

@@ -1,4 +1,4 @@
-"""Labelled utterances for finetuning and evaluation: tokenized once, packed by step."""
+"""Labeled utterances for finetuning and evaluation: tokenized once, packed by step."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from kd_jax.types import Batch
 TOKENS_A_SLOT = 4
 
 
-class LabelledSet:
+class LabeledSet:
     """Utterances as pieces and label ids. `task` is "dc" (labels are domains) or "icner" (intents, and tags).
 
     An utterance of more than length - 2 pieces is cut there; `truncated` counts those. Labels and tags unseen in
@@ -65,7 +65,7 @@ class LabelledSet:
 
 
 def _pack(
-    labelled: LabelledSet, chosen: np.ndarray, length: int, row_multiple: int, least_rows: int
+    labeled: LabeledSet, chosen: np.ndarray, length: int, row_multiple: int, least_rows: int
 ) -> tuple[Batch, np.ndarray]:
     """(batch, utterance index int32 [R, S], -1 where unused) of the chosen utterances, longest first, each where it
     fits best.
@@ -73,14 +73,14 @@ def _pack(
     R is the least multiple of `row_multiple` that holds them, and at least `least_rows`.
     """
     slots = num_utterance_slots(length)
-    sizes = np.diff(labelled.offsets)[chosen]
+    sizes = np.diff(labeled.offsets)[chosen]
     order = np.argsort(-sizes, kind="stable")
     chosen, sizes = chosen[order], sizes[order]
     fit = BestFit(length, open_rows=len(chosen), max_segments=slots)
     row, column, number = (np.array(values, np.int64) for values in fit.place((sizes + 2).tolist())[:3])
     rows = row_multiple * math.ceil(max(fit.num_rows, least_rows) / row_multiple)
 
-    tokenizer = labelled.tokenizer
+    tokenizer = labeled.tokenizer
     tokens = np.full((rows, length), tokenizer.pad_id, np.int32)
     segment_ids = np.zeros((rows, length), np.int32)
     tag_labels = np.zeros((rows, length), np.int32)
@@ -89,13 +89,13 @@ def _pack(
     flat = tokens.reshape(-1)
     flat[starts] = tokenizer.cls_id
     flat[starts + sizes + 1] = tokenizer.sep_id
-    source, target = runs(labelled.offsets[chosen], sizes), runs(starts + 1, sizes)
-    flat[target] = labelled.pieces[source]
+    source, target = runs(labeled.offsets[chosen], sizes), runs(starts + 1, sizes)
+    flat[target] = labeled.pieces[source]
     segment_ids.reshape(-1)[runs(starts, sizes + 2)] = np.repeat(number, sizes + 2)
-    tags = labelled.tags[source]
-    if labelled.task == "icner":
+    tags = labeled.tags[source]
+    if labeled.task == "icner":
         tag_labels.reshape(-1)[target] = tags
-        tag_weights.reshape(-1)[target] = labelled.word_starts[source] & (tags >= 0)
+        tag_weights.reshape(-1)[target] = labeled.word_starts[source] & (tags >= 0)
 
     utterance_index = np.full((rows, slots), -1, np.int32)
     utterance_index[row, number - 1] = chosen
@@ -103,7 +103,7 @@ def _pack(
     first_positions = np.zeros((rows, slots), np.int32)
     first_positions[row, number - 1] = column
     labels = np.zeros((rows, slots), np.int32)
-    labels[row, number - 1] = labelled.labels[chosen]
+    labels[row, number - 1] = labeled.labels[chosen]
     batch = {
         "tokens": tokens,
         "segment_ids": segment_ids,
@@ -129,35 +129,35 @@ class FinetuneBatches:
     so that few shapes are compiled.
     """
 
-    def __init__(self, labelled: LabelledSet, batch_size: int, length: int, seed: int, row_multiple: int):
-        self.labelled, self.batch_size, self.length, self.row_multiple = labelled, batch_size, length, row_multiple
+    def __init__(self, labeled: LabeledSet, batch_size: int, length: int, seed: int, row_multiple: int):
+        self.labeled, self.batch_size, self.length, self.row_multiple = labeled, batch_size, length, row_multiple
         self._key = name_key("finetuning order", seed)
-        mean_tokens = len(labelled.pieces) / len(labelled) + 2
+        mean_tokens = len(labeled.pieces) / len(labeled) + 2
         # A tenth more than the mean holds nearly every batch of usual size.
         self._least_rows = math.ceil(
             max(1.1 * mean_tokens * batch_size / length, batch_size / num_utterance_slots(length))
         )
-        identity = [labelled.fingerprint, batch_size, length, seed, row_multiple]
+        identity = [labeled.fingerprint, batch_size, length, seed, row_multiple]
         self.fingerprint = f"{name_key(json.dumps(identity)):016x}"
 
     def utterances(self, step: int) -> np.ndarray:
         """int64 [batch_size]: which utterances batch `step` has."""
         place = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
-        epoch, place = np.divmod(place, len(self.labelled))
-        return permute(place, len(self.labelled), counter_keys(self._key, epoch))
+        epoch, place = np.divmod(place, len(self.labeled))
+        return permute(place, len(self.labeled), counter_keys(self._key, epoch))
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
         """This process's contiguous slice of the rows of batch `step` (a finetuning batch, see kd_jax.types)."""
-        whole, _ = _pack(self.labelled, self.utterances(step), self.length, self.row_multiple, self._least_rows)
+        whole, _ = _pack(self.labeled, self.utterances(step), self.length, self.row_multiple, self._least_rows)
         first, last = process_slice(len(whole["tokens"]), process_index, process_count, key="mesh")
         return {name: values[first:last] for name, values in whole.items()}
 
 
-def packed(labelled: LabelledSet, length: int, batch_rows: int) -> Iterator[tuple[Batch, np.ndarray]]:
+def packed(labeled: LabeledSet, length: int, batch_rows: int) -> Iterator[tuple[Batch, np.ndarray]]:
     """Every utterance once, for evaluation: (batch, utterance index int32 [R, S], -1 where unused), R = `batch_rows`
     always.
     """
-    batch, utterance_index = _pack(labelled, np.arange(len(labelled)), length, batch_rows, least_rows=0)
+    batch, utterance_index = _pack(labeled, np.arange(len(labeled)), length, batch_rows, least_rows=0)
     for start in range(0, len(utterance_index), batch_rows):
         rows = slice(start, start + batch_rows)
         yield {name: values[rows] for name, values in batch.items()}, utterance_index[rows]
