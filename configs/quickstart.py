@@ -26,9 +26,9 @@ def get_config(argument: str = "") -> ConfigDict:
 
     config.teacher = base.encoder("teacher_small", hidden_size=160, num_layers=3, num_heads=5, intermediate_size=256)
     config.student = base.encoder("student_small", hidden_size=96, num_heads=3, intermediate_size=144)
-    config.pretrain.update({"steps": 300, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 30})
-    config.adapt.update({"steps": 70, "batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 10})
-    config.distill.update({"steps": 70, "batch_size": 32, "learning_rate": 3e-3, "warmup_steps": 10})
+    config.pretrain.update({"steps": 250, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 30})
+    config.adapt.update({"steps": 60, "batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 10})
+    config.distill.update({"steps": 50, "batch_size": 32, "learning_rate": 3e-3, "warmup_steps": 10})
     config.finetune.update({"batch_size": 32, "warmup_steps": 20, "max_train": 400, "checkpoint_every": 10_000})
 
     config.study.update(

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from kd_jax.config import fingerprint, identity, to_dict
-from kd_jax.evaluation.records import read_records, write_json_lines
-from kd_jax.evaluation.results import results
+from kd_jax.evaluation.records import read_json_lines, read_records, write_json_lines
 from kd_jax.study.plan import Student, students
 from kd_jax.study.report import ReportInputs
 from kd_jax.study.run import Study, read_json
@@ -64,9 +63,10 @@ def collect(study: Study, similarity: list[dict[str, Any]], provenance: dict[str
                 realized[student.transfer_set] = read_json(study.folder(encoder) / "run.json")["realized"]
             for task in config.study.tasks:
                 finetuned = study.planner.finetune(student, seed, task, study.chosen[student.name, task])
-                of_run = read_records(study.folder(study.planner.evaluate(finetuned)) / "records.jsonl")
+                scored = study.folder(study.planner.evaluate(finetuned))
                 who = student_identity(student, seed)
-                objects += results(of_run, identity=who)
+                objects += [{**row, **who} for row in read_json_lines(scored / "results.jsonl")]
+                of_run = read_records(scored / "records.jsonl")
                 records[student.kind, student.transfer_set, student.teacher, seed, task] = of_run
     write_json_lines(study.workdir / "results.jsonl", objects)
     return ReportInputs(
