@@ -195,7 +195,7 @@ RULES: dict[str, tuple[Check, tuple[str, ...], tuple[str, str], tuple[str, str]]
         check_import_table,
         ("kd_jax", "configs"),
         ("kd_jax/serving/server.py", ""),
-        ("kd_jax/losses.py", "import kd_jax\n"),
+        ("kd_jax/losses/logits.py", "import kd_jax\n"),
     ),
     "table, configs": (
         check_import_table,
@@ -236,8 +236,8 @@ RULES: dict[str, tuple[Check, tuple[str, ...], tuple[str, str], tuple[str, str]]
     "length": (
         check_length,
         ("kd_jax", "configs"),
-        ("kd_jax/losses.py", "\n" * 401),
-        ("kd_jax/losses.py", "\n" * 400),
+        ("kd_jax/losses/logits.py", "\n" * 401),
+        ("kd_jax/losses/logits.py", "\n" * 400),
     ),
     "config defaults": (
         check_no_config_defaults,
@@ -254,8 +254,11 @@ RULES: dict[str, tuple[Check, tuple[str, ...], tuple[str, str], tuple[str, str]]
     "docstrings": (
         check_docstrings,
         ("kd_jax",),
-        ("kd_jax/losses.py", '"""Losses."""\ndef kl_divergence():\n    pass\n'),
-        ("kd_jax/losses.py", '"""Losses."""\ndef _log_softmax():\n    pass\nclass Term:\n    """Sum and weight."""\n'),
+        ("kd_jax/losses/logits.py", '"""Losses."""\ndef kl_divergence():\n    pass\n'),
+        (
+            "kd_jax/losses/logits.py",
+            '"""Losses."""\ndef _log_softmax():\n    pass\nclass Term:\n    """Sum and weight."""\n',
+        ),
     ),
 }
 

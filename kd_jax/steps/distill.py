@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from kd_jax.losses import kl_divergence, masked_cross_entropy
+from kd_jax.losses.logits import kl_divergence, masked_cross_entropy
 from kd_jax.models.functional import Functional
 from kd_jax.models.heads import gather_positions
-from kd_jax.steps.objective import Objective, linear
+from kd_jax.steps.objective import Objective, linear, scaled_sum
 from kd_jax.steps.pretrain import masked_accuracy, masked_logits
 
 
@@ -27,7 +27,8 @@ def make_distill_objective(student: Functional, teacher: Functional, settings: M
         student_logits = student.mlm_logits(params, hidden_RxLxH)
         return kl_divergence(student_logits, teacher_logits, real_tokens(batch), temperature)
 
-    def terms(params, frozen, batch, key):
+    def loss(params, frozen, batch, key, scales, progress):
+        del progress
         hidden_RxLxH = student.hidden(params, batch, key)
         logits = student.mlm_logits(params, gather_positions(hidden_RxLxH, jnp.asarray(batch["masked_positions"])))
         if everywhere:
@@ -36,7 +37,7 @@ def make_distill_objective(student: Functional, teacher: Functional, settings: M
             teacher_logits = jax.lax.stop_gradient(masked_logits(teacher, frozen["teacher"], batch))
             kl = kl_divergence(logits, teacher_logits, batch["masked_weights"], temperature)
         mlm = masked_cross_entropy(logits, batch["masked_targets"], batch["masked_weights"])
-        return {"kl": kl, "mlm": mlm, "accuracy": masked_accuracy(logits, batch)}
+        return scaled_sum({"kl": kl, "mlm": mlm, "accuracy": masked_accuracy(logits, batch)}, scales)
 
     def weights(batch):
         masked = jnp.sum(batch["masked_weights"])
@@ -48,7 +49,7 @@ def make_distill_objective(student: Functional, teacher: Functional, settings: M
             "mlm": linear(settings["mlm_weight"], settings["mlm_final_weight"], progress),
         }
 
-    return Objective(terms, weights, coefficients)
+    return Objective(weights, coefficients, loss)
 
 
 def real_tokens(batch):

@@ -2,9 +2,9 @@
 
 import jax.numpy as jnp
 
-from kd_jax.losses import masked_cross_entropy
+from kd_jax.losses.logits import masked_cross_entropy
 from kd_jax.models.functional import Functional
-from kd_jax.steps.objective import Objective
+from kd_jax.steps.objective import Objective, scaled_sum
 from kd_jax.types import Array, Batch, Params, Term
 
 # Added to the logits of classes that only pad the label map to a common size; the losses leave such classes out.
@@ -25,38 +25,41 @@ def utterance_accuracy(logits_RxSxC: Array, batch: Batch) -> Term:
 def make_dc_objective(model: Functional, label_smoothing: float) -> Objective:
     """Cross entropy of the domain."""
 
-    def terms(params, frozen, batch, key):
+    def loss(params, frozen, batch, key, scales, progress):
+        del progress
         logits = model.domain_logits(params, batch, key) + frozen["utterance_classes"][None, None, :]
         labels = jnp.maximum(batch["utterance_labels"], 0)
-        loss = masked_cross_entropy(logits, labels, labeled_weights(batch), label_smoothing)
-        return {"domain": loss, "accuracy": utterance_accuracy(logits, batch)}
+        domain = masked_cross_entropy(logits, labels, labeled_weights(batch), label_smoothing)
+        return scaled_sum({"domain": domain, "accuracy": utterance_accuracy(logits, batch)}, scales)
 
     return Objective(
-        terms=terms,
         weights=lambda batch: {"domain": jnp.sum(labeled_weights(batch))},
         coefficients=lambda progress: {"domain": 1.0},
+        loss=loss,
     )
 
 
 def make_icner_objective(model: Functional, label_smoothing: float, tag_weight: float) -> Objective:
     """Cross entropy of the intent plus tag_weight times that of the BIO tags on first sub-words."""
 
-    def terms(params, frozen, batch, key):
+    def loss(params, frozen, batch, key, scales, progress):
+        del progress
         intent_logits, tag_logits = icner_logits(model, params, frozen, batch, key)
         labels = jnp.maximum(batch["utterance_labels"], 0)
         tags = jnp.maximum(batch["tag_labels"], 0)
         tag_hits = jnp.argmax(tag_logits, axis=-1) == batch["tag_labels"]
-        return {
+        terms = {
             "intent": masked_cross_entropy(intent_logits, labels, labeled_weights(batch), label_smoothing),
             "tags": masked_cross_entropy(tag_logits, tags, batch["tag_weights"], label_smoothing),
             "accuracy": utterance_accuracy(intent_logits, batch),
             "tag_accuracy": (jnp.sum(tag_hits * batch["tag_weights"]), jnp.sum(batch["tag_weights"])),
         }
+        return scaled_sum(terms, scales)
 
     def weights(batch):
         return {"intent": jnp.sum(labeled_weights(batch)), "tags": jnp.sum(batch["tag_weights"])}
 
-    return Objective(terms, weights, lambda progress: {"intent": 1.0, "tags": tag_weight})
+    return Objective(weights, lambda progress: {"intent": 1.0, "tags": tag_weight}, loss)
 
 
 def icner_logits(model: Functional, params: Params, frozen, batch: Batch, key=None) -> tuple[Array, Array]:

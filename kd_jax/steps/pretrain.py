@@ -2,10 +2,10 @@
 
 import jax.numpy as jnp
 
-from kd_jax.losses import masked_cross_entropy
+from kd_jax.losses.logits import masked_cross_entropy
 from kd_jax.models.functional import Functional
 from kd_jax.models.heads import gather_positions
-from kd_jax.steps.objective import Objective
+from kd_jax.steps.objective import Objective, scaled_sum
 from kd_jax.types import Array, Batch, Params, Term
 
 
@@ -25,16 +25,16 @@ def masked_logits(model: Functional, params: Params, batch: Batch, key=None) -> 
 def make_pretrain_objective(model: Functional) -> Objective:
     """Cross entropy at the masked positions."""
 
-    def terms(params, frozen, batch, key):
-        del frozen
+    def loss(params, frozen, batch, key, scales, progress):
+        del frozen, progress
         logits = masked_logits(model, params, batch, key)
-        loss = masked_cross_entropy(logits, batch["masked_targets"], batch["masked_weights"])
-        return {"mlm": loss, "accuracy": masked_accuracy(logits, batch)}
+        mlm = masked_cross_entropy(logits, batch["masked_targets"], batch["masked_weights"])
+        return scaled_sum({"mlm": mlm, "accuracy": masked_accuracy(logits, batch)}, scales)
 
     return Objective(
-        terms=terms,
         weights=lambda batch: {"mlm": jnp.sum(batch["masked_weights"])},
         coefficients=lambda progress: {"mlm": 1.0},
+        loss=loss,
     )
 
 

@@ -44,16 +44,14 @@ def make_train_step(
     def train_step(state: State, frozen: Any, batch: Batch) -> tuple[State, Mapping[str, Term]]:
         step = state["step"]
         key = jax.random.fold_in(jax.random.key(frozen["seed"]), step)
-        coefficients = objective.coefficients(step / max(steps - 1, 1))
+        progress = step / max(steps - 1, 1)
+        coefficients = objective.coefficients(progress)
         # A batch without a single counted item has weight 0 and sum 0: the quotient is defined as 0.
         weights = {name: jnp.maximum(weight, 1.0) for name, weight in objective.weights(batch).items()}
+        scales = {name: factor / weights[name] for name, factor in coefficients.items()}
 
         def loss_of(params: Params, micro: Batch, micro_key: jax.Array):
-            terms = objective.terms(params, frozen, micro, micro_key)
-            loss = jnp.float32(0.0)
-            for name, factor in coefficients.items():
-                loss += factor * terms[name][0] / weights[name]
-            return loss, terms
+            return objective.loss(params, frozen, micro, micro_key, scales, progress)
 
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
         if accumulation == 1:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd_jax.losses import kl_divergence, masked_cross_entropy
+from kd_jax.losses.logits import kl_divergence, masked_cross_entropy
 
 
 def log_softmax64(logits, temperature=1.0):
