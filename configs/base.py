@@ -59,6 +59,20 @@ def job(**changes) -> ConfigDict:
     return keys
 
 
+def term(weight: float, **more) -> ConfigDict:
+    """A term of the distillation loss: its factor as a function of progress from 0 to 1, and what else it needs."""
+    keys = ConfigDict(
+        {
+            "weight": weight,  # >= 0
+            "final_weight": -1.0,  # the weight moves linearly to this; below 0 it stays as it is
+            "begin": 0.0,  # progress at which it starts to move
+            "end": 1.0,  # progress at which it arrives; the same as `begin` makes it a switch
+        }
+    )
+    keys.update(more)
+    return keys
+
+
 def encoder(preset: str, **changes) -> ConfigDict:
     """The encoder keys of a named size (kd_jax/models/presets.py); vocab_size 0 means the tokenizer's."""
     keys = ConfigDict(dict(PRESETS[preset]))
@@ -98,9 +112,21 @@ def get_config() -> ConfigDict:
             "open_rows": 64,  # rows kept open while packing
         }
     )
+    # Generic text chosen for its likeness to the task's train utterances (docs/selection.md).
+    config.select = ConfigDict(
+        {
+            "share": 0.0,  # in [0, 1]: of the texts of each generic source and language; 0 selects none
+            "target": "language",  # language | all: likeness to the utterances of the text's language, or of all
+            "ngrams": 2,  # longest n-gram of words that is counted, >= 1
+            "buckets": 10_000,  # n-grams are hashed into so many, >= 2
+            "smoothing": 1.0,  # added to the count of every bucket, > 0
+            "seed": 0,  # of the resampling, apart from config.seed, so that all seeds of a study see the same texts
+        }
+    )
     config.transfer = ConfigDict(
         {
             "task_share": 0.5,  # in [0, 1]: the rest is generic
+            "generic": "generic",  # generic | selected: all generic text, or what config.select chose of it
             "unit": "tokens",  # tokens (maskable) | utterances: what the share is a share of
             "language_mix": "task",  # task | generic | own | uniform: whose language distribution both kinds follow
             "language_temperature": 1.0,  # p(language) ~ tokens ** temperature; 1 keeps the proportions, 0 is uniform
@@ -117,7 +143,35 @@ def get_config() -> ConfigDict:
     )
     config.teacher = encoder("teacher_small")
     config.student = encoder("student_small")
-    config.teacher_checkpoint = ""  # distill: workdir of a pretrain run
+    config.teacher_checkpoint = ""  # distill: workdir of a pretrain or distill run; several are joined by commas
+    config.teacher_cache = ""  # distill: workdir of a cache_teacher run; the teacher is then not loaded
+    # The student's vocabulary: the tokenizer's, or only the pieces that the train rows use (the same for all students).
+    config.vocabulary = ConfigDict(
+        {
+            "trim": False,
+            "min_count": 1,  # occurrences in all train rows together that keep a piece
+            "dropped": "renormalize",  # renormalize | unknown: where the teacher's mass on dropped pieces goes
+        }
+    )
+    # What `cache_teacher` writes: predictions of config.teacher_checkpoint for the rows that these runs of
+    # config.distill (steps, batch_size) visit.
+    config.cache = ConfigDict(
+        {
+            "task_shares": (),  # of the transfer sets; () takes config.transfer.task_share alone
+            "generic": (),  # "generic" or "selected" for each task share; () takes config.transfer.generic for all
+            "seeds": (),  # of the runs; () takes config.seed alone
+            "format": "hidden",  # hidden (any temperature, exact) | top_k | sampled
+            "dtype": "float16",  # of hidden states, log probabilities and sample weights: float16 | float32
+            "k": 64,  # top_k: pieces a position
+            "tail": "bucket",  # top_k: renormalize | bucket | zero: what stands for the other pieces
+            "samples": 64,  # sampled: draws a position
+            "power": 1.0,  # sampled: the proposal is p ** power, in (0, 1]
+            "rows_per_part": 4096,  # rows a file; the parts are written, checked and resumed one by one
+            "batch_rows": 64,  # rows the teacher predicts at a time
+        }
+    )
+    config.cache_part = 0  # several machines may write one cache: this one writes every cache_parts-th part,
+    config.cache_parts = 1  # beginning with cache_part
 
     config.pretrain = job()
     config.pretrain.model = "teacher"  # teacher | student: which encoder is trained
@@ -126,12 +180,31 @@ def get_config() -> ConfigDict:
         job()
     )  # the study's second stage for the adapted teacher: pretrain on task text from the generic teacher
     config.distill = job()
-    config.distill.temperature = 2.0  # > 0, of both softmaxes in the KL term
-    config.distill.kl_weight = 1.0  # weight of KL(teacher || student), already scaled by temperature squared
-    config.distill.mlm_weight = 1.0  # weight of the hard masked-LM cross entropy
-    config.distill.kl_final_weight = 1.0  # the weight moves linearly to this at the last step
-    config.distill.mlm_final_weight = 1.0
-    config.distill.positions = "masked"  # masked | all: where the KL term is taken
+    # Terms of the loss; one whose weight is 0 throughout is not computed. See term() for the schedule of a weight.
+    config.distill.kl = term(
+        1.0,  # KL(teacher || student), scaled by temperature squared
+        temperature=2.0,  # > 0, of both softmaxes
+        final_temperature=0.0,  # moves linearly to this at the last step; 0 keeps `temperature`
+    )
+    config.distill.mlm = term(1.0)  # the hard masked-LM cross entropy
+    config.distill.hidden = term(
+        0.0,  # hidden states after matched layers, at every real token
+        distance="cosine",  # cosine | mse
+        layers="uniform",  # uniform | last | ((student layer, teacher layer), ...), counted from 0
+        projection="auto",  # auto (where the widths differ) | always | never: a learned map to the teacher's width
+    )
+    config.distill.embeddings = term(0.0, distance="mse", projection="auto")  # before layer 0
+    config.distill.relations = term(
+        0.0,  # MiniLMv2: KL between scaled dot products among the queries, among the keys and among the values
+        heads=0,  # relation heads, which must divide both widths; 0 takes the student's attention heads
+        layers="last",  # as for hidden
+        parts=("query", "key", "value"),
+    )
+    config.distill.kd_positions = "masked"  # masked | all: where the KL term is taken
+    config.distill.block_positions = 0  # positions whose logits are formed at a time; 0 chooses
+    config.distill.init = "random"  # random | teacher: the student starts from layers of the (first) teacher
+    config.distill.init_layers = "uniform"  # init=teacher: uniform | first | last | (teacher layer, ...)
+    config.distill.teacher_steps = ()  # several teachers: () averages them; (0, n, ...) takes each from its step on
 
     config.finetune = job(batch_size=32)
     config.finetune.init_from = ""  # workdir of a distill or pretrain run; empty trains from scratch
