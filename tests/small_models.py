@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 
-from kd_jax.models.encoder import EncoderConfig, encoder_config
+from kd_jax.models.encoder_config import EncoderConfig, encoder_config
 from kd_jax.models.functional import Functional
 from kd_jax.models.presets import PRESETS
 

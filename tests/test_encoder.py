@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from small_models import FAMILIES, packed_batch, parameters, small_config, with_alone
 
-from kd_jax.models.encoder import encoder_config, rotary_tables, rotate
+from kd_jax.models.attention import rotary_tables, rotate
+from kd_jax.models.encoder_config import encoder_config
 from kd_jax.models.functional import Functional
 from kd_jax.models.presets import PRESETS
 from kd_jax.types import UserError

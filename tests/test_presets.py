@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from kd_jax.models.encoder import EncoderConfig, encoder_config
+from kd_jax.models.encoder_config import EncoderConfig, encoder_config
 from kd_jax.models.functional import Functional, parameter_count
 from kd_jax.models.presets import PRESETS
 

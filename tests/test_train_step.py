@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from kd_jax.models.encoder import EncoderConfig
+from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
 from kd_jax.models.presets import PRESETS
 from kd_jax.steps.distill import make_distill_objective

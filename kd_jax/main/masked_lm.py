@@ -14,7 +14,7 @@ from kd_jax.data.batches import MaskedBatches, heldout_batches, process_slice
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.transfer_set import TransferSet
 from kd_jax.main import training
-from kd_jax.models.encoder import encoder_config
+from kd_jax.models.encoder_config import encoder_config
 from kd_jax.models.functional import Functional
 from kd_jax.steps.pretrain import make_heldout_step
 from kd_jax.trainer.disk import write_json

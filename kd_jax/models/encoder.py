@@ -1,200 +1,28 @@
 """One bidirectional encoder for BERT, RoBERTa / XLM-R, XLM-R XL and ModernBERT / mmBERT, on packed rows."""
 
-import dataclasses
-import math
-from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kd_jax.models.attention import Attention, rotary_tables
+from kd_jax.models.encoder_config import ACTIVATIONS, EncoderConfig, output_std
+from kd_jax.models.linear import LayerNorm, Linear
 from kd_jax.models.random_numbers import drop, truncated_normal
 from kd_jax.types import UserError
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "tanh": jnp.tanh,
-}
 
+class Captured(NamedTuple):
+    """Hidden states of an encoder, and what of its inner states was asked for, all in the compute dtype.
 
-@dataclasses.dataclass(frozen=True)
-class EncoderConfig:
-    """Everything that shapes an encoder and its heads; the fields are explained in presets.py. Raises UserError."""
-
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    intermediate_size: int
-    max_positions: int
-    positions: Literal["learned", "rotary"]
-    position_offset: int
-    type_vocab_size: int
-    norm_placement: Literal["pre", "post"]
-    embedding_norm: bool
-    final_norm: bool
-    skip_first_attention_norm: bool
-    use_bias: bool
-    norm_bias: bool
-    norm_epsilon: float
-    activation: str
-    gated: bool
-    global_every: int
-    local_window: int
-    global_theta: float
-    local_theta: float
-    head_style: Literal["bert", "roberta", "modernbert"]
-    head_activation: str
-    head_bias: bool
-    decoder_bias: bool
-    initializer_range: float
-    dropout: float
-    attention_dropout: float
-    scan: Literal["scan", "unroll"]
-    remat: bool
-
-    def __post_init__(self) -> None:
-        choices = {
-            "positions": ("learned", "rotary"),
-            "norm_placement": ("pre", "post"),
-            "head_style": ("bert", "roberta", "modernbert"),
-            "scan": ("scan", "unroll"),
-            "activation": tuple(ACTIVATIONS),
-            "head_activation": tuple(ACTIVATIONS),
-        }
-        for key, allowed in choices.items():
-            if getattr(self, key) not in allowed:
-                raise UserError(
-                    f"encoder.{key}: {getattr(self, key)!r} is not known; choose one of {', '.join(allowed)}"
-                )
-        for key in (
-            "vocab_size",
-            "hidden_size",
-            "num_layers",
-            "num_heads",
-            "intermediate_size",
-            "max_positions",
-            "global_every",
-        ):
-            if getattr(self, key) < 1:
-                raise UserError(f"encoder.{key}: {getattr(self, key)} is too small; give at least 1")
-        if self.hidden_size % self.num_heads:
-            raise UserError(
-                f"encoder.num_heads: {self.num_heads} does not divide hidden_size {self.hidden_size}; change one"
-            )
-        if self.positions == "rotary" and self.head_dim % 2:
-            raise UserError(
-                f"encoder.num_heads: rotary positions need an even size a head, not {self.head_dim}; change it"
-            )
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    def is_global(self, layer: int) -> bool:
-        """Whether that layer attends to the whole text rather than inside the local window."""
-        return layer % self.global_every == 0
-
-
-def encoder_config(values: Any, vocab_size: int) -> EncoderConfig:
-    """From the keys of `config.teacher` or `config.student`; the tokenizer's `vocab_size` fills in a 0. Raises
-    UserError.
+    hidden, embeddings and those of layers are [R, L, H]; projections are [R, L, N, D] for N heads of size D.
     """
-    values = dict(values)
-    values["vocab_size"] = values["vocab_size"] or vocab_size
-    if values["vocab_size"] < vocab_size:
-        raise UserError(
-            f"encoder.vocab_size: {values['vocab_size']} is less than the tokenizer's {vocab_size}; "
-            f"set it to 0 to take the tokenizer's"
-        )
-    return EncoderConfig(**values)
 
-
-class Linear(nnx.Module):
-    """Contracts the last axes of x, shaped `inputs`, into `outputs`. `axes` name the kernel's axes for sharding."""
-
-    def __init__(self, inputs, outputs, axes, *, bias: bool, std: float, rngs: nnx.Rngs):
-        self.num_inputs = len(inputs)
-        self.kernel = nnx.Param(truncated_normal(rngs.params(), (*inputs, *outputs), std), axes=axes)
-        self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32), axes=axes[len(inputs) :]) if bias else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.num_inputs)
-        if self.bias is not None:
-            bias = self.bias[...].astype(x.dtype)
-            y = y + jnp.expand_dims(bias, range(y.ndim - bias.ndim))
-        return y
-
-
-class LayerNorm(nnx.Module):
-    """Layer normalization over the last axis, computed in float32, returned in x's dtype."""
-
-    def __init__(self, config: EncoderConfig):
-        self.epsilon = config.norm_epsilon
-        self.scale = nnx.Param(jnp.ones(config.hidden_size, jnp.float32), axes=(None,))
-        self.bias = nnx.Param(jnp.zeros(config.hidden_size, jnp.float32), axes=(None,)) if config.norm_bias else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
-        leading = range(x.ndim - 1)
-        y = centered * jax.lax.rsqrt(variance + self.epsilon) * jnp.expand_dims(self.scale[...], leading)
-        if self.bias is not None:
-            y = y + jnp.expand_dims(self.bias[...], leading)
-        return y.astype(x.dtype)
-
-
-def rotary_tables(positions_RxL: jax.Array, head_dim: int, theta: float) -> jax.Array:
-    """Cosines and sines of the rotary angles (Su et al., arXiv 2104.09864), float32 [2, R, L, 1, head_dim / 2]."""
-    frequencies = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions_RxL[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
-
-
-def rotate(x_RxLxNxD: jax.Array, tables: jax.Array) -> jax.Array:
-    """Turns each pair (x[i], x[i + D / 2]) by its angle."""
-    cosine, sine = tables
-    first, second = jnp.split(x_RxLxNxD.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
-    return turned.astype(x_RxLxNxD.dtype)
-
-
-class Attention(nnx.Module):
-    """Self-attention inside each segment, with one merged projection for queries, keys and values."""
-
-    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        heads = (config.num_heads, config.head_dim)
-        std, bias = config.initializer_range, config.use_bias
-        self.query_key_value = Linear(
-            (config.hidden_size,), (3, *heads), ("embed", None, "heads", None), bias=bias, std=std, rngs=rngs
-        )
-        self.output = Linear(
-            heads, (config.hidden_size,), ("heads", None, "embed"), bias=bias, std=output_std(config), rngs=rngs
-        )
-
-    def __call__(self, x_TxH, mask_RxLxL, tables, dropout_key):
-        rows, length, _ = mask_RxLxL.shape
-        dtype = x_TxH.dtype
-        merged = self.query_key_value(x_TxH)
-        query, key, value = (
-            merged[:, part].reshape(rows, length, self.config.num_heads, self.config.head_dim) for part in range(3)
-        )
-        if tables is not None:
-            query, key = rotate(query, tables), rotate(key, tables)
-        query = query * jnp.asarray(self.config.head_dim**-0.5, dtype)
-        scores_RxNxQxK = jnp.einsum("rqnd,rknd->rnqk", query, key, preferred_element_type=jnp.float32)
-        scores_RxNxQxK = jnp.where(mask_RxLxL[:, None], scores_RxNxQxK, jnp.finfo(jnp.float32).min)
-        shares_RxNxQxK = jax.nn.softmax(scores_RxNxQxK, axis=-1).astype(dtype)
-        shares_RxNxQxK = drop(shares_RxNxQxK, self.config.attention_dropout, dropout_key, 0)
-        mixed_RxLxNxD = jnp.einsum("rnqk,rknd->rqnd", shares_RxNxQxK, value)
-        return self.output(mixed_RxLxNxD.reshape(rows * length, self.config.num_heads, self.config.head_dim))
+    hidden: jax.Array  # what the encoder gives
+    embeddings: jax.Array | None  # what layer 0 reads
+    layers: dict[int, jax.Array]  # what a layer gives, before any final norm
+    projections: dict[int, tuple[jax.Array, ...]]  # (query, key, value) as projected, neither turned nor scaled
 
 
 class MLP(nnx.Module):
@@ -215,13 +43,6 @@ class MLP(nnx.Module):
         return self.output(activation(inner[:, 0]) * inner[:, 1] if self.config.gated else activation(inner))
 
 
-def output_std(config: EncoderConfig) -> float:
-    """Matrices that write to a pre-norm residual stream start smaller, so that its size does not grow with depth."""
-    if config.norm_placement == "post":
-        return config.initializer_range
-    return config.initializer_range / math.sqrt(2 * config.num_layers)
-
-
 class Layer(nnx.Module):
     """Attention and feed-forward with their norms before (pre) or after (post) each."""
 
@@ -233,18 +54,21 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x_TxH, mask_RxLxL, tables, skip_norm, dropout_key):
-        """`skip_norm` is a bool or a traced bool scalar: leave out the attention norm."""
+        """The states after the layer, and the attention's projections. `skip_norm` is a bool or a traced bool scalar:
+        leave out the attention norm.
+        """
         rate = self.config.dropout
         if self.config.norm_placement == "post":
-            mixed = drop(self.attention(x_TxH, mask_RxLxL, tables, dropout_key), rate, dropout_key, 1)
-            x_TxH = self.attention_norm(x_TxH + mixed)
-            return self.mlp_norm(x_TxH + drop(self.mlp(x_TxH), rate, dropout_key, 2))
+            mixed, projected = self.attention(x_TxH, mask_RxLxL, tables, dropout_key)
+            x_TxH = self.attention_norm(x_TxH + drop(mixed, rate, dropout_key, 1))
+            return self.mlp_norm(x_TxH + drop(self.mlp(x_TxH), rate, dropout_key, 2)), projected
         if isinstance(skip_norm, bool):
             normed = x_TxH if skip_norm else self.attention_norm(x_TxH)
         else:
             normed = jnp.where(skip_norm, x_TxH, self.attention_norm(x_TxH))
-        x_TxH = x_TxH + drop(self.attention(normed, mask_RxLxL, tables, dropout_key), rate, dropout_key, 1)
-        return x_TxH + drop(self.mlp(self.mlp_norm(x_TxH)), rate, dropout_key, 2)
+        mixed, projected = self.attention(normed, mask_RxLxL, tables, dropout_key)
+        x_TxH = x_TxH + drop(mixed, rate, dropout_key, 1)
+        return x_TxH + drop(self.mlp(self.mlp_norm(x_TxH)), rate, dropout_key, 2), projected
 
 
 class Embeddings(nnx.Module):
@@ -297,9 +121,15 @@ class Encoder(nnx.Module):
         *,
         compute_dtype: Any,
         dropout_key: jax.Array | None = None,
-    ) -> jax.Array:
-        """Hidden states [R, L, H] in `compute_dtype`. Texts of one row do not see each other; a text longer than
-        `max_positions` raises UserError. What stands at padding is finite and without meaning."""
+        layers: tuple[int, ...] = (),
+        projections: tuple[int, ...] = (),
+        embeddings: bool = False,
+    ) -> Captured:
+        """Hidden states [R, L, H] in `compute_dtype`, and the states after `layers`, the projections of the layers in
+        `projections` and the embeddings. What is not asked for is not kept: a scan over the layers carries no more than
+        that. Texts of one row do not see each other; a text longer than `max_positions` raises UserError. What stands
+        at padding is finite and without meaning.
+        """
         config = self.config
         rows, length = tokens_RxL.shape
         if length > config.max_positions:
@@ -307,6 +137,9 @@ class Encoder(nnx.Module):
                 f"rows.length: rows of {length} tokens do not suit a model of {config.max_positions} positions; "
                 f"shorten the rows or raise max_positions"
             )
+        for layer in (*layers, *projections):
+            if not 0 <= layer < config.num_layers:
+                raise ValueError(f"layer {layer} is not one of the {config.num_layers} layers")
         # Padding is a segment of its own, so every token sees at least itself and no softmax is empty.
         whole = segment_ids_RxL[:, :, None] == segment_ids_RxL[:, None, :]
         columns = jnp.arange(length)
@@ -318,14 +151,21 @@ class Encoder(nnx.Module):
                 True: rotary_tables(positions_RxL, config.head_dim, config.global_theta),
                 False: rotary_tables(positions_RxL, config.head_dim, config.local_theta),
             }
-        x_TxH = self.embeddings(tokens_RxL, positions_RxL, compute_dtype, dropout_key)
+        first_TxH = self.embeddings(tokens_RxL, positions_RxL, compute_dtype, dropout_key)
         run = self._scanned if config.scan == "scan" else self._unrolled
-        x_TxH = run(x_TxH, masks, tables, dropout_key)
+        wanted = sorted(set(layers)), sorted(set(projections))
+        x_TxH, after, projected = run(first_TxH, masks, tables, dropout_key, *wanted)
         if self.final_norm is not None:
             x_TxH = self.final_norm(x_TxH)
-        return x_TxH.reshape(rows, length, config.hidden_size)
+        shape = (rows, length, config.hidden_size)
+        return Captured(
+            hidden=x_TxH.reshape(shape),
+            embeddings=first_TxH.reshape(shape) if embeddings else None,
+            layers={layer: state.reshape(shape) for layer, state in after.items()},
+            projections=projected,
+        )
 
-    def _unrolled(self, x_TxH, masks, tables, dropout_key):
+    def _unrolled(self, x_TxH, masks, tables, dropout_key, layers, projections):
         config = self.config
         graph, stacked = nnx.split(self.layers)
 
@@ -333,22 +173,24 @@ class Encoder(nnx.Module):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer + 1)
             skip_norm = config.skip_first_attention_norm and layer == 0
             kind = config.is_global(layer)
-            return nnx.merge(graph, parameters)(x_TxH, masks[kind], tables[kind], skip_norm, key)
+            x_TxH, projected = nnx.merge(graph, parameters)(x_TxH, masks[kind], tables[kind], skip_norm, key)
+            return x_TxH, projected if layer in projections else None
 
         if config.remat:
             apply = jax.checkpoint(apply, static_argnums=0)
+        after, projected = {}, {}
         for layer in range(config.num_layers):
             parameters = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
-            x_TxH = apply(layer, x_TxH, parameters, masks, tables, dropout_key)
-        return x_TxH
+            x_TxH, projected[layer] = apply(layer, x_TxH, parameters, masks, tables, dropout_key)
+            after[layer] = x_TxH
+        return x_TxH, {layer: after[layer] for layer in layers}, {layer: projected[layer] for layer in projections}
 
-    def _scanned(self, x_TxH, masks, tables, dropout_key):
+    def _scanned(self, x_TxH, masks, tables, dropout_key, layers, projections):
         config = self.config
         graph, stacked = nnx.split(self.layers)
         mixed = any(not config.is_global(layer) for layer in range(config.num_layers))
 
-        def body(x_TxH, scanned):
-            layer, parameters = scanned
+        def apply(x_TxH, layer, parameters):
             mask, table = masks[True], tables[True]
             if mixed:
                 is_global = layer % config.global_every == 0
@@ -357,8 +199,46 @@ class Encoder(nnx.Module):
                     table = jnp.where(is_global, tables[True], tables[False])
             skip_norm = layer == 0 if config.skip_first_attention_norm else False
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer + 1)
-            return nnx.merge(graph, parameters)(x_TxH, mask, table, skip_norm, key), None
+            x_TxH, projected = nnx.merge(graph, parameters)(x_TxH, mask, table, skip_norm, key)
+            return x_TxH, projected if projections else None
 
         if config.remat:
-            body = jax.checkpoint(body, prevent_cse=False)
-        return jax.lax.scan(body, x_TxH, (jnp.arange(config.num_layers), stacked))[0]
+            apply = jax.checkpoint(apply, prevent_cse=False)
+
+        def body(carry, scanned):
+            x_TxH, after, projected = carry
+            layer, parameters = scanned
+            x_TxH, projections_here = apply(x_TxH, layer, parameters)
+            # Outside of what remat computes again, so that the buffers are not kept for each layer.
+            after = _put(after, layers, layer, x_TxH)
+            return (x_TxH, after, _put(projected, projections, layer, projections_here)), None
+
+        rows, length, _ = masks[True].shape
+        heads = (rows, length, config.num_heads, config.head_dim)
+        carry = (
+            x_TxH,
+            _buffer(layers, config.num_layers, x_TxH.shape, x_TxH.dtype),
+            (_buffer(projections, config.num_layers, heads, x_TxH.dtype),) * 3,
+        )
+        (x_TxH, after, projected), _ = jax.lax.scan(body, carry, (jnp.arange(config.num_layers), stacked))
+        return (
+            x_TxH,
+            {layer: after[slot] for slot, layer in enumerate(layers)},
+            {layer: tuple(part[slot] for part in projected) for slot, layer in enumerate(projections)},
+        )
+
+
+def _buffer(wanted: list[int], num_layers: int, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Room for the states of the wanted layers, in order, and where the last layer is not among them one place more."""
+    spare = bool(wanted) and wanted[-1] < num_layers - 1
+    return jnp.zeros((len(wanted) + spare, *shape), dtype) if wanted else None
+
+
+def _put(buffer: Any, wanted: list[int], layer: jax.Array, state: Any) -> Any:
+    """The buffer with a layer's state where it belongs. Every layer writes to the place of the next wanted one, which
+    overwrites it; those after the last wanted one write to the spare place.
+    """
+    if not wanted:
+        return buffer
+    place = jnp.sum(jnp.asarray(wanted) < layer)
+    return jax.tree.map(lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, place, 0), buffer, state)

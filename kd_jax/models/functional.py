@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kd_jax.models.encoder import EncoderConfig
+from kd_jax.models.encoder import Captured
+from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.heads import IntentSlotModel, MaskedLanguageModel, SequenceClassifier, encode
 from kd_jax.types import Batch, Params
 
@@ -59,12 +60,44 @@ class Functional:
 
     def hidden(self, params: Params, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
         """Hidden states [R, L, H] of every token, of any kind of model; padding is finite and without meaning."""
-        return encode(self._merge(params).encoder, batch, jnp.dtype(self.compute_dtype), dropout_key)
+        return self.capture(params, batch, dropout_key).hidden
+
+    def capture(
+        self,
+        params: Params,
+        batch: Batch,
+        dropout_key: jax.Array | None = None,
+        *,
+        layers: tuple[int, ...] = (),
+        projections: tuple[int, ...] = (),
+        embeddings: bool = False,
+    ) -> Captured:
+        """What `hidden` gives, and with it the states after `layers`, the query, key and value projections of the
+        layers in `projections`, and the embeddings. Layers count from 0; ValueError for one that is not there.
+        """
+        return encode(
+            self._merge(params).encoder,
+            batch,
+            jnp.dtype(self.compute_dtype),
+            dropout_key,
+            layers=layers,
+            projections=projections,
+            embeddings=embeddings,
+        )
 
     def mlm_logits(self, params: Params, hidden_RxKxH: jax.Array) -> jax.Array:
         """Masked-LM logits [R, K, V] of hidden states gathered at the wanted positions."""
         model = self._merge(params)
         return model.mlm_head(hidden_RxKxH, model.encoder.embeddings.tokens[...])
+
+    def mlm_features(self, params: Params, hidden_RxKxH: jax.Array) -> jax.Array:
+        """What `decoder` turns into masked-LM logits: features [R, K, H] of hidden states at the wanted positions."""
+        return self._merge(params).mlm_head.transform(hidden_RxKxH)
+
+    def decoder(self, params: Params) -> tuple[jax.Array, jax.Array | None]:
+        """(table [V, H], bias [V] or None): logits are features @ table.T + bias."""
+        bias = params["mlm_head"]["bias"] if self.config.decoder_bias else None
+        return params["encoder"]["embeddings"]["tokens"], bias
 
     def domain_logits(self, params: Params, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
         """Logits [R, S, domains]."""

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kd_jax.models.encoder import ACTIVATIONS, Encoder, EncoderConfig, LayerNorm, Linear, output_std
+from kd_jax.models.encoder import Captured, Encoder
+from kd_jax.models.encoder_config import ACTIVATIONS, EncoderConfig, output_std
+from kd_jax.models.linear import LayerNorm, Linear
 from kd_jax.models.random_numbers import drop
 from kd_jax.types import Batch
 
@@ -40,9 +42,13 @@ class MaskedHead(nnx.Module):
         bias = jnp.zeros(config.vocab_size, jnp.float32)
         self.bias = nnx.Param(bias, axes=("vocab",)) if config.decoder_bias else None
 
+    def transform(self, hidden_RxKxH: jax.Array) -> jax.Array:
+        """What the token table is multiplied with, [R, K, H] in the dtype of the hidden states."""
+        return self.norm(ACTIVATIONS[self.activation](self.dense(hidden_RxKxH)))
+
     def __call__(self, hidden_RxKxH: jax.Array, table_VxH: jax.Array) -> jax.Array:
         """Logits [R, K, V] in the dtype of the hidden states."""
-        transformed = self.norm(ACTIVATIONS[self.activation](self.dense(hidden_RxKxH)))
+        transformed = self.transform(hidden_RxKxH)
         logits = jnp.einsum("rkh,vh->rkv", transformed, table_VxH.astype(transformed.dtype))
         if self.bias is not None:
             logits = logits + self.bias[...].astype(logits.dtype)[None, None, :]
@@ -89,14 +95,17 @@ class TokenHead(nnx.Module):
         return self.classifier(drop(x, config.dropout, dropout_key, 0))
 
 
-def encode(encoder: Encoder, batch: Batch, compute_dtype: Any, dropout_key: jax.Array | None) -> jax.Array:
-    """Hidden states [R, L, H] of a batch."""
+def encode(
+    encoder: Encoder, batch: Batch, compute_dtype: Any, dropout_key: jax.Array | None, **wanted: Any
+) -> Captured:
+    """Hidden states [R, L, H] of a batch, and what is wanted beside them (`layers`, `projections`, `embeddings`)."""
     return encoder(
         jnp.asarray(batch["tokens"]),
         jnp.asarray(batch["segment_ids"]),
         jnp.asarray(batch["positions"]),
         compute_dtype=compute_dtype,
         dropout_key=dropout_key,
+        **wanted,
     )
 
 
@@ -122,7 +131,7 @@ class SequenceClassifier(nnx.Module):
 
     def __call__(self, batch: Batch, compute_dtype: Any, dropout_key: jax.Array | None) -> jax.Array:
         """Logits [R, S, domains] of the utterances whose first tokens stand at `first_positions`."""
-        hidden = encode(self.encoder, batch, compute_dtype, dropout_key)
+        hidden = encode(self.encoder, batch, compute_dtype, dropout_key).hidden
         first = gather_positions(hidden, jnp.asarray(batch["first_positions"]))
         return self.domain_head(first, _head_key(dropout_key, 0))
 
@@ -139,6 +148,6 @@ class IntentSlotModel(nnx.Module):
 
     def __call__(self, batch: Batch, compute_dtype: Any, dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Intent logits [R, S, intents] and tag logits [R, L, tags]."""
-        hidden = encode(self.encoder, batch, compute_dtype, dropout_key)
+        hidden = encode(self.encoder, batch, compute_dtype, dropout_key).hidden
         first = gather_positions(hidden, jnp.asarray(batch["first_positions"]))
         return self.intent_head(first, _head_key(dropout_key, 0)), self.tag_head(hidden, _head_key(dropout_key, 1))

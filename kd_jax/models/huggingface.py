@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kd_jax.models.encoder import EncoderConfig
+from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
 from kd_jax.types import Params, UserError
 

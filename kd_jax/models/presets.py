@@ -1,4 +1,4 @@
-"""Named encoder sizes as plain values; `encoder.EncoderConfig` says what each field means.
+"""Named encoder sizes as plain values; `encoder_config.EncoderConfig` says what each field means.
 
 The figures of public models are those of their published config files; parameter counts are without embeddings.
 """

@@ -1,0 +1,58 @@
+"""Self-attention on packed rows, with rotary positions where the family has them."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kd_jax.models.encoder_config import EncoderConfig, output_std
+from kd_jax.models.linear import Linear
+from kd_jax.models.random_numbers import drop
+
+
+def rotary_tables(positions_RxL: jax.Array, head_dim: int, theta: float) -> jax.Array:
+    """Cosines and sines of the rotary angles (Su et al., arXiv 2104.09864), float32 [2, R, L, 1, head_dim / 2]."""
+    frequencies = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions_RxL[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
+    return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+
+
+def rotate(x_RxLxNxD: jax.Array, tables: jax.Array) -> jax.Array:
+    """Turns each pair (x[i], x[i + D / 2]) by its angle."""
+    cosine, sine = tables
+    first, second = jnp.split(x_RxLxNxD.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    return turned.astype(x_RxLxNxD.dtype)
+
+
+class Attention(nnx.Module):
+    """Self-attention inside each segment, with one merged projection for queries, keys and values."""
+
+    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        heads = (config.num_heads, config.head_dim)
+        std, bias = config.initializer_range, config.use_bias
+        self.query_key_value = Linear(
+            (config.hidden_size,), (3, *heads), ("embed", None, "heads", None), bias=bias, std=std, rngs=rngs
+        )
+        self.output = Linear(
+            heads, (config.hidden_size,), ("heads", None, "embed"), bias=bias, std=output_std(config), rngs=rngs
+        )
+
+    def __call__(self, x_TxH, mask_RxLxL, tables, dropout_key):
+        """The mixed values [T, H], and (query, key, value) [R, L, N, D] as projected: neither turned nor scaled."""
+        rows, length, _ = mask_RxLxL.shape
+        dtype = x_TxH.dtype
+        merged = self.query_key_value(x_TxH)
+        projected = query, key, value = tuple(
+            merged[:, part].reshape(rows, length, self.config.num_heads, self.config.head_dim) for part in range(3)
+        )
+        if tables is not None:
+            query, key = rotate(query, tables), rotate(key, tables)
+        query = query * jnp.asarray(self.config.head_dim**-0.5, dtype)
+        scores_RxNxQxK = jnp.einsum("rqnd,rknd->rnqk", query, key, preferred_element_type=jnp.float32)
+        scores_RxNxQxK = jnp.where(mask_RxLxL[:, None], scores_RxNxQxK, jnp.finfo(jnp.float32).min)
+        shares_RxNxQxK = jax.nn.softmax(scores_RxNxQxK, axis=-1).astype(dtype)
+        shares_RxNxQxK = drop(shares_RxNxQxK, self.config.attention_dropout, dropout_key, 0)
+        mixed_RxLxNxD = jnp.einsum("rnqk,rknd->rqnd", shares_RxNxQxK, value)
+        mixed_TxNxD = mixed_RxLxNxD.reshape(rows * length, self.config.num_heads, self.config.head_dim)
+        return self.output(mixed_TxNxD), projected
