@@ -31,10 +31,9 @@ class MaskedBatches:
         self.transfer_set = transfer_set
         self.masking = masking
         self.batch_size = batch_size
-        self.length = stores[0].length
-        self._masker = _Masker(masking, tokenizer, self.length)
-        self._keys = [store.fingerprint for store in stores]
-        identity = [self._keys, transfer_set.fingerprint, masking.to_dict(), tokenizer.fingerprint, batch_size]
+        self._rows = MaskedRows(stores, masking, tokenizer)
+        fingerprints = [store.fingerprint for store in stores]
+        identity = [fingerprints, transfer_set.fingerprint, masking.to_dict(), tokenizer.fingerprint, batch_size]
         # Equal fingerprints mean equal batches at every step; a resumed run compares them.
         self.fingerprint = f"{name_key(json.dumps(identity, sort_keys=True)):016x}"
 
@@ -43,13 +42,28 @@ class MaskedBatches:
         first, last = process_slice(self.batch_size, process_index, process_count)
         index = np.arange(step * self.batch_size + first, step * self.batch_size + last, dtype=np.int64)
         source, epoch, row = self.transfer_set.locate(index)
-        tokens = np.empty((len(index), self.length), np.int32)
-        segment_ids = np.empty((len(index), self.length), np.int32)
-        keys = np.empty(len(index), np.uint64)
+        return self._rows(source, row, epoch % self.masking.epochs)
+
+
+class MaskedRows:
+    """Any rows of some stores, masked: a pure function of (store, row, masking epoch). `masking` is config.masking."""
+
+    def __init__(self, stores: Sequence[RowStore], masking: ConfigDict, tokenizer: Tokenizer):
+        self.stores, self.masking = tuple(stores), masking
+        self.length = stores[0].length
+        self._masker = _Masker(masking, tokenizer, self.length)
+        self.slots = self._masker.slots
+
+    def __call__(self, source: np.ndarray, row: np.ndarray, masking_epoch: np.ndarray) -> Batch:
+        """A masked-LM batch of the rows int [n] of the stores numbered int [n], with the masks of those epochs."""
+        tokens = np.empty((len(row), self.length), np.int32)
+        segment_ids = np.empty((len(row), self.length), np.int32)
+        keys = np.empty(len(row), np.uint64)
         for number in np.unique(source):
             mine = np.flatnonzero(source == number)
-            tokens[mine], segment_ids[mine] = self.stores[number].rows(row[mine])
-            keys[mine] = row_keys(self.masking.seed, self._keys[number], row[mine], epoch[mine] % self.masking.epochs)
+            store = self.stores[number]
+            tokens[mine], segment_ids[mine] = store.rows(row[mine])
+            keys[mine] = row_keys(self.masking.seed, store.fingerprint, row[mine], masking_epoch[mine])
         return self._masker(tokens, segment_ids, keys)
 
 

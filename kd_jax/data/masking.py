@@ -23,6 +23,16 @@ def row_keys(masking_seed: int, store_fingerprint: str, rows: np.ndarray, maskin
     return counter_keys(name_key("masks", masking_seed, store_fingerprint), masking_epochs, rows)
 
 
+def sample_uniforms(
+    masking_seed: int, store_fingerprint: str, rows: np.ndarray, masking_epochs: np.ndarray, shape: tuple[int, int]
+) -> np.ndarray:
+    """float32 [n, K, samples] in [0, 1) for drawing from a teacher's predictions, from what the masks depend on."""
+    keys = counter_keys(name_key("samples", masking_seed, store_fingerprint), masking_epochs, rows)
+    places = splitmix64(np.arange(shape[0] * shape[1], dtype=np.uint64))
+    bits = splitmix64(keys[:, None] + places[None, :]) >> np.uint64(40)
+    return (bits.astype(np.float32) * np.float32(2.0**-24)).reshape(len(rows), *shape)
+
+
 def mask_rows(
     tokens: np.ndarray,
     segment_ids: np.ndarray,
