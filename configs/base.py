@@ -119,7 +119,7 @@ def get_config() -> ConfigDict:
             "target": "language",  # language | all: likeness to the utterances of the text's language, or of all
             "ngrams": 2,  # longest n-gram of words that is counted, >= 1
             "buckets": 10_000,  # n-grams are hashed into so many, >= 2
-            "smoothing": 1.0,  # added to the count of every bucket, > 0
+            "smoothing": 0.1,  # > 0, weight of the uniform distribution beside the counted ones; 1 for few utterances
             "seed": 0,  # of the resampling, apart from config.seed, so that all seeds of a study see the same texts
         }
     )
@@ -153,13 +153,15 @@ def get_config() -> ConfigDict:
             "dropped": "renormalize",  # renormalize | unknown: where the teacher's mass on dropped pieces goes
         }
     )
-    # What `cache_teacher` writes: predictions of config.teacher_checkpoint for the rows that these runs of
-    # config.distill (steps, batch_size) visit.
+    # What `cache_teacher` writes: predictions of config.teacher_checkpoint for the rows that these runs visit.
     config.cache = ConfigDict(
         {
             "task_shares": (),  # of the transfer sets; () takes config.transfer.task_share alone
             "generic": (),  # "generic" or "selected" for each task share; () takes config.transfer.generic for all
             "seeds": (),  # of the runs; () takes config.seed alone
+            "steps": 0,  # of the runs; 0 takes config.distill.steps
+            "batch_size": 0,  # of the runs; 0 takes config.distill.batch_size
+            "temperature": 0.0,  # top_k, sampled: that of the runs; 0 takes config.distill.kl.temperature
             "format": "hidden",  # hidden (any temperature, exact) | top_k | sampled
             "dtype": "float16",  # of hidden states, log probabilities and sample weights: float16 | float32
             "k": 64,  # top_k: pieces a position

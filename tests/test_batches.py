@@ -15,7 +15,9 @@ TOKENIZER = types.SimpleNamespace(
     vocab_size=500, cls_id=1, sep_id=2, pad_id=0, mask_id=4, special_ids=(0, 1, 2, 3, 4), fingerprint="tok"
 )
 MASKING = ConfigDict({"seed": 0, "rate": 0.15, "mask_share": 0.8, "random_share": 0.1, "epochs": 2})
-TRANSFER = ConfigDict({"task_share": 0.3, "unit": "tokens", "language_mix": "own", "language_temperature": 1.0})
+TRANSFER = ConfigDict(
+    {"task_share": 0.3, "generic": "generic", "unit": "tokens", "language_mix": "own", "language_temperature": 1.0}
+)
 
 
 @pytest.fixture(scope="module")

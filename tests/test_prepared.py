@@ -1,6 +1,5 @@
 import errno
 import json
-import unicodedata
 
 import numpy as np
 import pytest
@@ -8,6 +7,7 @@ from ml_collections import ConfigDict
 
 from kd_jax.data import prepared as prepared_module
 from kd_jax.data import rows as rows_module
+from kd_jax.data import splits as splits_module
 from kd_jax.data.decontamination import normalize
 from kd_jax.data.prepared import Prepared, prepare
 from kd_jax.data.tokenizer import Tokenizer, train_tokenizer
@@ -91,6 +91,7 @@ def config(texts, tokenizer):
         "texts_per_store": 500,
     }
     result.rows = {"length": 32, "heldout_share": 0.1, "open_rows": 16}
+    result.select = {"share": 0.0, "target": "language", "ngrams": 2, "buckets": 1000, "smoothing": 0.1, "seed": 0}
     return result
 
 
@@ -127,23 +128,6 @@ def test_every_text_is_in_exactly_one_split(config, texts, tmp_path):
     assert heldout[1].texts == len(dev)
     found = {normalize(text) for text in decoded(heldout[1], prepared.tokenizer)}
     assert found == {text.replace(" ", "") for text in dev}
-
-
-def test_the_hash_of_a_text_ignores_case_marks_and_spaces():
-    plain = "Über die Brücke fährt die letzte Straßenbahn um zehn nach eins in die Stadt zurück, sagt man"
-    same = [
-        plain.upper(),
-        plain.replace(" ", " ... "),
-        "«" * 80 + plain,
-        unicodedata.normalize("NFD", plain),
-        plain.replace("ß", "ss") + "!",
-    ]
-    assert {prepared_module._content_hash(text) for text in same} == {prepared_module._content_hash(plain)}
-    others = [f"{word} {plain}" for word in WORDS]
-    assert len({prepared_module._content_hash(text) for text in others}) == len(WORDS)
-    # For every cut, the head's letters are those of the whole text.
-    for marks in range(70):
-        assert prepared_module._content_hash("-" * marks + plain) == prepared_module._content_hash(plain)
 
 
 def test_equal_texts_are_on_the_same_side(config, texts, tmp_path):
@@ -195,7 +179,7 @@ class Killed(BaseException):
 
 def test_a_killed_call_goes_on_where_it_was(config, tmp_path, monkeypatch):
     prepare(config, tmp_path / "whole")
-    read_texts, finish = prepared_module.read_texts, rows_module.StoreWriter.finish
+    read_texts, finish = splits_module.read_texts, rows_module.StoreWriter.finish
     read = []
 
     def recording(source, language, *rest, **named):
@@ -207,7 +191,7 @@ def test_a_killed_call_goes_on_where_it_was(config, tmp_path, monkeypatch):
             raise Killed
         return finish(self, removed)
 
-    monkeypatch.setattr(prepared_module, "read_texts", recording)
+    monkeypatch.setattr(splits_module, "read_texts", recording)
     monkeypatch.setattr(rows_module.StoreWriter, "finish", killed)
     with pytest.raises(Killed):
         prepare(config, tmp_path / "p")
@@ -230,7 +214,7 @@ def test_stores_of_an_unfinished_other_config_are_replaced(config, tmp_path, mon
 
     config.sources.old = config.sources.web.copy_and_resolve_references()
     config.rows.length = 64
-    monkeypatch.setattr(prepared_module, "_write_manifest", killed)
+    monkeypatch.setattr(prepared_module, "write_manifest", killed)
     with pytest.raises(Killed):
         prepare(config, tmp_path / "p")
     monkeypatch.undo()

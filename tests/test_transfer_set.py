@@ -16,7 +16,9 @@ def store(name, language, kind, rows, maskable_per_row=100, texts_per_row=5, sou
 
 
 def transfer(**changes):
-    values = {"task_share": 0.5, "unit": "tokens", "language_mix": "own", "language_temperature": 1.0}
+    values = {
+        "task_share": 0.5, "generic": "generic", "unit": "tokens", "language_mix": "own", "language_temperature": 1.0,
+    }  # fmt: skip
     return ConfigDict(values | changes)
 
 

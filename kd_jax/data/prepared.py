@@ -1,18 +1,20 @@
 """From text sources to a prepared folder: utterances, tokenizer and row stores, and reading it back.
 
-utterances/<locale>.jsonl the labeled utterances, in MASSIVE's form tokenizer/ rows/<split>/<name>/ a store for each
-source and language; "heldout" for generic text and for the dev partition manifest.json written last: what was built,
-from which config
+A prepared folder holds
+
+    utterances/<locale>.jsonl   the labeled utterances, in MASSIVE's form
+    tokenizer/
+    rows/train/<name>/          a store for each source and language, and for what config.select chose of generic text
+    rows/heldout/<name>/        held-out generic text, and the dev partition
+    manifest.json               written last: what was built, from which config
 """
 
 import functools
-import hashlib
 import itertools
 import json
 import os
 import pathlib
 import shutil
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,25 +25,23 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from kd_jax.data.decontamination import FilterCount, HeldOut, normalize
+from kd_jax.data.decontamination import FilterCount
 from kd_jax.data.files import fill_path
-from kd_jax.data.rows import MANIFEST, RowStore, StoreWriter, disk_of, new_folder
-from kd_jax.data.sources import read_texts
+from kd_jax.data.manifest import differences, digest, read_manifest, write_manifest
+from kd_jax.data.rows import RowStore, StoreWriter, disk_of, new_folder
+from kd_jax.data.selection import check_selection, choose
+from kd_jax.data.splits import Splits
 from kd_jax.data.tokenizer import Tokenizer, train_tokenizer
 from kd_jax.data.utterances import Utterance, load_utterances, read_massive, write_massive
 from kd_jax.types import UserError
 
-# The parts of the config that decide what is built.
-PARTS = ("nlu", "sources", "tokenizer", "rows")
+# The parts of the config that decide what is built; "select" only where it selects something.
+PARTS = ("nlu", "sources", "tokenizer", "rows", "select")
 
 # Name of the held-out stores made from the dev partition, one a locale.
 DEV = "task"
 
 _CHUNK_TEXTS = 2048
-
-# Letters that decide whether a generic text is held out, and the characters at its head that nearly always hold them.
-_LETTERS = 24
-_HEAD = 40
 
 
 class Prepared:
@@ -55,7 +55,7 @@ class Prepared:
         if not str(folder):
             raise UserError("config.prepared: is empty; set it to the folder that prepare wrote")
         self.folder = pathlib.Path(folder)
-        manifest = _read_manifest(self.folder)
+        manifest = read_manifest(self.folder)
         if manifest is None:
             raise UserError(f"config.prepared: {self.folder} is no finished prepared folder; run prepare into it first")
         self.manifest: dict[str, Any] = manifest
@@ -87,16 +87,17 @@ class Prepared:
 
 
 def prepare(config: ConfigDict, folder: str | os.PathLike, progress: bool = False) -> None:
-    """Builds a prepared folder from config.nlu, sources, tokenizer and rows.
+    """Builds a prepared folder from config.nlu, sources, tokenizer, rows and select.
 
     What a killed call finished is kept; a finished folder is left as it is, and refused if its config differs. Memory
     is bounded but for the utterances. Raises UserError for mistakes in the config or the data, and for a full disk.
     """
     folder = pathlib.Path(folder)
-    values = {part: json.loads(json.dumps(config[part].to_dict())) for part in PARTS}
-    finished = _read_manifest(folder)
+    parts = [part for part in PARTS if part != "select" or config.select.share != 0]
+    values = {part: json.loads(json.dumps(config[part].to_dict())) for part in parts}
+    finished = read_manifest(folder)
     if finished is not None:
-        different = _differences(finished["config"], values)
+        different = differences(finished["config"], values)
         if different:
             raise UserError(
                 f"{folder}: was prepared with another config ({'; '.join(different)}); "
@@ -111,7 +112,7 @@ def prepare(config: ConfigDict, folder: str | os.PathLike, progress: bool = Fals
         builder = _Builder(config, values, folder, utterances, progress)
         manifests = builder.stores()
         builder.remove_strays(manifests)
-        _write_manifest(folder, values, utterances, builder.tokenizer, manifests)
+        write_manifest(folder, values, utterances, builder.tokenizer, manifests)
 
 
 def _check(config: ConfigDict) -> None:
@@ -127,7 +128,10 @@ def _check(config: ConfigDict) -> None:
             raise UserError(
                 f"config.sources.{name}: the name is taken by the dev partition's rows; give the source another"
             )
-    stores = Counter(f"{name}-{language}" for name, source in config.sources.items() for language in source.languages)
+    check_selection(config)
+    pairs = [(name, source.kind, language) for name, source in config.sources.items() for language in source.languages]
+    stores = Counter(f"{name}-{language}" for name, _, language in pairs)
+    stores.update({_selected_name(name, language) for name, kind, language in pairs if kind == "generic"})
     twice = [store for store, count in stores.items() if count > 1]
     if twice:
         raise UserError(f"config.sources: {', '.join(twice)} would be built twice; name each source and language once")
@@ -140,6 +144,10 @@ def _check(config: ConfigDict) -> None:
         raise UserError(f"config.rows.open_rows: {rows.open_rows} is below 1; 64 is usual")
 
 
+def _selected_name(source: str, language: str) -> str:
+    return f"{source}.selected-{language}"
+
+
 class _Builder:
     """What building the stores of one prepared folder shares."""
 
@@ -148,7 +156,7 @@ class _Builder:
     ):
         self.config, self.values, self.folder = config, values, folder
         self.utterances, self.progress = utterances, progress
-        self.held_out = HeldOut(utterances)
+        self.splits = Splits(config, utterances)
         self.tokenizer = self._tokenizer()
 
     def stores(self) -> list[dict[str, Any]]:
@@ -157,34 +165,27 @@ class _Builder:
         for name, source in self.config.sources.items():
             for language in source.languages:
                 manifests += self._source_stores(name, source, language)
+                if source.kind == "generic" and self.config.select.share > 0:
+                    manifests.append(self._selected_store(name, language))
         for locale in self.config.nlu.locales:
             manifests += self._dev_store(locale)
         return manifests
-
-    def _texts(self, name: str, language: str, count: FilterCount) -> Iterator[tuple[str, bool]]:
-        """(text, whether it is held out) of one language of a source, without dev and test utterances.
-
-        Generic texts are held out by their content, so equal texts are on the same side.
-        """
-        source = self.config.sources[name]
-        texts = read_texts(source, language, self.utterances, key=f"config.sources.{name}")
-        limit = self.config.rows.heldout_share * 2**64 if source.kind == "generic" else 0
-        for text in self.held_out.filter(texts, count):
-            yield text, limit > 0 and _content_hash(text) < limit
 
     def _tokenizer(self) -> Tokenizer:
         folder = self.folder / "tokenizer"
         settings = self.config.tokenizer
         # Training reads the texts that are not held out; loading reads none.
         texts_from = [self.values["nlu"], self.values["sources"], self.config.rows.heldout_share]
-        built_from = _digest([self.values["tokenizer"], texts_from if settings.kind == "train" else None])
+        built_from = digest([self.values["tokenizer"], texts_from if settings.kind == "train" else None])
         marker = folder / "built_from.txt"
         if marker.is_file() and marker.read_text() == built_from:
             return Tokenizer.load(str(folder))
         if settings.kind == "load":
             tokenizer = Tokenizer.load(fill_path(settings.path, key="config.tokenizer.path"))
         elif settings.kind == "train":
-            texts = self._bar(self._tokenizer_texts(), "tokenizer")
+            stores = [(name, language) for name, one in self.config.sources.items() for language in one.languages]
+            texts = (itertools.islice(self.splits.train(*store), settings.texts_per_store) for store in stores)
+            texts = self._bar(itertools.chain.from_iterable(texts), "tokenizer")
             tokenizer = train_tokenizer(texts, settings.model, settings.vocab_size)
         else:
             raise UserError(f"config.tokenizer.kind: {settings.kind!r} is unknown; use 'train' or 'load'")
@@ -194,16 +195,9 @@ class _Builder:
         # What was saved is what every later command reads.
         return Tokenizer.load(str(folder))
 
-    def _tokenizer_texts(self) -> Iterator[str]:
-        for name, source in self.config.sources.items():
-            for language in source.languages:
-                train = (text for text, heldout in self._texts(name, language, FilterCount()) if not heldout)
-                yield from itertools.islice(train, self.config.tokenizer.texts_per_store)
-
     def _source_stores(self, name: str, source: ConfigDict, language: str) -> list[dict[str, Any]]:
         """The train store of one language of a source and, for generic text, its held-out store, in one pass."""
-        kept = {key: value for key, value in self.values["sources"][name].items() if key not in ("weight", "languages")}
-        built_from = self._digest(kept, language)
+        built_from = self._digest(self._reading(name), language)
         splits = ("train", "heldout") if source.kind == "generic" else ("train",)
         store_name = f"{name}-{language}"
         found = [self._finished(split, store_name, built_from) for split in splits]
@@ -215,13 +209,35 @@ class _Builder:
                 stack.enter_context(self._writer(stack, split, store_name, name, source.kind, language, built_from))
                 for split in splits
             ]
-            marked = self._bar(self._texts(name, language, count), store_name)
+            marked = self._bar(self.splits.marked(name, language, count), store_name)
             for chunk in _encode_ahead(marked, self.tokenizer):
                 for writer, heldout in zip(writers, (False, True)):
                     writer.add([ids for ids, is_heldout in chunk if is_heldout == heldout])
             # Which side a removed text would have been on is not counted; all are told of at the train store.
             removed = {"decontaminated": count.removed}
             return [writer.finish(removed if split == "train" else {}) for writer, split in zip(writers, splits)]
+
+    def _selected_store(self, name: str, language: str) -> dict[str, Any]:
+        """The train store of the generic texts of one language that are like the task's train utterances."""
+        select, store_name = self.config.select, _selected_name(name, language)
+        target = self.splits.task(language if select.target == "language" else "")
+        built_from = self._digest("selected", self._reading(name), language, self.values["select"], digest(target))
+        found = self._finished("train", store_name, built_from)
+        if found:
+            return found
+
+        def read(doing: str) -> Iterable[str]:
+            return self._bar(self.splits.train(name, language), f"{store_name}: {doing}")
+
+        chosen = choose(lambda: read("weighing"), target, select)
+        with ExitStack() as stack:
+            writer = stack.enter_context(
+                self._writer(stack, "train", store_name, name, "selected", language, built_from)
+            )
+            marked = ((text, False) for text in chosen.of(read("packing")))
+            for chunk in _encode_ahead(marked, self.tokenizer):
+                writer.add([ids for ids, _ in chunk])
+            return writer.finish({"not selected": chosen.texts - len(chosen.places)})
 
     def _dev_store(self, locale: str) -> list[dict[str, Any]]:
         """The held-out task store of one locale, or nothing where the dev partition is empty."""
@@ -238,14 +254,18 @@ class _Builder:
             writer.add(self.tokenizer.encode(texts))
             return [writer.finish({})]
 
+    def _reading(self, name: str) -> dict[str, Any]:
+        """The keys of a source that decide which texts it gives."""
+        return {key: value for key, value in self.values["sources"][name].items() if key not in ("weight", "languages")}
+
     def _digest(self, *parts: Any) -> str:
-        return _digest([parts, self.values["nlu"], self.values["rows"], self.tokenizer.fingerprint])
+        return digest([parts, self.values["nlu"], self.values["rows"], self.tokenizer.fingerprint])
 
     def _store_folder(self, split: str, name: str) -> pathlib.Path:
         return self.folder / "rows" / split / name
 
     def _finished(self, split: str, name: str, built_from: str) -> dict[str, Any] | None:
-        manifest = _read_manifest(self._store_folder(split, name))
+        manifest = read_manifest(self._store_folder(split, name))
         return manifest if manifest is not None and manifest["built_from"] == built_from else None
 
     def _writer(self, stack, split, name, source, kind, language, built_from) -> StoreWriter:
@@ -290,74 +310,3 @@ def _encode_ahead(marked: Iterable[tuple[str, bool]], tokenizer: Tokenizer) -> I
             pending = following
         if pending is not None:
             yield pending.result()
-
-
-def _content_hash(text: str) -> int:
-    """A 64-bit hash of the first letters of the normalized text, which texts equal but for case and marks share.
-
-    The letters are taken from the text's head where what follows cannot change them: normalizing all of it would take a
-    sixth of the time of tokenizing it.
-    """
-    letters = normalize(text[:_HEAD]).replace(" ", "")
-    if len(text) > _HEAD and all(unicodedata.combining(character) for character in letters[_LETTERS:]):
-        letters = normalize(text).replace(" ", "")
-    return int.from_bytes(hashlib.blake2b(letters[:_LETTERS].encode(), digest_size=8).digest(), "little")
-
-
-def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _differences(old: Any, new: Any, key: str = "config") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        absent = "(absent)"
-        return [
-            line
-            for name in sorted(old.keys() | new.keys())
-            for line in _differences(old.get(name, absent), new.get(name, absent), f"{key}.{name}")
-        ]
-    return [] if old == new else [f"{key}: {old!r} -> {new!r}"]
-
-
-def _read_manifest(folder: pathlib.Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(
-            f"{folder / MANIFEST}: broken JSON ({error}); remove the folder and run prepare again"
-        ) from None
-
-
-def _write_manifest(
-    folder: pathlib.Path,
-    values: dict,
-    utterances: list[Utterance],
-    tokenizer: Tokenizer,
-    manifests: list[dict[str, Any]],
-) -> None:
-    partitions = Counter(f"{one.locale} {one.partition}" for one in utterances)
-    content = hashlib.sha256()
-    for locale in values["nlu"]["locales"]:
-        content.update((folder / "utterances" / f"{locale}.jsonl").read_bytes())
-    content.update(tokenizer.fingerprint.encode())
-    removed: Counter = Counter()
-    for manifest in manifests:
-        content.update(f"{manifest['split']} {manifest['name']} {manifest['fingerprint']}".encode())
-        removed.update(manifest["removed"])
-    whole = {
-        "config": values,
-        "fingerprint": content.hexdigest(),
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "utterances": dict(sorted(partitions.items())),
-        "removed": dict(removed),
-        "stores": manifests,
-    }
-    partial = folder / f"{MANIFEST}.partial"
-    try:
-        partial.write_text(json.dumps(whole, indent=1), encoding="utf-8")
-        os.replace(partial, folder / MANIFEST)
-    finally:
-        partial.unlink(missing_ok=True)

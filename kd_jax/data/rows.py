@@ -180,10 +180,10 @@ class StoreWriter:
 class RowStore:
     """One source and language as packed rows on disk, memory-mapped and read only.
 
-    Attributes from its manifest: name, source, kind ("generic" or "task"), language, split ("train" or "heldout"),
-    num_rows, length, texts, tokens (special ones included), maskable, fingerprint (of the content),
-    tokenizer_fingerprint. Raises UserError when the folder is no whole store, or was built with another tokenizer
-    than `tokenizer_fingerprint`.
+    Attributes from its manifest: name, source, kind ("generic", "task", or "selected" of generic text), language,
+    split ("train" or "heldout"), num_rows, length, texts, tokens (special ones included), maskable, fingerprint (of
+    the content), tokenizer_fingerprint. Raises UserError when the folder is no whole store, or was built with another
+    tokenizer than `tokenizer_fingerprint`.
     """
 
     def __init__(self, folder: str | os.PathLike, tokenizer_fingerprint: str | None = None):

@@ -16,7 +16,9 @@ from kd_jax.types import UserError
 # The schedule repeats after this many rows; a source has a whole number of them in each.
 PERIOD = 2**16
 
+# Kinds of text that shares are given to, and the kinds of store that may fill the generic share.
 KINDS = ("generic", "task")
+GENERIC = ("generic", "selected")
 
 
 class TransferSet:
@@ -24,8 +26,8 @@ class TransferSet:
 
     `transfer` is config.transfer; `weights` gives each source's weight among the sources of its kind and language
     (config.sources.<name>.weight); `seed` orders the rows within each epoch. After any number i of rows, a source
-    with share s has been drawn s * i times, off by less than one row. Raises UserError for shares that the stores
-    cannot fill.
+    with share s has been drawn s * i times, off by less than one row. Stores that transfer.generic leaves out are kept
+    in `stores`, with share 0. Raises UserError for shares that the stores cannot fill.
     """
 
     def __init__(self, stores: Sequence[RowStore], *, transfer: ConfigDict, seed: int, weights: Mapping[str, float]):
@@ -35,6 +37,7 @@ class TransferSet:
         if len(lengths) > 1:
             raise UserError(f"config.prepared: its rows have several lengths, {sorted(lengths)}; run prepare again")
         self.stores = tuple(stores)
+        self.generic: str = transfer.generic  # the kind of store that fills the generic share
         self._units = np.array([_units(store, transfer.unit) / store.num_rows for store in stores])
         unit_shares = _unit_shares(stores, transfer, weights)
         row_shares = unit_shares / self._units
@@ -64,7 +67,7 @@ class TransferSet:
         return periods * self._quotas + np.bincount(self._schedule[:rest], minlength=len(self.stores))
 
     def describe(self, rows: int) -> dict[str, Any]:
-        """What a run of `rows` rows sees, by store and by kind.
+        """What a run of `rows` rows sees, by store and by kind, and which kind of store fills the generic share.
 
         For each: rows, maskable tokens and utterances (from the stores' means), their shares, the epochs, and the
         unique tokens and utterances (each counted once, however often it repeats).
@@ -86,13 +89,26 @@ class TransferSet:
             result["epochs"] = float(drawn[members].sum() / self._num_rows[members].sum())
             return result
 
-        each = {store.name: entry(np.arange(len(self.stores)) == i) for i, store in enumerate(self.stores)}
-        of_kind = {kind: np.array([store.kind == kind for store in self.stores]) for kind in KINDS}
+        kinds = [_kind(store, self.generic) for store in self.stores]
+        each = {
+            store.name: entry(np.arange(len(self.stores)) == i)
+            for i, store in enumerate(self.stores)
+            if kinds[i] is not None
+        }
+        of_kind = {kind: np.array([one == kind for one in kinds]) for kind in KINDS}
         return {
             "rows": rows,
+            "generic": self.generic,
             "stores": each,
             "kinds": {kind: entry(members) for kind, members in of_kind.items() if members.any()},
         }
+
+
+def _kind(store: RowStore, generic: str) -> str | None:
+    """Which of KINDS the store fills a share of; None for one that is left out."""
+    if store.kind not in GENERIC:
+        return store.kind
+    return "generic" if store.kind == generic else None
 
 
 def _units(store: RowStore, unit: str) -> int:
@@ -116,9 +132,17 @@ def _unit_shares(stores: Sequence[RowStore], transfer: ConfigDict, weights: Mapp
             f"config.transfer.language_temperature: {transfer.language_temperature} is negative; use 1 to keep the "
             "proportions, 0 for uniform"
         )
+    if transfer.generic not in GENERIC:
+        raise UserError(f"config.transfer.generic: {transfer.generic!r} is not known; use 'generic' or 'selected'")
     members: dict[str, dict[str, list[int]]] = {kind: defaultdict(list) for kind in KINDS}
     for i, store in enumerate(stores):
-        members[store.kind][_language(store)].append(i)
+        if (kind := _kind(store, transfer.generic)) is not None:
+            members[kind][_language(store)].append(i)
+    if transfer.generic == "selected" and not members["generic"]:
+        raise UserError(
+            "config.transfer.generic: 'selected' needs selected text, but config.prepared holds none; run prepare into "
+            "another folder with config.select.share above 0, or use 'generic'"
+        )
     result = np.zeros(len(stores))
     for kind, kind_share in (("generic", 1 - transfer.task_share), ("task", transfer.task_share)):
         if kind_share == 0:
@@ -131,8 +155,9 @@ def _unit_shares(stores: Sequence[RowStore], transfer: ConfigDict, weights: Mapp
         mix = _language_mix(stores, members, kind, transfer)
         for language, share in mix.items():
             if not members[kind][language]:
+                wanted = transfer.generic if kind == "generic" else kind
                 raise UserError(
-                    f"config.transfer.language_mix: {transfer.language_mix!r} needs {kind} text in {language!r}, but "
+                    f"config.transfer.language_mix: {transfer.language_mix!r} needs {wanted} text in {language!r}, but "
                     "config.prepared holds none; add a source for it or use 'own'"
                 )
             inner = _source_shares(stores, members[kind][language], weights)

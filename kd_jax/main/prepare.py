@@ -15,7 +15,7 @@ from kd_jax.trainer.run_directory import mark_done
 def keys(config: ConfigDict) -> tuple[str, ...]:
     """The config keys that decide what this command writes."""
     del config
-    return ("nlu", "sources", "tokenizer", "rows")
+    return ("nlu", "sources", "tokenizer", "rows", "select")
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:

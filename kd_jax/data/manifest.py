@@ -1,0 +1,77 @@
+"""manifest.json of a prepared folder, written last: what was built, and from which config."""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections import Counter
+from typing import Any
+
+from kd_jax.data.rows import MANIFEST
+from kd_jax.data.tokenizer import Tokenizer
+from kd_jax.data.utterances import Utterance
+from kd_jax.types import UserError
+
+
+def digest(values: Any) -> str:
+    """SHA-256 (hex) of a JSON value."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: Any, new: Any, key: str = "config") -> list[str]:
+    """`key: old -> new` for each key in which two configs (plain values) differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        absent = "(absent)"
+        return [
+            line
+            for name in sorted(old.keys() | new.keys())
+            for line in differences(old.get(name, absent), new.get(name, absent), f"{key}.{name}")
+        ]
+    return [] if old == new else [f"{key}: {old!r} -> {new!r}"]
+
+
+def read_manifest(folder: pathlib.Path) -> dict[str, Any] | None:
+    """The manifest of a store or a prepared folder, None where there is none; UserError for broken JSON."""
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(
+            f"{folder / MANIFEST}: broken JSON ({error}); remove the folder and run prepare again"
+        ) from None
+
+
+def write_manifest(
+    folder: pathlib.Path,
+    values: dict,
+    utterances: list[Utterance],
+    tokenizer: Tokenizer,
+    manifests: list[dict[str, Any]],
+) -> None:
+    """Completes `folder`, which was built from `values` (config.<part> by part) and holds stores of these manifests."""
+    partitions = Counter(f"{one.locale} {one.partition}" for one in utterances)
+    content = hashlib.sha256()
+    for locale in values["nlu"]["locales"]:
+        content.update((folder / "utterances" / f"{locale}.jsonl").read_bytes())
+    content.update(tokenizer.fingerprint.encode())
+    removed: Counter = Counter()
+    for manifest in manifests:
+        content.update(f"{manifest['split']} {manifest['name']} {manifest['fingerprint']}".encode())
+        if manifest["kind"] != "selected":  # its texts were counted at the store that it is a part of
+            removed.update(manifest["removed"])
+    whole = {
+        "config": values,
+        "fingerprint": content.hexdigest(),
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "utterances": dict(sorted(partitions.items())),
+        "removed": dict(removed),
+        "stores": manifests,
+    }
+    partial = folder / f"{MANIFEST}.partial"
+    try:
+        partial.write_text(json.dumps(whole, indent=1), encoding="utf-8")
+        os.replace(partial, folder / MANIFEST)
+    finally:
+        partial.unlink(missing_ok=True)
