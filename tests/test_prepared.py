@@ -225,6 +225,121 @@ def test_stores_of_an_unfinished_other_config_are_replaced(config, tmp_path, mon
     assert sorted(p.name for p in (tmp_path / "p" / "rows" / "train").iterdir()) == ["nlu-en-US", "web-en"]
 
 
+def selecting(config, folder, name, monkeypatch):
+    """Prepares `folder`/`name` with a selection; the selected store, and the texts that were chosen from and chosen."""
+    seen = {}
+    choose = prepared_module.choose
+
+    def recording(read, target, select):
+        seen.update(read=list(read()), target=list(target), chosen=choose(read, target, select))
+        return seen["chosen"]
+
+    monkeypatch.setattr(prepared_module, "choose", recording)
+    prepare(config, folder / name)
+    monkeypatch.setattr(prepared_module, "choose", choose)
+    [store] = [store for store in Prepared(folder / name).stores("train") if store.kind == "selected"]
+    return store, seen
+
+
+def test_selected_text_is_a_store_of_its_own(config, texts, tmp_path, monkeypatch):
+    prepare(config, tmp_path / "without")
+    config.select.share = 0.05
+    store, seen = selecting(config, tmp_path, "with", monkeypatch)
+    without, prepared = Prepared(tmp_path / "without"), Prepared(tmp_path / "with")
+    generic = next(one for one in prepared.stores("train") if one.kind == "generic")
+    heldout = prepared.stores("heldout")[0]
+    assert (store.name, store.source, store.language) == ("web.selected-en", "web", "en")
+    # Chosen from the texts of the train store alone, for likeness to train utterances alone.
+    assert len(seen["read"]) == generic.texts and generic.texts + heldout.texts < len(texts[1])
+    assert set(seen["target"]) == {record["utt"] for record in texts[2] if record["partition"] == "train"}
+    excluded = {record["utt"] for record in texts[2] if record["partition"] != "train"}
+    assert not excluded & {normalize(text) for text in seen["read"]}
+    chosen = [text.replace(" ", "") for text in seen["chosen"].of(seen["read"])]
+    assert store.texts == len(chosen) == round(0.05 * generic.texts)
+    assert sorted("".join(decoded(store, prepared.tokenizer))) == sorted("".join(chosen))
+    # Everything else is as without it, and what was left out is not counted twice.
+    others = [one for one in prepared.manifest["stores"] if one["kind"] != "selected"]
+    assert others == without.manifest["stores"]
+    assert prepared.manifest["removed"] == without.manifest["removed"]
+    assert store.manifest["removed"] == {"not selected": generic.texts - store.texts, "empty": 0}
+    assert prepared.fingerprint != without.fingerprint
+    assert prepared.config.select.share == 0.05 and "select" not in without.config
+
+
+def test_selection_settings_decide_its_store_and_the_folder(config, texts, tmp_path, monkeypatch):
+    with config.unlocked():
+        config.select.share = 0.05
+        first, _ = selecting(config, tmp_path, "first", monkeypatch)
+        built = {first.manifest["built_from"]}
+        for number, (key, value) in enumerate((("seed", 1), ("ngrams", 1), ("smoothing", 1.0), ("buckets", 500))):
+            changed = config.copy_and_resolve_references()
+            changed.select[key] = value
+            store, _ = selecting(changed, tmp_path, str(number), monkeypatch)
+            built.add(store.manifest["built_from"])
+            with pytest.raises(UserError, match=rf"config\.select\.{key}: "):
+                prepare(changed, tmp_path / "first")
+        assert len(built) == 5
+        other = config.copy_and_resolve_references()
+        other.nlu.max_train = 20
+        store, seen = selecting(other, tmp_path, "fewer", monkeypatch)
+        assert len(seen["target"]) == 20 and store.manifest["built_from"] not in built
+        # Where nothing is selected, the other settings decide nothing; a selection is not slipped into a folder.
+        config.select.share = 0.0
+        prepare(config, tmp_path / "none")
+        config.select.seed = 5
+        prepare(config, tmp_path / "none")
+        config.select.share = 0.05
+        with pytest.raises(UserError, match=r"config\.select: '\(absent\)'"):
+            prepare(config, tmp_path / "none")
+
+
+def test_task_text_that_changes_before_a_resume_is_selected_for_anew(config, texts, tmp_path, monkeypatch):
+    def killed(*arguments):
+        raise Killed
+
+    nlu = tmp_path / "nlu"
+    nlu.mkdir()
+    lines = (texts[0] / "nlu" / "en-US.jsonl").read_text().splitlines()
+    config.nlu.path, config.select.share = str(nlu), 0.05
+    digests = set()
+    for kept in (lines, lines[:100], lines[:100]):
+        (nlu / "en-US.jsonl").write_text("\n".join(kept))
+        monkeypatch.setattr(prepared_module, "write_manifest", killed)
+        with pytest.raises(Killed):
+            prepare(config, tmp_path / "p")
+        monkeypatch.undo()
+        manifest = json.loads((tmp_path / "p" / "rows" / "train" / "web.selected-en" / "manifest.json").read_text())
+        digests.add(manifest["built_from"])
+    assert len(digests) == 2
+
+
+def test_a_call_killed_while_selecting_goes_on_where_it_was(config, tmp_path, monkeypatch):
+    config.select.share = 0.05
+    prepare(config, tmp_path / "whole")
+    read_texts, finish = splits_module.read_texts, rows_module.StoreWriter.finish
+    read = []
+
+    def recording(source, language, *rest, **named):
+        read.append(language)
+        return read_texts(source, language, *rest, **named)
+
+    def killed(self, removed):
+        if self._identity["kind"] == "selected":
+            raise Killed
+        return finish(self, removed)
+
+    monkeypatch.setattr(splits_module, "read_texts", recording)
+    monkeypatch.setattr(rows_module.StoreWriter, "finish", killed)
+    with pytest.raises(Killed):
+        prepare(config, tmp_path / "p")
+    assert read == ["en-US", "en", "en", "en", "en"]  # once for the rows; to count, to weigh and to pack
+    monkeypatch.setattr(rows_module.StoreWriter, "finish", finish)
+    read.clear()
+    prepare(config, tmp_path / "p")
+    assert read == ["en"] * 3
+    assert Prepared(tmp_path / "p").fingerprint == Prepared(tmp_path / "whole").fingerprint
+
+
 def test_a_loaded_tokenizer_is_the_one_of_its_folder(config, tokenizer, tmp_path):
     prepare(config, tmp_path / "p")
     assert Prepared(tmp_path / "p").tokenizer.fingerprint == Tokenizer.load(str(tokenizer)).fingerprint
@@ -263,6 +378,7 @@ def test_a_trained_tokenizer_reads_no_text_that_is_held_out(config, tmp_path, mo
         ("sources.web.max_texts", 1, r"config\.sources\.web: no heldout text is left for en"),
         ("tokenizer.kind", "guess", r"config\.tokenizer\.kind"),
         ("sources", {}, r"config\.sources: is empty"),
+        ("select.share", 2.0, r"config\.select\.share: 2\.0"),
     ],
 )
 def test_mistakes_are_named(config, tmp_path, key, value, message):

@@ -186,12 +186,12 @@ def test_wrong_values_are_refused(changes, message):
 
 def test_a_selection_without_text_to_choose_from_or_to_be_like_is_refused():
     config = ConfigDict({"select": settings(), "sources": {}, "nlu": {"locales": ("en-US", "de-DE")}})
-    config.sources.web = {"kind": "generic", "languages": ("en", "fr", "it")}
+    config.sources.web = web = ConfigDict({"kind": "generic", "languages": ("en", "fr", "it")})
     with pytest.raises(UserError, match=r"config\.select\.target: web has text in fr, it, which no locale"):
         check_selection(config)
     config.select.target = "all"
     check_selection(config)
-    config.sources.web.kind = "task"
+    web.kind = "task"
     with pytest.raises(UserError, match="no generic source to select from"):
         check_selection(config)
     config.select.share = 0.0

@@ -147,6 +147,46 @@ def test_language_mix(mix, temperature, expected):
     np.testing.assert_allclose(mixed.row_shares, expected, atol=1 / PERIOD)
 
 
+def with_selected():
+    """`two_kinds`, and a small selection from the generic text."""
+    return [
+        *two_kinds(), store("web.selected-de", "de", "selected", 60, source="web"),
+        store("web.selected-en", "en", "selected", 40, source="web"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("mix", ["task", "generic", "own", "uniform"])
+@pytest.mark.parametrize("kind", ["generic", "selected"])
+def test_one_kind_of_store_fills_the_generic_share(kind, mix):
+    settings = {"task_share": 0.4, "language_mix": mix}
+    mixed = make(with_selected(), generic=kind, **settings)
+    # The other kind might as well not be there.
+    chosen = [s for s in with_selected() if s.kind in (kind, "task")]
+    alone = make(
+        [types.SimpleNamespace(**{**vars(s), "kind": s.kind.replace("selected", "generic")}) for s in chosen],
+        **settings,
+    )
+    used = [mixed.stores.index(s) for s in chosen]
+    np.testing.assert_array_equal(mixed.row_shares[used], alone.row_shares)
+    assert mixed.row_shares[used].sum() == 1 and len(mixed.stores) == 6
+    located, expected = mixed.locate(np.arange(3000)), alone.locate(np.arange(3000))
+    np.testing.assert_array_equal(located[0], np.array(used)[expected[0]])
+    np.testing.assert_array_equal(located[2], expected[2])
+    described = mixed.describe(3000)
+    assert described["generic"] == kind
+    assert {**described, "generic": "generic"} == alone.describe(3000)
+    assert list(described["stores"]) == [s.name for s in chosen]
+
+
+def test_selected_text_that_is_missing_is_named():
+    with pytest.raises(UserError, match=r"transfer\.generic: 'selected' needs selected text, .* config\.select\.share"):
+        make(two_kinds(), generic="selected", task_share=0.0)
+    with pytest.raises(UserError, match="needs selected text in 'en'"):
+        make(with_selected()[:-1], generic="selected", language_mix="task")
+    with pytest.raises(UserError, match=r"transfer\.generic: 'chosen' is not known"):
+        make(two_kinds(), generic="chosen")
+
+
 def test_sources_of_a_language_follow_their_weights_and_locales_their_tokens():
     stores = [
         store("web-zh", "zh", "generic", 500, source="web"), store("news-zh", "zh", "generic", 5, source="news"),
