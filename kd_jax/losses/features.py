@@ -51,7 +51,7 @@ def _size(x):
 
 
 def check_relation_heads(heads: int, student_width: int, teacher_width: int, key: str) -> None:
-    """Raises UserError, with the place `config.<key>`, where a hidden size does not split into so many relation heads."""
+    """Raises UserError, with the place `config.<key>`, where a hidden size does not split into that many heads."""
     for whose, width in (("student", student_width), ("teacher", teacher_width)):
         if heads < 1 or width % heads:
             raise UserError(
