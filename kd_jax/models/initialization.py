@@ -44,6 +44,7 @@ def from_teacher(
     if kept is not None and (kept.min() < 0 or kept.max() >= teacher.config.vocab_size):
         raise ValueError(f"kept: ids from {kept.min()} to {kept.max()} for {teacher.config.vocab_size} pieces")
     pieces = None if kept is None else jnp.asarray(kept)
+    # Under jit all arrays are new ones: a training step takes its state's memory over, and the teacher must outlive it.
     started = jax.jit(lambda params, pieces: _copied(student.config, teacher.config, params, layers, pieces))
     return {**student_params, **started(teacher_params, pieces)}
 
@@ -81,10 +82,7 @@ def _copied(student: EncoderConfig, teacher: EncoderConfig, params: Params, laye
         first = [layer for layer, origin in enumerate(layers) if origin == 0]
         for name, leaf in chosen["attention_norm"].items():
             chosen["attention_norm"][name] = leaf.at[jnp.asarray(first, int)].set(embeddings["norm"][name][None])
-    # Copies, since a training step takes its state's memory over and the teacher must outlive it.
-    return jax.tree.map(
-        jnp.copy, {"encoder": {**encoder, "embeddings": embeddings, "layers": chosen}, "mlm_head": head}
-    )
+    return {"encoder": {**encoder, "embeddings": embeddings, "layers": chosen}, "mlm_head": head}
 
 
 def _check(student: EncoderConfig, teacher: EncoderConfig, kept: np.ndarray | None) -> None:
