@@ -10,10 +10,12 @@ import time
 import jax
 import numpy as np
 import pytest
-from toy_training import OUTPUTS, batch_at, toy_job, train
+from toy_training import OUTPUTS, batch_at, make_step, toy_job, train
 
+from kd_jax.trainer.loop import Phase
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.trainer.metrics import TIME, read_metrics
+from kd_jax.trainer.optimizer import make_optimizer
 from kd_jax.trainer.preemption import Preempted, Preemption
 from kd_jax.trainer.state import to_plain
 from kd_jax.types import UserError
@@ -208,3 +210,39 @@ def test_progress_prints_the_lines_and_writes_json_rows(tmp_path, capsys):
     assert list((tmp_path / "tensorboard").glob("events.*"))
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         assert json.loads(line)["step"] == 2
+
+
+def test_phases_follow_one_another_and_only_the_running_one_is_loaded(tmp_path):
+    """Two phases with other frozen values: the switch comes at its step, and a resume in the second skips the first."""
+    job = toy_job(steps=8, checkpoint_every=6, log_every=1)
+    loaded = []
+
+    def phases():
+        optimizer = make_optimizer(job)
+        step = jax.jit(make_step(optimizer))
+
+        def frozen(number, scale):
+            def load():
+                loaded.append(number)
+                return {"scale": np.float32(scale)}
+
+            return load
+
+        return (Phase(0, step, frozen(0, 1.0)), Phase(4, step, frozen(1, 0.0)))
+
+    stopped = Preemption()
+    with stopped:
+
+        def batches(step):
+            if step == 6:
+                stopped.request()
+            return batch_at(step)
+
+        with pytest.raises(Preempted):
+            train(tmp_path, job, phases=phases(), batches=batches, preemption=stopped)
+    assert loaded == [0, 1]
+    loaded.clear()
+    train(tmp_path, job, phases=phases())
+    assert loaded == [1]
+    norms = [row["grad_norm"] for row in read_metrics(tmp_path / "metrics.jsonl") if "grad_norm" in row]
+    assert [norm > 0 for norm in norms] == [True] * 4 + [False] * 4

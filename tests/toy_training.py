@@ -15,7 +15,7 @@ import optax
 
 from configs.base import job as base_job
 from kd_jax.trainer.checkpoint import Checkpoints
-from kd_jax.trainer.loop import fit
+from kd_jax.trainer.loop import Phase, fit
 from kd_jax.trainer.mesh import make_mesh, shardings
 from kd_jax.trainer.metrics import MetricsWriter
 from kd_jax.trainer.optimizer import make_optimizer
@@ -85,12 +85,12 @@ def train(workdir, job=None, *, mesh=None, batches=batch_at, identity=None, tens
     optimizer = make_optimizer(job)
     layout = state_shardings(ABSTRACT, optimizer, shardings(mesh, AXES, ABSTRACT))
 
+    jitted = jax.jit(make_step(optimizer), donate_argnums=0, out_shardings=(layout, None))
     writer = MetricsWriter(workdir, tensorboard=tensorboard)
     arguments = {
         "initial_state": lambda: create_state(init_params, optimizer, layout),
         "abstract": abstract_state(ABSTRACT, optimizer, layout),
-        "train_step": jax.jit(make_step(optimizer), donate_argnums=0, out_shardings=(layout, None)),
-        "frozen": {"scale": np.float32(1.0)},
+        "phases": (Phase(0, jitted, lambda: {"scale": np.float32(1.0)}),),
         "batch_at": batches,
         "job": job,
         "mesh": mesh,

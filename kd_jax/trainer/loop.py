@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +24,14 @@ from kd_jax.types import Batch, Params, Term, UserError
 TrainStep = Callable[[State, Any, Mapping[str, jax.Array]], tuple[State, Mapping[str, Term]]]
 
 
+class Phase(NamedTuple):
+    """What a job does from step `start` on (steps done before it): a schedule of teachers has one phase a teacher."""
+
+    start: int
+    train_step: TrainStep  # jitted; may donate the state, and its metrics hold "loss"
+    frozen: Callable[[], Any]  # called when the phase begins; what it gave before is let go first
+
+
 def count_tokens(batch: Batch) -> tuple[int, int]:
     """(real tokens, all positions) of a packed batch."""
     segments = np.asarray(batch["segment_ids"])
@@ -34,8 +42,7 @@ def fit(
     *,
     initial_state: Callable[[], State],
     abstract: State,
-    train_step: TrainStep,
-    frozen: Any,
+    phases: Sequence[Phase],
     batch_at: Callable[[int], Batch],
     job: ConfigDict,
     mesh: Mesh,
@@ -51,8 +58,7 @@ def fit(
 ) -> State:
     """Trains from the newest checkpoint, or from `initial_state()`, up to `job.steps` and returns the final state.
 
-    abstract: the state as ShapeDtypeStructs with shardings. train_step: jitted; may donate the state, and its metrics
-    hold "loss". batch_at(step): this process's rows, NumPy, called on a thread of its own one step ahead.
+    abstract: the state as ShapeDtypeStructs with shardings. phases: ascending, the first from step 0. batch_at(step): this process's rows, NumPy, called on a thread of its own one step ahead.
     evaluate(params, step): called every `job.evaluate_every` steps and at the end. lines: printed at the start.
     Read of `job`: steps, log_every, evaluate_every, checkpoint_every.
 
@@ -65,7 +71,7 @@ def fit(
     state, meta = restored if restored is not None else (initial_state(), {})
     start = int(state["step"])
     writer.start(start, meta.get("rows"))
-    frozen = jax.tree.map(lambda leaf: _on_mesh(leaf, mesh), frozen)
+    phase, frozen = None, None
 
     bar = Progress(description, start, job.steps, lines, shown=progress)
     run = _Run(job, writer, bar, Window(meta.get("window")))
@@ -92,7 +98,12 @@ def fit(
             waited = time.perf_counter() - began
             if step < job.steps:
                 ahead.append(reader.submit(read, step))
-            state, metrics = train_step(state, frozen, batch)
+            due = [one for one in phases if one.start < step][-1]
+            if due is not phase:
+                run.settle()
+                frozen = None  # two teachers are never held at once
+                phase, frozen = due, jax.tree.map(lambda leaf: _on_mesh(leaf, mesh), due.frozen())
+            state, metrics = phase.train_step(state, frozen, batch)
             run.dispatched(step, metrics, tokens, began, waited)
 
             stop = preemption.requested()

@@ -1,5 +1,7 @@
 """The training state {"step", "params", "opt_state"}: made sharded, described abstractly, laid out for checkpoints."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +56,22 @@ def create_state(init_params: Callable[[], Params], optimizer: optax.GradientTra
 def state_from_params(params: Params, optimizer: optax.GradientTransformation, layout: State) -> State:
     """A state at step 0 with a fresh optimizer around a copy of parameters that were loaded."""
     return jax.jit(lambda values: new_state(values, optimizer), out_shardings=layout)(params)
+
+
+def params_fingerprint(params: Params) -> str:
+    """Hex digest of all values and names of a tree, computed where they lie: the same for any sharding."""
+    sums = jax.device_get(_checksums(params))
+    return hashlib.sha256(json.dumps(jax.tree.map(int, sums), sort_keys=True).encode()).hexdigest()
+
+
+@jax.jit
+def _checksums(params):
+    def checksum(leaf):
+        bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).reshape(-1)
+        mixed = (bits ^ (jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(0x9E3779B1))) * jnp.uint32(0x85EBCA6B)
+        return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
+
+    return jax.tree.map(checksum, params)
 
 
 def to_plain(tree: Any) -> dict[str, Any]:
