@@ -143,6 +143,7 @@ def get_config() -> ConfigDict:
     )
     config.teacher = encoder("teacher_small")
     config.student = encoder("student_small")
+    config.intermediate = encoder("student_base")  # the study's chains: distilled from the teacher, then a teacher
     config.teacher_checkpoint = ""  # distill: workdir of a pretrain or distill run; several are joined by commas
     config.teacher_cache = ""  # distill: workdir of a cache_teacher run; the teacher is then not loaded
     # The student's vocabulary: the tokenizer's, or only the pieces that the train rows use (the same for all students).
@@ -208,6 +209,8 @@ def get_config() -> ConfigDict:
     config.distill.init_layers = "uniform"  # init=teacher: uniform | first | last | (teacher layer, ...)
     config.distill.teacher_steps = ()  # several teachers: () averages them; (0, n, ...) takes each from its step on
 
+    config.chain = job()  # the study's chains: the job of the intermediate, with config.distill's terms
+
     config.finetune = job(batch_size=32)
     config.finetune.init_from = ""  # workdir of a distill or pretrain run; empty trains from scratch
     config.finetune.epochs = 0  # > 0 replaces steps: passes over the train utterances
@@ -237,7 +240,13 @@ def get_config() -> ConfigDict:
         {
             "name": "study",
             "transfer_sets": ConfigDict({"generic": 0.0, "mix50": 0.5, "task": 1.0}),  # name -> task_share
-            "adapted_sets": ("task",),  # transfer sets also distilled from the adapted teacher
+            "selected_sets": ConfigDict(),  # the same with selected generic text (config.select) in place of all
+            "adapted_sets": ("task",),  # transfer sets also distilled from the adapted teacher,
+            "schedule_sets": (),  # from the generic teacher and, from schedule_switch on, from the adapted one,
+            "average_sets": (),  # from both, their probabilities averaged,
+            "chain_sets": (),  # from config.intermediate, itself distilled from the generic teacher (config.chain)
+            "schedule_switch": 0.5,  # progress, in (0, 1)
+            "cache": True,  # students that share a teacher read its cached predictions, where the terms allow it
             "mlm_sets": ("task",),  # transfer sets also learned by MLM alone, without a teacher
             "seeds": (0, 1, 2),
             "tasks": ("dc", "icner"),
@@ -250,7 +259,7 @@ def get_config() -> ConfigDict:
     return config
 
 
-JOBS = ("pretrain", "adapt", "distill", "finetune")
+JOBS = ("pretrain", "adapt", "distill", "chain", "finetune")
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
@@ -262,6 +271,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config.rows.length = min(config.rows.length, 32)
     config.teacher = encoder("tiny")
     config.student = encoder("tiny")
+    config.intermediate = encoder("tiny")
     for name in JOBS:
         config[name].update({"steps": 2, "batch_size": 8, "warmup_steps": 1, "log_every": 1, "evaluate_rows": 8})
     config.study.update({"seeds": (0,), "recipe_learning_rates": (1e-3,), "recipe_epochs": (0,)})

@@ -50,7 +50,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 # Top-level keys that every command reads and that change only how a run is executed and watched.
-EXECUTION_KEYS = ("mesh", "progress", "tensorboard")
+EXECUTION_KEYS = ("mesh", "progress", "tensorboard", "cache_part", "cache_parts")
 
 # Keys, at any depth, that a resume may change.
 MAY_CHANGE = frozenset({*EXECUTION_KEYS, "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"})

@@ -1,13 +1,14 @@
 import pytest
 
 from configs import quickstart
-from kd_jax.main import distill, finetune, pretrain
+from kd_jax.main import cache_teacher, distill, finetune, pretrain
 from kd_jax.study.plan import Planner, Recipe, Student, recipes, students
 from kd_jax.types import UserError
 
 KEYS = {
-    "prepare": lambda config: ("nlu", "sources", "tokenizer", "rows"),
+    "prepare": lambda config: ("nlu", "sources", "tokenizer", "rows", "select"),
     "pretrain": pretrain.keys,
+    "cache_teacher": cache_teacher.keys,
     "distill": distill.keys,
     "finetune_dc": finetune.keys,
     "finetune_icner": finetune.keys,
@@ -24,7 +25,7 @@ def planner(**changes) -> Planner:
 def all_stages(config):
     plan = Planner(config, KEYS)
     chosen = {(s.name, task): recipes(config)[0] for s in students(config) for task in config.study.tasks}
-    return [*plan.teacher_stages(), *plan.before_recipes(), *plan.after_recipes(chosen)]
+    return [*plan.teacher_stages(), *plan.cache_stages(), *plan.before_recipes(), *plan.after_recipes(chosen)]
 
 
 def test_both_baselines_are_always_compared():
@@ -51,11 +52,12 @@ def test_every_stage_comes_after_what_it_needs_and_folders_are_unique():
 def test_a_change_reaches_only_the_stages_that_depend_on_it():
     before = {stage.name: stage.folder for stage in all_stages(quickstart.get_config())}
     config = quickstart.get_config()
-    config.distill.temperature = 4.0
+    config.distill.kl.temperature = 4.0
     after = {stage.name: stage.folder for stage in all_stages(config)}
     changed = {name for name in before if before[name] != after[name]}
     assert changed
     assert all("distilled" in name for name in changed)
+    assert not any("cache" in name for name in changed)  # hidden states serve any temperature
     config = quickstart.get_config()
     config.mesh.fsdp = 2
     config.distill.log_every = 1
@@ -105,3 +107,85 @@ def test_unknown_transfer_set_is_named():
     config.study.adapted_sets = ("tusk",)
     with pytest.raises(UserError, match="'tusk' is no transfer set"):
         students(config)
+
+
+def distilled(config, teacher, transfer_set="task"):
+    return Planner(config, KEYS).encoder(Student("distilled", transfer_set, teacher), 0)
+
+
+def test_students_of_one_teacher_share_one_cache_that_covers_them_all():
+    config = quickstart.get_config()
+    plan = Planner(config, KEYS)
+    cache = plan.cache("generic")
+    assert cache.config.cache.task_shares == (0.0, 0.5, 1.0)
+    assert cache.config.cache.seeds == config.study.seeds
+    assert cache.config.cache.steps == config.distill.steps
+    for name in config.study.transfer_sets:
+        for seed in config.study.seeds:
+            stage = plan.encoder(Student("distilled", name, "generic"), seed)
+            assert stage.config.teacher_cache == f"stage:{cache.folder}"
+            assert cache.folder in stage.needs
+    adapted = plan.cache("adapted")
+    assert adapted.folder != cache.folder
+    assert adapted.config.cache.task_shares == (1.0,)
+    assert distilled(config, "adapted").config.teacher_cache == f"stage:{adapted.folder}"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config.distill.hidden.update({"weight": 1.0}),
+        lambda config: config.distill.relations.update({"final_weight": 0.5}),
+        lambda config: config.distill.update({"kd_positions": "all"}),
+        lambda config: config.study.update({"cache": False}),
+    ],
+)
+def test_what_a_cache_does_not_serve_loads_the_teacher(change):
+    config = quickstart.get_config()
+    change(config)
+    assert Planner(config, KEYS).cache_stages() == []
+    stage = distilled(config, "generic")
+    assert stage.config.teacher_cache == ""
+    assert "," not in stage.config.teacher_checkpoint
+
+
+def test_a_schedule_of_teachers_switches_at_its_step_and_an_average_does_not():
+    config = quickstart.get_config()
+    config.study.update({"schedule_sets": ("task",), "average_sets": ("mix50",), "schedule_switch": 0.4})
+    plan = Planner(config, KEYS)
+    both = f"stage:{plan.teacher().folder},stage:{plan.adapted_teacher().folder}"
+    schedule, average = distilled(config, "schedule"), distilled(config, "average", "mix50")
+    assert schedule.config.teacher_checkpoint == average.config.teacher_checkpoint == both
+    assert schedule.config.distill.teacher_steps == (0, 20)
+    assert average.config.distill.teacher_steps == ()
+    assert schedule.folder in {stage.folder for stage in all_stages(config)}
+
+
+def test_a_chain_goes_by_way_of_an_intermediate():
+    config = quickstart.get_config()
+    config.study.chain_sets = ("task",)
+    config.chain.steps = 77
+    stages = {stage.folder: stage for stage in all_stages(config)}
+    student = distilled(config, "chain")
+    (intermediate,) = (stages[need] for need in student.needs if stages[need].command == "distill")
+    assert student.config.teacher_checkpoint == f"stage:{intermediate.folder}"
+    assert intermediate.config.student == config.intermediate
+    assert intermediate.config.distill.steps == 77
+    assert intermediate.config.distill.kl == config.distill.kl
+    assert intermediate.config.transfer.task_share == 1.0
+
+
+def test_selected_text_is_a_further_transfer_set():
+    config = quickstart.get_config()
+    config.study.selected_sets = {"selected": 0.0, "mix": 0.5}
+    with pytest.raises(UserError, match=r"config\.select\.share"):
+        Planner(config, KEYS)
+    config.select.share = 0.1
+    stage = distilled(config, "generic", "selected")
+    assert (stage.config.transfer.task_share, stage.config.transfer.generic) == (0.0, "selected")
+    cache = Planner(config, KEYS).cache("generic").config.cache
+    assert cache.task_shares == (0.0, 0.5, 1.0, 0.5, 0.0)  # sets stand in the order of their names
+    assert cache.generic == ("generic", "generic", "generic", "selected", "selected")
+    config.study.selected_sets = {"task": 0.0}
+    with pytest.raises(UserError, match="task is a transfer set too"):
+        Planner(config, KEYS)

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from kd_jax.models.projection import WithProjections
 from ml_collections import ConfigDict, FrozenConfigDict
 from test_train_step import SETTINGS, tiny, uneven_batch
 
@@ -31,13 +32,13 @@ def train(objective, arguments, model, frozen, mesh, **changes):
 @pytest.mark.parametrize(("shape", "accumulation"), [((8, 1, 1), 1), ((2, 2, 2), 1), ((1, 4, 2), 1), ((2, 2, 2), 2)])
 def test_distillation_on_eight_devices_equals_one(shape, accumulation):
     student, teacher = tiny(), tiny(num_layers=1)
-    arguments = (student, teacher, FrozenConfigDict(SETTINGS))
+    arguments = (WithProjections(student, ()), (teacher,), SETTINGS)
     one = make_mesh(ConfigDict({"data": 1, "fsdp": 1, "tensor": 1}), devices=jax.devices()[:1])
     mesh = make_mesh(ConfigDict(dict(zip(("data", "fsdp", "tensor"), shape))))
     params = jax.device_get(teacher.init(jax.random.key(7)))
     layout = shardings(mesh, teacher.logical_axes(), teacher.abstract())
-    losses, alone = train(make_distill_objective, arguments, student, {"teacher": params}, one)
-    placed = {"teacher": jax.device_put(params, layout)}
+    losses, alone = train(make_distill_objective, arguments, student, {"teachers": (params,)}, one)
+    placed = {"teachers": (jax.device_put(params, layout),)}
     spread, together = train(make_distill_objective, arguments, student, placed, mesh, accumulation=accumulation)
     np.testing.assert_allclose(spread, losses, rtol=1e-5)
     for (path, left), right in zip(jax.tree_util.tree_leaves_with_path(alone), jax.tree.leaves(together)):
@@ -62,10 +63,10 @@ def test_teacher_is_neither_changed_nor_part_of_the_state():
     params = teacher.init(jax.random.key(7))
     before = jax.device_get(params)
     settings = FrozenConfigDict({key: base.job()[key] for key in STEP_KEYS})
-    arguments = (student, teacher, FrozenConfigDict(SETTINGS))
+    arguments = (WithProjections(student, ()), (teacher,), SETTINGS)
     compiled = programs(make_distill_objective, arguments, student, settings, mesh)
     batch = global_batch(mesh, uneven_batch())
-    state, _ = compiled.step(compiled.from_seed(np.int32(0)), {"seed": np.int32(0), "teacher": params}, batch)
+    state, _ = compiled.step(compiled.from_seed(np.int32(0)), {"seed": np.int32(0), "teachers": (params,)}, batch)
     assert set(state) == {"step", "params", "opt_state"}
     assert set(state["params"]) == set(student.abstract())
     for left, right in zip(jax.tree.leaves(before), jax.tree.leaves(params)):

@@ -1,30 +1,31 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from kd_jax.models.projection import WithProjections
 
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
 from kd_jax.models.presets import PRESETS
-from kd_jax.steps.distill import make_distill_objective
+from kd_jax.steps.distill import DistillSettings, Weight, make_distill_objective
 from kd_jax.steps.pretrain import make_pretrain_objective
 from kd_jax.steps.train_step import make_train_step, split_micro_batches
 
 VOCABULARY, ROWS, LENGTH, SLOTS = 61, 8, 12, 4
-SETTINGS = {
-    "temperature": 2.0,
-    "positions": "masked",
-    "kl_weight": 1.0,
-    "kl_final_weight": 0.5,
-    "mlm_weight": 1.0,
-    "mlm_final_weight": 1.0,
-}
+SETTINGS = DistillSettings(kl=Weight(1.0, 0.5), temperature=2.0)
+EVERYWHERE = dataclasses.replace(SETTINGS, kd_positions="all")
 
 
 def tiny(**changes) -> Functional:
     values = {**PRESETS["tiny"], "vocab_size": VOCABULARY, **changes}
     return Functional("mlm", EncoderConfig(**values))
+
+
+def distillation(student, teacher, settings=SETTINGS):
+    return make_distill_objective(WithProjections(student, ()), (teacher,), settings)
 
 
 def uneven_batch(seed=0):
@@ -67,12 +68,12 @@ def test_micro_batches_take_every_nth_row():
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])
-@pytest.mark.parametrize("positions", ["masked", "all"])
-def test_accumulation_equals_the_whole_batch_under_uneven_masks(accumulation, positions):
+@pytest.mark.parametrize("settings", [SETTINGS, EVERYWHERE], ids=["masked", "all"])
+def test_accumulation_equals_the_whole_batch_under_uneven_masks(accumulation, settings):
     student, teacher = tiny(), tiny(num_layers=1)
-    objective = make_distill_objective(student, teacher, {**SETTINGS, "positions": positions})
+    objective = distillation(student, teacher, settings)
     params = student.init(jax.random.key(0))
-    frozen = {"teacher": teacher.init(jax.random.key(1))}
+    frozen = {"teachers": (teacher.init(jax.random.key(1)),)}
     whole, metrics = one_step(objective, params, frozen, uneven_batch())
     parts, part_metrics = one_step(objective, params, frozen, uneven_batch(), accumulation)
     assert_trees_close(whole["params"], parts["params"])
@@ -96,8 +97,8 @@ def test_batch_without_masked_tokens_changes_nothing():
     params = student.init(jax.random.key(0))
     batch = uneven_batch()
     batch["masked_weights"] = np.zeros_like(batch["masked_weights"])
-    objective = make_distill_objective(student, teacher, SETTINGS)
-    state, metrics = one_step(objective, params, {"teacher": teacher.init(jax.random.key(1))}, batch)
+    objective = distillation(student, teacher)
+    state, metrics = one_step(objective, params, {"teachers": (teacher.init(jax.random.key(1)),)}, batch)
     assert float(metrics["loss"][0]) == 0.0
     assert_trees_close(state["params"], params, tolerance=0.0)
 
@@ -105,14 +106,14 @@ def test_batch_without_masked_tokens_changes_nothing():
 def test_more_padding_never_changes_the_step():
     student, teacher = tiny(), tiny(num_layers=1)
     params = student.init(jax.random.key(0))
-    frozen = {"teacher": teacher.init(jax.random.key(1))}
+    frozen = {"teachers": (teacher.init(jax.random.key(1)),)}
     batch = uneven_batch()
     wider = dict(batch)
     for name in ("tokens", "segment_ids", "positions"):
         wider[name] = np.pad(batch[name], ((0, 0), (0, 5)))
     wider["tokens"][:, LENGTH:] = 17  # whatever stands in the padding
-    for positions in ("masked", "all"):
-        objective = make_distill_objective(student, teacher, {**SETTINGS, "positions": positions})
+    for settings in (SETTINGS, EVERYWHERE):
+        objective = distillation(student, teacher, settings)
         narrow_state, narrow_metrics = one_step(objective, params, frozen, batch)
         wide_state, wide_metrics = one_step(objective, params, frozen, wider)
         np.testing.assert_allclose(narrow_metrics["loss"][0], wide_metrics["loss"][0], rtol=1e-5)
@@ -122,16 +123,16 @@ def test_more_padding_never_changes_the_step():
 def test_student_equal_to_teacher_has_no_kl_and_no_gradient_from_it():
     model = tiny()
     params = model.init(jax.random.key(0))
-    objective = make_distill_objective(model, model, {**SETTINGS, "mlm_weight": 0.0, "mlm_final_weight": 0.0})
-    state, metrics = one_step(objective, params, {"teacher": params}, uneven_batch())
-    # The loss itself is exactly 0 on equal logits (test_losses.py); here the two forward passes are compiled apart.
+    objective = distillation(model, model, dataclasses.replace(SETTINGS, mlm=Weight(0.0, 0.0)))
+    state, metrics = one_step(objective, params, {"teachers": (params,)}, uneven_batch())
+    # The loss itself is exactly 0 on equal logits (test_logits.py); here the two forward passes are compiled apart.
     assert abs(float(metrics["kl"][0])) < 1e-6
     assert float(metrics["grad_norm"][0]) < 1e-6
     assert_trees_close(state["params"], params, tolerance=1e-6)
 
 
 def test_term_weights_follow_their_schedule():
-    objective = make_distill_objective(tiny(), tiny(), SETTINGS)
+    objective = distillation(tiny(), tiny())
     assert objective.coefficients(0.0) == {"kl": 1.0, "mlm": 1.0}
     assert objective.coefficients(1.0) == {"kl": 0.5, "mlm": 1.0}
     assert objective.coefficients(0.5)["kl"] == 0.75

@@ -1,50 +1,129 @@
 """Distillation of a student from a pretrained teacher over a mix of generic and task-specific text.
 
 python -m kd_jax.main.distill --config=configs/FILE.py --workdir=DIR \\
-    --config.prepared=DIR --config.teacher_checkpoint=DIR
+    --config.prepared=DIR --config.teacher_checkpoint=DIR [--config.teacher_cache=DIR]
 """
 
 import pathlib
+from typing import Any
 
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
 from kd_jax.config import require
 from kd_jax.data.prepared import Prepared
-from kd_jax.main import command, masked_lm, trained
-from kd_jax.steps.distill import make_distill_objective
+from kd_jax.data.teacher_cache import CachedBatches, TeacherCache
+from kd_jax.data.vocabulary import seen_by_student
+from kd_jax.main import cache_teacher, command, masked_lm
+from kd_jax.main.teachers import (
+    KEY,
+    Teacher,
+    check_settings,
+    find_teachers,
+    kept_of,
+    phases_of,
+    settings_for,
+    teacher_form,
+)
+from kd_jax.main.training import JobPhase
+from kd_jax.models.functional import Functional
+from kd_jax.models.initialization import from_teacher
+from kd_jax.models.layer_map import initial_layers
+from kd_jax.models.projection import WithProjections
+from kd_jax.steps.distill import DistillSettings, make_cached_objective, make_distill_objective
 from kd_jax.trainer.mesh import make_mesh
-
-WEIGHTS = ("kl_weight", "kl_final_weight", "mlm_weight", "mlm_final_weight")
-SETTINGS = ("temperature", "positions", *WEIGHTS)  # the keys of config.distill that the loss depends on
+from kd_jax.types import Params
 
 
 def keys(config: ConfigDict) -> tuple[str, ...]:
     """The config keys that decide what this command computes."""
     del config
-    return ("prepared", "seed", "transfer", "masking", "student", "teacher_checkpoint", "distill", "compute_dtype")
-
-
-def check_settings(config: ConfigDict) -> None:
-    """Refuses impossible distillation settings before anything is read."""
-    block = config.distill
-    require(block.temperature > 0, "distill.temperature", f"{block.temperature} is not positive", "2.0 is usual")
-    known = block.positions in ("masked", "all")
-    require(known, "distill.positions", f"{block.positions!r} is unknown", "use masked or all")
-    for name in WEIGHTS:
-        require(block[name] >= 0, f"distill.{name}", f"{block[name]} is negative", "give 0 or more")
+    who = (KEY, "teacher_cache")
+    return ("prepared", "seed", "transfer", "masking", "student", "vocabulary", *who, "distill", "compute_dtype")
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Trains config.student against the teacher of config.teacher_checkpoint."""
+    """Trains config.student against the teachers of config.teacher_checkpoint, or their cached predictions."""
     check_settings(config)
-    has_teacher = bool(config.teacher_checkpoint)
-    require(has_teacher, "teacher_checkpoint", "it is empty", "give the workdir of a pretrain run")
-    prepared = Prepared(config.prepared)
+    prepared = seen_by_student(Prepared(config.prepared), config.vocabulary)
     mesh = make_mesh(config.mesh)
     student = masked_lm.encoder_model(config.student, prepared, config.compute_dtype, "student")
-    block = trained.encoder_block(config.teacher_checkpoint, "teacher_checkpoint")
-    teacher = masked_lm.encoder_model(block, prepared, config.compute_dtype, "teacher")
-    trained.check_tokenizer(config.teacher_checkpoint, prepared, "teacher_checkpoint")
+    if config.teacher_cache:
+        from_cache(config, workdir, prepared, mesh, student)
+        return
+    teachers = find_teachers(config, prepared)
+    settings, model = settings_for(
+        config, student, teachers[0].model.config, teacher_form(config, prepared), cached=False
+    )
+    phases = tuple(
+        JobPhase(
+            start,
+            make_distill_objective,
+            (model, tuple(teachers[number].model for number in numbers), settings),
+            lambda numbers=numbers: frozen_teachers([teachers[number] for number in numbers], prepared, mesh),
+        )
+        for start, numbers in phases_of(config, len(teachers))
+    )
+    init = None
+    if config.distill.init == "teacher":
+        depths = (student.config.num_layers, teachers[0].model.config.num_layers)
+        layers = initial_layers(config.distill.init_layers, *depths, "distill.init_layers")
+
+        def init(params: Params) -> Params:
+            first, kept = teachers[0], kept_of(prepared, teachers[0])
+            started = from_teacher(student, model.student_params(params), first.model, first.params(mesh), layers, kept)
+            return {**params, **started}
+
+    train(config, workdir, prepared, mesh, model, settings, phases, init=init)
+
+
+def frozen_teachers(teachers: list[Teacher], prepared: Prepared, mesh) -> dict[str, Any]:
+    """What the step reads of the teachers of one phase, placed on the mesh."""
+    kept = kept_of(prepared, teachers[0])
+    return {
+        "teachers": tuple(teacher.params(mesh) for teacher in teachers),
+        **({} if kept is None else {"kept": kept}),
+    }
+
+
+def from_cache(config: ConfigDict, workdir: pathlib.Path, prepared: Prepared, mesh, student: Functional) -> None:
+    """Trains from the predictions that cache_teacher wrote; no teacher is in memory."""
+    cache = TeacherCache(config.teacher_cache)
+    teacher = find_teachers(config, prepared)[0]
+    cache.check(cache_teacher.identity(config, prepared, teacher, cache.identity["form"]))
+    form = cache.identity["form"]
+    shape = teacher_form(config, prepared, form["format"], form["tail"])
+    settings, model = settings_for(config, student, None, shape, cached=True)
+    if form["format"] != "hidden":
+        same = settings.temperature == form["temperature"]
+        problem = f"{config.teacher_cache} was written at temperature {form['temperature']}, not {settings.temperature}"
+        require(same, "distill.kl.temperature", problem, "go back to it, or write another cache")
+
+    def frozen() -> dict[str, Any]:
+        kept = kept_of(prepared, teacher)
+        found: dict[str, Any] = {} if kept is None else {"kept": kept}
+        if form["format"] == "hidden":
+            found["decoder"] = cache_teacher.read_decoder(pathlib.Path(config.teacher_cache))
+        return found
+
+    def batches(transfer_set, block):
+        return CachedBatches(cache, transfer_set, config.masking, block.batch_size, block.steps)
+
+    phases = (JobPhase(0, make_cached_objective, (model, settings), frozen),)
+    train(config, workdir, prepared, mesh, model, settings, phases, batches=batches)
+
+
+def train(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    prepared: Prepared,
+    mesh,
+    model: WithProjections,
+    settings: DistillSettings,
+    phases: tuple[JobPhase, ...],
+    **more: Any,
+) -> None:
+    """Runs the job and says in run.json which terms it had."""
+    used = {name: [weight.start, weight.end] for name, weight in settings.used().items()}
     masked_lm.train(
         config,
         workdir,
@@ -52,10 +131,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         mesh,
         command="distill",
         keys=keys(config),
-        model=student,
-        objective=make_distill_objective,
-        arguments=(student, teacher, FrozenConfigDict({name: config.distill[name] for name in SETTINGS})),
-        frozen={"teacher": trained.trained_params(config.teacher_checkpoint, teacher, mesh)},
+        model=model,
+        phases=phases,
+        student_params=model.student_params,
+        notes={"terms": used, "projections": [list(one) for one in model.projections]},
+        **more,
     )
 
 

@@ -39,7 +39,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     directory = RunDirectory(workdir, "evaluate", {key: values[key] for key in (*keys(config), *EXECUTION_KEYS)})
     if directory.done:
         return
-    trained.check_tokenizer(block.checkpoint, prepared, "evaluate.checkpoint")
     directory.start()
     records = finetune.predict_partition(
         pathlib.Path(block.checkpoint), prepared, make_mesh(config.mesh), block.partition, config.compute_dtype

@@ -15,6 +15,7 @@ from kd_jax.config import EXECUTION_KEYS, require, to_dict
 from kd_jax.data.labeled import FinetuneBatches, LabeledSet
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.utterances import LabelMaps, Utterance, subset_train
+from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.evaluation.predictions import predict_records
 from kd_jax.evaluation.records import Record, assign_test_sets, intent_slot_record
 from kd_jax.evaluation.results import results
@@ -31,7 +32,8 @@ DEV = "dev.json"
 
 def keys(config: ConfigDict) -> tuple[str, ...]:
     """The config keys that decide what a finetuning command computes."""
-    encoder = () if config.finetune.init_from else ("student",)
+    # A student that was trained before brings its shape and its vocabulary along.
+    encoder = () if config.finetune.init_from else ("student", "vocabulary")
     return ("prepared", "seed", "finetune", "compute_dtype", *encoder)
 
 
@@ -43,9 +45,9 @@ def domain_folders(workdir: pathlib.Path) -> dict[str, pathlib.Path]:
 
 def run(config: ConfigDict, workdir: pathlib.Path, task: str) -> None:
     """Finetunes for `task` ("dc" or "icner"): one model, or with finetune.domain="each" one for each domain."""
-    prepared = Prepared(config.prepared)
-    block = config.finetune
     check(config)
+    block = config.finetune
+    prepared = prepared_for(config, Prepared(config.prepared))
     train = labeled_train(prepared, block.max_train, "")
     domains = sorted({utterance.domain for utterance in train})
     if task == "icner" and block.domain:
@@ -74,6 +76,14 @@ def run(config: ConfigDict, workdir: pathlib.Path, task: str) -> None:
         directory.finish()
         return
     finetune_one(config, workdir, task, prepared, {})
+
+
+def prepared_for(config: ConfigDict, prepared: Prepared) -> Prepared:
+    """The prepared folder with the vocabulary of the model that is finetuned; config is a finetuning run's."""
+    start = config.finetune.init_from
+    if start:
+        return trained.run_prepared(start, prepared, "finetune.init_from")
+    return seen_by_student(prepared, config.vocabulary)
 
 
 def check(config: ConfigDict) -> None:
@@ -142,14 +152,14 @@ def finetune_one(config: ConfigDict, workdir: pathlib.Path, task: str, prepared:
         return {f"dev/{name}": value for name, value in scores.items()}
 
     smoothing = float(block.label_smoothing)
+    objective = make_dc_objective if task == "dc" else make_icner_objective
+    arguments = (model, smoothing) if task == "dc" else (model, smoothing, float(block.tag_weight))
     job = training.Job(
         command=f"finetune_{task}",
         block="finetune",
         keys=keys(config),
         model=model,
-        objective=make_dc_objective if task == "dc" else make_icner_objective,
-        arguments=(model, smoothing) if task == "dc" else (model, smoothing, float(block.tag_weight)),
-        frozen=masks,
+        phases=(training.JobPhase(0, objective, arguments, lambda: dict(masks)),),
         batch_at=lambda step: batches.batch(step, jax.process_index(), jax.process_count()),
         data_fingerprint=batches.fingerprint,
         evaluate=evaluate,
@@ -229,6 +239,8 @@ def predict_with(
 ) -> list[Record]:
     """Records of a partition (of one domain, or of all) by the single model in `folder`."""
     config = trained.run_config(folder, "evaluate.checkpoint")
+    prepared = prepared_for(config, prepared)
+    trained.check_tokenizer(folder, prepared, "evaluate.checkpoint")
     run: dict[str, Any] = trained.read_json(folder / "run.json")
     task = trained.read_json(folder / "config.json")["command"].removeprefix("finetune_")
     maps = LabelMaps.from_json(run["labels"])

@@ -12,10 +12,12 @@ from ml_collections import ConfigDict
 from kd_jax.config import require
 from kd_jax.data.batches import MaskedBatches, heldout_batches, process_slice
 from kd_jax.data.prepared import Prepared
+from kd_jax.data.teacher_cache import CachedBatches
 from kd_jax.data.transfer_set import TransferSet
 from kd_jax.main import training
 from kd_jax.models.encoder_config import encoder_config
 from kd_jax.models.functional import Functional
+from kd_jax.models.projection import WithProjections
 from kd_jax.steps.pretrain import make_heldout_step
 from kd_jax.trainer.disk import write_json
 from kd_jax.trainer.mesh import global_batch
@@ -46,6 +48,12 @@ def resolve_dtype(name: str) -> Any:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
+def transfer_set_of(config: ConfigDict, prepared: Prepared, seed: int) -> TransferSet:
+    """The transfer set that config.transfer describes, in the order of a seed."""
+    weights = {name: source.weight for name, source in prepared.config["sources"].items()}
+    return TransferSet(prepared.stores("train"), transfer=config.transfer, seed=seed, weights=weights)
+
+
 def train(
     config: ConfigDict,
     workdir: pathlib.Path,
@@ -54,22 +62,30 @@ def train(
     *,
     command: str,
     keys: tuple[str, ...],
-    model: Functional,
-    objective: Callable,
-    arguments: tuple,
-    frozen: dict[str, Any],
+    model: Functional | WithProjections,
+    phases: tuple[training.JobPhase, ...],
     init: Callable[[Params], Params] | None = None,
+    batches: Callable[[TransferSet, ConfigDict], MaskedBatches | CachedBatches] | None = None,
+    student_params: Callable[[Params], Params] = lambda params: params,
+    notes: dict[str, Any] | None = None,
 ) -> None:
-    """Trains on the transfer set that config.transfer describes; config.<command> is the job's block."""
+    """Trains on the transfer set that config.transfer describes; config.<command> is the job's block.
+
+    batches(transfer_set, block): where the batches come from when they are not masked here. student_params(params): the
+    masked LM among the parameters, for the held-out loss.
+    """
     block = config[command]
-    stores = prepared.stores("train")
-    weights = {name: source.weight for name, source in prepared.config["sources"].items()}
-    transfer_set = TransferSet(stores, transfer=config.transfer, seed=config.seed, weights=weights)
-    batches = MaskedBatches(stores, transfer_set, config.masking, prepared.tokenizer, block.batch_size)
+    transfer_set = transfer_set_of(config, prepared, config.seed)
+    if batches is None:
+        source = MaskedBatches(transfer_set.stores, transfer_set, config.masking, prepared.tokenizer, block.batch_size)
+    else:
+        source = batches(transfer_set, block)
+    encoder = model.student if isinstance(model, WithProjections) else model
 
     def evaluate(params: Params, step: int) -> dict[str, float]:
         del step
-        rows = heldout_rows(model, params, prepared, config, mesh, block.batch_size, block.evaluate_rows)
+        masked = student_params(params)
+        rows = heldout_rows(encoder, masked, prepared, config, mesh, block.batch_size, block.evaluate_rows)
         if jax.process_index() == 0:
             write_json(workdir / HELDOUT, rows)
         return summarize(rows)
@@ -79,14 +95,12 @@ def train(
         block=command,
         keys=keys,
         model=model,
-        objective=objective,
-        arguments=arguments,
-        frozen=frozen,
-        batch_at=lambda step: batches.batch(step, jax.process_index(), jax.process_count()),
-        data_fingerprint=batches.fingerprint,
+        phases=phases,
+        batch_at=lambda step: source.batch(step, jax.process_index(), jax.process_count()),
+        data_fingerprint=source.fingerprint,
         evaluate=evaluate,
         init=init,
-        notes={"realized": transfer_set.describe(block.steps * block.batch_size)},
+        notes={"realized": transfer_set.describe(block.steps * block.batch_size), **(notes or {})},
     )
     training.train(config, workdir, job, prepared, mesh)
 
@@ -133,7 +147,8 @@ def unigram_log_probabilities(prepared: Prepared) -> dict[str, np.ndarray]:
     vocabulary = prepared.tokenizer.vocab_size
     counts = {"generic": np.ones(vocabulary), "task": np.ones(vocabulary)}
     for store in prepared.stores("train"):
-        counts[store.kind] += store.token_counts(vocabulary)
+        if store.kind in counts:  # selected text is a part of the generic text
+            counts[store.kind] += store.token_counts(vocabulary)
     for values in counts.values():
         values[list(prepared.tokenizer.special_ids)] = 1e-9  # special tokens are never masked
     return {kind: np.log(values / values.sum()).astype(np.float32) for kind, values in counts.items()}

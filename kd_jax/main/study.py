@@ -11,7 +11,17 @@ from ml_collections import ConfigDict
 
 from kd_jax.data.prepared import Prepared
 from kd_jax.evaluation.similarity import jensen_shannon, matched_jsd, vocabulary_overlap
-from kd_jax.main import command, distill, evaluate, finetune, finetune_dc, finetune_icner, prepare, pretrain
+from kd_jax.main import (
+    cache_teacher,
+    command,
+    distill,
+    evaluate,
+    finetune,
+    finetune_dc,
+    finetune_icner,
+    prepare,
+    pretrain,
+)
 from kd_jax.study.collect import collect
 from kd_jax.study.report import summary_text, write_report
 from kd_jax.study.run import Study
@@ -20,6 +30,7 @@ from kd_jax.trainer.run_directory import provenance
 COMMANDS = {
     "prepare": prepare,
     "pretrain": pretrain,
+    "cache_teacher": cache_teacher,
     "distill": distill,
     "finetune_dc": finetune_dc,
     "finetune_icner": finetune_icner,

@@ -1,5 +1,6 @@
 """Reading back what another run trained: its encoder's config and its parameters."""
 
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -8,9 +9,12 @@ from ml_collections import ConfigDict
 
 from kd_jax.config import from_dict
 from kd_jax.data.prepared import Prepared
+from kd_jax.data.rows import MANIFEST
+from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.models.functional import Functional
 from kd_jax.trainer.checkpoint import load_params
 from kd_jax.trainer.mesh import shardings
+from kd_jax.trainer.run_directory import DONE
 from kd_jax.trainer.state import with_shardings
 from kd_jax.types import Params, UserError
 
@@ -32,14 +36,47 @@ def encoder_block(workdir: str | pathlib.Path, key: str) -> ConfigDict:
     return config[which]
 
 
+def tokenizer_fingerprint(workdir: str | pathlib.Path) -> str:
+    """Of the tokenizer, trimmed or not, that a run's rows were made with."""
+    return read_json(pathlib.Path(workdir) / "run.json")["tokenizer_fingerprint"]
+
+
 def check_tokenizer(workdir: str | pathlib.Path, prepared: Prepared, key: str) -> None:
-    """Raises when the run was trained on rows of another tokenizer than `prepared` has."""
-    recorded = read_json(pathlib.Path(workdir) / "run.json")["tokenizer_fingerprint"]
+    """Raises when the run was trained on rows of another tokenizer than `prepared` has, naming the first difference."""
+    recorded = tokenizer_fingerprint(workdir)
     if recorded != prepared.tokenizer.fingerprint:
         raise UserError(
             f"config.{key}: {workdir} was trained with another tokenizer ({recorded[:12]}) than config.prepared has "
-            f"({prepared.tokenizer.fingerprint[:12]}); prepare the data with that run's tokenizer"
+            f"({prepared.tokenizer.fingerprint[:12]}){_first_difference(workdir, prepared, key)}; prepare the data "
+            "with that run's tokenizer (config.tokenizer.kind=load)"
         )
+
+
+def _first_difference(workdir: str | pathlib.Path, prepared: Prepared, key: str) -> str:
+    """Where the two token maps part, as far as the run's own prepared folder is still there to be read."""
+    folder = pathlib.Path(run_config(workdir, key).prepared)
+    if not (folder / MANIFEST).is_file():
+        return ""
+    theirs, ours = Prepared(folder).tokenizer.tokens(), prepared.tokenizer.tokens()
+    for place, (one, other) in enumerate(itertools.zip_longest(theirs, ours)):
+        if one != other:
+            names = " and ".join("nothing" if token is None else repr(token) for token in (one, other))
+            return f": id {place} stands for {names} ({len(theirs)} and {len(ours)} pieces)"
+    return ": the pieces are the same, but text is normalized or split in another way"
+
+
+def run_prepared(workdir: str | pathlib.Path, prepared: Prepared, key: str) -> Prepared:
+    """The prepared folder as the model of a run saw it: with its vocabulary, trimmed or not."""
+    config = run_config(workdir, key)
+    return seen_by_student(prepared, config.vocabulary) if "vocabulary" in config else prepared
+
+
+def parameters_fingerprint(workdir: str | pathlib.Path, key: str) -> str:
+    """Of the parameters that a finished run ended with."""
+    place = pathlib.Path(workdir) / DONE
+    if not place.is_file():
+        raise UserError(f"config.{key}: {workdir} is not finished; start its command again first")
+    return read_json(place)["parameters_fingerprint"]
 
 
 def trained_params(workdir: str | pathlib.Path, model: Functional, mesh, subtree: str | None = None) -> Params:

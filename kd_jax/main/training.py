@@ -13,15 +13,16 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from kd_jax.config import EXECUTION_KEYS, identity, to_dict
 from kd_jax.data.prepared import Prepared
 from kd_jax.models.functional import Functional, parameter_count
+from kd_jax.models.projection import WithProjections
 from kd_jax.steps.objective import Objective
 from kd_jax.steps.train_step import make_train_step
 from kd_jax.trainer.checkpoint import FOLDER, Checkpoints
-from kd_jax.trainer.loop import fit
+from kd_jax.trainer.loop import Phase, fit
 from kd_jax.trainer.mesh import describe_shardings, shardings
 from kd_jax.trainer.metrics import MetricsWriter
 from kd_jax.trainer.optimizer import check_job, make_optimizer, make_schedule
 from kd_jax.trainer.run_directory import RunDirectory
-from kd_jax.trainer.state import State, abstract_state, new_state, state_shardings
+from kd_jax.trainer.state import State, abstract_state, new_state, params_fingerprint, state_shardings
 from kd_jax.types import Batch, Params
 
 # The keys of a job's block that the compiled step depends on.
@@ -31,6 +32,15 @@ STEP_KEYS = (
 )
 
 
+class JobPhase(NamedTuple):
+    """What is minimized from step `start` on."""
+
+    start: int
+    objective: Callable[..., Objective]  # called with `arguments`, which are hashable: equal jobs share one compilation
+    arguments: tuple
+    frozen: Callable[[], dict[str, Any]]  # what the step reads and never changes: a teacher, class masks
+
+
 @dataclass(frozen=True)
 class Job:
     """One training run, told apart from the trainer by functions."""
@@ -38,10 +48,8 @@ class Job:
     command: str
     block: str  # the config's block with steps, batch size and optimizer
     keys: tuple[str, ...]  # config keys that decide what the run computes
-    model: Functional
-    objective: Callable[..., Objective]  # called with `arguments`, which are hashable: equal jobs share one compilation
-    arguments: tuple
-    frozen: dict[str, Any]  # what the step reads and never changes: a teacher, class masks
+    model: Functional | WithProjections
+    phases: tuple["JobPhase", ...]
     batch_at: Callable[[int], Batch]  # this process's rows of a step
     data_fingerprint: str
     evaluate: Callable[[Params, int], dict[str, float]]
@@ -61,7 +69,9 @@ class Programs(NamedTuple):
 
 
 @functools.cache
-def programs(objective, arguments: tuple, model: Functional, settings: FrozenConfigDict, mesh) -> Programs:
+def programs(
+    objective, arguments: tuple, model: Functional | WithProjections, settings: FrozenConfigDict, mesh
+) -> Programs:
     """Equal arguments give the same functions: a study asks for the same few again and again and compiles them once."""
     job = ConfigDict(settings)
     optimizer, schedule = make_optimizer(job), make_schedule(job)
@@ -92,10 +102,14 @@ def train(config: ConfigDict, workdir: pathlib.Path, job: Job, prepared: Prepare
     if directory.done:
         return
     settings = FrozenConfigDict({key: block[key] for key in STEP_KEYS})
-    compiled = programs(job.objective, job.arguments, job.model, settings, mesh)
+    each = [programs(phase.objective, phase.arguments, job.model, settings, mesh) for phase in job.phases]
+    compiled = each[0]  # they differ in their steps alone
+    seed = np.int32(config.seed)
+
+    def phase_of(phase: JobPhase, program: Programs) -> Phase:
+        return Phase(phase.start, program.step, lambda: {**phase.frozen(), "seed": seed})
 
     def initial_state() -> State:
-        seed = np.int32(config.seed)
         return compiled.from_seed(seed) if job.init is None else compiled.from_params(job.init(compiled.draw(seed)))
 
     directory.start(
@@ -107,11 +121,10 @@ def train(config: ConfigDict, workdir: pathlib.Path, job: Job, prepared: Prepare
     with Checkpoints(workdir / FOLDER, keep=block.keep_checkpoints) as checkpoints:
         writer = MetricsWriter(workdir, tensorboard=config.tensorboard)
         try:
-            fit(
+            state = fit(
                 initial_state=initial_state,
                 abstract=compiled.abstract,
-                train_step=compiled.step,
-                frozen={**job.frozen, "seed": np.int32(config.seed)},
+                phases=[phase_of(phase, program) for phase, program in zip(job.phases, each, strict=True)],
                 batch_at=job.batch_at,
                 job=block,
                 mesh=mesh,
@@ -125,4 +138,4 @@ def train(config: ConfigDict, workdir: pathlib.Path, job: Job, prepared: Prepare
             )
         finally:
             writer.close()
-    directory.finish()
+    directory.finish(parameters_fingerprint=params_fingerprint(state["params"]))

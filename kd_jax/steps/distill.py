@@ -1,57 +1,271 @@
-"""Distillation at the masked-LM stage: KL to the teacher with temperature, mixed with the hard loss."""
+"""Distillation at the masked-LM stage: the teacher's logits, hidden states and relations, mixed with the hard loss."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kd_jax.losses.logits import kl_divergence, masked_cross_entropy
-from kd_jax.models.functional import Functional
+from kd_jax.losses.blocked import blocked_losses
+from kd_jax.losses.features import hidden_distance, relation_divergence
+from kd_jax.models.functional import Captured, Functional
 from kd_jax.models.heads import gather_positions
-from kd_jax.steps.objective import Objective, linear, scaled_sum
-from kd_jax.steps.pretrain import masked_accuracy, masked_logits
+from kd_jax.models.projection import WithProjections
+from kd_jax.steps.objective import Objective, linear
+from kd_jax.steps.teacher_logits import TeacherForm, term_sums
+from kd_jax.types import Array, Batch, Params, Term
+
+LOGIT_TERMS = ("kl", "mlm")
 
 
-def make_distill_objective(student: Functional, teacher: Functional, settings: Mapping) -> Objective:
-    """KL(teacher || student) * T**2 (Hinton et al. 2015) plus the hard masked-LM loss, each with its schedule.
+@dataclass(frozen=True)
+class Weight:
+    """The factor of a term as a function of progress: see term() in configs/base.py."""
 
-    frozen["teacher"] holds the teacher's parameters. settings are keys of config.distill. With positions "masked" the
-    logits of both are formed at the masked positions only; "all" takes the KL at every real token.
-    """
-    everywhere = settings["positions"] == "all"
-    temperature = settings["temperature"]
+    start: float
+    end: float
+    begin: float = 0.0
+    finish: float = 1.0
 
-    def kl_everywhere(params, frozen, batch, hidden_RxLxH):
-        teacher_hidden = teacher.hidden(frozen["teacher"], batch)
-        teacher_logits = jax.lax.stop_gradient(teacher.mlm_logits(frozen["teacher"], teacher_hidden))
-        student_logits = student.mlm_logits(params, hidden_RxLxH)
-        return kl_divergence(student_logits, teacher_logits, real_tokens(batch), temperature)
+    @property
+    def used(self) -> bool:
+        return self.start > 0 or self.end > 0
 
-    def loss(params, frozen, batch, key, scales, progress):
-        del progress
-        hidden_RxLxH = student.hidden(params, batch, key)
-        logits = student.mlm_logits(params, gather_positions(hidden_RxLxH, jnp.asarray(batch["masked_positions"])))
-        if everywhere:
-            kl = kl_everywhere(params, frozen, batch, hidden_RxLxH)
-        else:
-            teacher_logits = jax.lax.stop_gradient(masked_logits(teacher, frozen["teacher"], batch))
-            kl = kl_divergence(logits, teacher_logits, batch["masked_weights"], temperature)
-        mlm = masked_cross_entropy(logits, batch["masked_targets"], batch["masked_weights"])
-        return scaled_sum({"kl": kl, "mlm": mlm, "accuracy": masked_accuracy(logits, batch)}, scales)
-
-    def weights(batch):
-        masked = jnp.sum(batch["masked_weights"])
-        return {"mlm": masked, "kl": jnp.sum(real_tokens(batch)) if everywhere else masked}
-
-    def coefficients(progress):
-        return {
-            "kl": linear(settings["kl_weight"], settings["kl_final_weight"], progress),
-            "mlm": linear(settings["mlm_weight"], settings["mlm_final_weight"], progress),
-        }
-
-    return Objective(weights, coefficients, loss)
+    def __call__(self, progress: Array) -> Array | float:
+        return linear(self.start, self.end, progress, self.begin, self.finish)
 
 
-def real_tokens(batch):
+@dataclass(frozen=True)
+class DistillSettings:
+    """What of config.distill shapes the step, resolved and hashable; layers are pairs (student's, teacher's)."""
+
+    kl: Weight = Weight(1.0, 1.0)
+    mlm: Weight = Weight(1.0, 1.0)
+    hidden: Weight = Weight(0.0, 0.0)
+    embeddings: Weight = Weight(0.0, 0.0)
+    relations: Weight = Weight(0.0, 0.0)
+    temperature: float = 2.0
+    final_temperature: float = 2.0
+    kd_positions: str = "masked"
+    hidden_distance: str = "cosine"
+    hidden_layers: tuple[tuple[int, int], ...] = ()
+    embeddings_distance: str = "mse"
+    relation_heads: int = 1
+    relation_layers: tuple[tuple[int, int], ...] = ()
+    relation_parts: tuple[str, ...] = ("query", "key", "value")
+    block: int = 0
+    form: TeacherForm = field(default_factory=TeacherForm)
+
+    def used(self) -> dict[str, Weight]:
+        """The terms that are part of the loss."""
+        names = ("kl", "mlm", "hidden", "embeddings", "relations")
+        return {name: weight for name in names if (weight := getattr(self, name)).used}
+
+
+def real_tokens(batch: Batch) -> Array:
     """float32 [R, L]: 1 where there is text, 0 on padding."""
     return (batch["segment_ids"] > 0).astype(jnp.float32)
+
+
+def make_distill_objective(
+    student: WithProjections, teachers: tuple[Functional, ...], settings: DistillSettings
+) -> Objective:
+    """KL(teacher || student) * T**2 (Hinton et al. 2015), the hard masked-LM loss, and distances of hidden states.
+
+    frozen["teachers"] holds the parameters of each teacher, whose probabilities are averaged; frozen["kept"] int32
+    [student pieces], where the student's vocabulary is trimmed, the teacher's id of each of its pieces. Logits of both
+    are formed in blocks, at the masked positions only; with kd_positions "all" the KL is taken at every real token.
+    Terms whose weight is 0 are not computed: without hidden, embeddings and relations no state but the last is kept.
+    """
+    features = settings.used().keys() - set(LOGIT_TERMS)
+
+    def teacher_states(frozen, batch) -> tuple[Captured, ...]:
+        tokens = batch["tokens"]
+        theirs = {**batch, "tokens": jnp.take(frozen["kept"], tokens)} if "kept" in frozen else batch
+        wanted = _wanted(settings, 1) if features else {}
+        return tuple(
+            teacher.capture(params, theirs, **wanted)
+            for teacher, params in zip(teachers, jax.lax.stop_gradient(frozen["teachers"]), strict=True)
+        )
+
+    def loss(params, frozen, batch, key, scales, progress):
+        ours = student.student.capture(student.student_params(params), batch, key, **_wanted(settings, 0))
+        needs_teacher = settings.kl.used or features
+        theirs = teacher_states(frozen, batch) if needs_teacher else ()
+        total, terms = jnp.float32(0.0), {}
+        if features:
+            terms |= _feature_terms(student, params, ours, theirs[0], batch, settings)
+            total += sum(scales[name] * terms[name][0] for name in terms)
+
+        def teacher_at(positions) -> tuple[Array, ...]:
+            hidden = (gather(one.hidden, positions) for one in theirs)
+            return tuple(
+                teacher.mlm_features(params, states)
+                for teacher, params, states in zip(teachers, frozen["teachers"], hidden)
+            )
+
+        decoders = tuple(teacher.decoder(params) for teacher, params in zip(teachers, frozen["teachers"]))
+        more = {"decoders": decoders, **({"kept": frozen["kept"]} if "kept" in frozen else {})}
+        logit_loss, logit_terms = logit_losses(
+            student.student,
+            student.student_params(params),
+            ours.hidden,
+            batch,
+            lambda positions: {"teacher_features": teacher_at(positions)},
+            more,
+            scales,
+            progress,
+            settings,
+        )
+        return total + logit_loss, terms | logit_terms
+
+    return Objective(weights_of(settings), coefficients_of(settings), loss)
+
+
+def make_cached_objective(student: WithProjections, settings: DistillSettings) -> Objective:
+    """The same from cached predictions: the batch carries what `data.teacher_cache` has, at the masked positions.
+
+    frozen["decoder"] holds (table, bias) of the teacher's head for the form "hidden", frozen["kept"] as above. The
+    terms are those on logits alone.
+    """
+
+    def loss(params, frozen, batch, key, scales, progress):
+        hidden = student.student.hidden(student.student_params(params), batch, key)
+        kept = {"kept": frozen["kept"]} if "kept" in frozen else {}
+        more = {"decoders": (frozen["decoder"],), **kept} if settings.form.kind == "hidden" else kept
+        cached = {name: batch[name] for name in settings.form.fields}
+        if settings.form.kind == "hidden":
+            features = cached["teacher_features"].astype(student.student.compute_dtype)
+            cached = {"teacher_features": (features,)}
+        return logit_losses(
+            student.student,
+            student.student_params(params),
+            hidden,
+            batch,
+            lambda positions: cached,
+            more,
+            scales,
+            progress,
+            settings,
+        )
+
+    return Objective(weights_of(settings), coefficients_of(settings), loss)
+
+
+def gather(hidden_RxLxH: Array, positions_RxK: Array | None) -> Array:
+    """The hidden states at the given columns, or all of them."""
+    return hidden_RxLxH if positions_RxK is None else gather_positions(hidden_RxLxH, jnp.asarray(positions_RxK))
+
+
+def logit_losses(
+    student: Functional,
+    params: Params,
+    hidden_RxLxH: Array,
+    batch: Batch,
+    teacher_at: Callable[[Array | None], dict[str, Any]],
+    constants: dict[str, Any],
+    scales,
+    progress: Array,
+    settings: DistillSettings,
+) -> tuple[Array, dict[str, Term]]:
+    """Loss and terms "kl", "mlm" and "accuracy"; teacher_at(positions) gives the teacher's side there, or everywhere.
+
+    positions int32 [R, K] are the masked ones, None stands for all columns.
+    """
+    temperature = linear(settings.temperature, settings.final_temperature, progress)
+    table, bias = student.decoder(params)
+    constants = {**constants, "temperature": jnp.float32(temperature), "scales": {}}
+
+    def run(positions, names: tuple[str, ...], targets, weights):
+        features = student.mlm_features(params, gather(hidden_RxLxH, positions))
+        per_position = {"targets": jnp.asarray(targets), "weights": weights}
+        if "kl" in names:
+            per_position |= teacher_at(positions)
+        here = {**constants, "scales": {name: scales[name] for name in names}}
+
+        def block(logits, per_position, constants):
+            return term_sums(logits, per_position, constants, settings.form)
+
+        total, sums = blocked_losses(block, features, table, bias, per_position, here, block=settings.block)
+        count = jnp.sum(weights)
+        return total, {name: (value, count) for name, value in sums.items()}
+
+    weights = jnp.asarray(batch["masked_weights"])
+    names = tuple(name for name in LOGIT_TERMS if name in scales)
+    at_masked = names if settings.kd_positions == "masked" else tuple(name for name in names if name != "kl")
+    total, terms = run(batch["masked_positions"], at_masked, batch["masked_targets"], weights)
+    if settings.kd_positions == "all" and "kl" in names:
+        kl, kl_terms = run(None, ("kl",), batch["tokens"], real_tokens(batch))
+        total, terms = total + kl, terms | {"kl": kl_terms["kl"]}
+    return total, terms
+
+
+def weights_of(settings: DistillSettings):
+    """The denominators of the terms, from the masks alone."""
+
+    def weights(batch):
+        masked, real = jnp.sum(batch["masked_weights"]), jnp.sum(real_tokens(batch))
+        everywhere = {"hidden", "embeddings", "relations"} | ({"kl"} if settings.kd_positions == "all" else set())
+        return {name: real if name in everywhere else masked for name in settings.used()}
+
+    return weights
+
+
+def coefficients_of(settings: DistillSettings):
+    """The factors of the terms as a function of progress."""
+    return lambda progress: {name: weight(progress) for name, weight in settings.used().items()}
+
+
+def _wanted(settings: DistillSettings, side: int) -> dict[str, Any]:
+    """What to capture of the student (side 0) or the teacher (side 1)."""
+    return {
+        "layers": tuple(pair[side] for pair in settings.hidden_layers) if settings.hidden.used else (),
+        "projections": tuple(pair[side] for pair in settings.relation_layers) if settings.relations.used else (),
+        "embeddings": settings.embeddings.used,
+    }
+
+
+def _feature_terms(
+    student: WithProjections, params: Params, ours: Captured, theirs: Captured, batch: Batch, settings: DistillSettings
+) -> dict[str, Term]:
+    """The terms on hidden states, each a mean over its layers (and parts) at every real token."""
+    weights = real_tokens(batch)
+    terms = {}
+
+    def projected(name: str, states):
+        return student.project(params, name, states) if student.has(name) else states
+
+    if settings.hidden.used:
+        pairs = [
+            hidden_distance(
+                projected(f"hidden_{number}", ours.layers[mine]),
+                theirs.layers[other],
+                weights,
+                settings.hidden_distance,
+            )
+            for number, (mine, other) in enumerate(settings.hidden_layers)
+        ]
+        terms["hidden"] = _mean(pairs)
+    if settings.embeddings.used:
+        states = projected("embeddings", ours.embeddings)
+        terms["embeddings"] = hidden_distance(states, theirs.embeddings, weights, settings.embeddings_distance)
+    if settings.relations.used:
+        order = ("query", "key", "value")
+        pairs = [
+            relation_divergence(
+                ours.projections[mine][order.index(part)],
+                theirs.projections[other][order.index(part)],
+                batch["segment_ids"],
+                settings.relation_heads,
+            )
+            for mine, other in settings.relation_layers
+            for part in settings.relation_parts
+        ]
+        terms["relations"] = _mean(pairs)
+    return terms
+
+
+def _mean(terms: list[Term]) -> Term:
+    """Terms of equal weight as one."""
+    return sum(value for value, _ in terms) / len(terms), terms[0][1]

@@ -7,7 +7,7 @@ from typing import Any
 
 from kd_jax.config import fingerprint, identity, to_dict
 from kd_jax.evaluation.records import read_json_lines, read_records, write_json_lines
-from kd_jax.study.plan import Student, students
+from kd_jax.study.plan import Student, students, task_shares
 from kd_jax.study.report import ReportInputs
 from kd_jax.study.run import Study, read_json
 
@@ -75,7 +75,8 @@ def collect(study: Study, similarity: list[dict[str, Any]], provenance: dict[str
         provenance={**provenance, "config": fingerprint(identity(to_dict(config))), "seconds": study.seconds},
         results=objects,
         records=records,
-        task_shares={name: float(share) for name, share in config.study.transfer_sets.items()},
+        task_shares=task_shares(config),
+        selected=tuple(config.study.selected_sets),
         realized=realized,
         curves=curves,
         similarity=similarity,

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
 from kd_jax.study.findings import DomainGain, correlation, correlation_text, divergence_key, similarity_points
-from kd_jax.study.inputs import HEADLINE, Measure, Numbers, Place
+from kd_jax.study.inputs import HEADLINE, TEACHER_LABELS, Measure, Numbers, Place
 from kd_jax.study.plan import Student
 from kd_jax.study.plotting import (
     ADAPTED,
@@ -113,7 +113,7 @@ def _share_panel(panel: Axes, numbers: Numbers, measure: Measure) -> None:
             markeredgecolor="white",
             markeredgewidth=0.8,
         )
-        if student.kind == "distilled" and student.teacher == "generic":
+        if student in numbers.distilled("generic") and student.transfer_set not in numbers.inputs.selected:
             line.append((x, values.mean()))
     if line:
         panel.plot(*zip(*sorted(line)), color=TASK_ONLY, linewidth=1.4, zorder=1.5)
@@ -124,7 +124,7 @@ def _share_legend(numbers: Numbers) -> list[Line2D]:
     kinds = {(student.kind, student.teacher): student for student in numbers.students}
     names = {
         ("distilled", "generic"): "distilled, generic teacher",
-        ("distilled", "adapted"): "distilled, adapted teacher",
+        **{("distilled", teacher): f"distilled, {name}" for teacher, name in TEACHER_LABELS.items()},
         ("mlm", ""): "MLM only, no teacher",
         ("scratch", ""): "from scratch",
     }

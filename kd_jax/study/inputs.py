@@ -10,10 +10,16 @@ import numpy as np
 
 from kd_jax.evaluation.records import Record
 from kd_jax.evaluation.significance import Difference, ErrorCounts, Interval, compare, error_counts, mean_interval
-from kd_jax.study.plan import Student
+from kd_jax.study.plan import OTHER_TEACHERS, Student
 
 KINDS = ("scratch", "mlm", "distilled")
-TEACHERS = ("generic", "adapted")
+TEACHERS = ("generic", *OTHER_TEACHERS)
+TEACHER_LABELS = {
+    "adapted": "adapted teacher",
+    "schedule": "generic then adapted teacher",
+    "average": "both teachers averaged",
+    "chain": "by way of an intermediate",
+}
 TEST = "test"  # the test set of every table and figure that names no other
 
 RecordKey = tuple[str, str, str, int, str]
@@ -40,6 +46,7 @@ class ReportInputs:
     results: Sequence[Mapping[str, Any]] = ()
     records: Mapping[RecordKey, Sequence[Record]] = field(default_factory=dict)
     task_shares: Mapping[str, float] = field(default_factory=dict)
+    selected: Sequence[str] = ()  # transfer sets whose generic text was selected for likeness to the task's
     realized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     curves: Mapping[str, Sequence[tuple[int, Mapping[str, float | None]]]] = field(default_factory=dict)
     similarity: Sequence[Mapping[str, Any]] = ()
@@ -127,14 +134,16 @@ class Numbers:
             return "from scratch"
         share = self.share(student)
         text = student.transfer_set if share is None else "generic only" if share == 0 else f"task {percent(share)}"
-        if self._names_needed(student):
+        if student.transfer_set in self.inputs.selected:
+            text = "selected generic" if share == 0 else f"{text} and selected generic"
+        elif self._names_needed(student):
             text += f" ({student.transfer_set})"
         kind = "MLM only" if student.kind == "mlm" else "distilled"
-        return f"{kind}, {text}" + (", adapted teacher" if student.teacher == "adapted" else "")
+        return f"{kind}, {text}" + (f", {TEACHER_LABELS[student.teacher]}" if student.teacher in TEACHER_LABELS else "")
 
     def _names_needed(self, student: Student) -> bool:
         """Whether two transfer sets have the same share, so that the share alone is no name."""
-        shares = list(self.inputs.task_shares.values())
+        shares = [share for name, share in self.inputs.task_shares.items() if name not in self.inputs.selected]
         share = self.share(student)
         return share is not None and shares.count(share) > 1
 

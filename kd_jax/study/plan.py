@@ -10,6 +10,12 @@ from ml_collections import ConfigDict
 
 from kd_jax.config import EXECUTION_KEYS, fingerprint, identity, require, to_dict
 
+# Teachers beside the generic one, each with the transfer sets that are distilled from it in config.study.<name>_sets:
+# the adapted one; first the generic and then the adapted; both averaged; an intermediate student of the generic one.
+OTHER_TEACHERS = ("adapted", "schedule", "average", "chain")
+ADAPTED = ("adapted", "schedule", "average")  # those that need the adapted teacher
+FEATURE_TERMS = ("hidden", "embeddings", "relations")
+
 STAGE = "stage:"  # a config value "stage:<folder>" stands for that stage's directory, wherever the study lies
 
 
@@ -30,7 +36,7 @@ class Student:
 
     kind: str  # scratch | mlm | distilled
     transfer_set: str = ""
-    teacher: str = ""  # generic | adapted
+    teacher: str = ""  # generic | adapted | schedule | average | chain
 
     @property
     def name(self) -> str:
@@ -48,16 +54,30 @@ class Recipe:
 def students(config: ConfigDict) -> list[Student]:
     """The compared students; both baselines are always among them."""
     study = config.study
-    sets = list(study.transfer_sets)
-    for key in ("adapted_sets", "mlm_sets"):
+    sets = [*study.transfer_sets, *study.selected_sets]
+    for key in ("mlm_sets", *(f"{teacher}_sets" for teacher in OTHER_TEACHERS)):
         for name in study[key]:
             require(name in sets, f"study.{key}", f"{name!r} is no transfer set", f"name one of {', '.join(sets)}")
     require(len(study.mlm_sets) > 0, "study.mlm_sets", "the no-teacher baseline is missing", "name a transfer set")
     rows = [Student("scratch")]
     rows += [Student("mlm", name) for name in study.mlm_sets]
     rows += [Student("distilled", name, "generic") for name in sets]
-    rows += [Student("distilled", name, "adapted") for name in study.adapted_sets]
+    for teacher in OTHER_TEACHERS:
+        rows += [Student("distilled", name, teacher) for name in study[f"{teacher}_sets"]]
     return rows
+
+
+def task_shares(config: ConfigDict) -> dict[str, float]:
+    """The share of task text of every transfer set, those with selected generic text last."""
+    both = {**config.study.transfer_sets, **config.study.selected_sets}
+    return {name: float(share) for name, share in both.items()}
+
+
+def may_cache(config: ConfigDict) -> bool:
+    """Whether cached predictions serve config.distill: terms on logits alone, at the masked positions."""
+    block = config.distill
+    features = any(max(block[name].weight, block[name].final_weight) > 0 for name in FEATURE_TERMS)
+    return not features and block.kd_positions == "masked" and block.init == "random"
 
 
 def recipes(config: ConfigDict) -> list[Recipe]:
@@ -72,9 +92,17 @@ class Planner:
     """Turns a study's config into stages; `keys[command](config)` are the keys that decide what a command computes."""
 
     def __init__(self, config: ConfigDict, keys: Mapping[str, Callable[[ConfigDict], Iterable[str]]]):
-        for name, share in config.study.transfer_sets.items():
-            valid = 0.0 <= share <= 1.0
-            require(valid, f"study.transfer_sets.{name}", f"{share} is no share", "give a number from 0 to 1")
+        study = config.study
+        for key in ("transfer_sets", "selected_sets"):
+            for name, share in study[key].items():
+                valid = 0.0 <= share <= 1.0
+                require(valid, f"study.{key}.{name}", f"{share} is no share", "give a number from 0 to 1")
+        twice = sorted(set(study.transfer_sets) & set(study.selected_sets))
+        require(not twice, "study.selected_sets", f"{', '.join(twice)} is a transfer set too", "choose another name")
+        selects = not study.selected_sets or config.select.share > 0
+        require(selects, "study.selected_sets", "no text is selected", "set config.select.share above 0")
+        switch = study.schedule_switch
+        require(0 < switch < 1, "study.schedule_switch", f"{switch} is outside (0, 1)", "0.5 switches half-way")
         require(len(config.study.seeds) > 0, "study.seeds", "there is no seed", "give at least one, better three")
         self._config = config
         self._keys = dict(keys)
@@ -119,24 +147,89 @@ class Planner:
         return self._stage("pretrain", "adapt-teacher", (prepared, teacher), changes)
 
     def teachers(self) -> dict[str, Stage]:
-        adapted = {"adapted": self.adapted_teacher()} if self._config.study.adapted_sets else {}
-        return {"generic": self.teacher(), **adapted}
+        wanted = any(self._config.study[f"{name}_sets"] for name in ADAPTED)
+        return {"generic": self.teacher(), **({"adapted": self.adapted_teacher()} if wanted else {})}
+
+    def transfer(self, transfer_set: str) -> dict[str, Any]:
+        """The changes that make config.transfer that of a transfer set."""
+        study = self._config.study
+        if transfer_set in study.selected_sets:
+            return {"transfer.task_share": float(study.selected_sets[transfer_set]), "transfer.generic": "selected"}
+        return {"transfer.task_share": float(study.transfer_sets[transfer_set])}
+
+    def cache(self, teacher: str) -> Stage | None:
+        """The predictions of a teacher for all its students and seeds; None where they are not used."""
+        study = self._config.study
+        if not study.cache or not may_cache(self._config) or teacher not in ("generic", "adapted"):
+            return None
+        sets = list(task_shares(self._config)) if teacher == "generic" else list(study.adapted_sets)
+        transfers = [{"transfer.generic": self._config.transfer.generic, **self.transfer(name)} for name in sets]
+        prepared, of = self.prepare(), self.teachers()[teacher]
+        distill = self._config.distill
+        changes = {
+            "prepared": STAGE + prepared.folder,
+            "teacher_checkpoint": STAGE + of.folder,
+            "transfer.task_share": 0.0,
+            "seed": 0,
+            "cache.task_shares": tuple(one["transfer.task_share"] for one in transfers),
+            "cache.generic": tuple(one["transfer.generic"] for one in transfers),
+            "cache.seeds": tuple(study.seeds),
+            "cache.steps": distill.steps,
+            "cache.batch_size": distill.batch_size,
+            "cache.temperature": float(distill.kl.temperature) if self._config.cache.format != "hidden" else 1.0,
+        }
+        return self._stage("cache_teacher", f"cache-{teacher}", (prepared, of), changes)
+
+    def intermediate(self, transfer_set: str, seed: int) -> Stage:
+        """The intermediate student of a chain, distilled from the generic teacher over the same transfer set."""
+        job = self._config.chain.copy_and_resolve_references()
+        distill = self._config.distill.copy_and_resolve_references()
+        distill.update(job)
+        prepared, teacher = self.prepare(), self.teacher()
+        changes = {
+            "prepared": STAGE + prepared.folder,
+            "seed": seed,
+            "student": self._config.intermediate,
+            "distill": distill,
+            "teacher_checkpoint": STAGE + teacher.folder,
+            **self.transfer(transfer_set),
+        }
+        return self._stage("distill", f"intermediate-{transfer_set}-seed{seed}", (prepared, teacher), changes)
 
     def encoder(self, student: Student, seed: int) -> Stage | None:
         """The stage that makes the student's encoder; None for from-scratch."""
         if student.kind == "scratch":
             return None
         prepared = self.prepare()
-        share = self._config.study.transfer_sets[student.transfer_set]
-        changes = {"prepared": STAGE + prepared.folder, "transfer.task_share": float(share), "seed": seed}
+        changes = {"prepared": STAGE + prepared.folder, "seed": seed, **self.transfer(student.transfer_set)}
         if student.kind == "mlm":
             # The same text, steps, batch and schedule as the distilled students; only the teacher is missing.
             job = ConfigDict({key: self._config.distill[key] for key in self._config.adapt})
             job.model, job.init_from = "student", ""
             return self._stage("pretrain", f"{student.name}-seed{seed}", (prepared,), {**changes, "pretrain": job})
-        teacher = self.teachers()[student.teacher]
-        changes["teacher_checkpoint"] = STAGE + teacher.folder
-        return self._stage("distill", f"{student.name}-seed{seed}", (prepared, teacher), changes)
+        needs, more = self._teachers_of(student, seed)
+        stages = (prepared, *needs)
+        return self._stage("distill", f"{student.name}-seed{seed}", stages, {**changes, **more})
+
+    def _teachers_of(self, student: Student, seed: int) -> tuple[list[Stage], dict[str, Any]]:
+        """(stages that a distilled student needs, the config changes that name its teacher or teachers)."""
+        teachers = self.teachers()
+        if student.teacher == "chain":
+            needs = [self.intermediate(student.transfer_set, seed)]
+        elif student.teacher in teachers:
+            needs = [teachers[student.teacher]]
+        else:
+            needs = [teachers["generic"], teachers["adapted"]]
+        changes: dict[str, Any] = {"teacher_checkpoint": ",".join(STAGE + one.folder for one in needs)}
+        if student.teacher == "schedule":
+            steps = self._config.distill.steps
+            switch = min(max(round(self._config.study.schedule_switch * steps), 1), steps - 1)
+            changes["distill.teacher_steps"] = (0, switch)
+        cache = self.cache(student.teacher)
+        if cache is not None:
+            changes["teacher_cache"] = STAGE + cache.folder
+            needs.append(cache)
+        return needs, changes
 
     def finetune(self, student: Student, seed: int, task: str, recipe: Recipe) -> Stage:
         prepared, encoder = self.prepare(), self.encoder(student, seed)
@@ -161,10 +254,25 @@ class Planner:
     def teacher_stages(self) -> list[Stage]:
         return [self.prepare(), *self.teachers().values()]
 
+    def cache_stages(self) -> list[Stage]:
+        """The predictions that are cached, once the teachers are known to be worth it."""
+        return [
+            stage for name in self.teachers() if (stage := self.cache(name)) is not None and self._has_students(name)
+        ]
+
+    def _has_students(self, teacher: str) -> bool:
+        return teacher == "generic" or bool(self._config.study[f"{teacher}_sets"])
+
     def before_recipes(self) -> list[Stage]:
         """The students' encoders, and the recipe search, which uses the first seed."""
         rows, seeds = students(self._config), self._config.study.seeds
-        stages = [stage for student in rows for seed in seeds if (stage := self.encoder(student, seed))]
+        stages = [
+            self.intermediate(student.transfer_set, seed)
+            for student in rows
+            for seed in seeds
+            if student.teacher == "chain"
+        ]
+        stages += [stage for student in rows for seed in seeds if (stage := self.encoder(student, seed))]
         if len(recipes(self._config)) > 1:
             stages += [
                 self.finetune(student, seeds[0], task, recipe)

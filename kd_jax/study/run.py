@@ -37,6 +37,7 @@ class Study:
         """Runs every stage that is not finished, in an order in which each finds what it needs."""
         self._run_all(self.planner.teacher_stages(), "teachers")
         self._check_teachers()
+        self._run_all(self.planner.cache_stages(), "teacher's predictions")
         self._run_all(self.planner.before_recipes(), "students")
         self._choose_recipes()
         self._run_all(self.planner.after_recipes(self.chosen), "finetuning")
@@ -110,8 +111,9 @@ def resolve_stages(config: ConfigDict, stages: pathlib.Path) -> ConfigDict:
     def resolve(value):
         if isinstance(value, dict):
             return {key: resolve(item) for key, item in value.items()}
-        if isinstance(value, str) and value.startswith(STAGE):
-            return str(stages / value.removeprefix(STAGE))
+        if isinstance(value, str) and STAGE in value:
+            parts = value.split(",")  # several teachers
+            return ",".join(str(stages / one.removeprefix(STAGE)) if one.startswith(STAGE) else one for one in parts)
         return value
 
     return from_dict(resolve(to_dict(config)))

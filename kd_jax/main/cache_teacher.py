@@ -1,0 +1,298 @@
+"""Writes a teacher's predictions once, so that all students that share the teacher train without it.
+
+python -m kd_jax.main.cache_teacher --config=configs/FILE.py --workdir=DIR \\
+    --config.prepared=DIR --config.teacher_checkpoint=DIR
+"""
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from kd_jax.config import EXECUTION_KEYS, require, to_dict
+from kd_jax.data.batches import MaskedRows
+from kd_jax.data.masking import sample_uniforms
+from kd_jax.data.prepared import Prepared
+from kd_jax.data.teacher_cache import CacheWriter, Layout, visited
+from kd_jax.data.vocabulary import seen_by_student
+from kd_jax.main import command, masked_lm, trained
+from kd_jax.main.teachers import KEY, Teacher, find_teachers, kept_of, teacher_form
+from kd_jax.steps.teacher_predictions import make_prediction_step
+from kd_jax.trainer.disk import write_json
+from kd_jax.trainer.mesh import global_batch, make_mesh, row_multiple
+from kd_jax.trainer.preemption import Preempted, Preemption
+from kd_jax.trainer.run_directory import RunDirectory
+
+SUMMARY = "cache.json"
+FORMATS = ("hidden", "top_k", "sampled")
+TAILS = ("renormalize", "bucket", "zero")
+
+
+def keys(config: ConfigDict) -> tuple[str, ...]:
+    """The config keys that decide what this command writes."""
+    del config
+    return ("prepared", "seed", "transfer", "masking", "vocabulary", KEY, "cache", "compute_dtype")
+
+
+def resolved(config: ConfigDict) -> ConfigDict:
+    """The config with what config.cache takes from config.distill filled in."""
+    block = config.cache
+    if block.steps and block.batch_size and block.temperature:
+        return config
+    kl = config.distill.kl
+    moving = kl.final_temperature not in (0, kl.temperature)
+    fixed = block.format == "hidden" or not moving
+    problem = f"for a temperature that moves, {block.format} keeps too little of the teacher"
+    require(fixed, "cache.format", problem, "use hidden, or set distill.kl.final_temperature to 0")
+    config = config.copy_and_resolve_references()
+    config.cache.update(
+        {
+            "steps": block.steps or config.distill.steps,
+            "batch_size": block.batch_size or config.distill.batch_size,
+            "temperature": float(block.temperature or kl.temperature),
+        }
+    )
+    return config
+
+
+def check(config: ConfigDict, vocab_size: int) -> None:
+    """Refuses impossible cache settings before the teacher is loaded."""
+    block = config.cache
+    require(block.format in FORMATS, "cache.format", f"{block.format!r} is unknown", f"use {', '.join(FORMATS)}")
+    require(
+        block.dtype in ("float16", "float32"), "cache.dtype", f"{block.dtype!r} is unknown", "use float16 or float32"
+    )
+    require(block.tail in TAILS, "cache.tail", f"{block.tail!r} is unknown", f"use {', '.join(TAILS)}")
+    if block.format == "top_k":
+        fits = 1 <= block.k <= vocab_size
+        require(fits, "cache.k", f"{block.k} of {vocab_size} pieces", f"give 1 to {vocab_size}")
+    require(block.samples >= 1, "cache.samples", f"{block.samples} is below 1", "64 is usual")
+    require(0 < block.power <= 1, "cache.power", f"{block.power} is outside (0, 1]", "1.0 samples from the teacher")
+    for name in ("rows_per_part", "batch_rows"):
+        require(block[name] >= 1, f"cache.{name}", f"{block[name]} is below 1", "give at least 1")
+    kinds, shares = block.generic, block.task_shares
+    paired = not kinds or len(kinds) == len(shares)
+    require(paired, "cache.generic", f"{len(kinds)} kinds for {len(shares)} shares", "give one for each task share")
+    part, parts = config.cache_part, config.cache_parts
+    require(0 <= part < parts, "cache_part", f"{part} is none of {parts} parts", "count from 0 to cache_parts - 1")
+
+
+def form_of(config: ConfigDict) -> dict[str, Any]:
+    """What of config.cache decides the values of a record."""
+    block = config.cache
+    form: dict[str, Any] = {"format": block.format, "dtype": block.dtype, "tail": ""}
+    if block.format == "hidden":
+        return form
+    form["temperature"] = float(block.temperature)
+    if block.format == "top_k":
+        return {**form, "k": block.k, "tail": block.tail}
+    return {**form, "samples": block.samples, "power": float(block.power)}
+
+
+def identity(config: ConfigDict, prepared: Prepared, teacher: Teacher, form: dict[str, Any]) -> dict[str, Any]:
+    """What a cache and the runs that read it must share."""
+    return {
+        "teacher": trained.parameters_fingerprint(teacher.workdir, KEY),
+        "tokenizer": prepared.tokenizer.fingerprint,
+        "vocabulary policy": config.vocabulary.dropped if config.vocabulary.trim else "",
+        "rows": {store.name: store.fingerprint for store in prepared.stores("train")},
+        "masking": to_dict(config.masking),
+        "form": form,
+    }
+
+
+def layout_of(prepared: Prepared, teacher: Teacher, form: dict[str, Any], rows: MaskedRows) -> Layout:
+    """The shape of a record."""
+    vocab_size = prepared.tokenizer.vocab_size
+    ids = "uint16" if vocab_size <= 2**16 else "int32"
+    if form["format"] == "hidden":
+        fields = {"features": (form["dtype"], (teacher.model.config.hidden_size,))}
+    elif form["format"] == "top_k":
+        fields = {"ids": (ids, (form["k"],)), "log_p": (form["dtype"], (form["k"],))}
+    else:
+        count = (form["samples"],)
+        fields = {"ids": (ids, count), "weights": (form["dtype"], count), "entropy": ("float32", ())}
+    return Layout(rows.length, rows.slots, vocab_size, fields)
+
+
+def visits_of(config: ConfigDict, prepared: Prepared) -> tuple[list[np.ndarray], list[dict[str, Any]]]:
+    """For each train store the rows and masking epochs that the runs visit together; and what each run sees of it."""
+    block = config.cache
+    shares = block.task_shares or (config.transfer.task_share,)
+    kinds = block.generic or (config.transfer.generic,) * len(shares)
+    rows = block.steps * block.batch_size
+    together, each = None, []
+    for share, kind in zip(shares, kinds, strict=True):
+        for seed in block.seeds or (config.seed,):
+            one = config.copy_and_resolve_references()
+            one.transfer.update({"task_share": float(share), "generic": kind})
+            transfer_set = masked_lm.transfer_set_of(one, prepared, seed)
+            seen = dict(
+                zip((store.name for store in transfer_set.stores), visited(transfer_set, rows, config.masking.epochs))
+            )
+            drawn = dict(zip(seen, transfer_set.drawn(rows).tolist()))
+            each += [
+                {
+                    "task_share": float(share),
+                    "seed": seed,
+                    "store": name,
+                    "rows": drawn[name],
+                    # How often a (row, masks) of this source comes again within the run.
+                    "masks_repeat": drawn[name] / max(int(mask.sum()), 1),
+                }
+                for name, mask in seen.items()
+                if drawn[name]
+            ]
+            together = (
+                seen
+                if together is None
+                else {name: together.get(name, False) | seen.get(name, False) for name in {**together, **seen}}
+            )
+    stores = prepared.stores("train")
+    epochs = config.masking.epochs
+    nothing = {store.name: np.zeros((epochs, store.num_rows), bool) for store in stores}
+    return [{**nothing, **(together or {})}[store.name] for store in stores], each
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Writes the parts that are missing, and DONE when every part is there."""
+    config = resolved(config)
+    prepared = seen_by_student(Prepared(config.prepared), config.vocabulary)
+    check(config, prepared.tokenizer.vocab_size)
+    teachers = find_teachers(config, prepared)
+    require(len(teachers) == 1, KEY, f"a cache holds one teacher's predictions, not {len(teachers)}", "name one")
+    teacher, values = teachers[0], to_dict(config)
+    directory = RunDirectory(workdir, "cache_teacher", {key: values[key] for key in (*keys(config), *EXECUTION_KEYS)})
+    if directory.done:
+        return
+    rows = MaskedRows(prepared.stores("train"), config.masking, prepared.tokenizer)
+    form, (visits, each) = form_of(config), visits_of(config, prepared)
+    layout = layout_of(prepared, teacher, form, rows)
+    writer = CacheWriter(
+        workdir, rows.stores, visits, layout, identity(config, prepared, teacher, form), config.cache.rows_per_part
+    )
+    directory.start(tokenizer_fingerprint=prepared.tokenizer.fingerprint)
+    wanted = writer.missing(config.cache_part, config.cache_parts)
+    if wanted:
+        predict = _Predictor(config, prepared, teacher, form, rows, layout)
+        with Preemption() as preemption:
+            total = sum(len(writer.rows_of(number)[1]) for number in wanted)
+            shown = None if config.progress else True
+            with tqdm(total=total, desc=workdir.name, unit=" rows", disable=shown, leave=False) as bar:
+                for number in wanted:
+                    records, statistics = predict.part(*writer.rows_of(number), bar)
+                    writer.write(number, records, statistics)
+                    if preemption.requested():
+                        raise Preempted(f"{number + 1} of {len(writer)} parts are written")
+        if form["format"] == "hidden":
+            _write_decoder(workdir, teacher, predict.params)
+    manifest = writer.finish()
+    if manifest is None:
+        print(f"{workdir}: {len(writer.missing(0, 1))} parts are left to the other machines")
+        return
+    write_json(workdir / SUMMARY, summary(manifest, layout, each))
+    directory.finish(fingerprint=manifest["fingerprint"])
+
+
+class _Predictor:
+    """The teacher on its mesh, and the records of any rows."""
+
+    def __init__(self, config, prepared: Prepared, teacher: Teacher, form: dict, rows: MaskedRows, layout: Layout):
+        self.mesh = make_mesh(config.mesh)
+        self.params = teacher.params(self.mesh)
+        self._rows, self._layout, self._form, self._seed = rows, layout, form, config.masking.seed
+        kept = kept_of(prepared, teacher)
+        self._frozen = {} if kept is None else {"kept": kept}
+        multiple = row_multiple(self.mesh)
+        self._batch_rows = -(-config.cache.batch_rows // multiple) * multiple
+        settings = tuple(sorted(form.items()))
+        self._step = compiled_prediction_step(teacher.model, teacher_form(config, prepared), settings)
+
+    def part(self, store: int, rows: np.ndarray, epochs: np.ndarray, bar) -> tuple[np.ndarray, dict[str, float]]:
+        """(records [n], sums for the report) of rows of one store."""
+        blocks, positions, mass = [], 0.0, 0.0
+        for start in range(0, len(rows), self._batch_rows):
+            inside = slice(start, start + self._batch_rows)
+            count = len(rows[inside])
+            fill = np.resize(np.arange(start, start + count), self._batch_rows)  # the last batch repeats its rows
+            batch = dict(self._rows(np.full(self._batch_rows, store), rows[fill], epochs[fill]))
+            if self._form["format"] == "sampled":
+                shape = (self._layout.slots, self._form["samples"])
+                of_store = self._rows.stores[store].fingerprint
+                batch["uniforms"] = sample_uniforms(self._seed, of_store, rows[fill], epochs[fill], shape)
+            fields, held = jax.device_get(self._step(self.params, self._frozen, global_batch(self.mesh, batch)))
+            records = self._layout.pack(batch, fields)
+            weights = batch["masked_weights"][:count]
+            positions, mass = positions + float(weights.sum()), mass + float((held[:count] * weights).sum())
+            blocks.append(records[:count])
+            bar.update(count)
+        return np.concatenate(blocks), {"positions": positions, "mass": mass}
+
+
+@functools.cache
+def compiled_prediction_step(model, form, settings: tuple):
+    """The same jitted function for all parts and runs with equal settings."""
+    return jax.jit(make_prediction_step(model, form, dict(settings)))
+
+
+def summary(manifest: dict[str, Any], layout: Layout, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Records, bytes and mass kept by store, and how often masks repeat in each run."""
+    stores: dict[str, dict[str, float]] = {}
+    for part in manifest["parts"]:
+        one = stores.setdefault(part["store"], {"rows": 0, "positions": 0.0, "mass": 0.0})
+        one["rows"] += part["records"]
+        one["positions"] += part["positions"]
+        one["mass"] += part["mass"]
+    for one in stores.values():
+        one["bytes"] = one["rows"] * layout.record.itemsize
+        one["bytes_per_position"] = one["bytes"] / max(one["positions"], 1)
+        one["mass_kept"] = one.pop("mass") / max(one["positions"], 1)
+    positions = sum(one["positions"] for one in stores.values())
+    return {
+        "rows": sum(one["rows"] for one in stores.values()),
+        "positions": positions,
+        "bytes": sum(one["bytes"] for one in stores.values()),
+        "bytes_per_position": sum(one["bytes"] for one in stores.values()) / max(positions, 1),
+        "mass_kept": sum(one["mass_kept"] * one["positions"] for one in stores.values()) / max(positions, 1),
+        "stores": stores,
+        "runs": runs,
+    }
+
+
+def _write_decoder(workdir: pathlib.Path, teacher: Teacher, params) -> None:
+    """The part of the teacher that turns hidden states into logits; the students need no more of it."""
+    table, bias = jax.device_get(teacher.model.decoder(params))
+    np.save(workdir / "decoder_table.npy", table, allow_pickle=False)
+    if bias is not None:
+        np.save(workdir / "decoder_bias.npy", bias, allow_pickle=False)
+
+
+def read_decoder(workdir: pathlib.Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """(table [V, H], bias [V] or None) of the teacher of a cache in the format "hidden"."""
+    place = workdir / "decoder_bias.npy"
+    table = np.load(workdir / "decoder_table.npy", allow_pickle=False)
+    return table, np.load(place, allow_pickle=False) if place.is_file() else None
+
+
+def run_and_print(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """`run`, and then what the cache holds."""
+    run(config, workdir)
+    if (workdir / SUMMARY).is_file():
+        found = trained.read_json(workdir / SUMMARY)
+        print(
+            f"{found['rows']:,} rows, {found['positions']:,.0f} masked positions, {found['bytes'] / 2**20:.1f} MiB "
+            f"({found['bytes_per_position']:.0f} bytes a position), {found['mass_kept']:.1%} of the teacher's mass"
+        )
+        for one in found["runs"]:
+            print(
+                f"  task share {one['task_share']:g}, seed {one['seed']}, {one['store']}: {one['rows']:,} rows, "
+                f"each mask {one['masks_repeat']:.2f} times"
+            )
+
+
+if __name__ == "__main__":
+    command.main(run_and_print, description="Writes a teacher's predictions for its students.")
