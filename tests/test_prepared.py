@@ -323,20 +323,26 @@ def test_a_call_killed_while_selecting_goes_on_where_it_was(config, tmp_path, mo
         read.append(language)
         return read_texts(source, language, *rest, **named)
 
-    def killed(self, removed):
-        if self._identity["kind"] == "selected":
-            raise Killed
-        return finish(self, removed)
+    def killed_at(name):
+        def killed(self, removed):
+            if self._identity["name"] == name:
+                raise Killed
+            return finish(self, removed)
+
+        monkeypatch.setattr(rows_module.StoreWriter, "finish", killed)
+        read.clear()
+        with pytest.raises(Killed):
+            prepare(config, tmp_path / "p")
+        return list(read)
 
     monkeypatch.setattr(splits_module, "read_texts", recording)
-    monkeypatch.setattr(rows_module.StoreWriter, "finish", killed)
-    with pytest.raises(Killed):
-        prepare(config, tmp_path / "p")
-    assert read == ["en-US", "en", "en", "en", "en"]  # once for the rows; to count, to weigh and to pack
+    to_count_weigh_and_pack = ["en"] * 3
+    assert killed_at("web.selected-en") == ["en-US", "en", *to_count_weigh_and_pack]
+    assert killed_at("task-en-US") == to_count_weigh_and_pack
     monkeypatch.setattr(rows_module.StoreWriter, "finish", finish)
     read.clear()
     prepare(config, tmp_path / "p")
-    assert read == ["en"] * 3
+    assert read == []
     assert Prepared(tmp_path / "p").fingerprint == Prepared(tmp_path / "whole").fingerprint
 
 

@@ -76,6 +76,7 @@ def test_ngrams_stay_inside_a_text_and_know_their_order():
     assert len(apart & swapped) == 3  # the pair alone differs
     assert {bucket for bucket, _ in apart} < {bucket for bucket, _ in together}
     assert grams("Wake, ME!", "“Up”") == apart  # case and punctuation do not count
+    assert not grams("stop") & grams("post")
     assert grams("", "...") == Counter()
     assert {text for _, text in grams("", "wake", "", "up")} == {1, 3}
 
