@@ -8,7 +8,7 @@ from kd_jax.data.transfer_set import PERIOD, TransferSet
 from kd_jax.types import UserError
 
 
-def store(name, language, kind, rows, maskable_per_row=100, texts_per_row=5, source=None):
+def store(name, language, kind, rows, maskable_per_row=100.0, texts_per_row=5, source=None):
     return types.SimpleNamespace(
         name=name, language=language, kind=kind, num_rows=rows, length=128, source=source or name,
         fingerprint=f"f-{name}", maskable=rows * maskable_per_row, texts=rows * texts_per_row,

@@ -110,8 +110,8 @@ def ngram_counts(texts: Iterable[str], select: ConfigDict) -> tuple[np.ndarray, 
 def log_ratios(target_counts: np.ndarray, raw_counts: np.ndarray, smoothing: float) -> np.ndarray:
     """float64 [buckets]: log p_target - log p_raw, where p is the share of a bucket plus smoothing / buckets.
 
-    DSIR adds a constant to both probabilities, and not to both counts, for a reason: added to the counts it would weigh
-    more in the smaller text, so that n-grams which are rare in the raw text and absent from the task's seemed task-like.
+    As in DSIR, both probabilities get the same constant. Added to the counts it would weigh more in the smaller text,
+    and n-grams that are rare in the raw text and absent from the task's would seem task-like.
     """
     constant = smoothing / len(raw_counts)
     target, raw = (np.log(counts / max(counts.sum(), 1) + constant) for counts in (target_counts, raw_counts))
