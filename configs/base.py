@@ -193,7 +193,7 @@ def get_config() -> ConfigDict:
     config.distill.hidden = term(
         0.0,  # hidden states after matched layers, at every real token
         distance="cosine",  # cosine | mse
-        layers="uniform",  # uniform | last | ((student layer, teacher layer), ...), counted from 0
+        layers="uniform",  # uniform | last | "0:3,1:7": pairs student:teacher, counted from 0 (-1 is the last)
         projection="auto",  # auto (where the widths differ) | always | never: a learned map to the teacher's width
     )
     config.distill.embeddings = term(0.0, distance="mse", projection="auto")  # before layer 0
@@ -206,7 +206,7 @@ def get_config() -> ConfigDict:
     config.distill.kd_positions = "masked"  # masked | all: where the KL term is taken
     config.distill.block_positions = 0  # positions whose logits are formed at a time; 0 chooses
     config.distill.init = "random"  # random | teacher: the student starts from layers of the (first) teacher
-    config.distill.init_layers = "uniform"  # init=teacher: uniform | first | last | (teacher layer, ...)
+    config.distill.init_layers = "uniform"  # init=teacher: uniform | first | last | "0,3": a teacher layer for each
     config.distill.teacher_steps = ()  # several teachers: () averages them; (0, n, ...) takes each from its step on
 
     config.chain = job()  # the study's chains: the job of the intermediate, with config.distill's terms

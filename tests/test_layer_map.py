@@ -2,7 +2,7 @@
 
 import pytest
 
-from kd_jax.models.layer_map import initial_layers, layer_map
+from kd_jax.models.layer_map import initial_layers, layer_map, read_layers
 from kd_jax.types import UserError
 
 
@@ -78,3 +78,11 @@ def test_initial_layers(spec, student, teacher, expected):
 def test_initial_layers_that_cannot_be(spec, student, message):
     with pytest.raises(UserError, match=rf"config\.distill\.init: .*{message}"):
         initial_layers(spec, student, 4, "distill.init")
+
+
+def test_layers_are_read_from_a_string_as_flags_give_them():
+    assert read_layers("uniform", "x") == "uniform"
+    assert read_layers("0,3", "x") == (0, 3)
+    assert read_layers("0:-1,1:7", "x") == ((0, -1), (1, 7))
+    with pytest.raises(UserError, match=r"config\.distill\.init_layers: '0;1' names no layers"):
+        read_layers("0;1", "distill.init_layers")

@@ -26,8 +26,8 @@ from kd_jax.main.teachers import (
 )
 from kd_jax.main.training import JobPhase
 from kd_jax.models.functional import Functional
-from kd_jax.models.initialization import from_teacher
-from kd_jax.models.layer_map import initial_layers
+from kd_jax.models.initialization import check_shapes, from_teacher, remarks
+from kd_jax.models.layer_map import initial_layers, read_layers
 from kd_jax.models.projection import WithProjections
 from kd_jax.steps.distill import DistillSettings, make_cached_objective, make_distill_objective
 from kd_jax.trainer.mesh import make_mesh
@@ -63,17 +63,20 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         )
         for start, numbers in phases_of(config, len(teachers))
     )
-    init = None
+    more: dict[str, Any] = {}
     if config.distill.init == "teacher":
-        depths = (student.config.num_layers, teachers[0].model.config.num_layers)
-        layers = initial_layers(config.distill.init_layers, *depths, "distill.init_layers")
+        first, depth = teachers[0], student.config.num_layers
+        key = "distill.init_layers"
+        spec = read_layers(config.distill.init_layers, key)
+        layers = initial_layers(spec, depth, first.model.config.num_layers, key)
+        check_shapes(student.config, first.model.config, kept_of(prepared, first))
 
         def init(params: Params) -> Params:
-            first, kept = teachers[0], kept_of(prepared, teachers[0])
-            started = from_teacher(student, model.student_params(params), first.model, first.params(mesh), layers, kept)
-            return {**params, **started}
+            start = (first.model, first.params(mesh), layers, kept_of(prepared, first))
+            return {**params, **from_teacher(student, model.student_params(params), *start)}
 
-    train(config, workdir, prepared, mesh, model, settings, phases, init=init)
+        more = {"init": init, "remarks": remarks(student.config, first.model.config, layers)}
+    train(config, workdir, prepared, mesh, model, settings, phases, **more)
 
 
 def frozen_teachers(teachers: list[Teacher], prepared: Prepared, mesh) -> dict[str, Any]:
@@ -120,6 +123,7 @@ def train(
     model: WithProjections,
     settings: DistillSettings,
     phases: tuple[JobPhase, ...],
+    remarks: tuple[str, ...] = (),
     **more: Any,
 ) -> None:
     """Runs the job and says in run.json which terms it had."""
@@ -134,7 +138,7 @@ def train(
         model=model,
         phases=phases,
         student_params=model.student_params,
-        notes={"terms": used, "projections": [list(one) for one in model.projections]},
+        notes={"terms": used, "projections": [list(one) for one in model.projections], "remarks": remarks},
         **more,
     )
 

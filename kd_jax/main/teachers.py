@@ -9,12 +9,12 @@ from ml_collections import ConfigDict
 
 from kd_jax.config import require
 from kd_jax.data.prepared import Prepared
-from kd_jax.data.vocabulary import kept_ids
+from kd_jax.data.vocabulary import TrimmedPrepared, kept_ids
 from kd_jax.losses.features import check_relation_heads
 from kd_jax.main import masked_lm, trained
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
-from kd_jax.models.layer_map import layer_map
+from kd_jax.models.layer_map import layer_map, read_layers
 from kd_jax.models.projection import WithProjections, needs_projection
 from kd_jax.steps.distill import DistillSettings, Weight
 from kd_jax.steps.teacher_logits import TeacherForm
@@ -40,7 +40,7 @@ def find_teachers(config: ConfigDict, prepared: Prepared) -> list[Teacher]:
     """The teachers of config.teacher_checkpoint, whose tokenizers are compared with the student's."""
     workdirs = [name.strip() for name in config.teacher_checkpoint.split(",") if name.strip()]
     require(bool(workdirs), KEY, "it is empty", "give the workdir of a pretrain run")
-    full = prepared.full if kept_ids(prepared) is not None else prepared
+    full = prepared.full if isinstance(prepared, TrimmedPrepared) else prepared
     teachers = []
     for workdir in workdirs:
         block = trained.encoder_block(workdir, KEY)
@@ -125,8 +125,13 @@ def settings_for(
     if teacher is not None:
         widths = (shape.hidden_size, teacher.hidden_size)
         depths = (shape.num_layers, teacher.num_layers)
+
+        def layers_of(name: str) -> tuple[tuple[int, int], ...]:
+            key = f"distill.{name}.layers"
+            return layer_map(read_layers(block[name].layers, key), *depths, key)
+
         if weights["hidden"].used:
-            hidden_layers = layer_map(block.hidden.layers, *depths, "distill.hidden.layers")
+            hidden_layers = layers_of("hidden")
             if needs_projection(block.hidden.projection, *widths, "distill.hidden.projection"):
                 projections += [(f"hidden_{number}", *widths) for number in range(len(hidden_layers))]
         if weights["embeddings"].used and needs_projection(
@@ -134,7 +139,7 @@ def settings_for(
         ):
             projections.append(("embeddings", *widths))
         if weights["relations"].used:
-            relation_layers = layer_map(block.relations.layers, *depths, "distill.relations.layers")
+            relation_layers = layers_of("relations")
             heads = block.relations.heads or shape.num_heads
             check_relation_heads(heads, *widths, "distill.relations.heads")
     settings = DistillSettings(

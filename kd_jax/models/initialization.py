@@ -36,7 +36,7 @@ def from_teacher(
     Where the first layer has no attention norm (ModernBERT), the teacher's layer 0 reads what the norm of the
     embeddings gives. As a later layer of the student, it gets that norm for the attention norm that it never learned.
     """
-    _check(student.config, teacher.config, kept)
+    check_shapes(student.config, teacher.config, kept)
     if len(layers) != student.config.num_layers or not all(0 <= layer < teacher.config.num_layers for layer in layers):
         raise ValueError(
             f"layers {layers} do not fill {student.config.num_layers} out of {teacher.config.num_layers} layers"
@@ -85,7 +85,7 @@ def _copied(student: EncoderConfig, teacher: EncoderConfig, params: Params, laye
     return {"encoder": {**encoder, "embeddings": embeddings, "layers": chosen}, "mlm_head": head}
 
 
-def _check(student: EncoderConfig, teacher: EncoderConfig, kept: np.ndarray | None) -> None:
+def check_shapes(student: EncoderConfig, teacher: EncoderConfig, kept: np.ndarray | None) -> None:
     """Raises UserError naming the first field in which a student cannot start as layers of that teacher."""
     fields = list(_SHARED)
     learned = student.positions == "learned"

@@ -6,6 +6,17 @@ from typing import Any
 from kd_jax.types import UserError
 
 
+def read_layers(text: str, key: str) -> str | tuple:
+    """What a config's string stands for: a word like "uniform", layers "0,3", or pairs "0:3,1:7" (student:teacher)."""
+    if not text or text[0].isalpha():
+        return text
+    try:
+        parts = [tuple(int(number) for number in part.split(":")) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"config.{key}: {text!r} names no layers; write a word like uniform, 0,3 or 0:3,1:7") from None
+    return tuple(part[0] if len(part) == 1 else part for part in parts)
+
+
 def layer_map(spec: Any, student_layers: int, teacher_layers: int, key: str) -> tuple[tuple[int, int], ...]:
     """Pairs (student layer, teacher layer), counted from 0.
 

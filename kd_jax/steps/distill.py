@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -48,9 +48,9 @@ class DistillSettings:
     temperature: float = 2.0
     final_temperature: float = 2.0
     kd_positions: str = "masked"
-    hidden_distance: str = "cosine"
+    hidden_distance: Literal["cosine", "mse"] = "cosine"
     hidden_layers: tuple[tuple[int, int], ...] = ()
-    embeddings_distance: str = "mse"
+    embeddings_distance: Literal["cosine", "mse"] = "mse"
     relation_heads: int = 1
     relation_layers: tuple[tuple[int, int], ...] = ()
     relation_parts: tuple[str, ...] = ("query", "key", "value")
@@ -81,9 +81,11 @@ def make_distill_objective(
     features = settings.used().keys() - set(LOGIT_TERMS)
 
     def teacher_states(frozen, batch) -> tuple[Captured, ...]:
+        if not (settings.kl.used or features):
+            return ()
         tokens = batch["tokens"]
         theirs = {**batch, "tokens": jnp.take(frozen["kept"], tokens)} if "kept" in frozen else batch
-        wanted = _wanted(settings, 1) if features else {}
+        wanted = _wanted(settings, 1)
         return tuple(
             teacher.capture(params, theirs, **wanted)
             for teacher, params in zip(teachers, jax.lax.stop_gradient(frozen["teachers"]), strict=True)
@@ -91,8 +93,7 @@ def make_distill_objective(
 
     def loss(params, frozen, batch, key, scales, progress):
         ours = student.student.capture(student.student_params(params), batch, key, **_wanted(settings, 0))
-        needs_teacher = settings.kl.used or features
-        theirs = teacher_states(frozen, batch) if needs_teacher else ()
+        theirs = teacher_states(frozen, batch)
         total, terms = jnp.float32(0.0), {}
         if features:
             terms |= _feature_terms(student, params, ours, theirs[0], batch, settings)
@@ -153,7 +154,7 @@ def make_cached_objective(student: WithProjections, settings: DistillSettings) -
     return Objective(weights_of(settings), coefficients_of(settings), loss)
 
 
-def gather(hidden_RxLxH: Array, positions_RxK: Array | None) -> Array:
+def gather(hidden_RxLxH: jax.Array, positions_RxK: Array | None) -> jax.Array:
     """The hidden states at the given columns, or all of them."""
     return hidden_RxLxH if positions_RxK is None else gather_positions(hidden_RxLxH, jnp.asarray(positions_RxK))
 
@@ -161,7 +162,7 @@ def gather(hidden_RxLxH: Array, positions_RxK: Array | None) -> Array:
 def logit_losses(
     student: Functional,
     params: Params,
-    hidden_RxLxH: Array,
+    hidden_RxLxH: jax.Array,
     batch: Batch,
     teacher_at: Callable[[Array | None], dict[str, Any]],
     constants: dict[str, Any],
@@ -177,17 +178,17 @@ def logit_losses(
     table, bias = student.decoder(params)
     constants = {**constants, "temperature": jnp.float32(temperature), "scales": {}}
 
-    def run(positions, names: tuple[str, ...], targets, weights):
+    def run(positions, names: tuple[str, ...], targets, weights) -> tuple[Array, dict[str, Term]]:
         features = student.mlm_features(params, gather(hidden_RxLxH, positions))
         per_position = {"targets": jnp.asarray(targets), "weights": weights}
         if "kl" in names:
             per_position |= teacher_at(positions)
         here = {**constants, "scales": {name: scales[name] for name in names}}
 
-        def block(logits, per_position, constants):
-            return term_sums(logits, per_position, constants, settings.form)
+        def of_block(logits: jax.Array, per_position_B: Any, constants: Any):
+            return term_sums(logits, per_position_B, constants, settings.form)
 
-        total, sums = blocked_losses(block, features, table, bias, per_position, here, block=settings.block)
+        total, sums = blocked_losses(of_block, features, table, bias, per_position, here, block=settings.block or block_for(table.shape[0]))
         count = jnp.sum(weights)
         return total, {name: (value, count) for name, value in sums.items()}
 
@@ -199,6 +200,11 @@ def logit_losses(
         kl, kl_terms = run(None, ("kl",), batch["tokens"], real_tokens(batch))
         total, terms = total + kl, terms | {"kl": kl_terms["kl"]}
     return total, terms
+
+
+def block_for(vocab_size: int) -> int:
+    """Positions whose logits are formed at a time where the config does not say: 16 MiB of them in float32."""
+    return max(16, 2**22 // vocab_size)
 
 
 def weights_of(settings: DistillSettings):
@@ -247,7 +253,7 @@ def _feature_terms(
             for number, (mine, other) in enumerate(settings.hidden_layers)
         ]
         terms["hidden"] = _mean(pairs)
-    if settings.embeddings.used:
+    if ours.embeddings is not None and theirs.embeddings is not None:
         states = projected("embeddings", ours.embeddings)
         terms["embeddings"] = hidden_distance(states, theirs.embeddings, weights, settings.embeddings_distance)
     if settings.relations.used:
@@ -268,4 +274,4 @@ def _feature_terms(
 
 def _mean(terms: list[Term]) -> Term:
     """Terms of equal weight as one."""
-    return sum(value for value, _ in terms) / len(terms), terms[0][1]
+    return jnp.stack([value for value, _ in terms]).mean(), terms[0][1]

@@ -35,13 +35,13 @@ class TeacherForm:
         }[self.kind]
 
 
-def averaged_log_p(all_logits: tuple[Array, ...], temperature: Array) -> Array:
+def averaged_log_p(all_logits: tuple[jax.Array, ...], temperature: Array) -> jax.Array:
     """log of the mean of several teachers' probabilities at that temperature, float32."""
     each = [jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1) for logits in all_logits]
     return jax.nn.logsumexp(jnp.stack(each), axis=0) - jnp.log(float(len(each)))
 
 
-def on_kept(logits: Array, kept: Array, temperature: Array, form: TeacherForm) -> Array:
+def on_kept(logits: jax.Array, kept: Array, temperature: Array, form: TeacherForm) -> jax.Array:
     """Logits over the student's pieces from logits over the teacher's, with the mass on the others where `dropped`
     says.
 
@@ -58,7 +58,7 @@ def on_kept(logits: Array, kept: Array, temperature: Array, form: TeacherForm) -
     return selected.astype(jnp.float32).at[..., form.unknown].set(unknown)
 
 
-def teacher_logits(features: tuple[Array, ...], constants: dict[str, Any], form: TeacherForm) -> Array:
+def teacher_logits(features: tuple[jax.Array, ...], constants: dict[str, Any], form: TeacherForm) -> jax.Array:
     """Logits over the student's pieces, of one teacher or of several whose probabilities are averaged; not
     differentiated."""
     temperature = constants["temperature"]
@@ -80,8 +80,8 @@ def teacher_logits(features: tuple[Array, ...], constants: dict[str, Any], form:
 
 
 def term_sums(
-    logits_BxV: Array, per_position: dict[str, Any], constants: dict[str, Any], form: TeacherForm
-) -> tuple[Array, dict[str, Array]]:
+    logits_BxV: jax.Array, per_position: dict[str, Any], constants: dict[str, Any], form: TeacherForm
+) -> tuple[jax.Array, dict[str, Array]]:
     """(loss, sums of "kl", "mlm" and "accuracy") of the student's logits; the loss has the terms of
     constants["scales"]."""
     scales, temperature = constants["scales"], constants["temperature"]
@@ -100,8 +100,8 @@ def term_sums(
             sums["kl"] = sampled_divergence(logits_BxV, ids, mass, entropy, weights, temperature)[0]
     if "mlm" in scales:
         sums["mlm"] = masked_cross_entropy(logits_BxV, targets, weights)[0]
-    loss = jnp.float32(0.0)
+    loss = jnp.zeros((), jnp.float32)
     for name, value in sums.items():
-        loss += scales[name] * value
+        loss = loss + scales[name] * value
     hits = jnp.argmax(logits_BxV, axis=-1) == targets
     return loss, {**sums, "accuracy": jnp.sum(hits * weights)}

@@ -14,14 +14,14 @@ from kd_jax.types import Array, Batch, Params
 
 
 def make_prediction_step(teacher: Functional, form: TeacherForm, settings: Mapping[str, Any]):
-    """(params, frozen, batch) -> (fields [R, K, ...], mass float32 [R, K] that they hold of the teacher's distribution).
+    """(params, frozen, batch) -> (fields [R, K, ...], mass float32 [R, K] of the distribution that they hold).
 
     settings: format, dtype, k, samples, power and temperature. frozen["kept"] as in steps.distill; batch["uniforms"]
     float32 [R, K, samples] decides on what is sampled. Logits are formed for one mask slot of all rows at a time.
     """
     kind, dtype = settings["format"], jnp.dtype(settings["dtype"])
 
-    def of_slot(features_RxH: Array, uniforms, constants) -> tuple[dict[str, Array], Array]:
+    def of_slot(features_RxH: jax.Array, uniforms, constants) -> tuple[dict[str, Array], Array]:
         logits_RxV = teacher_logits((features_RxH,), constants, form)
         temperature = constants["temperature"]
         if kind == "top_k":
@@ -49,7 +49,7 @@ def make_prediction_step(teacher: Functional, form: TeacherForm, settings: Mappi
         }
         uniforms = batch["uniforms"] if kind == "sampled" else jnp.zeros((*features.shape[:2], 0))
         by_slot = (jnp.moveaxis(features, 1, 0), jnp.moveaxis(uniforms, 1, 0))
-        fields, mass = jax.lax.map(lambda slot: of_slot(*slot, constants), by_slot)
+        fields, mass = jax.lax.map(lambda slot: of_slot(slot[0], slot[1], constants), by_slot)
         return jax.tree.map(lambda values: jnp.moveaxis(values, 0, 1), fields), mass.T
 
     return step

@@ -16,6 +16,9 @@ OTHER_TEACHERS = ("adapted", "schedule", "average", "chain")
 ADAPTED = ("adapted", "schedule", "average")  # those that need the adapted teacher
 FEATURE_TERMS = ("hidden", "embeddings", "relations")
 
+# The transfer set of teachers, and of every student unless it says otherwise.
+GENERIC = {"transfer.task_share": 0.0, "transfer.generic": "generic"}
+
 STAGE = "stage:"  # a config value "stage:<folder>" stands for that stage's directory, wherever the study lies
 
 
@@ -134,7 +137,7 @@ class Planner:
     def teacher(self) -> Stage:
         """The generic teacher: masked-LM pretraining on generic text alone, once for all seeds."""
         prepared = self.prepare()
-        changes = {"prepared": STAGE + prepared.folder, "transfer.task_share": 0.0, "pretrain.model": "teacher"}
+        changes = {"prepared": STAGE + prepared.folder, **GENERIC, "pretrain.model": "teacher"}
         return self._stage("pretrain", "pretrain-teacher", (prepared,), changes)
 
     def adapted_teacher(self) -> Stage:
@@ -143,7 +146,7 @@ class Planner:
         job = self._config.adapt.copy_and_resolve_references()
         job.unlock()
         job.model, job.init_from = "teacher", STAGE + teacher.folder
-        changes = {"prepared": STAGE + prepared.folder, "transfer.task_share": 1.0, "pretrain": job}
+        changes = {"prepared": STAGE + prepared.folder, **GENERIC, "transfer.task_share": 1.0, "pretrain": job}
         return self._stage("pretrain", "adapt-teacher", (prepared, teacher), changes)
 
     def teachers(self) -> dict[str, Stage]:
@@ -155,7 +158,7 @@ class Planner:
         study = self._config.study
         if transfer_set in study.selected_sets:
             return {"transfer.task_share": float(study.selected_sets[transfer_set]), "transfer.generic": "selected"}
-        return {"transfer.task_share": float(study.transfer_sets[transfer_set])}
+        return {**GENERIC, "transfer.task_share": float(study.transfer_sets[transfer_set])}
 
     def cache(self, teacher: str) -> Stage | None:
         """The predictions of a teacher for all its students and seeds; None where they are not used."""
@@ -163,13 +166,13 @@ class Planner:
         if not study.cache or not may_cache(self._config) or teacher not in ("generic", "adapted"):
             return None
         sets = list(task_shares(self._config)) if teacher == "generic" else list(study.adapted_sets)
-        transfers = [{"transfer.generic": self._config.transfer.generic, **self.transfer(name)} for name in sets]
+        transfers = [self.transfer(name) for name in sets]
         prepared, of = self.prepare(), self.teachers()[teacher]
         distill = self._config.distill
         changes = {
             "prepared": STAGE + prepared.folder,
             "teacher_checkpoint": STAGE + of.folder,
-            "transfer.task_share": 0.0,
+            **GENERIC,
             "seed": 0,
             "cache.task_shares": tuple(one["transfer.task_share"] for one in transfers),
             "cache.generic": tuple(one["transfer.generic"] for one in transfers),
