@@ -2,24 +2,73 @@
 
 Both carry hand-written gradients: they keep the logits in the dtype they came in as the only large residual, and
 equal student and teacher logits give a gradient of exactly zero. `-inf` logits stand for classes that do not exist.
+
+How the sums over classes are written is owed to XLA on a CPU, which makes one pass of a sum only when its operand
+consists of logits and of columns [..., 1], and which writes out in full whatever two sums or a sum and a gradient have
+in common. So a scalar comes as a column, and every use has a column of its own: they differ where the weight is 0.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kd_jax.types import Array, Term
 
-
-def _log_normalizer(logits: jax.Array, temperature: float) -> jax.Array:
-    """log sum exp(logits / temperature) over the last axis, float32 [..., 1]."""
-    return jax.nn.logsumexp(logits.astype(jnp.float32) / temperature, axis=-1, keepdims=True)
+# Log probabilities end here: below any that counts, and finite, so that a probability of 0 times them is 0.
+LOWEST = -10_000.0
 
 
-def _log_softmax(logits: jax.Array, normalizer: jax.Array, temperature: float) -> jax.Array:
-    return logits.astype(jnp.float32) / temperature - normalizer
+def column(value: Array | float, weights: jax.Array, elsewhere: float) -> jax.Array:
+    """float32 [..., 1] for weights [...]: the scalar, or `elsewhere` where the weight is 0."""
+    return jnp.where(weights > 0, jnp.asarray(value, jnp.float32), elsewhere)[..., None]
+
+
+def row_maximum(logits: jax.Array) -> jax.Array:
+    """The largest logit of each row, float32 [..., 1]."""
+    return jnp.max(logits.astype(jnp.float32), axis=-1, keepdims=True)
+
+
+def log_normalizer(logits: jax.Array) -> jax.Array:
+    """log sum exp(logits) over the last axis, float32 [..., 1]."""
+    largest = row_maximum(logits)
+    return largest + jnp.log(jnp.sum(jnp.exp(logits.astype(jnp.float32) - largest), axis=-1, keepdims=True))
+
+
+def tempered_center(logits: jax.Array, temperature: jax.Array, inverse: jax.Array) -> jax.Array:
+    """The c of softmax(logits / T) = exp((logits - c) / T), float32 [..., 1]; T and 1 / T are columns [..., 1]."""
+    largest = row_maximum(logits)
+    shifted = logits.astype(jnp.float32) * inverse - largest * inverse
+    return largest + temperature * jnp.log(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True))
+
+
+def one_hot(classes: jax.Array, size: int) -> jax.Array:
+    """float32 [..., size]: 1 in the column of each class, int [...]."""
+    # Columns as integers keep XLA from vectorizing the loop on a CPU; as the floats 1, 0, 3, 2, ... they are a constant
+    # that it does not recognize as columns.
+    columns = (np.arange(size) ^ 1).astype(np.float32).reshape((1,) * classes.ndim + (-1,))
+    return (columns == (classes ^ 1).astype(jnp.float32)[..., None]).astype(jnp.float32)
+
+
+def chosen_logits(logits: jax.Array, classes: jax.Array) -> jax.Array:
+    """The logit of each row's class, float32 [...] for classes int [...]."""
+    return jnp.take_along_axis(logits, classes[..., None], axis=-1)[..., 0].astype(jnp.float32)
+
+
+def weighted_sum(losses: jax.Array, weights: jax.Array) -> jax.Array:
+    """The sum of losses [...] where the weights are not 0; whatever stands elsewhere does not count."""
+    return jnp.sum(jnp.where(weights > 0, losses * weights, 0.0))
+
+
+def awaited(weights: jax.Array, losses: jax.Array) -> jax.Array:
+    """The weights, NaN where a loss is: what a gradient is scaled with, lest it be formed before its loss.
+
+    Once nothing else is to be read from the logits, XLA lets the gradient take their memory.
+    """
+    return jnp.where(losses == losses, weights, losses)
 
 
 def masked_cross_entropy(logits: Array, targets: Array, weights: Array, label_smoothing: float = 0.0) -> Term:
@@ -40,72 +89,128 @@ def _cross_entropy(smoothing, logits, targets, weights):
 
 
 def _cross_entropy_forward(smoothing, logits, targets, weights):
-    normalizer = _log_normalizer(logits, 1.0)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1).astype(jnp.float32)
+    normalizer = log_normalizer(logits)
+    chosen = chosen_logits(logits, targets)
     if smoothing:
-        exists = logits > -jnp.inf
-        others = jnp.mean(logits, axis=-1, keepdims=True, dtype=jnp.float32, where=exists)
+        others = jnp.mean(logits, axis=-1, dtype=jnp.float32, where=logits > -jnp.inf)
         chosen = (1 - smoothing) * chosen + smoothing * others
-    losses = (normalizer - chosen)[..., 0]
-    total = jnp.sum(jnp.where(weights > 0, losses * weights, 0.0))
-    return total, (logits, targets, weights, normalizer)
+    losses = normalizer[..., 0] - chosen
+    return weighted_sum(losses, weights), (logits, targets, weights, awaited(weights, losses), normalizer)
 
 
 def _cross_entropy_backward(smoothing, residuals, cotangent):
-    logits, targets, weights, normalizer = residuals
-    classes = jnp.arange(logits.shape[-1], dtype=targets.dtype).reshape((1,) * targets.ndim + (-1,))
-    target = (classes == targets[..., None]).astype(jnp.float32)
+    logits, targets, weights, scale, normalizer = residuals
+    target = one_hot(targets, logits.shape[-1])
     if smoothing:
         exists = logits > -jnp.inf
         target = (1 - smoothing) * target + smoothing * exists / jnp.sum(exists, axis=-1, keepdims=True)
-    gradient = jnp.exp(_log_softmax(logits, normalizer, 1.0)) - target
-    gradient = jnp.where(weights[..., None] > 0, gradient * (cotangent * weights)[..., None], 0.0)
-    return gradient.astype(logits.dtype), None, None
+    gradient = (jnp.exp(logits.astype(jnp.float32) - normalizer) - target) * (cotangent * scale)[..., None]
+    return jnp.where(weights[..., None] > 0, gradient, 0.0).astype(logits.dtype), None, None
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def kl_divergence(student_logits: Array, teacher_logits: Array, weights: Array, temperature: float) -> Term:
+def kl_divergence(student_logits: Array, teacher_logits: Array, weights: Array, temperature: Array | float) -> Term:
     """Sum of T**2 * KL(softmax(teacher / T) || softmax(student / T)) over the positions whose weight is 1, and their
     number.
 
-    Logits [..., V] of any float dtype, weights 0/1 [...], temperature T > 0 (Hinton et al., arXiv 1503.02531; T**2
-    keeps the size of the gradient when T changes). Never negative; exactly zero, gradient included, where the logits
-    are equal. Classes may be -inf for the teacher, or for both. Differentiable in the student's logits alone; the sum
-    is a float32 scalar.
+    Logits [..., V] of any float dtype, weights 0/1 [...], temperature T > 0, a number or a traced scalar (Hinton et
+    al., arXiv 1503.02531; T**2 keeps the size of the gradient when T changes). Never negative; exactly zero, gradient
+    included, where the logits are equal. Classes may be -inf for the teacher, or for both. Differentiable in the
+    student's logits alone; the sum is a float32 scalar.
     """
     weights = jnp.asarray(weights, jnp.float32)
-    total: Any = _kl_divergence(temperature, jnp.asarray(student_logits), jnp.asarray(teacher_logits), weights)
+    temperature = jnp.asarray(temperature, jnp.float32)
+    total: Any = _kl_divergence(jnp.asarray(student_logits), jnp.asarray(teacher_logits), weights, temperature)
     return total, jnp.sum(weights)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _kl_divergence(temperature, student, teacher, weights):
-    return _kl_divergence_forward(temperature, student, teacher, weights)[0]
+@jax.custom_vjp
+def _kl_divergence(student, teacher, weights, temperature):
+    return _kl_divergence_forward(student, teacher, weights, temperature)[0]
 
 
-def _kl_divergence_forward(temperature, student, teacher, weights):
-    student_normalizer = _log_normalizer(student, temperature)
-    teacher_normalizer = _log_normalizer(teacher, temperature)
-    log_q = _log_softmax(student, student_normalizer, temperature)
-    log_p = _log_softmax(teacher, teacher_normalizer, temperature)
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
-    # p log(p / q) - p + q is at least 0 for each class, sums to the divergence since p and q sum to 1, and cancels
-    # the rounding error of the two normalizers; the maximum removes what rounding leaves below 0 in a single class.
-    terms = jnp.where(p > 0, p * (log_p - log_q), 0.0) - p + q
-    losses = temperature**2 * jnp.sum(jnp.maximum(terms, 0.0), axis=-1)
-    total = jnp.sum(jnp.where(weights > 0, losses * weights, 0.0))
-    return total, (student, teacher, weights, student_normalizer, teacher_normalizer)
+def _kl_divergence_forward(student, teacher, weights, temperature):
+    temperatures = column(temperature, weights, 1.0)
+    student_center = tempered_center(student, temperatures, column(1 / temperature, weights, 2.0))
+    teacher_center = tempered_center(teacher, temperatures, column(1 / temperature, weights, 3.0))
+    inverse, lowest = column(1 / temperature, weights, 4.0), column(LOWEST, weights, LOWEST - 1)
+    log_q = jnp.maximum(student.astype(jnp.float32) * inverse - student_center * inverse, lowest)
+    log_p = jnp.maximum(teacher.astype(jnp.float32) * inverse - teacher_center * inverse, lowest)
+    # p log(p / q) - p + q is at least 0 for each class, sums to the divergence since p and q sum to 1, and cancels the
+    # rounding error of the two normalizers.
+    p = jnp.exp(log_p)
+    divergences = jnp.sum(p * (log_p - log_q) - p + jnp.exp(log_q), axis=-1)
+    losses = temperature**2 * jnp.maximum(divergences, 0.0)
+    residuals = (student, teacher, weights, awaited(weights, losses), temperature, student_center, teacher_center)
+    return weighted_sum(losses, weights), residuals
 
 
-def _kl_divergence_backward(temperature, residuals, cotangent):
-    student, teacher, weights, student_normalizer, teacher_normalizer = residuals
-    q = jnp.exp(_log_softmax(student, student_normalizer, temperature))
-    p = jnp.exp(_log_softmax(teacher, teacher_normalizer, temperature))
-    scale = (temperature * cotangent * weights)[..., None]
-    gradient = jnp.where(weights[..., None] > 0, (q - p) * scale, 0.0)
-    return gradient.astype(student.dtype), None, None
+def _kl_divergence_backward(residuals, cotangent):
+    student, teacher, weights, scale, temperature, student_center, teacher_center = residuals
+    inverse = column(1 / temperature, weights, 5.0)
+    q = jnp.exp(student.astype(jnp.float32) * inverse - student_center * inverse)
+    p = jnp.exp(teacher.astype(jnp.float32) * inverse - teacher_center * inverse)
+    gradient = (q - p) * (temperature * cotangent * scale)[..., None]
+    return jnp.where(weights[..., None] > 0, gradient, 0.0).astype(student.dtype), None, None, None
 
 
 _kl_divergence.defvjp(_kl_divergence_forward, _kl_divergence_backward)
+
+
+def most_likely(logits: Array, targets: Array, weights: Array) -> Term:
+    """How often the target has the largest logit, ties included, and the number of positions; not differentiated.
+
+    Shapes as in `masked_cross_entropy`. What it reads of the logits that needs as well, where an argmax, which XLA does
+    not vectorize on a CPU, takes longer than the loss.
+    """
+    weights, logits = jnp.asarray(weights, jnp.float32), jax.lax.stop_gradient(jnp.asarray(logits))
+    targets = jnp.asarray(targets)
+    inside = (targets >= 0) & (targets < logits.shape[-1])
+    chosen = chosen_logits(logits, jnp.clip(targets, 0, logits.shape[-1] - 1))
+    hits = inside & (chosen >= row_maximum(logits)[..., 0])
+    return jnp.sum(jnp.where(weights > 0, hits * weights, 0.0)), jnp.sum(weights)
+
+
+def averaged_logits(logits: Sequence[Array], weights: Array, temperature: Array | float) -> jax.Array:
+    """Logits, float32 [..., V], whose softmax at that temperature is the mean of those of several teachers.
+
+    logits: each [..., V] of any float dtype; weights 0/1 [...]. A single teacher's come back as they are.
+    """
+    if len(logits) == 1:
+        return jnp.asarray(logits[0])
+    weights = jnp.asarray(weights, jnp.float32)
+    temperatures, inverse = column(temperature, weights, 1.0), 1 / jnp.asarray(temperature, jnp.float32)
+
+    def probabilities(one: jax.Array) -> jax.Array:
+        center = tempered_center(one, temperatures, column(inverse, weights, 2.0))
+        return jnp.exp((one.astype(jnp.float32) - center) * inverse)
+
+    mean = sum(probabilities(jnp.asarray(one)) for one in logits) / len(logits)
+    return jnp.log(mean) * jnp.asarray(temperature, jnp.float32)
+
+
+def distill_loss(
+    student_logits_BxV: Array,
+    teacher_logits: Sequence[Array],
+    targets_B: Array,
+    weights_B: Array,
+    temperature: Array | float,
+    scales: Mapping[str, Array | float],
+) -> tuple[Array, dict[str, Array]]:
+    """(loss, {"kl", "mlm", "accuracy"}): scales["kl"] * KL to the teachers + scales["mlm"] * hard loss, and the sums.
+
+    teacher_logits: one [B, V] for each teacher; the probabilities of several are averaged. A term that `scales` does
+    not name is not computed; without "kl" there need be no teacher. The sums are float32 scalars over the positions
+    whose weight is 1: T**2 * KL, cross entropy, and targets that are the most likely class. Differentiable in the
+    student's logits. Temperature and scales may be traced. Made for `blocked_losses`.
+    """
+    sums: dict[str, Array] = {}
+    if "kl" in scales:
+        teacher = jax.lax.stop_gradient(averaged_logits(teacher_logits, weights_B, temperature))
+        sums["kl"] = kl_divergence(student_logits_BxV, teacher, weights_B, temperature)[0]
+    if "mlm" in scales:
+        sums["mlm"] = masked_cross_entropy(student_logits_BxV, targets_B, weights_B)[0]
+    loss = sum((scales[name] * value for name, value in sums.items()), start=jnp.float32(0.0))
+    return loss, sums | {"accuracy": most_likely(student_logits_BxV, targets_B, weights_B)[0]}

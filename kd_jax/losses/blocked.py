@@ -1,0 +1,165 @@
+"""Losses of logits that are never all there at once: formed, used and forgotten one block of positions at a time."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kd_jax.types import Array
+
+# Adding a block's gradient to that of the table takes about as long as this many positions more in a block.
+_POSITIONS_PER_BLOCK = 16
+
+
+def blocked_losses(
+    loss_of_logits: Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]],
+    features_RxKxH: Array,
+    table_VxH: Array,
+    bias_V: Array | None,
+    per_position: Any,
+    constants: Any,
+    *,
+    block: int,
+) -> tuple[jax.Array, Any]:
+    """The losses of logits = features @ table.T + bias, of which only about `block` positions exist at a time.
+
+    loss_of_logits(logits_BxV, per_position_B, constants) -> (float32 loss, pytree of float32 sums) is called once a
+    block; its results are summed. logits are float32. per_position: pytree of arrays [R, K, ...], given as [B, ...].
+    Where K is padded to make equal blocks, features and per_position are 0, so a weight that stands there must silence
+    its position. constants: pytree of everything else that is an array; loss_of_logits must not close over traced
+    values. features and table may be bfloat16: products accumulate, and reductions are, in float32.
+
+    Differentiable in features, table and bias. The gradient of each block is computed together with its value, as
+    "cut cross entropy" and its kin do (Wijmans et al., arXiv 2411.09009), and only gradients of the size of features
+    and table are kept: memory does not grow with the number of positions times the vocabulary.
+    """
+    features_RxKxH, table_VxH = jnp.asarray(features_RxKxH), jnp.asarray(table_VxH)
+    parts = block_parts(features_RxKxH.shape[0], features_RxKxH.shape[1], block)
+    return _blocked(loss_of_logits, parts, features_RxKxH, table_VxH, bias_V, per_position, constants)
+
+
+def with_bias_inside(
+    features: jax.Array, table_VxH: jax.Array, bias_V: Array | None
+) -> tuple[jax.Array, jax.Array, Array | None]:
+    """Features [..., H], table and bias that give the same logits; in float32 the bias becomes a column of the table.
+
+    Added apart, the bias costs a pass over the logits, and on a CPU a copy of them; its gradient is another pass. In
+    other dtypes the bias would be rounded, and odd sizes do not suit the devices that compute in them.
+    """
+    if bias_V is None or features.dtype != jnp.float32:
+        return features, table_VxH, bias_V
+    table_VxI = jnp.concatenate([table_VxH.astype(jnp.float32), jnp.asarray(bias_V, jnp.float32)[:, None]], axis=1)
+    ones = jnp.ones((*features.shape[:-1], 1), jnp.float32)
+    return jnp.concatenate([features, ones], axis=-1), table_VxI, None
+
+
+def logits_of(features_BxH: jax.Array, table_VxH: jax.Array, bias_V: Array | None) -> jax.Array:
+    """features @ table.T + bias, float32 [B, V]."""
+    table_VxH = table_VxH.astype(features_BxH.dtype)
+    logits_BxV = jnp.einsum("bh,vh->bv", features_BxH, table_VxH, preferred_element_type=jnp.float32)
+    return logits_BxV if bias_V is None else logits_BxV + jnp.asarray(bias_V, jnp.float32)[None, :]
+
+
+def block_parts(rows: int, slots: int, block: int) -> tuple[int, int]:
+    """Into how many parts rows and slots are cut, (n, m), so that rows / n * ceil(slots / m) <= block.
+
+    n divides `rows`; `slots` may be padded. Of all ways the one with the least work, and of those the one that cuts the
+    fewest rows, so that rows stay on their devices. ValueError for a `block` below 1.
+    """
+    if block < 1:
+        raise ValueError(f"block: {block} positions; give at least 1")
+
+    def work(parts: tuple[int, int]) -> tuple[int, int]:
+        row_parts, slot_parts = parts
+        return rows * slot_parts * math.ceil(
+            slots / slot_parts
+        ) + _POSITIONS_PER_BLOCK * row_parts * slot_parts, row_parts
+
+    choices = []
+    for row_parts in (n for n in range(1, rows + 1) if rows % n == 0):
+        most = block // (rows // row_parts)  # slots of these rows that fit a block
+        if most:
+            choices.append((row_parts, math.ceil(slots / min(most, slots))))
+    return min(choices, key=work)
+
+
+def _split(values: jax.Array, parts: tuple[int, int]) -> jax.Array:
+    """[R, K, ...] -> [blocks, B, ...]. A block takes every n-th row, so that each device has a share of every block."""
+    row_parts, slot_parts = parts
+    rows, slots, *rest = values.shape
+    size = math.ceil(slots / slot_parts)
+    padding = [(0, 0), (0, size * slot_parts - slots)] + [(0, 0)] * len(rest)
+    cut = jnp.pad(values, padding).reshape(rows // row_parts, row_parts, slot_parts, size, *rest)
+    return jnp.moveaxis(cut, 0, 2).reshape(row_parts * slot_parts, rows // row_parts * size, *rest)
+
+
+def _join(blocks: jax.Array, parts: tuple[int, int], rows: int, slots: int) -> jax.Array:
+    """The inverse of `_split`: [blocks, B, ...] -> [R, K, ...]."""
+    row_parts, slot_parts = parts
+    rest = blocks.shape[2:]
+    cut = blocks.reshape(row_parts, slot_parts, rows // row_parts, -1, *rest)
+    return jnp.moveaxis(cut, 2, 0).reshape(rows, -1, *rest)[:, :slots]
+
+
+def _sum_over_blocks(of_block, blocks):
+    """(sums over blocks of the first result, stacked second results); without a loop when there is one block."""
+    count = jax.tree.leaves(blocks)[0].shape[0]
+    if count == 1:
+        sums, stacked = of_block(jax.tree.map(lambda leaf: leaf[0], blocks))
+        return sums, jax.tree.map(lambda leaf: leaf[None], stacked)
+    shapes, _ = jax.eval_shape(of_block, jax.tree.map(lambda leaf: leaf[0], blocks))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def body(total, block):
+        sums, stacked = of_block(block)
+        return jax.tree.map(jnp.add, total, sums), stacked
+
+    return jax.lax.scan(body, zeros, blocks)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _blocked(loss_of_logits, parts, features_RxKxH, table_VxH, bias_V, per_position, constants):
+    features_RxKxI, table_VxI, bias_V = with_bias_inside(features_RxKxH, table_VxH, bias_V)
+
+    def of_block(block):
+        features_BxI, per_position_B = block
+        return loss_of_logits(logits_of(features_BxI, table_VxI, bias_V), per_position_B, constants), None
+
+    blocks = jax.tree.map(lambda leaf: _split(jnp.asarray(leaf), parts), (features_RxKxI, per_position))
+    return _sum_over_blocks(of_block, blocks)[0]
+
+
+def _blocked_forward(loss_of_logits, parts, features_RxKxH, table_VxH, bias_V, per_position, constants):
+    hidden, dtype = features_RxKxH.shape[2], features_RxKxH.dtype
+    features_RxKxI, table_VxI, outer_bias_V = with_bias_inside(features_RxKxH, table_VxH, bias_V)
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def of_block(block):
+        features_BxI, per_position_B = block
+        logits_BxV = logits_of(features_BxI, table_VxI, outer_bias_V)
+        value, gradient_BxV = jax.value_and_grad(loss_of_logits, has_aux=True)(logits_BxV, per_position_B, constants)
+        narrow_BxV = gradient_BxV.astype(dtype)
+        by_features_BxH = product("bv,vh->bh", narrow_BxV, table_VxH.astype(dtype)).astype(dtype)
+        # [I, V], so that the small factor is the one to be transposed; the barrier keeps XLA from swapping them.
+        by_table_IxV = jax.lax.optimization_barrier(product("bi,bv->iv", features_BxI, narrow_BxV))
+        by_bias_V = None if outer_bias_V is None else jnp.sum(gradient_BxV, axis=0)
+        return (value, by_table_IxV, by_bias_V), by_features_BxH
+
+    blocks = jax.tree.map(lambda leaf: _split(jnp.asarray(leaf), parts), (features_RxKxI, per_position))
+    (value, by_table_IxV, by_bias_V), by_features = _sum_over_blocks(of_block, blocks)
+    if bias_V is not None:
+        by_bias_V = (by_table_IxV[hidden] if by_bias_V is None else by_bias_V).astype(bias_V.dtype)
+    by_table_VxH = by_table_IxV[:hidden].T.astype(table_VxH.dtype)
+    return value, (_join(by_features, parts, *features_RxKxH.shape[:2]), by_table_VxH, by_bias_V)
+
+
+def _blocked_backward(loss_of_logits, parts, gradients, cotangents):
+    del loss_of_logits, parts
+    scaled = jax.tree.map(lambda leaf: (leaf * cotangents[0]).astype(leaf.dtype), gradients)
+    return *scaled, None, None
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)
