@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ class Tensor:
     index: tuple[Any, ...] = ()  # of the part in our array: the layer, and the place in a merged projection
     inputs: int | None = None
 
-    def _their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if self.inputs is None:
             return shape
         outputs, inputs = math.prod(shape[self.inputs :]), math.prod(shape[: self.inputs])
@@ -36,7 +36,7 @@ class Tensor:
 
     def to_ours(self, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """The tensor's values as our part of that shape. Raises UserError when they do not fit."""
-        expected = self._their_shape(shape)
+        expected = self.their_shape(shape)
         if values.shape != expected:
             raise UserError(f"{self.name}: its shape is {values.shape}, the model needs {expected}; check the config")
         return values if self.inputs is None else values.T.reshape(shape)
@@ -45,7 +45,7 @@ class Tensor:
         """The inverse of `to_ours`."""
         if self.inputs is None:
             return part
-        return np.ascontiguousarray(part.reshape(self._their_shape(part.shape)[::-1]).T)
+        return np.ascontiguousarray(part.reshape(self.their_shape(part.shape)[::-1]).T)
 
 
 def _linear(
@@ -89,6 +89,24 @@ def _bert_like(config: EncoderConfig, body: str) -> Iterator[Tensor]:
         yield from _norm(f"{body}.encoder.LayerNorm", ("encoder", "final_norm"))
 
 
+def _distilbert(config: EncoderConfig) -> Iterator[Tensor]:
+    """BERT's shape without token types, under DistilBERT's names."""
+    embeddings = ("encoder", "embeddings")
+    yield Tensor("distilbert.embeddings.word_embeddings.weight", (*embeddings, "tokens"))
+    yield Tensor("distilbert.embeddings.position_embeddings.weight", (*embeddings, "positions"))
+    yield from _norm("distilbert.embeddings.LayerNorm", (*embeddings, "norm"))
+    for layer in range(config.num_layers):
+        name, index = f"distilbert.transformer.layer.{layer}", (layer,)
+        for part, projection in enumerate(("q_lin", "k_lin", "v_lin")):
+            path = (*LAYERS, "attention", "query_key_value")
+            yield from _linear(f"{name}.attention.{projection}", path, (layer, slice(None), part))
+        yield from _linear(f"{name}.attention.out_lin", (*LAYERS, "attention", "output"), index, inputs=2)
+        yield from _norm(f"{name}.sa_layer_norm", (*LAYERS, "attention_norm"), index)
+        yield from _linear(f"{name}.ffn.lin1", (*LAYERS, "mlp", "input"), index)
+        yield from _linear(f"{name}.ffn.lin2", (*LAYERS, "mlp", "output"), index)
+        yield from _norm(f"{name}.output_layer_norm", (*LAYERS, "mlp_norm"), index)
+
+
 def _modernbert(config: EncoderConfig) -> Iterator[Tensor]:
     bias, norm_bias = config.use_bias, config.norm_bias
     yield Tensor("model.embeddings.tok_embeddings.weight", ("encoder", "embeddings", "tokens"))
@@ -105,33 +123,59 @@ def _modernbert(config: EncoderConfig) -> Iterator[Tensor]:
     yield from _norm("model.final_norm", ("encoder", "final_norm"), bias=norm_bias)
 
 
+def family(config: EncoderConfig) -> str:
+    """Whose names the tensors have: bert | distilbert (BERT's shape without token types) | roberta | modernbert."""
+    return "distilbert" if config.head_style == "bert" and not config.type_vocab_size else config.head_style
+
+
+def body_map(config: EncoderConfig) -> tuple[Tensor, ...]:
+    """Every tensor of the encoder."""
+    match family(config):
+        case "bert":
+            return tuple(_bert_like(config, "bert"))
+        case "distilbert":
+            return tuple(_distilbert(config))
+        case "roberta":
+            return tuple(_bert_like(config, "roberta"))
+        case _:
+            return tuple(_modernbert(config))
+
+
+def head_map(config: EncoderConfig) -> tuple[Tensor, ...]:
+    """Every tensor of the masked-LM head, its tied decoder excepted."""
+    dense, norm, bias = ("mlm_head", "dense"), ("mlm_head", "norm"), ("mlm_head", "bias")
+    match family(config):
+        case "bert":
+            first, second, third = (
+                "cls.predictions.transform.dense",
+                "cls.predictions.transform.LayerNorm",
+                "cls.predictions",
+            )
+        case "distilbert":
+            first, second, third = "vocab_transform", "vocab_layer_norm", "vocab_projector"
+        case "roberta":
+            first, second, third = "lm_head.dense", "lm_head.layer_norm", "lm_head"
+        case _:
+            first, second, third = "head.dense", "head.norm", "decoder"
+    entries = [*_linear(first, dense, bias=config.head_bias), *_norm(second, norm, bias=config.norm_bias)]
+    return (*entries, *([Tensor(f"{third}.bias", bias)] if config.decoder_bias else []))
+
+
 def name_map(config: EncoderConfig) -> tuple[Tensor, ...]:
     """Every tensor of the masked-LM checkpoint of that shape, tied ones once."""
-    dense, norm, bias = ("mlm_head", "dense"), ("mlm_head", "norm"), ("mlm_head", "bias")
-    if config.head_style == "modernbert":
-        entries = [*_modernbert(config)]
-        entries += _linear("head.dense", dense, bias=config.head_bias)
-        entries += _norm("head.norm", norm, bias=config.norm_bias)
-        entries += [Tensor("decoder.bias", bias)] if config.decoder_bias else []
-    elif config.head_style == "bert":
-        entries = [*_bert_like(config, "bert")]
-        entries += _linear("cls.predictions.transform.dense", dense)
-        entries += _norm("cls.predictions.transform.LayerNorm", norm)
-        entries += [Tensor("cls.predictions.bias", bias)]
-    else:
-        entries = [*_bert_like(config, "roberta")]
-        entries += _linear("lm_head.dense", dense)
-        entries += _norm("lm_head.layer_norm", norm)
-        entries += [Tensor("lm_head.bias", bias)]
-    return tuple(entries)
+    return (*body_map(config), *head_map(config))
 
+
+# The body's prefix, which a checkpoint of the body alone leaves out.
+BODY = {"bert": "bert.", "distilbert": "distilbert.", "roberta": "roberta.", "modernbert": "model."}
 
 # Second names of tied tensors, and what checkpoints carry that a masked-LM does not use.
-_TIED = {
+TIED = {
     "bert": {
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     },
+    "distilbert": {"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
     "roberta": {
         "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
         "lm_head.decoder.bias": "lm_head.bias",
@@ -139,15 +183,59 @@ _TIED = {
     "modernbert": {"decoder.weight": "model.embeddings.tok_embeddings.weight"},
 }
 _UNUSED = {
-    "bert.embeddings.position_ids",
-    "bert.pooler.dense.weight",
-    "bert.pooler.dense.bias",
-    "cls.seq_relationship.weight",
-    "cls.seq_relationship.bias",
-    "roberta.embeddings.position_ids",
-    "roberta.pooler.dense.weight",
-    "roberta.pooler.dense.bias",
+    "bert": {
+        "bert.embeddings.position_ids",
+        "bert.pooler.dense.weight",
+        "bert.pooler.dense.bias",
+        "cls.seq_relationship.weight",
+        "cls.seq_relationship.bias",
+    },
+    "distilbert": set(),
+    "roberta": {
+        "roberta.embeddings.position_ids",
+        "roberta.pooler.dense.weight",
+        "roberta.pooler.dense.bias",
+    },
+    "modernbert": set(),
 }
+
+
+def canonical_names(names: Iterable[str], config: EncoderConfig) -> dict[str, str]:
+    """The name in our map -> the checkpoint's name, for spellings that differ: a body saved alone has no prefix, and
+    the first BERT checkpoints call a norm's weight and bias gamma and beta.
+    """
+    names, prefix = list(names), BODY[family(config)]
+    bare = not any(name.startswith(prefix) for name in names)
+    found = {}
+    for name in names:
+        ours = prefix + name if bare else name
+        for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
+            ours = ours.removesuffix(old) + new if ours.endswith("LayerNorm" + old) else ours
+        found[ours] = name
+    return found
+
+
+def check_names(names: Collection[str], config: EncoderConfig) -> bool:
+    """Whether a checkpoint with tensors of these (canonical) names has a masked-LM head beside its body.
+
+    Raises UserError naming the first tensor that is unknown or missing; a head is there whole or not at all.
+    """
+    kind = family(config)
+    head = {entry.name for entry in head_map(config)}
+    known = {entry.name for entry in body_map(config)} | head | TIED[kind].keys() | _UNUSED[kind]
+    for name in names:
+        if name not in known:
+            raise UserError(f"{name}: no tensor of this name in a {kind} model of this config; check the config")
+    has_head = any(name in head or name in TIED[kind] for name in names)
+    for entry in name_map(config) if has_head else body_map(config):
+        if entry.name not in names:
+            raise UserError(f"{entry.name}: the checkpoint lacks this tensor; check that it is a model of this config")
+    return has_head
+
+
+def untied(name: str, first: str) -> UserError:
+    """What to tell the user about a decoder of its own."""
+    return UserError(f"{name}: differs from {first}, and the model ties the two; tie them before importing")
 
 
 def from_huggingface(tensors: Mapping[str, np.ndarray], config: EncoderConfig) -> Params:
@@ -155,23 +243,14 @@ def from_huggingface(tensors: Mapping[str, np.ndarray], config: EncoderConfig) -
 
     Raises UserError naming the tensor that is missing, unknown, of another shape, or untied where the model ties it.
     """
-    entries, tied = name_map(config), _TIED[config.head_style]
-    names = {entry.name for entry in entries}
-    for name in tensors:
-        if name not in names and name not in tied and name not in _UNUSED:
-            raise UserError(
-                f"{name}: no tensor of this name in a {config.head_style} model of this config; check the config"
-            )
-    for name, first in tied.items():
+    if not check_names(tensors.keys(), config):
+        raise UserError(f"{head_map(config)[0].name}: the checkpoint lacks this tensor; it has no masked-LM head")
+    for name, first in TIED[family(config)].items():
         if name in tensors and first in tensors and not np.array_equal(tensors[name], tensors[first]):
-            raise UserError(f"{name}: differs from {first}, and the model ties the two; tie them before importing")
+            raise untied(name, first)
     flat: dict[tuple[str, ...], np.ndarray] = {}
     params: Params = _arrays(Functional("mlm", config).abstract(), (), flat)
-    for entry in entries:
-        if entry.name not in tensors:
-            raise UserError(
-                f"{entry.name}: the checkpoint lacks this tensor; check that it is a masked-LM of this config"
-            )
+    for entry in name_map(config):
         array = flat[entry.path]
         array[entry.index] = entry.to_ours(np.asarray(tensors[entry.name]), array[entry.index].shape)
     return params
@@ -179,8 +258,13 @@ def from_huggingface(tensors: Mapping[str, np.ndarray], config: EncoderConfig) -
 
 def to_huggingface(params: Params, config: EncoderConfig) -> dict[str, np.ndarray]:
     """The checkpoint's tensors from parameters of kind "mlm"; tied tensors stand under their first name only."""
+    return named(params, name_map(config))
+
+
+def named(params: Params, entries: Iterable[Tensor]) -> dict[str, np.ndarray]:
+    """The tensors of some entries from parameters that have them."""
     tensors = {}
-    for entry in name_map(config):
+    for entry in entries:
         array: Any = params
         for key in entry.path:
             array = array[key]
