@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 from small_models import FAMILIES, parameters, small_config
 
+from kd_jax.models import huggingface_files
 from kd_jax.models.functional import Functional
 from kd_jax.models.huggingface import BODY, from_huggingface, head_map, name_map, to_huggingface
 from kd_jax.models.huggingface_config import read_config
@@ -167,8 +168,11 @@ def test_files_that_are_not_read(tmp_path):
             TensorFiles(tmp_path)
 
 
-def test_host_memory_stays_near_the_largest_tensor(tmp_path):
-    config = config_of("bert", hidden_size=64, intermediate_size=128, num_layers=12, vocab_size=400)
+def test_host_memory_stays_near_the_largest_tensor(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        huggingface_files, "_CHUNK", 2**14
+    )  # small beside this model, as the real one is beside real ones
+    config = config_of("bert", hidden_size=64, intermediate_size=256, num_layers=16, vocab_size=6000)
     params = parameters(Functional("mlm", config))
     save_file(to_huggingface(params, config), tmp_path / SINGLE)
     load(tmp_path, config)  # compiles
@@ -177,8 +181,8 @@ def test_host_memory_stays_near_the_largest_tensor(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
-    largest = 400 * 64 * 4  # the token table; NumPy's arrays are traced, those of the devices are not
-    assert peak < 5 * largest < sum(sizes) / 3
+    largest = 6000 * 64 * 4  # the token table; NumPy's arrays are traced, those of the devices are not
+    assert peak < 1.5 * largest < sum(sizes) / 2
 
 
 def test_multilingual_e5_small(data_dir):
