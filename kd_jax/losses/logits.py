@@ -32,15 +32,21 @@ def row_maximum(logits: jax.Array) -> jax.Array:
     return jnp.max(logits.astype(jnp.float32), axis=-1, keepdims=True)
 
 
+def _finite_maximum(logits: jax.Array) -> jax.Array:
+    """The largest logit of each row, or 0 where there is no finite one."""
+    largest = row_maximum(logits)
+    return jnp.where(jnp.isfinite(largest), largest, 0.0)
+
+
 def log_normalizer(logits: jax.Array) -> jax.Array:
     """log sum exp(logits) over the last axis, float32 [..., 1]."""
-    largest = row_maximum(logits)
+    largest = _finite_maximum(logits)
     return largest + jnp.log(jnp.sum(jnp.exp(logits.astype(jnp.float32) - largest), axis=-1, keepdims=True))
 
 
 def tempered_center(logits: jax.Array, temperature: jax.Array, inverse: jax.Array) -> jax.Array:
     """The c of softmax(logits / T) = exp((logits - c) / T), float32 [..., 1]; T and 1 / T are columns [..., 1]."""
-    largest = row_maximum(logits)
+    largest = _finite_maximum(logits)
     shifted = logits.astype(jnp.float32) * inverse - largest * inverse
     return largest + temperature * jnp.log(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True))
 

@@ -1,194 +1,246 @@
-"""Teacher distributions kept as a few pieces a position, top-k or sampled, and the divergences from them.
+"""Teacher distributions kept as a few classes a position, and the divergence of the student from them.
 
-As in `logits`: (sum, weight), reduced in float32, with hand-written gradients that keep the logits and nothing else
-that is large.
-Classes of logit -inf do not exist. Positions of weight 0 may hold anything.
+Top-k keeps the k most likely classes with their probabilities; what becomes of the rest is a policy that the caller
+names. Sampling keeps n classes drawn at random with weights that make up, on average, the whole distribution.
+
+In the formulas p is the teacher's softmax(logits / T), q the student's, S the classes that are kept, and m the sum of p
+over S. Gradients are by the student's logits, written by hand, and keep nothing of the size of the vocabulary but them.
 """
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from kd_jax.losses.logits import weighted_sum
+from kd_jax.losses.logits import LOWEST, awaited, column, tempered_center, weighted_sum
 from kd_jax.types import Array, Term
 
-TAILS = ("renormalize", "bucket", "zero")
+Tail = Literal["renormalize", "bucket", "zero"]
+
+# exp of it is finite in float32; a ratio that large multiplies probabilities that are 0.
+_LARGEST_EXPONENT = 80.0
 
 
 def top_k_targets(logits_BxV: Array, k: int, temperature: Array | float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(ids int32 [B, k], log_p float32 [B, k], mass float32 [B]) of the k likeliest pieces, the likeliest first.
+    """The k most likely classes: (ids int32 [B, k], log p float32 [B, k], their mass float32 [B]).
 
-    log_p is under the softmax over all pieces at the temperature; mass is the sum of their probabilities.
+    log p is that of the whole softmax(logits / T), not of the k alone; the mass is at most 1. ids descend in
+    probability and are distinct. Raises ValueError for a k that is not in 1 ... V.
     """
-    scaled = jnp.asarray(logits_BxV).astype(jnp.float32) / temperature
-    largest, ids = jax.lax.top_k(scaled, k)
-    log_p = largest - jax.nn.logsumexp(scaled, axis=-1, keepdims=True)
-    return ids.astype(jnp.int32), log_p, jnp.sum(jnp.exp(log_p), axis=-1)
+    if not 1 <= k <= logits_BxV.shape[-1]:
+        raise ValueError(f"k: {k} is not in 1 to {logits_BxV.shape[-1]}, the number of classes")
+    center_Bx1, inverse = _center(jnp.asarray(logits_BxV), temperature)
+    values_Bxk, ids_Bxk = jax.lax.top_k(logits_BxV, k)
+    log_p_Bxk = (values_Bxk.astype(jnp.float32) - center_Bx1) * inverse
+    mass_B = jnp.minimum(jnp.sum(jnp.exp(log_p_Bxk), axis=-1), 1.0)
+    return ids_Bxk.astype(jnp.int32), log_p_Bxk, mass_B
+
+
+def _center(logits_BxV: jax.Array, temperature: Array | float) -> tuple[jax.Array, jax.Array]:
+    """The [B, 1] c of softmax(logits / T) = exp((logits - c) / T), and 1 / T."""
+    ones_B = jnp.ones(logits_BxV.shape[0], jnp.float32)
+    inverse = 1 / jnp.asarray(temperature, jnp.float32)
+    return tempered_center(logits_BxV, column(temperature, ones_B, 1.0), column(inverse, ones_B, 2.0)), inverse
 
 
 def top_k_divergence(
-    student_logits: Array,
-    ids: Array,
-    log_p: Array,
-    weights: Array,
+    student_logits_BxV: Array,
+    ids_Bxk: Array,
+    log_p_Bxk: Array,
+    weights_B: Array,
     temperature: Array | float,
-    tail: Literal["renormalize", "bucket", "zero"] | str,
+    tail: Tail,
 ) -> Term:
-    """Sum of T**2 * KL(teacher || student) from `top_k_targets` over the positions whose weight is 1, and their number.
+    """Sum of T**2 * divergence from the teacher's top-k over the positions whose weight is 1, and their number.
 
-    student_logits [..., V] of any float dtype, ids int [..., k], no piece twice, log_p [..., k], weights 0/1 [...]. With
-    q the student's softmax at temperature T, p the kept probabilities, m their sum, and K the kept pieces:
+    ids int [B, k] are distinct, log_p of any float dtype [B, k] as `top_k_targets` gives them, at the same temperature
+    T > 0, which may be traced. The policy for the teacher's mass 1 - m outside of S:
 
-    - "renormalize": sum over K of p / m * log(p / m / q); gradient T * (q - p / m). Too sure: all of the teacher's tail
-      is given to K.
-    - "bucket": sum over K of p log(p / q), plus (1 - m) log((1 - m) / (1 - q(K))): the other pieces count as one.
-      Gradient T * (q - p) on K and T * q * (1 - (1 - m) / (1 - q(K))) elsewhere. Says nothing of the order within the
-      tail, and is otherwise exact.
-    - "zero": sum over K of p log(p / q); gradient T * (m * q - p). What is missing counts for nothing; may be negative.
+    "renormalize": KL(p / m on S || q), the student being normalized over all classes. Gradient T * (q - p / m), where p
+    is 0 outside S. Biased: the mass outside is given to S, so the student learns to be surer than its teacher and to
+    leave nothing for all other classes.
 
-    At k = V all three are `kl_divergence`. Differentiable in the student's logits alone. ValueError for another tail.
+    "bucket": sum over S of p log(p / q) + (1 - m) log((1 - m) / (1 - mass of q on S)): all other classes are one.
+    Gradient T * (q - p) on S, and T * q * (1 - (1 - m) / (1 - mass of q on S)) outside. The student's mass outside is
+    drawn to the teacher's, but how it is spread there is not taught. Never above the full divergence, which it equals
+    where both spread the rest alike.
+
+    "zero": sum over S of p log(p / q). Gradient T * (m * q - p). The missing mass neither counts nor is given away, so
+    a position counts with its m; but the minimum, T**2 * m log m and so negative, is still at q = p / m: biased as
+    "renormalize" is.
+
+    With k = V, all three are `kl_divergence` up to rounding. Differentiable in the student's logits alone; -inf logits
+    have probability 0. Raises ValueError for an unknown policy.
     """
-    if tail not in TAILS:
-        raise ValueError(f"the tail policy {tail!r} is not one of {', '.join(TAILS)}")
-    weights = jnp.asarray(weights, jnp.float32)
-    log_p = jnp.asarray(log_p).astype(jnp.float32)
+    if tail not in get_args(Tail):
+        raise ValueError(f"tail: {tail!r} is unknown; use one of {', '.join(get_args(Tail))}")
+    student_logits_BxV, weights_B = jnp.asarray(student_logits_BxV), jnp.asarray(weights_B, jnp.float32)
+    ids_Bxk = jnp.clip(jnp.asarray(ids_Bxk, jnp.int32), 0, student_logits_BxV.shape[-1] - 1)
+    log_p_Bxk = jnp.maximum(jnp.asarray(log_p_Bxk, jnp.float32), LOWEST)
     temperature = jnp.asarray(temperature, jnp.float32)
-    total: Any = _top_k(tail, jnp.asarray(student_logits), jnp.asarray(ids), log_p, weights, temperature)
-    return total, jnp.sum(weights)
+    total: Any = _top_k(tail, student_logits_BxV, ids_Bxk, log_p_Bxk, weights_B, temperature)
+    return total, jnp.sum(weights_B)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _top_k(tail, logits, ids, log_p, weights, temperature):
-    return _top_k_forward(tail, logits, ids, log_p, weights, temperature)[0]
+def _top_k(tail, student_BxV, ids_Bxk, log_p_Bxk, weights_B, temperature):
+    return _top_k_forward(tail, student_BxV, ids_Bxk, log_p_Bxk, weights_B, temperature)[0]
 
 
-def _top_k_forward(tail, logits, ids, log_p, weights, temperature):
-    scaled = logits.astype(jnp.float32) / temperature
-    normalizer = jax.nn.logsumexp(scaled, axis=-1, keepdims=True)
-    log_q = jnp.take_along_axis(scaled, ids, axis=-1) - normalizer
-    mass = jnp.sum(jnp.exp(log_p), axis=-1, keepdims=True)
+def _top_k_forward(tail, student_BxV, ids_Bxk, log_p_Bxk, weights_B, temperature):
+    temperatures_Bx1 = column(temperature, weights_B, 1.0)
+    center_Bx1 = tempered_center(student_BxV, temperatures_Bx1, column(1 / temperature, weights_B, 2.0))
+    log_q_Bxk = _log_q(student_BxV, ids_Bxk, center_Bx1, temperature)
+    p_Bxk = jnp.exp(log_p_Bxk)
+    mass_Bx1 = jnp.sum(p_Bxk, axis=-1, keepdims=True)
+    # Outside S the gradient is T * outside * q, on S it is T * (inside * q - p).
+    inside_Bx1 = outside_Bx1 = jnp.ones_like(mass_Bx1)
     if tail == "renormalize":
-        log_p = log_p - jnp.log(mass)
-    p = jnp.exp(log_p)
-    losses = jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0.0), axis=-1)
-    log_rest = jnp.zeros_like(normalizer)
-    if tail == "bucket":
-        # Summed over the tail itself: 1 - q(K) would lose what is small.
-        log_rest = jax.nn.logsumexp(_without(scaled, ids), axis=-1, keepdims=True) - normalizer
-        rest = _rest(mass)
-        some = (rest > 0) & (log_rest > -jnp.inf)
-        losses += jnp.where(some, rest * (jnp.log(jnp.where(some, rest, 1.0)) - log_rest), 0.0)[..., 0]
-    total = temperature**2 * weighted_sum(losses, weights)
-    return total, (logits, ids, p, mass, weights, temperature, normalizer, log_rest)
+        log_p_Bxk, p_Bxk = log_p_Bxk - jnp.log(mass_Bx1), p_Bxk / mass_Bx1
+    elif tail == "zero":
+        inside_Bx1 = outside_Bx1 = mass_Bx1
+    divergences_B = jnp.sum(p_Bxk * (log_p_Bxk - log_q_Bxk), axis=-1)
+    if tail == "bucket" and ids_Bxk.shape[-1] < student_BxV.shape[-1]:
+        others_BxV = student_BxV.at[jnp.arange(ids_Bxk.shape[0])[:, None], ids_Bxk].set(-jnp.inf)
+        # Summed by itself: 1 - (mass of q on S) would be all rounding error where the student is sure.
+        others_center_Bx1 = tempered_center(others_BxV, temperatures_Bx1, column(1 / temperature, weights_B, 3.0))
+        log_rest_q_Bx1 = (others_center_Bx1 - center_Bx1) / temperature
+        rest_p_Bx1 = jnp.maximum(1.0 - mass_Bx1, 0.0)
+        log_ratio_Bx1 = jnp.log(rest_p_Bx1) - log_rest_q_Bx1
+        counts_Bx1 = (rest_p_Bx1 > 0) & (log_rest_q_Bx1 > -jnp.inf)
+        divergences_B += jnp.where(counts_Bx1, rest_p_Bx1 * log_ratio_Bx1, 0.0)[:, 0]
+        outside_Bx1 -= jnp.where(counts_Bx1, jnp.exp(jnp.minimum(log_ratio_Bx1, _LARGEST_EXPONENT)), 0.0)
+    if tail != "zero":
+        divergences_B = jnp.maximum(divergences_B, 0.0)
+    losses_B = temperature**2 * divergences_B
+    scale_B = awaited(weights_B, losses_B)
+    kept = (student_BxV, ids_Bxk, p_Bxk, weights_B, scale_B, temperature, center_Bx1, inside_Bx1, outside_Bx1)
+    return weighted_sum(losses_B, weights_B), kept
 
 
-def _top_k_backward(tail, residuals, cotangent):
-    logits, ids, p, mass, weights, temperature, normalizer, log_rest = residuals
-    q = jnp.exp(logits.astype(jnp.float32) / temperature - normalizer)
-    if tail == "bucket":
-        rest = _rest(mass)
-        some = (rest > 0) & (log_rest > -jnp.inf)
-        outside = jnp.where(some, 1 - rest / jnp.exp(jnp.where(some, log_rest, 0.0)), 1.0)
-        on_kept = jnp.take_along_axis(q, ids, axis=-1)
-        gradient = _added(q * outside, ids, on_kept * (1 - outside) - p)
-    else:
-        gradient = _added(q * mass if tail == "zero" else q, ids, -p)
-    return *_scaled(gradient, logits, weights, temperature, cotangent), None, None, None, None
+def _top_k_backward(tail, kept, cotangent):
+    del tail
+    student_BxV, ids_Bxk, p_Bxk, weights_B, scale_B, temperature, center_Bx1, inside_Bx1, outside_Bx1 = kept
+    counts_Bx1, scale_Bx1 = weights_B[:, None] > 0, (temperature * cotangent * scale_B)[:, None]
+    inverse_Bx1 = column(1 / temperature, weights_B, 4.0)
+    q_BxV = jnp.exp(student_BxV.astype(jnp.float32) * inverse_Bx1 - center_Bx1 * inverse_Bx1)
+    q_Bxk = jnp.exp(_log_q(student_BxV, ids_Bxk, center_Bx1, temperature))
+    gradient_BxV = jnp.where(counts_Bx1, q_BxV * (outside_Bx1 * scale_Bx1), 0.0)
+    on_kept_Bxk = jnp.where(counts_Bx1, (inside_Bx1 * q_Bxk - p_Bxk) * scale_Bx1, 0.0)
+    gradient_BxV = gradient_BxV.at[jnp.arange(ids_Bxk.shape[0])[:, None], ids_Bxk].set(on_kept_Bxk)
+    return gradient_BxV.astype(student_BxV.dtype), None, None, None, None
 
 
 _top_k.defvjp(_top_k_forward, _top_k_backward)
 
 
+def _log_q(student_BxV, ids_Bxk, center_Bx1, temperature):
+    """log q of the kept classes, float32 [B, k]."""
+    chosen_Bxk = jnp.take_along_axis(student_BxV, ids_Bxk, axis=-1).astype(jnp.float32)
+    return jnp.maximum((chosen_Bxk - center_Bx1) / temperature, LOWEST)
+
+
 def sampled_targets(
     uniforms_Bxn: Array, logits_BxV: Array, samples: int, power: float, temperature: Array | float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(ids int32 [B, n], weights float32 [B, n], entropy float32 [B]): an unbiased sample of softmax(logits / T) = p.
+    """Classes drawn with replacement: (ids int32 [B, n], weights float32 [B, n], entropy of p float32 [B]).
 
-    n = samples draws with replacement from a proposal r that goes with p ** power, each of weight p / r / n (importance
-    sampling; Anshumann et al. 2025, arXiv 2503.16870), so that the sum of weights times one-hot vectors has the mean p.
-    uniforms in [0, 1) decide on the draws. entropy, in nats, is that of p.
+    They are drawn from a proposal that is proportional to p ** power, and weighted with p / proposal / n, so that the
+    weighted sum of their one-hot vectors is p on average: random sampling distillation (Anshumann et al., arXiv
+    2503.16870), without making the weights of a position sum to 1, which would bias them. power 1 gives every sample
+    the weight 1 / n; less than 1 draws rare classes more often. entropy is in nats, at the temperature.
+
+    uniforms: float32 in [0, 1), one a sample, so that what is drawn does not depend on how positions are batched; a
+    class is found by inverting the cumulated proposal, to an accuracy of about 2**-23. They may also be drawn one in
+    each n-th part of [0, 1), which keeps the estimates unbiased and makes them vary less. Raises ValueError when their
+    shape is not [B, samples].
     """
-    scaled = jnp.asarray(logits_BxV).astype(jnp.float32) / temperature
-    log_p = jax.nn.log_softmax(scaled, axis=-1)
-    log_r = jax.nn.log_softmax(power * scaled, axis=-1)
-    cumulated = jnp.cumsum(jnp.exp(log_r), axis=-1)
-    # Scaled to the last sum, which rounding keeps from being 1, so that no draw falls behind the last piece.
-    places = jnp.asarray(uniforms_Bxn)[:, :samples] * cumulated[:, -1:]
-    ids = jax.vmap(partial(jnp.searchsorted, side="right"))(cumulated, places)
-    ids = jnp.minimum(ids, scaled.shape[-1] - 1).astype(jnp.int32)
-    weights = jnp.exp(jnp.take_along_axis(log_p - log_r, ids, axis=-1)) / samples
-    p = jnp.exp(log_p)
-    return ids, weights, -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
+    logits_BxV, uniforms_Bxn = jnp.asarray(logits_BxV), jnp.asarray(uniforms_Bxn, jnp.float32)
+    if uniforms_Bxn.shape != (logits_BxV.shape[0], samples) or samples < 1:
+        raise ValueError(f"uniforms: {uniforms_Bxn.shape} is not [{logits_BxV.shape[0]}, samples = {samples}]")
+    center_Bx1, inverse = _center(logits_BxV, temperature)
+    log_p_BxV = jnp.maximum((logits_BxV.astype(jnp.float32) - center_Bx1) * inverse, LOWEST)
+    entropy_B = -jnp.sum(jnp.exp(log_p_BxV) * log_p_BxV, axis=-1)
+    log_proposal_BxV = power * log_p_BxV
+    log_proposal_BxV = log_proposal_BxV - jax.nn.logsumexp(log_proposal_BxV, axis=-1, keepdims=True)
+    ids_Bxn = _invert(uniforms_Bxn, jnp.where(log_p_BxV > LOWEST, jnp.exp(log_proposal_BxV), 0.0))
+    log_ratio_Bxn = jnp.take_along_axis(log_p_BxV - log_proposal_BxV, ids_Bxn, axis=-1)
+    return ids_Bxn, jnp.exp(log_ratio_Bxn) / samples, entropy_B
+
+
+def _invert(uniforms_Bxn: jax.Array, masses_BxV: jax.Array, size: int = 64) -> jax.Array:
+    """int32 [B, n]: the class in which each uniform share of the cumulated masses lies, never one of mass 0.
+
+    In two steps, sums of `size` classes and the classes in one of them: cumulating all classes would take longer than
+    the teacher's logits.
+    """
+    rows, classes = masses_BxV.shape
+    masses_BxGxS = jnp.pad(masses_BxV, ((0, 0), (0, -classes % size))).reshape(rows, -1, size)
+    sums_BxG = jnp.cumsum(jnp.sum(masses_BxGxS, axis=-1), axis=-1)
+    wanted_Bxn = uniforms_Bxn * sums_BxG[:, -1:]
+    group_Bxn = jax.vmap(_first_above)(sums_BxG, wanted_Bxn)
+    before_Bxn = jnp.take_along_axis(jnp.pad(sums_BxG, ((0, 0), (1, 0))), group_Bxn, axis=-1)
+    inside_BxnxS = jnp.cumsum(jnp.take_along_axis(masses_BxGxS, group_Bxn[:, :, None], axis=1), axis=-1)
+    place_Bxn = jax.vmap(jax.vmap(_first_above))(inside_BxnxS, (wanted_Bxn - before_Bxn)[:, :, None])[:, :, 0]
+    return jnp.minimum(group_Bxn * size + place_Bxn, classes - 1).astype(jnp.int32)
+
+
+def _first_above(cumulated: jax.Array, wanted: jax.Array) -> jax.Array:
+    """The first index whose cumulated mass is above each wanted one; where rounding leaves none, the last with mass."""
+    last = cumulated[-1]
+    below = jnp.nextafter(last, jnp.zeros_like(last))
+    return jnp.searchsorted(cumulated, jnp.minimum(wanted, below), side="right")
 
 
 def sampled_divergence(
-    student_logits: Array, ids: Array, sample_weights: Array, entropy: Array, weights: Array, temperature: Array | float
+    student_logits_BxV: Array,
+    ids_Bxn: Array,
+    sample_weights_Bxn: Array,
+    entropy_B: Array,
+    weights_B: Array,
+    temperature: Array | float,
 ) -> Term:
-    """Sum of an unbiased estimate of T**2 * KL(teacher || student) from `sampled_targets`, and the number of positions.
+    """Sum of T**2 * (-entropy - sum of sample weight * log q) over the positions whose weight is 1, and their number.
 
-    student_logits [..., V] of any float dtype, ids int [..., n] (a piece may stand there several times), sample_weights
-    w [..., n], entropy [...], weights 0/1 [...]. The estimate is -sum of w log q - entropy, its gradient in the logits
-    T * (sum(w) * q - sum of w times one-hot), unbiased as well; a single one may be negative. Differentiable in the
-    student's logits alone.
+    On average over the draws of `sampled_targets`, at the same temperature T, this is T**2 * KL(p || q) and its
+    gradient T * (sum of sample weights * q - sample weights at their classes) is T * (q - p); a single draw may be
+    negative. ids int [B, n] may repeat; sample weights and entropy are of any float dtype. T may be traced.
+    Differentiable in the student's logits alone.
     """
-    weights, temperature = jnp.asarray(weights, jnp.float32), jnp.asarray(temperature, jnp.float32)
-    w = jnp.asarray(sample_weights).astype(jnp.float32)
-    logits, ids = jnp.asarray(student_logits), jnp.asarray(ids)
-    total: Any = _sampled(logits, ids, w, jnp.asarray(entropy, jnp.float32), weights, temperature)
-    return total, jnp.sum(weights)
+    student_logits_BxV, weights_B = jnp.asarray(student_logits_BxV), jnp.asarray(weights_B, jnp.float32)
+    ids_Bxn = jnp.clip(jnp.asarray(ids_Bxn, jnp.int32), 0, student_logits_BxV.shape[-1] - 1)
+    sample_weights_Bxn = jnp.asarray(sample_weights_Bxn, jnp.float32)
+    entropy_B, temperature = jnp.asarray(entropy_B, jnp.float32), jnp.asarray(temperature, jnp.float32)
+    total: Any = _sampled(student_logits_BxV, ids_Bxn, sample_weights_Bxn, entropy_B, weights_B, temperature)
+    return total, jnp.sum(weights_B)
 
 
 @jax.custom_vjp
-def _sampled(logits, ids, w, entropy, weights, temperature):
-    return _sampled_forward(logits, ids, w, entropy, weights, temperature)[0]
+def _sampled(student_BxV, ids_Bxn, sample_weights_Bxn, entropy_B, weights_B, temperature):
+    return _sampled_forward(student_BxV, ids_Bxn, sample_weights_Bxn, entropy_B, weights_B, temperature)[0]
 
 
-def _sampled_forward(logits, ids, w, entropy, weights, temperature):
-    scaled = logits.astype(jnp.float32) / temperature
-    normalizer = jax.nn.logsumexp(scaled, axis=-1, keepdims=True)
-    log_q = jnp.take_along_axis(scaled, ids, axis=-1) - normalizer
-    losses = -jnp.sum(jnp.where(w > 0, w * log_q, 0.0), axis=-1) - entropy
-    return temperature**2 * weighted_sum(losses, weights), (logits, ids, w, weights, temperature, normalizer)
+def _sampled_forward(student_BxV, ids_Bxn, sample_weights_Bxn, entropy_B, weights_B, temperature):
+    temperatures_Bx1 = column(temperature, weights_B, 1.0)
+    center_Bx1 = tempered_center(student_BxV, temperatures_Bx1, column(1 / temperature, weights_B, 2.0))
+    log_q_Bxn = _log_q(student_BxV, ids_Bxn, center_Bx1, temperature)
+    losses_B = temperature**2 * (-entropy_B - jnp.sum(sample_weights_Bxn * log_q_Bxn, axis=-1))
+    scale_B = awaited(weights_B, losses_B)
+    kept = (student_BxV, ids_Bxn, sample_weights_Bxn, weights_B, scale_B, temperature, center_Bx1)
+    return weighted_sum(losses_B, weights_B), kept
 
 
-def _sampled_backward(residuals, cotangent):
-    logits, ids, w, weights, temperature, normalizer = residuals
-    q = jnp.exp(logits.astype(jnp.float32) / temperature - normalizer)
-    gradient = _added(q * jnp.sum(w, axis=-1, keepdims=True), ids, -w)
-    return *_scaled(gradient, logits, weights, temperature, cotangent), None, None, None, None, None
+def _sampled_backward(kept, cotangent):
+    student_BxV, ids_Bxn, sample_weights_Bxn, weights_B, scale_B, temperature, center_Bx1 = kept
+    counts_Bx1, scale_Bx1 = weights_B[:, None] > 0, (temperature * cotangent * scale_B)[:, None]
+    inverse_Bx1 = column(1 / temperature, weights_B, 4.0)
+    q_BxV = jnp.exp(student_BxV.astype(jnp.float32) * inverse_Bx1 - center_Bx1 * inverse_Bx1)
+    total_Bx1 = jnp.sum(sample_weights_Bxn, axis=-1, keepdims=True)
+    gradient_BxV = jnp.where(counts_Bx1, q_BxV * (total_Bx1 * scale_Bx1), 0.0)
+    drawn_Bxn = jnp.where(counts_Bx1, sample_weights_Bxn * scale_Bx1, 0.0)
+    gradient_BxV = gradient_BxV.at[jnp.arange(ids_Bxn.shape[0])[:, None], ids_Bxn].add(-drawn_Bxn)
+    return gradient_BxV.astype(student_BxV.dtype), None, None, None, None, None
 
 
 _sampled.defvjp(_sampled_forward, _sampled_backward)
-
-
-def _rest(mass: jax.Array) -> jax.Array:
-    """1 - mass, and exactly 0 where only rounding is left of it."""
-    rest = 1 - mass
-    return jnp.where(rest > 1e-6, rest, 0.0)
-
-
-def _rows(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The values as [rows, last axis], and the row numbers as a column."""
-    flat = values.reshape(-1, values.shape[-1])
-    return flat, jnp.arange(flat.shape[0])[:, None]
-
-
-def _without(values: jax.Array, ids: jax.Array) -> jax.Array:
-    """-inf in the places ids [..., k] of each row."""
-    flat, row = _rows(values)
-    return flat.at[row, ids.reshape(-1, ids.shape[-1])].set(-jnp.inf).reshape(values.shape)
-
-
-def _added(values: jax.Array, ids: jax.Array, more: jax.Array) -> jax.Array:
-    """values [..., V] plus more [..., k] in the places ids [..., k]."""
-    flat, row = _rows(values)
-    places, more = ids.reshape(-1, ids.shape[-1]), more.reshape(-1, ids.shape[-1])
-    return flat.at[row, places].add(more).reshape(values.shape)
-
-
-def _scaled(gradient, logits, weights, temperature, cotangent):
-    """The gradient in the logits, nothing where the weight is 0, as the only element."""
-    scale = (temperature * cotangent * weights)[..., None]
-    return (jnp.where(weights[..., None] > 0, gradient * scale, 0.0).astype(logits.dtype),)
