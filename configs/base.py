@@ -176,9 +176,18 @@ def get_config() -> ConfigDict:
     config.cache_part = 0  # several machines may write one cache: this one writes every cache_parts-th part,
     config.cache_parts = 1  # beginning with cache_part
 
+    # What `import_model` reads: a model of `transformers`, whose tokenizer config.prepared was made with.
+    config.import_model = ConfigDict(
+        {
+            "path": "",  # folder with config.json and safetensors, or a name on the hub; ${VARIABLE} is filled in
+            "revision": "",  # of a model on the hub: branch, tag or commit; empty takes its main branch
+        }
+    )
+
     config.pretrain = job()
     config.pretrain.model = "teacher"  # teacher | student: which encoder is trained
     config.pretrain.init_from = ""  # workdir of a pretrain run to continue from, with a fresh optimizer
+    config.train_body = True  # pretrain: False trains the masked-LM head alone, without weight decay or the tied table
     config.adapt = (
         job()
     )  # the study's second stage for the adapted teacher: pretrain on task text from the generic teacher

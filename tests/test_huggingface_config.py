@@ -72,7 +72,9 @@ def test_there_and_back(name):
     config = EncoderConfig(**PRESETS[name] | {"vocab_size": PRESETS[name]["vocab_size"] or 50})
     values = json.loads(json.dumps(their_config(config)))
     back = EncoderConfig(**encoder_values(values, "x"))
-    assert dataclasses.replace(back, scan=config.scan, remat=config.remat) == config
+    for field in dataclasses.fields(config):
+        if config.reads(field.name) and field.name not in ("scan", "remat"):
+            assert getattr(back, field.name) == getattr(config, field.name), field.name
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from kd_jax.data.tokenizer import Tokenizer
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
 from kd_jax.models.huggingface_config import read_config
-from kd_jax.models.huggingface_files import TensorFiles, load_params
+from kd_jax.models.huggingface_files import TensorFiles, check_files, load_params
 from kd_jax.trainer.mesh import make_mesh, shardings
 
 torch = pytest.importorskip("torch", reason="parity needs PyTorch")
@@ -26,10 +26,8 @@ def test_multilingual_e5_small_padded_and_packed(data_dir):
         make_mesh(ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})), model.logical_axes(), model.abstract()
     )
     with TensorFiles(folder) as files:
-        params, has_head = load_params(
-            files, config, layout, stored_vocab_size=config.vocab_size, head_key=jax.random.key(0)
-        )
-    assert not has_head
+        assert not check_files(files, config, stored_vocab_size=config.vocab_size)
+        params = load_params(files, config, layout, stored_vocab_size=config.vocab_size, head_key=jax.random.key(0))
     ids = [[tokenizer.cls_id, *one, tokenizer.sep_id] for one in tokenizer.encode(TEXTS)]
 
     theirs = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, add_pooling_layer=False).eval()

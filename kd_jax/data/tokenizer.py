@@ -30,7 +30,7 @@ _USUAL_NAMES = {
 }
 _CHUNK = 4096  # texts that are encoded at a time
 _COVERAGE = 0.9998  # of the characters of the training texts; the rest becomes <unk>
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 class Tokenizer:
@@ -250,7 +250,7 @@ def _read_wordpiece(path: Path) -> tokenizers.Tokenizer:
 
 
 def _from_hub(name: str) -> tokenizers.Tokenizer:
-    if not _HUB_NAME.fullmatch(name):
+    if not HUB_NAME.fullmatch(name):
         raise UserError(f"{name}: there is no such file or folder; name a tokenizer's folder or its name on the hub")
     from transformers import AutoTokenizer  # takes seconds to import, which folders need not pay
 

@@ -64,6 +64,8 @@ def lineage(checkpoint: str) -> dict:
     who = {"student": "scratch", "transfer_set": "", "teacher": "", "seed": config.seed}
     if start:
         encoder = trained.run_config(start, "finetune.init_from")
+        if "import_model" in encoder:
+            return who | {"student": "imported", "teacher": pathlib.Path(start).name}
         distilled = "distill" in encoder
         who["student"] = "distilled" if distilled else "mlm"
         who["transfer_set"] = f"task_share={encoder.transfer.task_share:g}"

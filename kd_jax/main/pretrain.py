@@ -3,8 +3,10 @@
 python -m kd_jax.main.pretrain --config=configs/FILE.py --workdir=DIR --config.prepared=DIR
 """
 
+import dataclasses
 import pathlib
 
+import jax
 from ml_collections import ConfigDict
 
 from kd_jax.config import require
@@ -12,8 +14,14 @@ from kd_jax.data.prepared import Prepared
 from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.main import command, masked_lm, trained
 from kd_jax.main.training import JobPhase
+from kd_jax.models.encoder_config import EncoderConfig, encoder_config
+from kd_jax.models.functional import Functional
+from kd_jax.steps.objective import Objective
 from kd_jax.steps.pretrain import make_pretrain_objective
 from kd_jax.trainer.mesh import make_mesh
+
+# Fields of an encoder that may change when training goes on: how it is initialized, regularized and laid out.
+_FREE = ("initializer_range", "dropout", "attention_dropout", "scan", "remat")
 
 
 def keys(config: ConfigDict) -> tuple[str, ...]:
@@ -21,11 +29,12 @@ def keys(config: ConfigDict) -> tuple[str, ...]:
     which = config.pretrain.model
     require(which in ("teacher", "student"), "pretrain.model", f"{which!r} is unknown", "use teacher or student")
     vocabulary = ("vocabulary",) if which == "student" else ()  # a teacher has the tokenizer's
-    return ("prepared", "seed", "transfer", "masking", which, "pretrain", "compute_dtype", *vocabulary)
+    body = () if config.train_body else ("train_body",)
+    return ("prepared", "seed", "transfer", "masking", which, "pretrain", "compute_dtype", *vocabulary, *body)
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Trains config.teacher or config.student (config.pretrain.model) with the masked-LM loss."""
+    """Trains config.teacher or config.student (config.pretrain.model), or its head alone, with the masked-LM loss."""
     names = keys(config)
     which, start = config.pretrain.model, config.pretrain.init_from
     prepared = Prepared(config.prepared)
@@ -35,6 +44,12 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     model = masked_lm.encoder_model(config[which], prepared, config.compute_dtype, which)
     if start:
         trained.check_tokenizer(start, prepared, "pretrain.init_from")
+        check_shape(model.config, start, prepared, which)
+    objective = make_pretrain_objective
+    if not config.train_body:
+        objective = make_head_objective
+        config = config.copy_and_resolve_references()
+        config.pretrain.weight_decay = 0.0  # it would move a body without gradients
     masked_lm.train(
         config,
         workdir,
@@ -43,9 +58,34 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         command="pretrain",
         keys=names,
         model=model,
-        phases=(JobPhase(0, make_pretrain_objective, (model,), dict),),
+        phases=(JobPhase(0, objective, (model,), dict),),
         init=(lambda _: trained.trained_params(start, model, mesh)) if start else None,
     )
+
+
+def check_shape(shape: EncoderConfig, start: str, prepared: Prepared, which: str) -> None:
+    """Raises UserError where config.teacher or config.student computes something else than the model it starts from."""
+    saved = encoder_config(trained.encoder_block(start, "pretrain.init_from").to_dict(), prepared.tokenizer.vocab_size)
+    for field in dataclasses.fields(shape):
+        mine, theirs = getattr(shape, field.name), getattr(saved, field.name)
+        require(
+            mine == theirs or field.name in _FREE or not shape.reads(field.name),
+            f"{which}.{field.name}",
+            f"it is {mine!r}, and {start}, which the run starts from, has {theirs!r}",
+            f"set it to {theirs!r}, or start from another run",
+        )
+
+
+def make_head_objective(model: Functional) -> Objective:
+    """The masked-LM objective as a function of the head alone; a body at rest has no dropout."""
+    whole = make_pretrain_objective(model)
+
+    def loss(params, frozen, batch, key, scales, progress):
+        del key
+        still = {**params, "encoder": jax.lax.stop_gradient(params["encoder"])}
+        return whole.loss(still, frozen, batch, None, scales, progress)  # type: ignore[arg-type]
+
+    return dataclasses.replace(whole, loss=loss)
 
 
 if __name__ == "__main__":

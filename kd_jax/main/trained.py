@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from kd_jax.config import from_dict
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.rows import MANIFEST
+from kd_jax.data.tokenizer import Tokenizer
 from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.models.functional import Functional
 from kd_jax.trainer.checkpoint import load_params
@@ -28,11 +29,11 @@ def run_config(workdir: str | pathlib.Path, key: str) -> ConfigDict:
 
 
 def encoder_block(workdir: str | pathlib.Path, key: str) -> ConfigDict:
-    """The encoder keys of the model that a pretrain or distill run trained."""
+    """The encoder keys of the model that a pretrain or distill run trained, or that import_model read."""
     config = run_config(workdir, key)
-    which = config.pretrain.model if "pretrain" in config else "student"
+    which = config.pretrain.model if "pretrain" in config else "teacher" if "import_model" in config else "student"
     if which not in config:
-        raise UserError(f"config.{key}: {workdir} is no pretrain or distill run; give the workdir of one")
+        raise UserError(f"config.{key}: {workdir} is no pretrain, distill or import_model run; give the workdir of one")
     return config[which]
 
 
@@ -55,13 +56,16 @@ def check_tokenizer(workdir: str | pathlib.Path, prepared: Prepared, key: str) -
 def _first_difference(workdir: str | pathlib.Path, prepared: Prepared, key: str) -> str:
     """Where the two token maps part, as far as the run's own prepared folder is still there to be read."""
     folder = pathlib.Path(run_config(workdir, key).prepared)
-    if not (folder / MANIFEST).is_file():
-        return ""
-    theirs, ours = Prepared(folder).tokenizer.tokens(), prepared.tokenizer.tokens()
-    for place, (one, other) in enumerate(itertools.zip_longest(theirs, ours)):
+    return first_difference(Prepared(folder).tokenizer, prepared.tokenizer) if (folder / MANIFEST).is_file() else ""
+
+
+def first_difference(theirs: Tokenizer, ours: Tokenizer) -> str:
+    """The first id that two tokenizers read differently, as the end of a message."""
+    pieces = theirs.tokens(), ours.tokens()
+    for place, (one, other) in enumerate(itertools.zip_longest(*pieces)):
         if one != other:
             names = " and ".join("nothing" if token is None else repr(token) for token in (one, other))
-            return f": id {place} stands for {names} ({len(theirs)} and {len(ours)} pieces)"
+            return f": id {place} stands for {names} ({len(pieces[0])} and {len(pieces[1])} pieces)"
     return ": the pieces are the same, but text is normalized or split in another way"
 
 

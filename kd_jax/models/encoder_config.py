@@ -94,6 +94,12 @@ class EncoderConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
+    def reads(self, field: str) -> bool:
+        """Whether a field decides what this encoder computes from its parameters, or how it is trained."""
+        if field in ("global_theta", "local_theta") and self.positions == "learned":
+            return False
+        return field not in ("local_window", "local_theta") or self.global_every > 1
+
     def is_global(self, layer: int) -> bool:
         """Whether that layer attends to the whole text rather than inside the local window."""
         return layer % self.global_every == 0

@@ -222,19 +222,12 @@ def their_config(config: EncoderConfig) -> dict[str, Any]:
     values = _modernbert_config(config) if kind == "modernbert" else _bert_config(config, kind)
     back = encoder_values(values, "the exported config")
     for key, value in back.items():
-        if key not in ("scan", "remat") and value != getattr(config, key) and not _is_unused(config, key):
+        if key not in ("scan", "remat") and value != getattr(config, key) and config.reads(key):
             raise UserError(
                 f"encoder.{key}: it is {getattr(config, key)!r}, and a {values['model_type']} model of `transformers` "
                 f"has {value!r}; it cannot be exported"
             )
     return values
-
-
-def _is_unused(config: EncoderConfig, key: str) -> bool:
-    """A field that this encoder does not read."""
-    if key in ("global_theta", "local_theta") and config.positions == "learned":
-        return True
-    return key in ("local_window", "local_theta") and config.global_every == 1
 
 
 def _bert_config(config: EncoderConfig, kind: str) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from kd_jax.types import Params, UserError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
 
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _CHUNK = 2**20  # elements that are converted or compared at a time
@@ -51,15 +50,12 @@ class TensorFiles(contextlib.AbstractContextManager):
             return
         index = self.folder / INDEX
         if not index.is_file():
-            other = [name for name in _PICKLES if (self.folder / name).is_file()]
-            if other:
-                raise UserError(
-                    f"{self.folder}: has {other[0]} but no {SINGLE}, and only safetensors are read, since a pickle may "
-                    'run code; convert it once where PyTorch is installed: python -c "from transformers import '
-                    f"AutoModelForMaskedLM as M; M.from_pretrained('{self.folder}').save_pretrained('CONVERTED')\", "
-                    "and import CONVERTED with the tokenizer's files copied into it"
-                )
-            raise UserError(f"{self.folder}: holds no {SINGLE}; name a folder that `save_pretrained` wrote")
+            raise UserError(
+                f"{self.folder}: holds no {SINGLE}, and only safetensors are read, since a pickle (pytorch_model.bin) "
+                'may run code; convert the model once where PyTorch is installed, python -c "from transformers import '
+                f"AutoModelForMaskedLM as M; M.from_pretrained('{self.folder}').save_pretrained('CONVERTED')\", and "
+                "copy the tokenizer's files into CONVERTED"
+            )
         try:
             places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             by_file: dict[str, set[str]] = defaultdict(set)
@@ -126,30 +122,38 @@ class TensorFiles(contextlib.AbstractContextManager):
         return all(np.array_equal(self.read(name, (part,)), self.read(other, (part,))) for part in parts)
 
 
-def load_params(
-    files: TensorFiles, config: EncoderConfig, shardings: Any, *, stored_vocab_size: int, head_key: jax.Array
-) -> tuple[Params, bool]:
-    """(float32 parameters of kind "mlm" on the devices, whether the files had a masked-LM head).
-
-    shardings: a NamedSharding for each parameter. Without a head it is drawn from `head_key`, tied as all heads are.
-    Of the `stored_vocab_size` rows of the token table the first config.vocab_size are taken: some tables are padded.
-    On the host there is at most one layer's part of a parameter or one tensor at a time; a tensor that is stored as we
-    hold it is read only in the parts that lie on this process's devices.
+def check_files(files: TensorFiles, config: EncoderConfig, *, stored_vocab_size: int) -> bool:
+    """Whether the files hold a masked-LM head beside the body; see `load_params` for the arguments.
 
     Raises UserError naming the tensor that is missing, unknown, of another shape, or untied.
     """
     names = canonical_names(files.names(), config)
     has_head = check_names(names.keys(), config)
-    entries = [entry for entry in name_map(config) if entry.name in names]
-    abstract = Functional("mlm", config).abstract()
     reader = _Reader(files, names, config.vocab_size, stored_vocab_size)
-    for entry in entries:  # before anything is read
+    abstract = Functional("mlm", config).abstract()
+    for entry in reader.entries(config):
         reader.check(entry, _part_shape(entry, _at(abstract, entry.path).shape))
     for name, first in TIED[family(config)].items():
         if name in names and first in names and not files.equal(names[name], names[first]):
             raise untied(name, first)
+    return has_head
+
+
+def load_params(
+    files: TensorFiles, config: EncoderConfig, shardings: Any, *, stored_vocab_size: int, head_key: jax.Array
+) -> Params:
+    """Float32 parameters of kind "mlm" on the devices, of files that `check_files` has passed.
+
+    shardings: a NamedSharding for each parameter. Without a head it is drawn from `head_key`, tied as all heads are.
+    Of the `stored_vocab_size` rows of the token table the first config.vocab_size are taken: some tables are padded.
+    On the host there is at most one layer's part of a parameter or one tensor at a time; a tensor that is stored as we
+    hold it is read only in the parts that lie on this process's devices.
+    """
+    names = canonical_names(files.names(), config)
+    reader = _Reader(files, names, config.vocab_size, stored_vocab_size)
+    abstract = Functional("mlm", config).abstract()
     by_path: dict[tuple[str, ...], list[Tensor]] = defaultdict(list)
-    for entry in entries:
+    for entry in reader.entries(config):
         by_path[entry.path].append(entry)
     params: Params = {}
     for path, of_path in by_path.items():
@@ -157,10 +161,10 @@ def load_params(
         stacked = path[: len(LAYERS)] == LAYERS
         leaf = _stacked(reader, of_path, shape, sharding) if stacked else reader.place(of_path[0], shape, sharding)
         _put(params, path, leaf)
-    if not has_head:
+    if "mlm_head" not in params:
         draw = jax.jit(lambda key: Functional("mlm", config).init(key)["mlm_head"], out_shardings=shardings["mlm_head"])
         params["mlm_head"] = draw(head_key)
-    return params, has_head
+    return params
 
 
 class _Reader:
@@ -168,6 +172,10 @@ class _Reader:
 
     def __init__(self, files: TensorFiles, names: dict[str, str], rows: int, stored_rows: int):
         self.files, self.names, self.rows, self.stored_rows = files, names, rows, stored_rows
+
+    def entries(self, config: EncoderConfig) -> list[Tensor]:
+        """What of the map the files have."""
+        return [entry for entry in name_map(config) if entry.name in self.names]
 
     def _has_vocabulary(self, entry: Tensor) -> bool:
         return entry.path in (("encoder", "embeddings", "tokens"), ("mlm_head", "bias"))

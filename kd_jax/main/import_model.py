@@ -1,0 +1,133 @@
+"""Reads a model of `transformers` into the directory of a run, from which others start or distill.
+
+python -m kd_jax.main.import_model --config=configs/FILE.py --workdir=DIR \\
+    --config.prepared=DIR --config.import_model.path=FOLDER_OR_HUB_NAME
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from kd_jax.config import EXECUTION_KEYS, identity, require, to_dict
+from kd_jax.data.files import fill_path
+from kd_jax.data.prepared import Prepared
+from kd_jax.data.tokenizer import HUB_NAME, Tokenizer
+from kd_jax.main import command, trained
+from kd_jax.models.encoder_config import EncoderConfig
+from kd_jax.models.functional import Functional, parameter_count
+from kd_jax.models.huggingface_config import read_config
+from kd_jax.models.huggingface_files import TensorFiles, check_files, load_params
+from kd_jax.trainer.checkpoint import FOLDER, Checkpoints
+from kd_jax.trainer.mesh import make_mesh, shardings
+from kd_jax.trainer.run_directory import RunDirectory
+from kd_jax.trainer.state import params_fingerprint
+from kd_jax.types import UserError
+
+KEY = "import_model.path"
+# Of a repository on the hub: its own files, not the copies for other programs in folders of theirs.
+_WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")
+
+
+def keys(config: ConfigDict) -> tuple[str, ...]:
+    """The config keys that decide what this command writes."""
+    del config
+    return ("prepared", "seed", "import_model")
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Checks everything, then writes a finished run whose checkpoint of step 0 holds the model's parameters."""
+    block = config.import_model
+    require(bool(block.path), KEY, "it is empty", "name a folder that `save_pretrained` wrote, or a model of the hub")
+    name = fill_path(block.path, key=f"config.{KEY}")
+    folder = model_folder(name, block.revision)
+    values = read_config(folder)
+    prepared = Prepared(config.prepared)
+    check_tokenizer(name, folder, prepared)
+    stored, values["vocab_size"] = values["vocab_size"], prepared.tokenizer.vocab_size
+    if stored < values["vocab_size"]:
+        raise UserError(
+            f"{folder / 'config.json'}: vocab_size is {stored}, and the tokenizer has {values['vocab_size']} pieces; "
+            "use the tokenizer that belongs to the model"
+        )
+    shape = EncoderConfig(**values)
+    model, mesh = Functional("mlm", shape), make_mesh(config.mesh)
+    layout = shardings(mesh, model.logical_axes(), model.abstract())
+    with TensorFiles(folder) as files:
+        has_head = check_files(files, shape, stored_vocab_size=stored)
+        resolved = {key: value for key, value in to_dict(config).items() if key in (*keys(config), *EXECUTION_KEYS)}
+        resolved["teacher"] = values
+        directory = RunDirectory(workdir, "import_model", resolved)
+        if directory.done:
+            return
+        directory.start(
+            tokenizer_fingerprint=prepared.tokenizer.fingerprint,
+            parameters=parameter_count(model.abstract()),
+            source=str(folder),
+            masked_lm_head="imported" if has_head else "new",
+            rows_left_out=stored - shape.vocab_size,
+        )
+        head_key = jax.random.key(config.seed)
+        params = load_params(files, shape, layout, stored_vocab_size=stored, head_key=head_key)
+    if jax.process_index() == 0:
+        for line in remarks(has_head, stored - shape.vocab_size):
+            print(line)
+    with Checkpoints(workdir / FOLDER, keep=1) as checkpoints:
+        checkpoints.save(0, {"step": jnp.int32(0), "params": params}, {"identity": {"config": identity(resolved)}})
+        checkpoints.wait()
+    directory.finish(parameters_fingerprint=params_fingerprint(params))
+
+
+def remarks(has_head: bool, rows_left_out: int) -> list[str]:
+    """What the user should know about the imported model, a sentence a line."""
+    lines = []
+    if not has_head:
+        lines.append(
+            "The model has no masked-LM head: a new one, tied to its token table, was drawn from config.seed. Train it "
+            "before distilling logits: pretrain with --config.pretrain.init_from=THIS --config.train_body=False."
+        )
+    if rows_left_out:
+        lines.append(f"{rows_left_out} rows of the token table stand for no piece of the tokenizer and were left out.")
+    return lines
+
+
+def model_folder(name: str, revision: str = "") -> pathlib.Path:
+    """The folder of a model: `name` itself, or where the hub's files of that name were downloaded to.
+
+    Raises UserError when there is neither.
+    """
+    path = pathlib.Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if not HUB_NAME.fullmatch(name):
+        raise UserError(f"config.{KEY}: there is no folder {name}; name a model's folder or its name on the hub")
+    from huggingface_hub import snapshot_download  # takes a while to import, which folders need not pay
+
+    try:
+        wanted = {"allow_patterns": list(_WANTED), "ignore_patterns": ["*/*"]}
+        return pathlib.Path(snapshot_download(name, revision=revision or None, **wanted))
+    except Exception as error:
+        raise UserError(
+            f"config.{KEY}: there is no folder {name}, and the hub gave no model of that name "
+            f"({type(error).__name__}); check the name and the network, or download it and name its folder"
+        ) from error
+
+
+def check_tokenizer(name: str, folder: pathlib.Path, prepared: Prepared) -> None:
+    """Raises UserError, with the first difference, when `prepared` was made with another tokenizer than the model's."""
+    theirs = Tokenizer.load(folder)
+    ours = prepared.tokenizer
+    # `prepare` may have read it by its name on the hub, through `transformers`, which spells some of them differently.
+    same = theirs.fingerprint == ours.fingerprint
+    if same or (str(folder) != name and Tokenizer.load(name).fingerprint == ours.fingerprint):
+        return
+    raise UserError(
+        f"config.prepared: its rows were made with another tokenizer than {name} has"
+        f"{trained.first_difference(theirs, ours)}; prepare again with --config.tokenizer.kind=load "
+        f"--config.tokenizer.path={name}"
+    )
+
+
+if __name__ == "__main__":
+    command.main(run, description="Reads a model of `transformers` into the directory of a run.")
