@@ -319,6 +319,30 @@ def test_classes_of_probability_zero_are_never_drawn():
     assert np.all(np.isfinite(weights)) and np.all(np.isfinite(entropy)) and np.all(weights > 0)
 
 
+def test_draws_invert_the_cumulated_proposal():
+    rng = np.random.default_rng(10)
+    teacher = rng.normal(0, 2, (20, 1000)).astype(np.float32)
+    uniforms = rng.random((20, 128)).astype(np.float32)
+    ids, _, _ = sample(uniforms, teacher, 128, 0.7, 1.0)
+    proposal = softmax64(teacher) ** 0.7
+    cumulated = np.cumsum(proposal, -1) / proposal.sum(-1, keepdims=True)
+    expected = np.stack([np.searchsorted(row, wanted, "right") for row, wanted in zip(cumulated, uniforms)])
+    assert np.mean(ids == expected) > 0.995  # float32 sums decide otherwise next to an edge
+    assert np.max(np.abs(ids - expected)) <= 1
+
+
+def test_rounding_at_the_edge_of_a_group_draws_no_class_of_probability_zero():
+    rng = np.random.default_rng(11)
+    teacher = rng.normal(0, 2, (200, 192)).astype(np.float32)
+    teacher[:, 64:128] = -np.inf  # classes are cumulated in groups of 64
+    p = softmax64(teacher)
+    edge = p[:, :64].sum(-1).astype(np.float32)
+    uniforms = (edge[:, None] + np.arange(-8, 8) * np.spacing(edge)[:, None]).astype(np.float32)
+    ids, weights, _ = sample(uniforms, teacher, 16, 1.0, 1.0)
+    assert not np.any((ids >= 64) & (ids < 128))
+    np.testing.assert_allclose(weights, 1 / 16, rtol=1e-5)
+
+
 def test_uniforms_of_another_shape_are_an_error():
     with pytest.raises(ValueError, match="uniforms"):
         sampled_targets(np.zeros((6, 3), np.float32), random_case()[1], 4, 1.0, 1.0)
