@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd_jax.losses.logits import kl_divergence, masked_cross_entropy
+from kd_jax.losses.logits import averaged_logits, distill_loss, kl_divergence, masked_cross_entropy, most_likely
 
 
 def log_softmax64(logits, temperature=1.0):
@@ -171,3 +171,73 @@ def test_minus_infinity_in_the_teacher_alone():
     value, gradient = jax.value_and_grad(lambda s: kl_divergence(s, teacher, weights, 2.0)[0])(jnp.asarray(student))
     np.testing.assert_allclose(value, (expected * weights).sum(), rtol=1e-5)
     assert np.all(np.isfinite(gradient))
+
+
+def test_a_traced_temperature_gives_what_a_number_gives():
+    student, teacher, _, weights = random_case(8)
+    run = jax.jit(jax.value_and_grad(lambda s, temperature: kl_divergence(s, teacher, weights, temperature)[0]))
+    for temperature in (0.7, 3.0):  # one compilation
+        value, gradient = run(student, temperature)
+        log_p, log_q = log_softmax64(teacher, temperature), log_softmax64(student, temperature)
+        expected = temperature**2 * ((np.exp(log_p) * (log_p - log_q)).sum(-1) * weights).sum()
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        expected_gradient = temperature * (np.exp(log_q) - np.exp(log_p)) * weights[..., None]
+        np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)
+    assert run._cache_size() == 1
+
+
+def test_most_likely_counts_targets_with_the_largest_logit():
+    logits = np.array(
+        [[0.0, 2.0, 1.0], [0.0, 2.0, 1.0], [5.0, 5.0, 1.0], [np.nan, 0.0, 0.0], [9.0, 0.0, 0.0]], np.float32
+    )
+    weights = np.array([1, 1, 1, 1, 0], np.float32)
+    hits, count = most_likely(logits, np.array([1, 2, 1, 0, 0]), weights)
+    assert (hits, count) == (2, 4)  # ties count, NaN does not
+    assert most_likely(logits[:2], np.array([-1, 3]), np.ones(2))[0] == 0  # no class at all
+    gradient = jax.grad(lambda x: most_likely(x, np.array([1, 2, 1, 0, 0]), weights)[0])(jnp.asarray(logits))
+    assert not np.any(gradient)
+
+
+@pytest.mark.parametrize("teachers", [1, 3])
+def test_distill_loss_has_every_term_and_its_gradient(teachers):
+    temperature, scales = 1.6, {"kl": 0.3, "mlm": 0.05}
+    student, first, targets, weights = (values.reshape(-1, *values.shape[2:]) for values in random_case(9))
+    rng = np.random.default_rng(10)
+    every = [first, *rng.normal(0, 3, (teachers - 1, *first.shape)).astype(np.float32)]
+
+    def loss(logits, temperature, scales):
+        return distill_loss(logits, every, targets, weights, temperature, scales)
+
+    (total, sums), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(student, temperature, scales)
+    p = np.mean([np.exp(log_softmax64(logits, temperature)) for logits in every], axis=0)
+    log_q, log_q1 = log_softmax64(student, temperature), log_softmax64(student)
+    target = np.eye(student.shape[-1])[targets]
+    kl = temperature**2 * ((p * (np.log(p) - log_q)).sum(-1) * weights).sum()
+    mlm = -((target * log_q1).sum(-1) * weights).sum()
+    np.testing.assert_allclose(sums["kl"], kl, rtol=1e-5)
+    np.testing.assert_allclose(sums["mlm"], mlm, rtol=1e-5)
+    np.testing.assert_allclose(total, scales["kl"] * kl + scales["mlm"] * mlm, rtol=1e-5)
+    assert sums["accuracy"] == ((student.argmax(-1) == targets) * weights).sum()
+    expected = temperature * scales["kl"] * (np.exp(log_q) - p) + scales["mlm"] * (np.exp(log_q1) - target)
+    np.testing.assert_allclose(gradient, expected * weights[..., None], atol=1e-6)
+
+
+def test_distill_loss_forms_only_the_terms_that_have_a_scale():
+    student, teacher, targets, weights = (values.reshape(-1, *values.shape[2:]) for values in random_case(11))
+    loss, sums = distill_loss(student, [], targets, weights, 2.0, {"mlm": 2.0})
+    assert sums.keys() == {"mlm", "accuracy"}
+    np.testing.assert_allclose(loss, 2 * masked_cross_entropy(student, targets, weights)[0])
+    loss, sums = distill_loss(student, [teacher], targets, weights, 2.0, {"kl": 2.0})
+    assert sums.keys() == {"kl", "accuracy"}
+    np.testing.assert_allclose(loss, 2 * kl_divergence(student, teacher, weights, 2.0)[0])
+
+
+def test_the_average_of_a_teacher_with_itself_changes_nothing():
+    _, teacher, _, weights = random_case(12)
+    teacher[..., 3] = -np.inf
+    average = averaged_logits([teacher, teacher], weights, 2.0)
+    counted = weights > 0
+    np.testing.assert_allclose(
+        np.exp(log_softmax64(average, 2.0))[counted], np.exp(log_softmax64(teacher, 2.0))[counted], rtol=1e-5, atol=1e-9
+    )
+    assert averaged_logits([teacher], weights, 2.0).shape == teacher.shape
