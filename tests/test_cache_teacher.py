@@ -8,7 +8,6 @@ import pytest
 
 from configs import quickstart
 from kd_jax.data.prepared import Prepared
-from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.main import cache_teacher, distill, masked_lm, prepare, pretrain, trained
 from kd_jax.trainer.checkpoint import load_params
 from kd_jax.types import UserError

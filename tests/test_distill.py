@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kd_jax.models.projection import WithProjections
 from test_train_step import VOCABULARY, distillation, one_step, tiny, uneven_batch
 
 from kd_jax.losses.features import hidden_distance, relation_divergence
+from kd_jax.models.projection import WithProjections
 from kd_jax.steps.distill import DistillSettings, Weight, make_cached_objective, make_distill_objective, real_tokens
 from kd_jax.steps.teacher_logits import TeacherForm, on_kept
 from kd_jax.steps.teacher_predictions import make_prediction_step

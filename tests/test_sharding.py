@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from kd_jax.models.projection import WithProjections
 from ml_collections import ConfigDict, FrozenConfigDict
 from test_train_step import SETTINGS, tiny, uneven_batch
 
 from configs import base
 from kd_jax.main.training import STEP_KEYS, programs
+from kd_jax.models.projection import WithProjections
 from kd_jax.steps.distill import make_distill_objective
 from kd_jax.steps.pretrain import make_pretrain_objective
 from kd_jax.trainer.mesh import global_batch, make_mesh, shardings

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from kd_jax.models.projection import WithProjections
 
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
 from kd_jax.models.presets import PRESETS
+from kd_jax.models.projection import WithProjections
 from kd_jax.steps.distill import DistillSettings, Weight, make_distill_objective
 from kd_jax.steps.pretrain import make_pretrain_objective
 from kd_jax.steps.train_step import make_train_step, split_micro_batches

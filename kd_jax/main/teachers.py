@@ -176,6 +176,6 @@ def phases_of(config: ConfigDict, count: int) -> list[tuple[int, tuple[int, ...]
     return [(step, (number,)) for number, step in enumerate(steps)]
 
 
-def teacher_form(config: ConfigDict, prepared: Prepared, kind: str = "hidden", tail: str = "bucket") -> TeacherForm:
+def teacher_form(config: ConfigDict, prepared: Prepared, kind: str = "hidden", tail: Any = "bucket") -> TeacherForm:
     """How the teacher's side reaches the loss."""
     return TeacherForm(kind, tail, config.vocabulary.dropped, int(prepared.tokenizer.unk_id or 0))

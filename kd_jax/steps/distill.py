@@ -185,10 +185,12 @@ def logit_losses(
             per_position |= teacher_at(positions)
         here = {**constants, "scales": {name: scales[name] for name in names}}
 
-        def of_block(logits: jax.Array, per_position_B: Any, constants: Any):
+        def of_block(logits: jax.Array, per_position_B: Any, constants: Any) -> Any:
             return term_sums(logits, per_position_B, constants, settings.form)
 
-        total, sums = blocked_losses(of_block, features, table, bias, per_position, here, block=settings.block or block_for(table.shape[0]))
+        total, sums = blocked_losses(
+            of_block, features, table, bias, per_position, here, block=settings.block or block_for(table.shape[0])
+        )
         count = jnp.sum(weights)
         return total, {name: (value, count) for name, value in sums.items()}
 

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kd_jax.losses.logits import kl_divergence, masked_cross_entropy
-from kd_jax.losses.sparse import sampled_divergence, top_k_divergence
+from kd_jax.losses.logits import distill_loss
+from kd_jax.losses.sparse import Tail, sampled_divergence, top_k_divergence
 from kd_jax.types import Array
 
 
@@ -21,7 +21,7 @@ class TeacherForm:
     """
 
     kind: str = "hidden"
-    tail: str = "bucket"
+    tail: Tail = "bucket"
     dropped: str = "renormalize"
     unknown: int = 0
 
@@ -33,12 +33,6 @@ class TeacherForm:
             "top_k": ("teacher_ids", "teacher_log_p"),
             "sampled": ("teacher_ids", "teacher_weights", "teacher_entropy"),
         }[self.kind]
-
-
-def averaged_log_p(all_logits: tuple[jax.Array, ...], temperature: Array) -> jax.Array:
-    """log of the mean of several teachers' probabilities at that temperature, float32."""
-    each = [jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1) for logits in all_logits]
-    return jax.nn.logsumexp(jnp.stack(each), axis=0) - jnp.log(float(len(each)))
 
 
 def on_kept(logits: jax.Array, kept: Array, temperature: Array, form: TeacherForm) -> jax.Array:
@@ -58,9 +52,10 @@ def on_kept(logits: jax.Array, kept: Array, temperature: Array, form: TeacherFor
     return selected.astype(jnp.float32).at[..., form.unknown].set(unknown)
 
 
-def teacher_logits(features: tuple[jax.Array, ...], constants: dict[str, Any], form: TeacherForm) -> jax.Array:
-    """Logits over the student's pieces, of one teacher or of several whose probabilities are averaged; not
-    differentiated."""
+def teacher_logits(
+    features: tuple[jax.Array, ...], constants: dict[str, Any], form: TeacherForm
+) -> tuple[jax.Array, ...]:
+    """Logits over the student's pieces of each teacher, not differentiated."""
     temperature = constants["temperature"]
     every = []
     for states, (table, bias) in zip(features, constants["decoders"], strict=True):
@@ -74,34 +69,26 @@ def teacher_logits(features: tuple[jax.Array, ...], constants: dict[str, Any], f
         if "kept" in constants and whole:
             logits = on_kept(logits, constants["kept"], temperature, form)
         every.append(logits)
-    if len(every) == 1:
-        return jax.lax.stop_gradient(every[0])
-    return jax.lax.stop_gradient(averaged_log_p(tuple(every), temperature) * temperature)
+    return jax.lax.stop_gradient(tuple(every))
 
 
 def term_sums(
     logits_BxV: jax.Array, per_position: dict[str, Any], constants: dict[str, Any], form: TeacherForm
-) -> tuple[jax.Array, dict[str, Array]]:
+) -> tuple[Array, dict[str, Array]]:
     """(loss, sums of "kl", "mlm" and "accuracy") of the student's logits; the loss has the terms of
     constants["scales"]."""
     scales, temperature = constants["scales"], constants["temperature"]
     targets, weights = per_position["targets"], per_position["weights"]
-    sums = {}
-    if "kl" in scales:
-        if form.kind == "hidden":
-            theirs = teacher_logits(per_position["teacher_features"], constants, form)
-            sums["kl"] = kl_divergence(logits_BxV, theirs, weights, temperature)[0]
-        elif form.kind == "top_k":
-            ids, log_p = per_position["teacher_ids"], per_position["teacher_log_p"]
-            sums["kl"] = top_k_divergence(logits_BxV, ids, log_p, weights, temperature, form.tail)[0]
-        else:
-            ids, mass = per_position["teacher_ids"], per_position["teacher_weights"]
-            entropy = per_position["teacher_entropy"]
-            sums["kl"] = sampled_divergence(logits_BxV, ids, mass, entropy, weights, temperature)[0]
-    if "mlm" in scales:
-        sums["mlm"] = masked_cross_entropy(logits_BxV, targets, weights)[0]
-    loss = jnp.zeros((), jnp.float32)
-    for name, value in sums.items():
-        loss = loss + scales[name] * value
-    hits = jnp.argmax(logits_BxV, axis=-1) == targets
-    return loss, {**sums, "accuracy": jnp.sum(hits * weights)}
+    if form.kind == "hidden":
+        theirs = teacher_logits(per_position["teacher_features"], constants, form) if "kl" in scales else ()
+        return distill_loss(logits_BxV, theirs, targets, weights, temperature, scales)
+    if form.kind == "top_k":
+        ids, log_p = per_position["teacher_ids"], per_position["teacher_log_p"]
+        kl = top_k_divergence(logits_BxV, ids, log_p, weights, temperature, form.tail)[0]
+    else:
+        ids, mass = per_position["teacher_ids"], per_position["teacher_weights"]
+        kl = sampled_divergence(logits_BxV, ids, mass, per_position["teacher_entropy"], weights, temperature)[0]
+    loss, sums = distill_loss(
+        logits_BxV, (), targets, weights, temperature, {name: scales[name] for name in scales if name != "kl"}
+    )
+    return loss + scales["kl"] * kl, {**sums, "kl": kl}

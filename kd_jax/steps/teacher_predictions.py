@@ -21,8 +21,8 @@ def make_prediction_step(teacher: Functional, form: TeacherForm, settings: Mappi
     """
     kind, dtype = settings["format"], jnp.dtype(settings["dtype"])
 
-    def of_slot(features_RxH: jax.Array, uniforms, constants) -> tuple[dict[str, Array], Array]:
-        logits_RxV = teacher_logits((features_RxH,), constants, form)
+    def of_slot(features_RxH: jax.Array, uniforms, constants) -> tuple[dict[str, jax.Array], jax.Array]:
+        (logits_RxV,) = teacher_logits((features_RxH,), constants, form)
         temperature = constants["temperature"]
         if kind == "top_k":
             ids, log_p, mass = top_k_targets(logits_RxV, settings["k"], temperature)

@@ -58,7 +58,8 @@ def fit(
 ) -> State:
     """Trains from the newest checkpoint, or from `initial_state()`, up to `job.steps` and returns the final state.
 
-    abstract: the state as ShapeDtypeStructs with shardings. phases: ascending, the first from step 0. batch_at(step): this process's rows, NumPy, called on a thread of its own one step ahead.
+    abstract: the state as ShapeDtypeStructs with shardings. phases: ascending, the first from step 0. batch_at(step):
+    this process's rows, NumPy, called on a thread of its own one step ahead.
     evaluate(params, step): called every `job.evaluate_every` steps and at the end. lines: printed at the start.
     Read of `job`: steps, log_every, evaluate_every, checkpoint_every.
 
