@@ -161,6 +161,9 @@ def visits_of(config: ConfigDict, prepared: Prepared) -> tuple[list[np.ndarray],
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Writes the parts that are missing, and DONE when every part is there."""
     config = resolved(config)
+    alone = jax.process_count() == 1
+    remedy = "start one process on each machine, with cache_parts and cache_part"
+    require(alone, "cache_parts", f"a cache is not written by {jax.process_count()} processes together", remedy)
     prepared = seen_by_student(Prepared(config.prepared), config.vocabulary)
     check(config, prepared.tokenizer.vocab_size)
     teachers = find_teachers(config, prepared)
@@ -184,10 +187,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             shown = None if config.progress else True
             with tqdm(total=total, desc=workdir.name, unit=" rows", disable=shown, leave=False) as bar:
                 for number in wanted:
-                    records, statistics = predict.part(*writer.rows_of(number), bar)
+                    records, statistics = predict.part(*writer.rows_of(number), bar, preemption)
                     writer.write(number, records, statistics)
-                    if preemption.requested():
-                        raise Preempted(f"{number + 1} of {len(writer)} parts are written")
         if form["format"] == "hidden":
             _write_decoder(workdir, teacher, predict.params)
     manifest = writer.finish()
@@ -212,10 +213,14 @@ class _Predictor:
         settings = tuple(sorted(form.items()))
         self._step = compiled_prediction_step(teacher.model, teacher_form(config, prepared), settings)
 
-    def part(self, store: int, rows: np.ndarray, epochs: np.ndarray, bar) -> tuple[np.ndarray, dict[str, float]]:
-        """(records [n], sums for the report) of rows of one store."""
+    def part(
+        self, store: int, rows: np.ndarray, epochs: np.ndarray, bar: tqdm, preemption: Preemption
+    ) -> tuple[np.ndarray, dict[str, float]]:
+        """(records [n], sums for the report) of rows of one store. Raises Preempted when asked to stop."""
         blocks, positions, mass = [], 0.0, 0.0
         for start in range(0, len(rows), self._batch_rows):
+            if preemption.requested():
+                raise Preempted("every finished part of the cache is saved")
             inside = slice(start, start + self._batch_rows)
             count = len(rows[inside])
             fill = np.resize(np.arange(start, start + count), self._batch_rows)  # the last batch repeats its rows

@@ -21,6 +21,7 @@ from kd_jax.main import (
     finetune_icner,
     prepare,
     pretrain,
+    trained,
 )
 from kd_jax.study.collect import collect
 from kd_jax.study.report import summary_text, write_report
@@ -51,6 +52,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     study.run()
     prepared = Prepared(str(study.folder(study.planner.prepare())))
     about = {**provenance(), "left out, equal to a dev or test utterance": left_out(prepared)}
+    about |= cached_predictions(study)
     inputs = collect(study, domains_against_generic(prepared), about)
     paths = write_report(workdir, inputs)
     print(summary_text(inputs))
@@ -58,6 +60,19 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     print(
         f"This start took {time.monotonic() - started:.0f} s; all stages together {sum(study.seconds.values()):.0f} s."
     )
+
+
+def cached_predictions(study: Study) -> dict[str, str]:
+    """What was cached of each teacher, and how often a task row comes again with the same masks."""
+    found = {}
+    for stage in study.planner.cache_stages():
+        cache = trained.read_json(study.folder(stage) / cache_teacher.SUMMARY)
+        most = max(one["masks_repeat"] for one in cache["runs"])
+        found[f"predictions of the {stage.name.removeprefix('cache-')} teacher"] = (
+            f"{cache['rows']:,} rows, {cache['bytes'] / 2**20:.1f} MiB, {cache['bytes_per_position']:.0f} bytes a "
+            f"masked position, {cache['mass_kept']:.1%} of its mass; a mask comes again {most:.1f} times at the most in a run"
+        )
+    return found
 
 
 def left_out(prepared: Prepared) -> str:
