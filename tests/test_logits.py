@@ -111,6 +111,14 @@ def test_kl_is_never_negative_and_small_values_are_accurate(scale):
     np.testing.assert_allclose(kl_divergence(student, teacher, np.ones(64), 2.0)[0], expected, rtol=2e-3, atol=1e-6)
 
 
+def test_kl_is_not_negative_where_it_is_all_rounding():
+    rng = np.random.default_rng(4)
+    teacher = rng.normal(0, 2, (100, 1_000)).astype(np.float32)
+    student = (teacher + rng.normal(0, 1e-5, teacher.shape)).astype(np.float32)
+    each = jax.jit(jax.vmap(lambda s, t: kl_divergence(s[None], t[None], jnp.ones(1), 2.0)[0]))(student, teacher)
+    assert np.all(each >= 0) and np.all(each < 1e-6)
+
+
 def test_no_valid_position_gives_zero_and_a_zero_gradient():
     student, teacher, targets, _ = random_case(4)
     student[0, 0] = np.nan  # whatever stands at a position without weight
@@ -193,7 +201,7 @@ def test_most_likely_counts_targets_with_the_largest_logit():
     weights = np.array([1, 1, 1, 1, 0], np.float32)
     hits, count = most_likely(logits, np.array([1, 2, 1, 0, 0]), weights)
     assert (hits, count) == (2, 4)  # ties count, NaN does not
-    assert most_likely(logits[:2], np.array([-1, 3]), np.ones(2))[0] == 0  # no class at all
+    assert most_likely(logits[[4, 4]] * [[1], [-1]], np.array([-1, 3]), np.ones(2))[0] == 0  # no class at all
     gradient = jax.grad(lambda x: most_likely(x, np.array([1, 2, 1, 0, 0]), weights)[0])(jnp.asarray(logits))
     assert not np.any(gradient)
 

@@ -193,8 +193,8 @@ def averaged_logits(logits: Sequence[Array], weights: Array, temperature: Array 
         center = tempered_center(one, temperatures, column(inverse, weights, 2.0))
         return jnp.exp((one.astype(jnp.float32) - center) * inverse)
 
-    mean = sum(probabilities(jnp.asarray(one)) for one in logits) / len(logits)
-    return jnp.log(mean) * jnp.asarray(temperature, jnp.float32)
+    total = sum(probabilities(jnp.asarray(one)) for one in logits)
+    return jnp.log(total) * jnp.asarray(temperature, jnp.float32)
 
 
 def distill_loss(
