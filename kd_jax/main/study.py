@@ -70,7 +70,7 @@ def cached_predictions(study: Study) -> dict[str, str]:
         most = max(one["masks_repeat"] for one in cache["runs"])
         found[f"predictions of the {stage.name.removeprefix('cache-')} teacher"] = (
             f"{cache['rows']:,} rows, {cache['bytes'] / 2**20:.1f} MiB, {cache['bytes_per_position']:.0f} bytes a "
-            f"masked position, {cache['mass_kept']:.1%} of its mass; a mask comes again {most:.1f} times at the most in a run"
+            f"masked position, {cache['mass_kept']:.1%} of its mass; a mask comes {most:.1f} times at the most in a run"
         )
     return found
 
