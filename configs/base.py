@@ -240,6 +240,9 @@ def get_config() -> ConfigDict:
         }
     )
 
+    # What `export` writes for `transformers`: a student, or a DC or ICNER model (of one domain, or of all together).
+    config.export = ConfigDict({"checkpoint": ""})  # workdir of a pretrain, distill, import_model or finetune run
+
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: the devices that are left
     config.compute_dtype = "auto"  # auto (float32 on CPU, bfloat16 elsewhere) | float32 | bfloat16
     config.progress = True  # progress bars on a terminal

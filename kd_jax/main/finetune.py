@@ -5,7 +5,7 @@ import functools
 import math
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -234,13 +234,24 @@ def predict_partition(
     return records + [intent_slot_record(one, names, "", ["O"] * len(one.words)) for one, names in zip(orphans, sets)]
 
 
-def predict_with(
-    folder: pathlib.Path, prepared: Prepared, mesh, partition: str, domain: str, compute_dtype: str
-) -> list[Record]:
-    """Records of a partition (of one domain, or of all) by the single model in `folder`."""
-    config = trained.run_config(folder, "evaluate.checkpoint")
+class Finetuned(NamedTuple):
+    """A finetuned model read back from the directory of its run."""
+
+    task: str
+    model: Functional
+    params: Params
+    masks: dict[str, np.ndarray]
+    maps: LabelMaps
+    prepared: Prepared  # with the model's vocabulary
+
+
+def load_finetuned(folder: pathlib.Path, prepared: Prepared, mesh, compute_dtype: str, key: str) -> Finetuned:
+    """The single model of a finetuning run; `key` is the config key that named its directory."""
+    config = trained.run_config(folder, key)
+    if "finetune" not in config:
+        raise UserError(f"config.{key}: {folder} is no finetuning run; give the workdir of one")
     prepared = prepared_for(config, prepared)
-    trained.check_tokenizer(folder, prepared, "evaluate.checkpoint")
+    trained.check_tokenizer(folder, prepared, key)
     run: dict[str, Any] = trained.read_json(folder / "run.json")
     task = trained.read_json(folder / "config.json")["command"].removeprefix("finetune_")
     maps = LabelMaps.from_json(run["labels"])
@@ -249,9 +260,16 @@ def predict_with(
     config.compute_dtype = compute_dtype
     model = classifier(encoder, prepared, config, task, run["classes"])
     params = trained.trained_params(folder, model, mesh)
-    masks = class_masks(class_counts(task, maps), run["classes"])
+    return Finetuned(task, model, params, class_masks(class_counts(task, maps), run["classes"]), maps, prepared)
+
+
+def predict_with(
+    folder: pathlib.Path, prepared: Prepared, mesh, partition: str, domain: str, compute_dtype: str
+) -> list[Record]:
+    """Records of a partition (of one domain, or of all) by the single model in `folder`."""
+    one = load_finetuned(folder, prepared, mesh, compute_dtype, "evaluate.checkpoint")
     utterances = of_domain(prepared.utterances, partition, domain)
     if not utterances:
         return []
     train = of_domain(prepared.utterances, "train", "")
-    return predict(model, params, masks, utterances, train, prepared, maps, mesh)
+    return predict(one.model, one.params, one.masks, utterances, train, one.prepared, one.maps, mesh)

@@ -48,16 +48,18 @@ class Tensor:
         return np.ascontiguousarray(part.reshape(self.their_shape(part.shape)[::-1]).T)
 
 
-def _linear(
+def linear_entries(
     name: str, path: tuple[str, ...], index: tuple = (), inputs: int = 1, bias: bool = True
 ) -> Iterator[Tensor]:
+    """The weight of a linear layer and, where it has one, its bias."""
     yield Tensor(f"{name}.weight", (*path, "kernel"), index, inputs)
     if bias:
         # The part of a merged projection is chosen after the kernel's input axis, which a bias does not have.
         yield Tensor(f"{name}.bias", (*path, "bias"), tuple(item for item in index if item != slice(None)), 0)
 
 
-def _norm(name: str, path: tuple[str, ...], index: tuple = (), bias: bool = True) -> Iterator[Tensor]:
+def norm_entries(name: str, path: tuple[str, ...], index: tuple = (), bias: bool = True) -> Iterator[Tensor]:
+    """The scale of a norm and, where it has one, its bias."""
     yield Tensor(f"{name}.weight", (*path, "scale"), index)
     if bias:
         yield Tensor(f"{name}.bias", (*path, "bias"), index)
@@ -71,7 +73,7 @@ def _bert_like(config: EncoderConfig, body: str) -> Iterator[Tensor]:
     yield Tensor(f"{body}.embeddings.token_type_embeddings.weight", (*embeddings, "types"))
     pre = config.norm_placement == "pre"
     if not pre:
-        yield from _norm(f"{body}.embeddings.LayerNorm", (*embeddings, "norm"))
+        yield from norm_entries(f"{body}.embeddings.LayerNorm", (*embeddings, "norm"))
     attention_norm, mlp_norm = (
         ("attention.self_attn_layer_norm", "LayerNorm") if pre else ("attention.output.LayerNorm", "output.LayerNorm")
     )
@@ -79,14 +81,14 @@ def _bert_like(config: EncoderConfig, body: str) -> Iterator[Tensor]:
         name, index = f"{body}.encoder.layer.{layer}", (layer,)
         for part, projection in enumerate(("query", "key", "value")):
             path = (*LAYERS, "attention", "query_key_value")
-            yield from _linear(f"{name}.attention.self.{projection}", path, (layer, slice(None), part))
-        yield from _linear(f"{name}.attention.output.dense", (*LAYERS, "attention", "output"), index, inputs=2)
-        yield from _norm(f"{name}.{attention_norm}", (*LAYERS, "attention_norm"), index)
-        yield from _linear(f"{name}.intermediate.dense", (*LAYERS, "mlp", "input"), index)
-        yield from _linear(f"{name}.output.dense", (*LAYERS, "mlp", "output"), index)
-        yield from _norm(f"{name}.{mlp_norm}", (*LAYERS, "mlp_norm"), index)
+            yield from linear_entries(f"{name}.attention.self.{projection}", path, (layer, slice(None), part))
+        yield from linear_entries(f"{name}.attention.output.dense", (*LAYERS, "attention", "output"), index, inputs=2)
+        yield from norm_entries(f"{name}.{attention_norm}", (*LAYERS, "attention_norm"), index)
+        yield from linear_entries(f"{name}.intermediate.dense", (*LAYERS, "mlp", "input"), index)
+        yield from linear_entries(f"{name}.output.dense", (*LAYERS, "mlp", "output"), index)
+        yield from norm_entries(f"{name}.{mlp_norm}", (*LAYERS, "mlp_norm"), index)
     if pre:
-        yield from _norm(f"{body}.encoder.LayerNorm", ("encoder", "final_norm"))
+        yield from norm_entries(f"{body}.encoder.LayerNorm", ("encoder", "final_norm"))
 
 
 def _distilbert(config: EncoderConfig) -> Iterator[Tensor]:
@@ -94,33 +96,33 @@ def _distilbert(config: EncoderConfig) -> Iterator[Tensor]:
     embeddings = ("encoder", "embeddings")
     yield Tensor("distilbert.embeddings.word_embeddings.weight", (*embeddings, "tokens"))
     yield Tensor("distilbert.embeddings.position_embeddings.weight", (*embeddings, "positions"))
-    yield from _norm("distilbert.embeddings.LayerNorm", (*embeddings, "norm"))
+    yield from norm_entries("distilbert.embeddings.LayerNorm", (*embeddings, "norm"))
     for layer in range(config.num_layers):
         name, index = f"distilbert.transformer.layer.{layer}", (layer,)
         for part, projection in enumerate(("q_lin", "k_lin", "v_lin")):
             path = (*LAYERS, "attention", "query_key_value")
-            yield from _linear(f"{name}.attention.{projection}", path, (layer, slice(None), part))
-        yield from _linear(f"{name}.attention.out_lin", (*LAYERS, "attention", "output"), index, inputs=2)
-        yield from _norm(f"{name}.sa_layer_norm", (*LAYERS, "attention_norm"), index)
-        yield from _linear(f"{name}.ffn.lin1", (*LAYERS, "mlp", "input"), index)
-        yield from _linear(f"{name}.ffn.lin2", (*LAYERS, "mlp", "output"), index)
-        yield from _norm(f"{name}.output_layer_norm", (*LAYERS, "mlp_norm"), index)
+            yield from linear_entries(f"{name}.attention.{projection}", path, (layer, slice(None), part))
+        yield from linear_entries(f"{name}.attention.out_lin", (*LAYERS, "attention", "output"), index, inputs=2)
+        yield from norm_entries(f"{name}.sa_layer_norm", (*LAYERS, "attention_norm"), index)
+        yield from linear_entries(f"{name}.ffn.lin1", (*LAYERS, "mlp", "input"), index)
+        yield from linear_entries(f"{name}.ffn.lin2", (*LAYERS, "mlp", "output"), index)
+        yield from norm_entries(f"{name}.output_layer_norm", (*LAYERS, "mlp_norm"), index)
 
 
 def _modernbert(config: EncoderConfig) -> Iterator[Tensor]:
     bias, norm_bias = config.use_bias, config.norm_bias
     yield Tensor("model.embeddings.tok_embeddings.weight", ("encoder", "embeddings", "tokens"))
-    yield from _norm("model.embeddings.norm", ("encoder", "embeddings", "norm"), bias=norm_bias)
+    yield from norm_entries("model.embeddings.norm", ("encoder", "embeddings", "norm"), bias=norm_bias)
     for layer in range(config.num_layers):
         name, index = f"model.layers.{layer}", (layer,)
         if layer > 0:
-            yield from _norm(f"{name}.attn_norm", (*LAYERS, "attention_norm"), index, norm_bias)
-        yield from _linear(f"{name}.attn.Wqkv", (*LAYERS, "attention", "query_key_value"), index, bias=bias)
-        yield from _linear(f"{name}.attn.Wo", (*LAYERS, "attention", "output"), index, inputs=2, bias=bias)
-        yield from _norm(f"{name}.mlp_norm", (*LAYERS, "mlp_norm"), index, norm_bias)
-        yield from _linear(f"{name}.mlp.Wi", (*LAYERS, "mlp", "input"), index, bias=bias)
-        yield from _linear(f"{name}.mlp.Wo", (*LAYERS, "mlp", "output"), index, bias=bias)
-    yield from _norm("model.final_norm", ("encoder", "final_norm"), bias=norm_bias)
+            yield from norm_entries(f"{name}.attn_norm", (*LAYERS, "attention_norm"), index, norm_bias)
+        yield from linear_entries(f"{name}.attn.Wqkv", (*LAYERS, "attention", "query_key_value"), index, bias=bias)
+        yield from linear_entries(f"{name}.attn.Wo", (*LAYERS, "attention", "output"), index, inputs=2, bias=bias)
+        yield from norm_entries(f"{name}.mlp_norm", (*LAYERS, "mlp_norm"), index, norm_bias)
+        yield from linear_entries(f"{name}.mlp.Wi", (*LAYERS, "mlp", "input"), index, bias=bias)
+        yield from linear_entries(f"{name}.mlp.Wo", (*LAYERS, "mlp", "output"), index, bias=bias)
+    yield from norm_entries("model.final_norm", ("encoder", "final_norm"), bias=norm_bias)
 
 
 def family(config: EncoderConfig) -> str:
@@ -157,7 +159,7 @@ def head_map(config: EncoderConfig) -> tuple[Tensor, ...]:
             first, second, third = "lm_head.dense", "lm_head.layer_norm", "lm_head"
         case _:
             first, second, third = "head.dense", "head.norm", "decoder"
-    entries = [*_linear(first, dense, bias=config.head_bias), *_norm(second, norm, bias=config.norm_bias)]
+    entries = [*linear_entries(first, dense, bias=config.head_bias), *norm_entries(second, norm, bias=config.norm_bias)]
     return (*entries, *([Tensor(f"{third}.bias", bias)] if config.decoder_bias else []))
 
 

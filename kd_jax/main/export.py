@@ -1,0 +1,126 @@
+"""Writes a trained model as a folder that `transformers` loads, with its tokenizer, label names and a model card.
+
+python -m kd_jax.main.export --config=configs/FILE.py --workdir=DIR --config.export.checkpoint=DIR
+"""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+from safetensors.numpy import save_file
+
+from kd_jax.config import require, to_dict
+from kd_jax.data.prepared import Prepared
+from kd_jax.data.rows import new_folder
+from kd_jax.data.vocabulary import TrimmedPrepared
+from kd_jax.main import command, finetune, masked_lm, trained
+from kd_jax.main.model_card import INTENT_HEAD, model_card
+from kd_jax.models.functional import Functional, parameter_count
+from kd_jax.models.huggingface_config import CONFIG
+from kd_jax.models.huggingface_export import exported, tokenizer_ids
+from kd_jax.models.huggingface_files import SINGLE
+from kd_jax.trainer.mesh import make_mesh
+from kd_jax.trainer.run_directory import provenance
+from kd_jax.types import Params, UserError
+
+KEY = "export.checkpoint"
+RECORD = "export.json"  # in place of a run's config.json, whose name `transformers` takes
+
+
+class Trained(NamedTuple):
+    """A finished run's model, the names of its classes, and its data with the model's vocabulary."""
+
+    model: Functional
+    params: Params
+    classes: dict[str, tuple[str, ...]]
+    prepared: Prepared
+
+
+def keys(config: ConfigDict) -> tuple[str, ...]:
+    """The config keys that decide what this command writes."""
+    del config
+    return ("export",)
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Writes the whole folder at once; the same command again leaves it as it is."""
+    require(bool(config.export.checkpoint), KEY, "it is empty", "give the workdir of a finished run")
+    source = pathlib.Path(config.export.checkpoint)
+    record = {
+        "command": "export",
+        "config": {"export": to_dict(config.export)},
+        "parameters_fingerprint": trained.parameters_fingerprint(source, KEY),
+    }
+    if is_exported(workdir, record):
+        return
+    one = read_run(config, source)
+    tokenizer, shape = one.prepared.tokenizer, one.model.config
+    found = exported(one.model, one.params, one.classes)
+    ids = tokenizer_ids(shape, cls=tokenizer.cls_id, sep=tokenizer.sep_id, pad=tokenizer.pad_id)
+    card = model_card(one.model.kind, shape, source, one.prepared, parameter_count(one.params))
+    with new_folder(workdir) as folder:
+        tokenizer.save(folder)
+        adapt_tokenizer_config(folder / "tokenizer_config.json", shape.max_positions)
+        write(folder / CONFIG, found.config | ids)
+        save_file(found.tensors, folder / SINGLE, metadata={"format": "pt"})
+        if found.beside:
+            save_file(found.beside, folder / INTENT_HEAD, metadata={"format": "pt"})
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        write(folder / RECORD, {**record, **provenance()})
+
+
+def is_exported(workdir: pathlib.Path, record: dict[str, Any]) -> bool:
+    """Whether the directory holds this very export. Raises UserError when it holds anything else."""
+    if not workdir.exists() or not any(workdir.iterdir()):
+        return False
+    if (workdir / RECORD).is_file():
+        old = trained.read_json(workdir / RECORD)
+        if all(old[key] == value for key, value in record.items()):
+            return True
+    raise UserError(f"{workdir}: holds something else than this export; choose a new --workdir")
+
+
+def read_run(config: ConfigDict, source: pathlib.Path) -> Trained:
+    """The model of a pretrain, distill, import_model or finetune run, in float32.
+
+    Raises UserError for one that cannot be exported.
+    """
+    saved, mesh = trained.run_config(source, KEY), make_mesh(config.mesh)
+    if finetune.domain_folders(source):
+        raise UserError(f"config.{KEY}: {source} holds a model for each domain; name one of {source}/domains/")
+    prepared = Prepared(saved.prepared)
+    if "finetune" in saved:
+        one = finetune.load_finetuned(source, prepared, mesh, "float32", KEY)
+        names = {"dc": ("domains",), "icner": ("intents", "tags")}[one.task]
+        found = Trained(one.model, one.params, {name: getattr(one.maps, name) for name in names}, one.prepared)
+    else:
+        block = trained.encoder_block(source, KEY)
+        prepared = trained.run_prepared(source, prepared, KEY)
+        trained.check_tokenizer(source, prepared, KEY)
+        model = masked_lm.encoder_model(block, prepared, "float32", "student")
+        found = Trained(model, trained.trained_params(source, model, mesh), {}, prepared)
+    if isinstance(found.prepared, TrimmedPrepared):
+        raise UserError(
+            f"config.{KEY}: {source} has a trimmed vocabulary, for which no tokenizer file can be written yet; "
+            "train the student with config.vocabulary.trim=False to export it"
+        )
+    extra = found.model.config.vocab_size - found.prepared.tokenizer.vocab_size
+    if extra:
+        raise UserError(f"config.{KEY}: {source} has {extra} rows of its token table for no piece; set vocab_size to 0")
+    return found
+
+
+def adapt_tokenizer_config(file: pathlib.Path, max_positions: int) -> None:
+    """Says what the models take: no token types, and no more tokens than they have positions."""
+    more = {"model_input_names": ["input_ids", "attention_mask"], "model_max_length": max_positions}
+    write(file, json.loads(file.read_text(encoding="utf-8")) | more)
+
+
+def write(file: pathlib.Path, values: dict[str, Any]) -> None:
+    """Indented JSON."""
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    command.main(run, description="Writes a trained model as a folder that `transformers` loads.")

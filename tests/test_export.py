@@ -1,0 +1,176 @@
+"""An exported folder: it imports again as it was, `transformers` loads it, and its card's example runs."""
+
+import json
+import pathlib
+import re
+import runpy
+
+import jax
+import numpy as np
+import pytest
+from finished_runs import smoke_config, write_finetuned, write_student
+
+from configs import base
+from kd_jax.data.tokenizer import Tokenizer
+from kd_jax.data.vocabulary import seen_by_student
+from kd_jax.main import export, import_model, trained
+from kd_jax.models.huggingface_files import TensorFiles
+from kd_jax.trainer.mesh import make_mesh
+from kd_jax.types import UserError
+
+SHAPES = {"modernbert": "tiny", "bert": "mbert", "roberta": "xlmr_base"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return smoke_config(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """Folder of a student of each family, a DC model, an ICNER model, and what each of them is."""
+    config, prepared = data
+    folder = tmp_path_factory.mktemp("runs")
+    found = {}
+    for family in SHAPES:
+        found[family] = write_student(folder / family, of_family(config, family), prepared)
+    for task in ("dc", "icner"):
+        found[task] = write_finetuned(folder / task, config, prepared, task)
+    return folder, found
+
+
+def of_family(config, family):
+    config = config.copy_and_resolve_references()
+    sizes = {"vocab_size": 0, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
+    config.student = base.encoder(SHAPES[family], **sizes, max_positions=64, scan="unroll")
+    return config
+
+
+def written(data, source, workdir):
+    config = data[0].copy_and_resolve_references()
+    config.export.checkpoint = str(source)
+    export.run(config, workdir)
+    return config
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_import_of_an_export_is_the_run(data, runs, family, tmp_path):
+    folder, found = runs
+    config = written(data, folder / family, tmp_path / "out")
+    config.import_model.path = str(tmp_path / "out")
+    import_model.run(config, tmp_path / "back")
+    model, params = found[family]
+    back = trained.trained_params(tmp_path / "back", model, make_mesh(config.mesh))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), back, params)
+    assert trained.parameters_fingerprint(tmp_path / "back", "x") == trained.parameters_fingerprint(
+        folder / family, "x"
+    )
+    assert Tokenizer.load(tmp_path / "out").fingerprint == data[1].tokenizer.fingerprint
+
+
+def test_card_says_what_it_is_and_where_it_comes_from(data, runs, tmp_path):
+    folder, _ = runs
+    written(data, folder / "bert", tmp_path / "student")
+    card = (tmp_path / "student" / "README.md").read_text(encoding="utf-8")
+    for words in (
+        'pipeline_tag: "fill-mask"',
+        "Distilled from",
+        "50% task-specific text",
+        "heldout_task/loss | 2.5000",
+    ):
+        assert words in card, words
+    written(data, folder / "icner", tmp_path / "icner")
+    card = (tmp_path / "icner" / "README.md").read_text(encoding="utf-8")
+    for words in (
+        "Finetuned on 20 labeled utterances",
+        "On the 7 dev utterances",
+        "accuracy | 0.5000",
+        "intent_head.saf",
+    ):
+        assert words in card, words
+    assert "score" not in card.split("## How well")[1].split("## How to")[0]
+
+
+def test_labels_and_heads(data, runs, tmp_path):
+    folder, found = runs
+    written(data, folder / "icner", tmp_path / "icner")
+    maps = found["icner"][2]
+    values = json.loads((tmp_path / "icner" / "config.json").read_text())
+    assert tuple(values["id2label"].values()) == maps.tags
+    assert tuple(values["intents"]) == maps.intents
+    with TensorFiles(tmp_path / "icner") as files:
+        assert files.shape("classifier.weight")[0] == len(maps.tags)
+    assert (tmp_path / "icner" / "intent_head.safetensors").is_file()
+
+
+def test_the_same_export_is_left_and_another_refused(data, runs, tmp_path):
+    folder, _ = runs
+    written(data, folder / "dc", tmp_path / "out")
+    before = (tmp_path / "out" / "export.json").read_text()
+    written(data, folder / "dc", tmp_path / "out")
+    assert (tmp_path / "out" / "export.json").read_text() == before
+    with pytest.raises(UserError, match="holds something else than this export"):
+        written(data, folder / "icner", tmp_path / "out")
+    with pytest.raises(UserError, match="holds something else than this export"):
+        written(data, folder / "dc", folder / "dc")
+    assert (folder / "dc" / "DONE").is_file()
+
+
+def test_what_cannot_be_exported_is_named(data, tmp_path):
+    with pytest.raises(UserError, match=r"config\.export\.checkpoint: it is empty"):
+        written(data, "", tmp_path / "out")
+    with pytest.raises(UserError, match=r"config\.export\.checkpoint: .* is not finished"):
+        written(data, tmp_path, tmp_path / "out")
+    config = data[0].copy_and_resolve_references()
+    config.vocabulary.update({"trim": True, "min_count": 2})
+    write_student(tmp_path / "trimmed", config, seen_by_student(data[1], config.vocabulary))
+    with pytest.raises(UserError, match=r"trimmed vocabulary.*no tokenizer file"):
+        written(data, tmp_path / "trimmed", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def example(folder):
+    """The example of a folder's card, as a file beside it."""
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert code
+    (folder / "example.py").write_text(code.group(1))
+    return folder / "example.py"
+
+
+@pytest.mark.parametrize("name", [*SHAPES, "dc", "icner"])
+def test_examples_of_the_cards_run(data, runs, name, tmp_path, monkeypatch, capsys):
+    torch = pytest.importorskip("torch", reason="the examples use PyTorch")
+    folder, found = runs
+    written(data, folder / name, tmp_path / "out")
+    file = example(tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    values = runpy.run_path(str(file))
+    assert capsys.readouterr().out
+    tokenizer, text = data[1].tokenizer, "wake me up at seven"
+    ids = [tokenizer.cls_id, *tokenizer.encode([text])[0].tolist(), tokenizer.sep_id]
+    batch = {
+        "tokens": np.array([ids], np.int32),
+        "segment_ids": np.ones((1, len(ids)), np.int32),
+        "positions": np.arange(len(ids), dtype=np.int32)[None],
+        "first_positions": np.zeros((1, 1), np.int32),
+    }
+    model, params = found[name][:2]
+    if name in SHAPES:
+        batch["tokens"][0, 2] = tokenizer.mask_id
+        ours, theirs = model.mlm_logits(params, model.hidden(params, batch)), values["logits"]
+    elif name == "dc":
+        ours, theirs = model.domain_logits(params, batch)[:, 0], values["logits"]
+    else:
+        intents, tags = model.intent_and_tag_logits(params, batch)
+        ours, theirs = intents[0, 0], values["intent"]
+        assert tags[0].argmax(-1).tolist() == values["tags"]
+    assert isinstance(theirs, torch.Tensor)
+    np.testing.assert_allclose(np.asarray(ours), theirs.numpy(), atol=1e-5)
+
+
+def test_examples_compile_without_torch(data, runs, tmp_path):
+    for name in ("bert", "dc", "icner"):
+        written(data, runs[0] / name, tmp_path / name)
+        file: pathlib.Path = example(tmp_path / name)
+        compile(file.read_text(), str(file), "exec")
