@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from configs import quickstart
 from kd_jax.config import to_dict
@@ -28,9 +29,24 @@ def smoke_config(folder):
     return config, Prepared(folder)
 
 
+def random_params(model):
+    """Parameters drawn with NumPy, which compiles nothing; norms and biases are away from ones and zeros."""
+    rng = np.random.default_rng(0)
+    unread = ["encoder", "layers", "attention_norm"]  # layer 0's in ModernBERT, which stays as it began
+
+    def draw(path, leaf):
+        center = 1.0 if path[-1].key == "scale" else 0.0
+        values = center + 0.1 * rng.normal(size=leaf.shape)
+        if model.config.skip_first_attention_norm and [key.key for key in path[:3]] == unread:
+            values[0] = center
+        return jnp.asarray(values, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, model.abstract())
+
+
 def write_run(workdir, config, prepared, command, keys, model, **notes):
-    """A finished run of a command with fresh parameters, which it returns."""
-    params = jax.jit(model.init)(jax.random.key(5))
+    """A finished run of a command with random parameters, which it returns."""
+    params = random_params(model)
     values = to_dict(config)
     directory = RunDirectory(workdir, command, {key: values[key] for key in keys})
     directory.start(tokenizer_fingerprint=prepared.tokenizer.fingerprint, **notes)
@@ -51,9 +67,10 @@ def write_student(workdir, config, prepared, command="distill"):
     return model, params
 
 
-def write_finetuned(workdir, config, prepared, task):
-    """(model, parameters, label maps) of a finetuning run from scratch."""
-    maps = LabelMaps.from_train(prepared.utterances)
+def write_finetuned(workdir, config, prepared, task, domain=""):
+    """(model, parameters, label maps) of a finetuning run from scratch, of all domains or of one."""
+    known = prepared.utterances
+    maps = LabelMaps.for_domain(known, domain) if domain else LabelMaps.from_train(known)
     sizes = finetune.class_counts(task, maps)
     model: Functional = finetune.classifier(config.student, prepared, config, task, sizes)
     keys = ("prepared", "seed", "finetune", "compute_dtype", "student", "vocabulary")

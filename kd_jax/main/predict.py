@@ -1,0 +1,202 @@
+"""Domain, intent and slots of texts, by one finetuned model or by a DC and an ICNER model together.
+
+python -m kd_jax.main.predict --model=DIR "weck mich um sieben"
+python -m kd_jax.main.predict --model=DC,ICNER --input=lines.txt --output=predictions.jsonl
+
+--model takes workdirs of finetune runs. An ICNER run with a model for each domain needs a DC run beside it, which
+chooses the model. --input reads a text a line from a file, or from standard input with "-"; --output writes to a file
+in place of standard output. --format is text (for texts on the command line), json (an object a line) or massive (the
+schema of MASSIVE). --locale tells what a word is, which in ja-JP, zh-CN and zh-TW is a character; --prepared is the
+prepared folder, where it is no longer where the run found it.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TextIO
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from kd_jax.data import files
+from kd_jax.data.prepared import Prepared
+from kd_jax.data.utterances import FIELDS, Utterance, split_words
+from kd_jax.main import finetune, trained
+from kd_jax.main.command import MISTAKE, fail
+from kd_jax.trainer.mesh import make_mesh
+from kd_jax.types import UserError
+
+CHUNK = 4096  # texts that are in memory at a time
+ROWS = 32  # rows that are computed at a time, where there are many texts
+FORMATS = ("text", "json", "massive")
+
+
+class Prediction(NamedTuple):
+    """What the models say of one text; None and "O" where no model was asked, or none has learned that domain."""
+
+    text: str
+    words: tuple[str, ...]
+    domain: str | None
+    intent: str | None
+    tags: tuple[str, ...]  # IOB2, one a word
+
+    def utterance(self, id: str, locale: str) -> Utterance:
+        return Utterance(id, locale, "test", self.domain or "", self.intent or "", self.text, self.words, self.tags)
+
+    def to_json(self, locale: str = "") -> dict[str, Any]:
+        """Text, domain, intent and slots; a slot has its name, its words, and the place of its words [start, end)."""
+        found = []
+        joint = "" if split_words("ab", locale) == ["a", "b"] else " "
+        for span in self.utterance("", locale).spans:
+            words = joint.join(self.words[span.start : span.end])
+            found.append({"slot": span.slot, "text": words, "start": span.start, "end": span.end})
+        return {"text": self.text, "domain": self.domain, "intent": self.intent, "slots": found}
+
+
+class Predictor:
+    """Finetuned models, read once. Raises UserError for what is no finetuning run, and for two of one task."""
+
+    def __init__(self, workdirs: Sequence[str], prepared: str = ""):
+        self._mesh = make_mesh(ConfigDict({"data": -1, "fsdp": 1, "tensor": 1}))
+        self._prepared: dict[str, Prepared] = {}
+        self._folder = prepared
+        self._dc: finetune.Finetuned | None = None
+        self._icner: dict[str, finetune.Finetuned] = {}  # by domain; "" is the model of all
+        for workdir in workdirs:
+            self._add(pathlib.Path(workdir))
+        if not self._icner and self._dc is None:
+            raise UserError("--model: it is empty; give the workdir of a finetune run, or two joined by a comma")
+        if "" not in self._icner and self._icner and self._dc is None:
+            raise UserError("--model: the ICNER run has a model for each domain; give a DC run too: --model=DC,ICNER")
+
+    def _add(self, workdir: pathlib.Path) -> None:
+        domains = finetune.domain_folders(workdir)
+        if domains:
+            for domain, folder in domains.items():
+                self._keep(domain, self._load(folder), workdir)
+        else:
+            self._keep("", self._load(workdir), workdir)
+
+    def _load(self, folder: pathlib.Path) -> finetune.Finetuned:
+        trained.parameters_fingerprint(folder, "model")  # says whether it is finished
+        place = self._folder or trained.run_config(folder, "model").prepared
+        data = self._prepared.setdefault(place, Prepared(place))
+        return finetune.load_finetuned(folder, data, self._mesh, "auto", "model")
+
+    def _keep(self, domain: str, one: finetune.Finetuned, workdir: pathlib.Path) -> None:
+        if one.task == "dc" and self._dc is None:
+            self._dc = one
+        elif one.task == "icner" and domain not in self._icner:
+            self._icner[domain] = one
+        else:
+            raise UserError(f"--model: {workdir} is a second run for {one.task}; give one DC and one ICNER run")
+
+    def predict(self, texts: Sequence[str], locale: str = "", rows: int = ROWS) -> list[Prediction]:
+        """One for each text, in their order; texts share the rows of a batch. A text of more pieces than the rows that
+        the models were trained on is cut there, and the words behind have the tag "O"."""
+        utterances = []
+        for text in texts:
+            words = tuple(split_words(text, locale))
+            utterances.append(Utterance("", locale, "", "", "", text, words, ("O",) * len(words)))
+        full = [number for number, one in enumerate(utterances) if one.words]
+        domains: dict[int, str] = {}
+        if self._dc is not None:
+            domains = {
+                number: record["predicted_domain"] for number, record in self._ask(self._dc, utterances, full, rows)
+            }
+        found: dict[int, tuple[str, tuple[str, ...]]] = {}
+        for domain, model in self._icner.items():
+            mine = [number for number in full if domain in ("", domains.get(number))]
+            for number, record in self._ask(model, utterances, mine, rows):
+                found[number] = record["predicted_intent"], tuple(record["predicted_tags"])
+        predictions = []
+        for number, one in enumerate(utterances):
+            intent, tags = found.get(number, (None, one.tags))
+            predictions.append(Prediction(one.text, one.words, domains.get(number), intent, tags))
+        return predictions
+
+    def _ask(
+        self, one: finetune.Finetuned, utterances: Sequence[Utterance], chosen: Sequence[int], rows: int
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(number, record) of the chosen utterances."""
+        if chosen:
+            asked = [utterances[number] for number in chosen]
+            records = finetune.predict(
+                one.model, one.params, one.masks, asked, [], one.prepared, one.maps, self._mesh, batch_rows=rows
+            )
+            yield from zip(chosen, records, strict=True)
+
+
+def lines_of(predictions: Iterable[Prediction], form: str, locale: str, first: int = 0) -> Iterator[str]:
+    """Each prediction in the wanted form; numbers count from `first`."""
+    for number, one in enumerate(predictions, first):
+        if form == "text":
+            slots = ", ".join(f"{slot['slot']} = {slot['text']}" for slot in one.to_json(locale)["slots"])
+            values = {"text": one.text, "domain": one.domain, "intent": one.intent, "slots": slots or None}
+            yield "\n".join(f"{name + ':':<8}{value}" for name, value in values.items() if value is not None)
+        elif form == "json":
+            yield json.dumps(one.to_json(locale), ensure_ascii=False)
+        else:
+            it = one.utterance(str(number), locale)
+            values = (it.id, locale, it.partition, it.domain, it.intent, it.text, it.annotated())
+            yield json.dumps(dict(zip(FIELDS, values, strict=True)), ensure_ascii=False)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Predicts what the options name, a chunk of texts at a time."""
+    predictor = Predictor([name.strip() for name in options.model.split(",") if name.strip()], options.prepared)
+    with contextlib.ExitStack() as stack:
+        texts: Iterable[str] = options.texts
+        if options.input:
+            texts = (line.rstrip("\r\n") for line in _opened(stack, options.input))
+        output: TextIO = sys.stdout
+        if options.output:
+            pathlib.Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+            output = stack.enter_context(open(options.output, "w", encoding="utf-8"))
+        form = options.format or ("json" if options.input else "text")
+        rows = ROWS if options.input else 1
+        done, texts = 0, iter(texts)
+        while chunk := list(itertools.islice(texts, CHUNK)):
+            for line in lines_of(predictor.predict(chunk, options.locale, rows), form, options.locale, done):
+                print(line, file=output)
+            done += len(chunk)
+
+
+def _opened(stack: contextlib.ExitStack, name: str) -> Iterable[str]:
+    if name == "-":
+        return sys.stdin
+    file = pathlib.Path(name)
+    if not file.is_file():
+        raise UserError(f"--input: there is no file {name}; name a file with a text a line, or - for standard input")
+    return (line for _, line in files.numbered_lines(file))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kd_jax.main.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = fail  # type: ignore[method-assign]
+    parser.add_argument("texts", nargs="*", metavar="TEXT")
+    parser.add_argument("--model", required=True)
+    for name in ("input", "output", "locale", "prepared"):
+        parser.add_argument(f"--{name}", default="")
+    parser.add_argument("--format", default="", choices=("", *FORMATS))
+    options = parser.parse_args(arguments)
+    logging.set_verbosity(logging.WARNING)
+    try:
+        if bool(options.texts) == bool(options.input):
+            raise UserError("give texts, or --input with a file of them, and not both")
+        run(options)
+    except UserError as error:
+        print(f"error: {str(error).replace('config.model:', '--model:')}", file=sys.stderr)
+        return MISTAKE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
