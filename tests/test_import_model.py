@@ -6,12 +6,12 @@ import json
 import jax
 import numpy as np
 import pytest
+from finished_runs import smoke_config
 from safetensors.numpy import load_file, save_file
 from small_models import small_config
 
-from configs import base, quickstart
+from configs import base
 from kd_jax.config import from_dict
-from kd_jax.data.prepared import Prepared, prepare
 from kd_jax.data.tokenizer import train_tokenizer
 from kd_jax.main import distill, evaluate, finetune_dc, import_model, pretrain, trained
 from kd_jax.models.encoder_config import encoder_config
@@ -24,16 +24,7 @@ from kd_jax.types import UserError
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """(config, prepared folder) with the sizes of a smoke run."""
-    config = quickstart.get_config("smoke")
-    config.progress = config.tensorboard = False
-    config.nlu.max_train = 20
-    config.rows.heldout_share = 0.2
-    for name in config.sources:
-        config.sources[name].max_texts = 40
-    config.prepared = str(tmp_path_factory.mktemp("data"))
-    prepare(config, config.prepared)
-    return config, Prepared(config.prepared)
+    return smoke_config(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
