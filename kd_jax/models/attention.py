@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from kd_jax.models.encoder_config import EncoderConfig, output_std
@@ -10,10 +11,16 @@ from kd_jax.models.random_numbers import drop
 
 
 def rotary_tables(positions_RxL: jax.Array, head_dim: int, theta: float) -> jax.Array:
-    """Cosines and sines of the rotary angles (Su et al., arXiv 2104.09864), float32 [2, R, L, 1, head_dim / 2]."""
-    frequencies = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions_RxL[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+    """Cosines and sines of the rotary angles (Su et al., arXiv 2104.09864), float32 [2, R, L, 1, head_dim / 2].
+
+    Positions are below the length of the row. They are looked up in constants: computed from the positions, XLA would
+    compute each cosine anew in every loop that turns queries or keys, which took half of attention on a CPU.
+    """
+    frequencies = 1.0 / theta ** (np.arange(0, head_dim, 2) / head_dim)
+    angles = np.arange(positions_RxL.shape[1])[:, None] * frequencies[None, :]
+    by_position = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    tables_RxLx2xF = jnp.take(by_position, positions_RxL, axis=0, mode="clip")
+    return jnp.moveaxis(tables_RxLx2xF, 2, 0)[:, :, :, None]
 
 
 def rotate(x_RxLxNxD: jax.Array, tables: jax.Array) -> jax.Array:
@@ -42,9 +49,10 @@ class Attention(nnx.Module):
         """The mixed values [T, H], and (query, key, value) [R, L, N, D] as projected: neither turned nor scaled."""
         rows, length, _ = mask_RxLxL.shape
         dtype = x_TxH.dtype
-        merged = self.query_key_value(x_TxH)
+        # Split rather than sliced: the gradient is one concatenation, not three padded arrays to add.
+        parts = jnp.split(self.query_key_value(x_TxH), 3, axis=1)
         projected = query, key, value = tuple(
-            merged[:, part].reshape(rows, length, self.config.num_heads, self.config.head_dim) for part in range(3)
+            part.reshape(rows, length, self.config.num_heads, self.config.head_dim) for part in parts
         )
         if tables is not None:
             query, key = rotate(query, tables), rotate(key, tables)

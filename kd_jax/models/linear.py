@@ -1,11 +1,38 @@
 """Linear layers and layer normalization, with float32 parameters and activations of any float dtype."""
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.random_numbers import truncated_normal
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
+    """Contracts the last `axes` axes of x with the first of the kernel, as jnp.tensordot does.
+
+    Its gradient by the kernel is x times the cotangent. JAX would multiply in the other order, for which XLA on a CPU
+    first transposes the cotangent, mostly the larger of the two.
+    """
+    return jnp.tensordot(x, kernel, axes)
+
+
+def _product_forward(x, kernel, axes):
+    return product(x, kernel, axes), (x, kernel)
+
+
+def _product_backward(axes, factors, cotangent):
+    x, kernel = factors
+    leading = tuple(range(x.ndim - axes))
+    outputs = tuple(range(len(leading), cotangent.ndim)), tuple(range(axes, kernel.ndim))
+    return jnp.tensordot(cotangent, kernel, outputs), jnp.tensordot(x, cotangent, (leading, leading))
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 class Linear(nnx.Module):
@@ -17,7 +44,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32), axes=axes[len(inputs) :]) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.num_inputs)
+        y: Any = product(x, self.kernel[...].astype(x.dtype), self.num_inputs)
         if self.bias is not None:
             bias = self.bias[...].astype(x.dtype)
             y = y + jnp.expand_dims(bias, range(y.ndim - bias.ndim))
