@@ -10,10 +10,11 @@ from ml_collections import ConfigDict
 
 from kd_jax.benchmark.flops import cached_flops, distill_flops
 from kd_jax.benchmark.handover import read_arrays, read_batches, read_tree
-from kd_jax.benchmark.layouts import one_text_a_row, same_shape, with_labels
+from kd_jax.benchmark.layouts import one_text_a_row, same_shape
 from kd_jax.losses.logits import kl_divergence, masked_cross_entropy
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
+from kd_jax.models.heads import gather_positions
 from kd_jax.models.projection import WithProjections
 from kd_jax.steps.distill import DistillSettings, Weight, make_cached_objective, make_distill_objective
 from kd_jax.steps.objective import Objective, scaled_sum
@@ -110,10 +111,6 @@ class JaxDistill:
 class EverywhereDistill(JaxDistill):
     """Logits of both models at every column; the losses at the masked ones."""
 
-    def layout(self, batches):
-        """See JaxDistill."""
-        return [with_labels(batch) for batch in batches]
-
     def objective(self):
         """See JaxDistill."""
         objective = everywhere_objective(self.student, self.teacher, self.spec)
@@ -130,7 +127,7 @@ class PaddedDistill(EverywhereDistill):
     def layout(self, batches):
         """See JaxDistill."""
         pad_id = self.spec["pad_id"]
-        return super().layout(same_shape([one_text_a_row(batch, pad_id) for batch in batches], MULTIPLE, pad_id))
+        return same_shape([one_text_a_row(batch, pad_id) for batch in batches], MULTIPLE, pad_id)
 
 
 class CachedDistill(JaxDistill):
@@ -176,24 +173,26 @@ def masked_objective(student: Functional, teacher: Functional, spec: Spec, param
 
 
 def everywhere_objective(student: Functional, teacher: Functional, spec: Spec) -> Objective:
-    """The same losses from logits that are formed at every column, masked or not; batches carry labels and
-    label_weights (layouts.with_labels).
-    """
+    """The same losses from logits that are formed at every column, of which those at the masked ones are taken."""
+
+    def at_masked(model: Functional, params, batch, key=None):
+        # The barrier keeps the compiler from forming only the logits that are used.
+        logits_RxLxV = jax.lax.optimization_barrier(model.mlm_logits(params, model.hidden(params, batch, key)))
+        return gather_positions(logits_RxLxV, jnp.asarray(batch["masked_positions"]))
 
     def loss(params, frozen, batch, key, scales, progress):
         del progress
-        logits_RxLxV = student.mlm_logits(params, student.hidden(params, batch, key))
-        theirs_RxLxV = teacher.mlm_logits(frozen["teacher"], teacher.hidden(frozen["teacher"], batch))
-        theirs_RxLxV = jax.lax.stop_gradient(theirs_RxLxV)
-        weights = batch["label_weights"]
+        ours_RxKxV = at_masked(student, params, batch, key)
+        theirs_RxKxV = jax.lax.stop_gradient(at_masked(teacher, frozen["teacher"], batch))
+        weights = batch["masked_weights"]
         terms = {
-            "kl": kl_divergence(logits_RxLxV, theirs_RxLxV, weights, spec["temperature"]),
-            "mlm": masked_cross_entropy(logits_RxLxV, batch["labels"], weights),
+            "kl": kl_divergence(ours_RxKxV, theirs_RxKxV, weights, spec["temperature"]),
+            "mlm": masked_cross_entropy(ours_RxKxV, batch["masked_targets"], weights),
         }
         return scaled_sum(terms, scales)
 
     def weights(batch):
-        masked = jnp.sum(batch["label_weights"])
+        masked = jnp.sum(batch["masked_weights"])
         return {"kl": masked, "mlm": masked}
 
     return Objective(weights, lambda progress: {"kl": spec["kl_weight"], "mlm": spec["mlm_weight"]}, loss)
