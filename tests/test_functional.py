@@ -117,6 +117,48 @@ def test_parameter_count():
     assert counts == {"total": body + (VOCAB + 40 + 2) * 16 + VOCAB, "without_embeddings": body}
 
 
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("bert", {"scan": "unroll", "remat": True}),
+        ("xlmr_xl", {"scan": "unroll"}),
+        ("modernbert", {"scan": "unroll"}),
+        ("modernbert", {"scan": "scan"}),
+    ],
+)
+def test_hidden_at_gives_the_states_and_gradients_of_all_columns(family, changes):
+    model = Functional("mlm", small_config(family, **changes))
+    batch = packed_batch([[7, 9], [12]], 20)
+    params = parameters(Functional("mlm", small_config(family)))
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.3 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), params
+    )  # biases
+    columns = np.array([[3, 0, 15, 8], [11, 4, 4, 0]], np.int32)  # one of them twice
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, model.config.hidden_size)), jnp.float32)
+
+    def narrow(params):
+        hidden = model.hidden_at(params, batch, columns)
+        return jnp.sum(hidden * weights), hidden
+
+    def whole(params):
+        hidden = gather_positions(model.hidden(params, batch), columns)
+        return jnp.sum(hidden * weights), hidden
+
+    results = [jax.jit(jax.value_and_grad(function, has_aux=True))(params) for function in (narrow, whole)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *results)
+
+
+def test_hidden_at_beside_captured_states_of_the_last_layer():
+    model = Functional("mlm", small_config("modernbert", scan="unroll"))
+    params, batch = parameters(Functional("mlm", small_config("modernbert"))), packed_batch([[7, 9], [12]], 20)
+    columns = np.array([[3, 0], [11, 4]], np.int32)
+    for wanted in ({"layers": (2,)}, {"projections": (2,)}, {"layers": (1,), "projections": (0,), "embeddings": True}):
+        captured = model.capture(params, batch, **wanted, columns_RxK=columns)
+        expected = model.capture(params, batch, **wanted)
+        expected = expected._replace(hidden=gather_positions(expected.hidden, columns))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), captured, expected)
+
+
 def test_flops_match_what_xla_counts():
     # XLA counts a loop's body once, so layers are unrolled; it also counts elementwise work, which is small here.
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_layers": 2, "max_positions": 128, "scan": "unroll"}
@@ -127,11 +169,18 @@ def test_flops_match_what_xla_counts():
         def logits(params, batch, model=model):
             return model.mlm_logits(params, model.hidden(params, batch)[:, :20])
 
-        counted = jax.jit(logits).lower(model.abstract(), batch).compile().cost_analysis()["flops"]
-        assert counted == pytest.approx(flops_per_row(model.config, 128, 20, 3000, training=False), rel=0.1)
+        def narrow(params, batch, model=model):
+            return model.mlm_logits(params, model.hidden_at(params, batch, np.arange(20)[None]))
+
+        for function, columns in ((logits, None), (narrow, 20)):
+            counted = jax.jit(function).lower(model.abstract(), batch).compile().cost_analysis()["flops"]
+            expected = flops_per_row(model.config, 128, 20, 3000, training=False, last_layer_at=columns)
+            assert counted == pytest.approx(expected, rel=0.1)
     config = model.config
     forward = flops_per_row(config, 128, 20, 3000, training=False)
     assert flops_per_row(config, 128, 20, 3000, training=True) == 3 * forward
     layers = flops_per_row(config, 128, 0, 3000, training=False)
+    scanned = dataclasses.replace(config, scan="scan")  # computes every layer for the whole row
+    assert flops_per_row(scanned, 128, 20, 3000, training=False, last_layer_at=20) == forward
     remat = dataclasses.replace(config, remat=True)
     assert flops_per_row(remat, 128, 20, 3000, training=True) == 3 * forward + layers

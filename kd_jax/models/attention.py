@@ -45,22 +45,37 @@ class Attention(nnx.Module):
             heads, (config.hidden_size,), ("heads", None, "embed"), bias=bias, std=output_std(config), rngs=rngs
         )
 
-    def __call__(self, x_TxH, mask_RxLxL, tables, dropout_key):
-        """The mixed values [T, H], and (query, key, value) [R, L, N, D] as projected: neither turned nor scaled."""
-        rows, length, _ = mask_RxLxL.shape
-        dtype = x_TxH.dtype
+    def __call__(self, x_TxH, mask_RxLxL, tables, dropout_key, at_RxK=None):
+        """The mixed values [T, H], and (query, key, value) [R, L, N, D] as projected: neither turned nor scaled.
+
+        With columns `at_RxK` of each row, only those ask: the mixed values are [R * K, H] and queries [R, K, N, D].
+        """
+        rows, dtype, query_tables = len(mask_RxLxL), x_TxH.dtype, tables
         # Split rather than sliced: the gradient is one concatenation, not three padded arrays to add.
-        parts = jnp.split(self.query_key_value(x_TxH), 3, axis=1)
+        if at_RxK is None:
+            parts = jnp.split(self.query_key_value(x_TxH), 3, axis=1)
+        else:
+            mask_RxLxL = jnp.take_along_axis(mask_RxLxL, at_RxK[:, :, None], axis=1)
+            if tables is not None:
+                query_tables = jnp.take_along_axis(tables, at_RxK[None, :, :, None, None], axis=2)
+            asked = self.query_key_value(at_columns(x_TxH, at_RxK), slice(0, 1))
+            parts = [asked, *jnp.split(self.query_key_value(x_TxH, slice(1, 3)), 2, axis=1)]
         projected = query, key, value = tuple(
-            part.reshape(rows, length, self.config.num_heads, self.config.head_dim) for part in parts
+            part.reshape(rows, -1, self.config.num_heads, self.config.head_dim) for part in parts
         )
         if tables is not None:
-            query, key = rotate(query, tables), rotate(key, tables)
+            query, key = rotate(query, query_tables), rotate(key, tables)
         query = query * jnp.asarray(self.config.head_dim**-0.5, dtype)
         scores_RxNxQxK = jnp.einsum("rqnd,rknd->rnqk", query, key, preferred_element_type=jnp.float32)
         scores_RxNxQxK = jnp.where(mask_RxLxL[:, None], scores_RxNxQxK, jnp.finfo(jnp.float32).min)
         shares_RxNxQxK = jax.nn.softmax(scores_RxNxQxK, axis=-1).astype(dtype)
         shares_RxNxQxK = drop(shares_RxNxQxK, self.config.attention_dropout, dropout_key, 0)
-        mixed_RxLxNxD = jnp.einsum("rnqk,rknd->rqnd", shares_RxNxQxK, value)
-        mixed_TxNxD = mixed_RxLxNxD.reshape(rows * length, self.config.num_heads, self.config.head_dim)
-        return self.output(mixed_TxNxD), projected
+        mixed_RxQxNxD = jnp.einsum("rnqk,rknd->rqnd", shares_RxNxQxK, value)
+        return self.output(mixed_RxQxNxD.reshape(-1, self.config.num_heads, self.config.head_dim)), projected
+
+
+def at_columns(x_TxH: jax.Array, at_RxK: jax.Array) -> jax.Array:
+    """The states [R * K, H] at K columns of each of R rows, of all of them [R * L, H]."""
+    rows, hidden = at_RxK.shape[0], x_TxH.shape[-1]
+    x_RxLxH = x_TxH.reshape(rows, -1, hidden)
+    return jnp.take_along_axis(x_RxLxH, at_RxK[:, :, None], axis=1).reshape(-1, hidden)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kd_jax.models.attention import Attention, rotary_tables
+from kd_jax.models.attention import Attention, at_columns, rotary_tables
 from kd_jax.models.encoder_config import ACTIVATIONS, EncoderConfig, output_std
 from kd_jax.models.linear import LayerNorm, Linear
 from kd_jax.models.random_numbers import drop, truncated_normal
@@ -40,7 +40,10 @@ class MLP(nnx.Module):
     def __call__(self, x_TxH):
         activation = ACTIVATIONS[self.config.activation]
         inner = self.input(x_TxH)
-        return self.output(activation(inner[:, 0]) * inner[:, 1] if self.config.gated else activation(inner))
+        if not self.config.gated:
+            return self.output(activation(inner))
+        activated, gate = jnp.split(inner, 2, axis=1)
+        return self.output((activation(activated) * gate)[:, 0])
 
 
 class Layer(nnx.Module):
@@ -53,21 +56,22 @@ class Layer(nnx.Module):
         self.mlp_norm = LayerNorm(config)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x_TxH, mask_RxLxL, tables, skip_norm, dropout_key):
+    def __call__(self, x_TxH, mask_RxLxL, tables, skip_norm, dropout_key, at_RxK=None):
         """The states after the layer, and the attention's projections. `skip_norm` is a bool or a traced bool scalar:
-        leave out the attention norm.
+        leave out the attention norm. With columns `at_RxK` of each row, only their states are computed, [R * K, H].
         """
-        rate = self.config.dropout
-        if self.config.norm_placement == "post":
-            mixed, projected = self.attention(x_TxH, mask_RxLxL, tables, dropout_key)
-            x_TxH = self.attention_norm(x_TxH + drop(mixed, rate, dropout_key, 1))
-            return self.mlp_norm(x_TxH + drop(self.mlp(x_TxH), rate, dropout_key, 2)), projected
-        if isinstance(skip_norm, bool):
-            normed = x_TxH if skip_norm else self.attention_norm(x_TxH)
+        rate, post = self.config.dropout, self.config.norm_placement == "post"
+        if post or (isinstance(skip_norm, bool) and skip_norm):
+            normed = x_TxH
         else:
-            normed = jnp.where(skip_norm, x_TxH, self.attention_norm(x_TxH))
-        mixed, projected = self.attention(normed, mask_RxLxL, tables, dropout_key)
+            normed = self.attention_norm(x_TxH)
+            normed = normed if isinstance(skip_norm, bool) else jnp.where(skip_norm, x_TxH, normed)
+        mixed, projected = self.attention(normed, mask_RxLxL, tables, dropout_key, at_RxK)
+        x_TxH = x_TxH if at_RxK is None else at_columns(x_TxH, at_RxK)
         x_TxH = x_TxH + drop(mixed, rate, dropout_key, 1)
+        if post:
+            x_TxH = self.attention_norm(x_TxH)
+            return self.mlp_norm(x_TxH + drop(self.mlp(x_TxH), rate, dropout_key, 2)), projected
         return x_TxH + drop(self.mlp(self.mlp_norm(x_TxH)), rate, dropout_key, 2), projected
 
 
@@ -124,11 +128,15 @@ class Encoder(nnx.Module):
         layers: tuple[int, ...] = (),
         projections: tuple[int, ...] = (),
         embeddings: bool = False,
+        at_RxK: jax.Array | None = None,
     ) -> Captured:
         """Hidden states [R, L, H] in `compute_dtype`, and the states after `layers`, the projections of the layers in
         `projections` and the embeddings. What is not asked for is not kept: a scan over the layers carries no more than
         that. Texts of one row do not see each other; a text longer than `max_positions` raises UserError. What stands
         at padding is finite and without meaning.
+
+        With columns `at_RxK` of each row, the hidden states are those at them, [R, K, H]. Where the last layer is
+        unrolled and nothing is asked for of it, its queries and all that follows are computed for them alone.
         """
         config = self.config
         rows, length = tokens_RxL.shape
@@ -152,28 +160,33 @@ class Encoder(nnx.Module):
                 False: rotary_tables(positions_RxL, config.head_dim, config.local_theta),
             }
         first_TxH = self.embeddings(tokens_RxL, positions_RxL, compute_dtype, dropout_key)
-        run = self._scanned if config.scan == "scan" else self._unrolled
         wanted = sorted(set(layers)), sorted(set(projections))
-        x_TxH, after, projected = run(first_TxH, masks, tables, dropout_key, *wanted)
+        narrow = at_RxK if config.scan == "unroll" and config.num_layers - 1 not in (*layers, *projections) else None
+        if config.scan == "scan":
+            x_TxH, after, projected = self._scanned(first_TxH, masks, tables, dropout_key, *wanted)
+        else:
+            x_TxH, after, projected = self._unrolled(first_TxH, masks, tables, dropout_key, *wanted, narrow)
+        if at_RxK is not None and narrow is None:
+            x_TxH = at_columns(x_TxH, at_RxK)
         if self.final_norm is not None:
             x_TxH = self.final_norm(x_TxH)
         shape = (rows, length, config.hidden_size)
         return Captured(
-            hidden=x_TxH.reshape(shape),
+            hidden=x_TxH.reshape(rows, -1, config.hidden_size),
             embeddings=first_TxH.reshape(shape) if embeddings else None,
             layers={layer: state.reshape(shape) for layer, state in after.items()},
             projections=projected,
         )
 
-    def _unrolled(self, x_TxH, masks, tables, dropout_key, layers, projections):
+    def _unrolled(self, x_TxH, masks, tables, dropout_key, layers, projections, at_RxK):
         config = self.config
         graph, stacked = nnx.split(self.layers)
 
-        def apply(layer, x_TxH, parameters, masks, tables, dropout_key):
+        def apply(layer, x_TxH, parameters, masks, tables, dropout_key, at_RxK):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer + 1)
             skip_norm = config.skip_first_attention_norm and layer == 0
             kind = config.is_global(layer)
-            x_TxH, projected = nnx.merge(graph, parameters)(x_TxH, masks[kind], tables[kind], skip_norm, key)
+            x_TxH, projected = nnx.merge(graph, parameters)(x_TxH, masks[kind], tables[kind], skip_norm, key, at_RxK)
             return x_TxH, projected if layer in projections else None
 
         if config.remat:
@@ -181,7 +194,8 @@ class Encoder(nnx.Module):
         after, projected = {}, {}
         for layer in range(config.num_layers):
             parameters = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
-            x_TxH, projected[layer] = apply(layer, x_TxH, parameters, masks, tables, dropout_key)
+            at_last = at_RxK if layer == config.num_layers - 1 else None
+            x_TxH, projected[layer] = apply(layer, x_TxH, parameters, masks, tables, dropout_key, at_last)
             after[layer] = x_TxH
         return x_TxH, {layer: after[layer] for layer in layers}, {layer: projected[layer] for layer in projections}
 

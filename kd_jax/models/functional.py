@@ -12,7 +12,7 @@ from flax import nnx
 from kd_jax.models.encoder import Captured
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.heads import IntentSlotModel, MaskedLanguageModel, SequenceClassifier, encode
-from kd_jax.types import Batch, Params
+from kd_jax.types import Array, Batch, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,14 @@ class Functional:
         """Hidden states [R, L, H] of every token, of any kind of model; padding is finite and without meaning."""
         return self.capture(params, batch, dropout_key).hidden
 
+    def hidden_at(
+        self, params: Params, batch: Batch, columns_RxK: Array, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """Hidden states [R, K, H] at those columns of each row alone: of an unrolled model's last layer nothing is
+        computed for the others but keys and values. With dropout, not the masks that `hidden` draws.
+        """
+        return self.capture(params, batch, dropout_key, columns_RxK=columns_RxK).hidden
+
     def capture(
         self,
         params: Params,
@@ -71,9 +79,11 @@ class Functional:
         layers: tuple[int, ...] = (),
         projections: tuple[int, ...] = (),
         embeddings: bool = False,
+        columns_RxK: Array | None = None,
     ) -> Captured:
         """What `hidden` gives, and with it the states after `layers`, the query, key and value projections of the
-        layers in `projections`, and the embeddings. Layers count from 0; ValueError for one that is not there.
+        layers in `projections`, and the embeddings. Layers count from 0; ValueError for one that is not there. With
+        `columns_RxK` the hidden states are those of `hidden_at`.
         """
         return encode(
             self._merge(params).encoder,
@@ -83,6 +93,7 @@ class Functional:
             layers=layers,
             projections=projections,
             embeddings=embeddings,
+            at_RxK=None if columns_RxK is None else jnp.asarray(columns_RxK),
         )
 
     def mlm_logits(self, params: Params, hidden_RxKxH: jax.Array) -> jax.Array:
@@ -127,16 +138,29 @@ def parameter_count(params: Params) -> dict[str, int]:
     return {"total": total, "without_embeddings": total - embeddings}
 
 
-def flops_per_row(config: EncoderConfig, length: int, masked_slots: int, vocab: int, training: bool) -> float:
+def flops_per_row(
+    config: EncoderConfig,
+    length: int,
+    masked_slots: int,
+    vocab: int,
+    training: bool,
+    last_layer_at: int | None = None,
+) -> float:
     """Floating-point operations of the matrix products for one row, a multiply-add counting 2.
 
     Attention is counted over the whole row, as it is computed. Training counts three times the forward pass (Kaplan
     et al., arXiv 2001.08361), and with remat the layers' forward pass once more. `masked_slots` 0 leaves the
-    masked-LM head out.
+    masked-LM head out. last_layer_at: the number of columns that `hidden_at` is asked for; None counts the whole row.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
-    per_token = 4 * hidden**2 + (3 if config.gated else 2) * hidden * inner
-    layers = 2.0 * config.num_layers * (length * per_token + 2 * length**2 * hidden)
+    matrices = (3 if config.gated else 2) * hidden * inner
+
+    def layer(asking: int) -> float:
+        """Keys and values of the whole row; queries, output and feed-forward of the columns that ask."""
+        return 2.0 * (length * 2 * hidden**2 + asking * (2 * hidden**2 + matrices + 2 * length * hidden))
+
+    narrow = last_layer_at if last_layer_at is not None and config.scan == "unroll" else length
+    layers = (config.num_layers - 1) * layer(length) + layer(narrow)
     head = 2.0 * masked_slots * (hidden**2 + hidden * vocab)
     if not training:
         return layers + head

@@ -98,7 +98,8 @@ class TokenHead(nnx.Module):
 def encode(
     encoder: Encoder, batch: Batch, compute_dtype: Any, dropout_key: jax.Array | None, **wanted: Any
 ) -> Captured:
-    """Hidden states [R, L, H] of a batch, and what is wanted beside them (`layers`, `projections`, `embeddings`)."""
+    """Hidden states [R, L, H] of a batch, and what is wanted beside them or instead (`layers`, `projections`,
+    `embeddings`, `at_RxK`)."""
     return encoder(
         jnp.asarray(batch["tokens"]),
         jnp.asarray(batch["segment_ids"]),
@@ -131,8 +132,8 @@ class SequenceClassifier(nnx.Module):
 
     def __call__(self, batch: Batch, compute_dtype: Any, dropout_key: jax.Array | None) -> jax.Array:
         """Logits [R, S, domains] of the utterances whose first tokens stand at `first_positions`."""
-        hidden = encode(self.encoder, batch, compute_dtype, dropout_key).hidden
-        first = gather_positions(hidden, jnp.asarray(batch["first_positions"]))
+        first_RxS = jnp.asarray(batch["first_positions"])
+        first = encode(self.encoder, batch, compute_dtype, dropout_key, at_RxK=first_RxS).hidden
         return self.domain_head(first, _head_key(dropout_key, 0))
 
 

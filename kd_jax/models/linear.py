@@ -36,17 +36,21 @@ product.defvjp(_product_forward, _product_backward)
 
 
 class Linear(nnx.Module):
-    """Contracts the last axes of x, shaped `inputs`, into `outputs`. `axes` name the kernel's axes for sharding."""
+    """Contracts the last axes of x, shaped `inputs`, into `outputs`. `axes` name the kernel's axes for sharding.
+
+    A call may ask for a `part` of the first output axis.
+    """
 
     def __init__(self, inputs, outputs, axes, *, bias: bool, std: float, rngs: nnx.Rngs):
         self.num_inputs = len(inputs)
         self.kernel = nnx.Param(truncated_normal(rngs.params(), (*inputs, *outputs), std), axes=axes)
         self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32), axes=axes[len(inputs) :]) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y: Any = product(x, self.kernel[...].astype(x.dtype), self.num_inputs)
+    def __call__(self, x: jax.Array, part: slice = slice(None)) -> jax.Array:
+        kernel = self.kernel[(slice(None),) * self.num_inputs + (part,)]
+        y: Any = product(x, kernel.astype(x.dtype), self.num_inputs)
         if self.bias is not None:
-            bias = self.bias[...].astype(x.dtype)
+            bias = self.bias[part].astype(x.dtype)
             y = y + jnp.expand_dims(bias, range(y.ndim - bias.ndim))
         return y
 
