@@ -83,7 +83,8 @@ class JaxDistill:
     def flops(self, batch: Mapping[str, np.ndarray]) -> float:
         """Of a step."""
         rows, length = batch["tokens"].shape
-        return distill_flops(self.student.config, self.teacher.config, rows, length, self.logits_a_row(batch))
+        logits = self.logits_a_row(batch)
+        return distill_flops(self.student.config, self.teacher.config, rows, length, logits, narrow=logits < length)
 
     def logits_a_row(self, batch: Mapping[str, np.ndarray]) -> int:
         """How many positions of a row logits are formed at."""

@@ -41,7 +41,8 @@ class ScaledDistill:
         mesh = make_mesh(ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})) if size["devices"] > 1 else None
         batch = synthetic_batch(size["rows"], size["length"], size["slots"], size["vocabulary"])
         self._steps = JaxSteps(objective, self.spec["job"], student, frozen, [batch], ("kl", "mlm"), mesh)
-        flops = distill_flops(self.student.config, self.teacher.config, size["rows"], size["length"], size["slots"])
+        shape = (size["rows"], size["length"], size["slots"])
+        flops = distill_flops(self.student.config, self.teacher.config, *shape, narrow=True)
         return {"framework": f"jax {jax.__version__}", "rows": size["rows"], "length": size["length"], "flops": flops}
 
     def run(self, first: int, steps: int) -> list[dict[str, float]]:

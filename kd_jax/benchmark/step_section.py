@@ -106,7 +106,7 @@ def measure_text(
     held = counts(packed)
     rows, length = packed[0]["tokens"].shape
     slots = packed[0]["masked_positions"].shape[1]
-    useful = distill_flops(shapes["student"], shapes["teacher"], rows, length, slots) * len(packed)
+    useful = distill_flops(shapes["student"], shapes["teacher"], rows, length, slots, narrow=True) * len(packed)
     return {
         "held": held,
         "useful_flops": useful,

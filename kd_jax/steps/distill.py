@@ -87,24 +87,23 @@ def make_distill_objective(
         theirs = {**batch, "tokens": jnp.take(frozen["kept"], tokens)} if "kept" in frozen else batch
         wanted = _wanted(settings, 1)
         return tuple(
-            teacher.capture(params, theirs, **wanted)
+            teacher.capture(params, theirs, **wanted, columns_RxK=columns_of(batch, settings))
             for teacher, params in zip(teachers, jax.lax.stop_gradient(frozen["teachers"]), strict=True)
         )
 
     def loss(params, frozen, batch, key, scales, progress):
-        ours = student.student.capture(student.student_params(params), batch, key, **_wanted(settings, 0))
+        columns = columns_of(batch, settings)
+        mine, wanted = student.student_params(params), _wanted(settings, 0)
+        ours = student.student.capture(mine, batch, key, **wanted, columns_RxK=columns)
         theirs = teacher_states(frozen, batch)
         total, terms = jnp.float32(0.0), {}
         if features:
             terms |= _feature_terms(student, params, ours, theirs[0], batch, settings)
             total += sum(scales[name] * terms[name][0] for name in terms)
 
-        def teacher_at(positions) -> tuple[Array, ...]:
-            hidden = (gather(one.hidden, positions) for one in theirs)
-            return tuple(
-                teacher.mlm_features(params, states)
-                for teacher, params, states in zip(teachers, frozen["teachers"], hidden)
-            )
+        def teacher_side() -> dict[str, Any]:
+            states = zip(teachers, frozen["teachers"], theirs)
+            return {"teacher_features": tuple(one.mlm_features(their, state.hidden) for one, their, state in states)}
 
         decoders = tuple(teacher.decoder(params) for teacher, params in zip(teachers, frozen["teachers"]))
         more = {"decoders": decoders, **({"kept": frozen["kept"]} if "kept" in frozen else {})}
@@ -113,7 +112,7 @@ def make_distill_objective(
             student.student_params(params),
             ours.hidden,
             batch,
-            lambda positions: {"teacher_features": teacher_at(positions)},
+            teacher_side,
             more,
             scales,
             progress,
@@ -132,7 +131,8 @@ def make_cached_objective(student: WithProjections, settings: DistillSettings) -
     """
 
     def loss(params, frozen, batch, key, scales, progress):
-        hidden = student.student.hidden(student.student_params(params), batch, key)
+        mine = student.student_params(params)
+        hidden = student.student.hidden_at(mine, batch, batch["masked_positions"], key)
         kept = {"kept": frozen["kept"]} if "kept" in frozen else {}
         more = {"decoders": (frozen["decoder"],), **kept} if settings.form.kind == "hidden" else kept
         cached = {name: batch[name] for name in settings.form.fields}
@@ -144,7 +144,7 @@ def make_cached_objective(student: WithProjections, settings: DistillSettings) -
             student.student_params(params),
             hidden,
             batch,
-            lambda positions: cached,
+            lambda: cached,
             more,
             scales,
             progress,
@@ -154,52 +154,52 @@ def make_cached_objective(student: WithProjections, settings: DistillSettings) -
     return Objective(weights_of(settings), coefficients_of(settings), loss)
 
 
-def gather(hidden_RxLxH: jax.Array, positions_RxK: Array | None) -> jax.Array:
-    """The hidden states at the given columns, or all of them."""
-    return hidden_RxLxH if positions_RxK is None else gather_positions(hidden_RxLxH, jnp.asarray(positions_RxK))
+def columns_of(batch: Batch, settings: DistillSettings) -> Array | None:
+    """The masked positions, where the states of the last layer are wanted at them alone."""
+    return batch["masked_positions"] if settings.kd_positions == "masked" else None
 
 
 def logit_losses(
     student: Functional,
     params: Params,
-    hidden_RxLxH: jax.Array,
+    hidden: jax.Array,
     batch: Batch,
-    teacher_at: Callable[[Array | None], dict[str, Any]],
+    teacher_side: Callable[[], dict[str, Any]],
     constants: dict[str, Any],
     scales,
     progress: Array,
     settings: DistillSettings,
 ) -> tuple[Array, dict[str, Term]]:
-    """Loss and terms "kl", "mlm" and "accuracy"; teacher_at(positions) gives the teacher's side there, or everywhere.
-
-    positions int32 [R, K] are the masked ones, None stands for all columns.
+    """Loss and terms "kl", "mlm" and "accuracy" from the student's hidden states, [R, K, H] at the masked positions or,
+    with kd_positions "all", [R, L, H]; teacher_side() gives the teacher's at the same places.
     """
     temperature = linear(settings.temperature, settings.final_temperature, progress)
     table, bias = student.decoder(params)
     constants = {**constants, "temperature": jnp.float32(temperature), "scales": {}}
 
-    def run(positions, names: tuple[str, ...], targets, weights) -> tuple[Array, dict[str, Term]]:
-        features = student.mlm_features(params, gather(hidden_RxLxH, positions))
+    def run(states, names: tuple[str, ...], targets, weights) -> tuple[Array, dict[str, Term]]:
         per_position = {"targets": jnp.asarray(targets), "weights": weights}
         if "kl" in names:
-            per_position |= teacher_at(positions)
+            per_position |= teacher_side()
         here = {**constants, "scales": {name: scales[name] for name in names}}
 
         def of_block(logits: jax.Array, per_position_B: Any, constants: Any) -> Any:
             return term_sums(logits, per_position_B, constants, settings.form)
 
-        total, sums = blocked_losses(
-            of_block, features, table, bias, per_position, here, block=settings.block or block_for(table.shape[0])
-        )
+        block = settings.block or block_for(table.shape[0])
+        features = student.mlm_features(params, states)
+        total, sums = blocked_losses(of_block, features, table, bias, per_position, here, block=block)
         count = jnp.sum(weights)
         return total, {name: (value, count) for name, value in sums.items()}
 
     weights = jnp.asarray(batch["masked_weights"])
     names = tuple(name for name in LOGIT_TERMS if name in scales)
-    at_masked = names if settings.kd_positions == "masked" else tuple(name for name in names if name != "kl")
-    total, terms = run(batch["masked_positions"], at_masked, batch["masked_targets"], weights)
-    if settings.kd_positions == "all" and "kl" in names:
-        kl, kl_terms = run(None, ("kl",), batch["tokens"], real_tokens(batch))
+    if settings.kd_positions == "masked":
+        return run(hidden, names, batch["masked_targets"], weights)
+    at_masked = gather_positions(hidden, jnp.asarray(batch["masked_positions"]))
+    total, terms = run(at_masked, tuple(set(names) - {"kl"}), batch["masked_targets"], weights)
+    if "kl" in names:
+        kl, kl_terms = run(hidden, ("kl",), batch["tokens"], real_tokens(batch))
         total, terms = total + kl, terms | {"kl": kl_terms["kl"]}
     return total, terms
 

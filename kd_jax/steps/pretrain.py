@@ -4,7 +4,6 @@ import jax.numpy as jnp
 
 from kd_jax.losses.logits import masked_cross_entropy
 from kd_jax.models.functional import Functional
-from kd_jax.models.heads import gather_positions
 from kd_jax.steps.objective import Objective, scaled_sum
 from kd_jax.types import Array, Batch, Params, Term
 
@@ -18,8 +17,7 @@ def masked_accuracy(logits_RxKxV: Array, batch: Batch) -> Term:
 
 def masked_logits(model: Functional, params: Params, batch: Batch, key=None) -> Array:
     """Logits [R, K, V] at the masked positions only."""
-    hidden_RxLxH = model.hidden(params, batch, key)
-    return model.mlm_logits(params, gather_positions(hidden_RxLxH, jnp.asarray(batch["masked_positions"])))
+    return model.mlm_logits(params, model.hidden_at(params, batch, batch["masked_positions"], key))
 
 
 def make_pretrain_objective(model: Functional) -> Objective:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from kd_jax.losses.sparse import sampled_targets, top_k_targets
 from kd_jax.models.functional import Functional
-from kd_jax.models.heads import gather_positions
 from kd_jax.steps.teacher_logits import TeacherForm, teacher_logits
 from kd_jax.types import Array, Batch, Params
 
@@ -38,8 +37,7 @@ def make_prediction_step(teacher: Functional, form: TeacherForm, settings: Mappi
     def step(params: Params, frozen: Mapping[str, Array], batch: Batch) -> tuple[dict[str, Array], Array]:
         tokens = batch["tokens"]
         theirs = {**batch, "tokens": jnp.take(frozen["kept"], tokens) if "kept" in frozen else tokens}
-        hidden_RxLxH = teacher.hidden(params, theirs)
-        features = teacher.mlm_features(params, gather_positions(hidden_RxLxH, jnp.asarray(batch["masked_positions"])))
+        features = teacher.mlm_features(params, teacher.hidden_at(params, theirs, batch["masked_positions"]))
         if kind == "hidden":
             return {"features": features.astype(dtype)}, jnp.ones(features.shape[:2], jnp.float32)
         constants = {
