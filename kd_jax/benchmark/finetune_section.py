@@ -54,9 +54,11 @@ def run(config: ConfigDict, prepared: Prepared, folder: pathlib.Path, say: Calla
             agreed.update(check_agreement(values, "packed", block.check_steps, block.tolerance))
 
         with running({name: Worker(f"{job}_{name}", f"{job}_{name}", spec, folder) for name in LABELS}) as workers:
-            found = measure(workers, dict.fromkeys(LABELS, len(batches)), block.rounds, check, say)
+            measurement = measure(workers, dict.fromkeys(LABELS, len(batches)), block.rounds, check, say)
+        found = measurement.workers
         result[job] = {
             "held": held,
+            "others_busy": measurement.others_busy,
             "variants": {name: summary(one, held) | {"difference": agreed[name]} for name, one in found.items()},
             "ratios": {f"packed/{name}": ratio(found[name], found["packed"]) for name in LABELS if name != "packed"},
         }

@@ -11,6 +11,7 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 import transformers
+from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
 from kd_jax.benchmark.flops import distill_flops
 from kd_jax.benchmark.handover import read_arrays, read_batches
@@ -35,6 +36,7 @@ class _Distill:
         self.student, self.teacher = (self._model(name) for name in ("student", "teacher"))
         self.teacher.requires_grad_(False).eval()
         self.student.train()  # dropout is 0
+        self._modules = {"student": self.student, "teacher": self.teacher}
         self.optimizer = self._optimizer()
         packed = read_batches(self.spec["batches"])
         batches = self.layout(packed)
@@ -164,6 +166,13 @@ class BestLoop(_Distill):
             "weights": weights,
         }
 
+    def _logits(self, name: str, tokens, segment_ids, positions, places):
+        """Logits of a model at the places of the list."""
+        model = self._modules[name]
+        masks = self._masks(self.shapes[name], segment_ids)
+        hidden = model.model(input_ids=tokens, attention_mask=masks, position_ids=positions).last_hidden_state
+        return model.decoder(model.head(hidden.flatten(0, 1)[places]))
+
     def build(self) -> None:
         """Compiles both models and the losses as one program."""
         self._losses = torch.compile(self._losses_of, fullgraph=True, dynamic=False)
@@ -178,26 +187,74 @@ class BestLoop(_Distill):
         """(KL, cross entropy), means over the masked positions."""
         return self._losses(**batch)
 
-    def _losses_of(self, tokens, segment_ids, positions, places, targets, weights):
+    @staticmethod
+    def _masks(shape: EncoderConfig, segment_ids) -> dict[str, torch.Tensor]:
+        """What may see what, bool [R, 1, L, L] by kind of layer."""
         whole = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-        columns = torch.arange(tokens.shape[1])
+        columns = torch.arange(segment_ids.shape[1])
         distance = (columns[:, None] - columns[None, :]).abs()
+        near = whole & (distance <= shape.local_window // 2)[None, None]
+        return {"full_attention": whole, "sliding_attention": near}
 
-        def logits(model, shape: EncoderConfig):
-            near = whole & (distance <= shape.local_window // 2)[None, None]
-            masks = {"full_attention": whole, "sliding_attention": near}
-            hidden = model.model(input_ids=tokens, attention_mask=masks, position_ids=positions).last_hidden_state
-            return model.decoder(model.head(hidden.flatten(0, 1)[places]))
-
+    def _losses_of(self, targets, weights, **where):
         with torch.no_grad():
-            theirs = logits(self.teacher, self.shapes["teacher"])
-        ours = logits(self.student, self.shapes["student"])
+            theirs = self._logits("teacher", **where)
+        ours = self._logits("student", **where)
         temperature, count = self.spec["temperature"], weights.sum()
         log_q = F.log_softmax(ours / temperature, dim=-1)
         log_p = F.log_softmax(theirs / temperature, dim=-1)
         kl = ((log_p.exp() * (log_p - log_q)).sum(-1) * weights).sum() / count * temperature**2
         mlm = (F.cross_entropy(ours, targets, reduction="none") * weights).sum() / count
         return kl, mlm
+
+
+class NarrowLoop(BestLoop):
+    """The same with a last layer written by hand, which computes only keys and values where nothing is masked; no
+    module of `transformers` does.
+    """
+
+    def _flat(self, batch: Mapping[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
+        rows, slots = np.nonzero(batch["masked_weights"])
+        numbers = np.zeros(size, np.int64)
+        numbers[: len(rows)] = rows * batch["masked_positions"].shape[1] + slots
+        flat = super()._flat(batch, size)
+        return {**flat, "numbers": numbers, "columns": batch["masked_positions"].astype(np.int64)}
+
+    def flops(self, batch: Mapping[str, np.ndarray]) -> float:
+        """See BestLoop."""
+        rows, length = batch["tokens"].shape
+        logits = len(batch["places"]) / rows
+        return distill_flops(self.shapes["student"], self.shapes["teacher"], rows, length, logits, narrow=True)
+
+    def _logits(self, name: str, tokens, segment_ids, positions, places, numbers, columns):
+        model = self._modules[name]
+        masks = self._masks(self.shapes[name], segment_ids)
+        body = model.model
+        states = body.embeddings(input_ids=tokens)
+        angles = {kind: body.rotary_emb(states, positions, kind) for kind in masks}
+        *layers, last = body.layers
+        for layer in layers:
+            kind = layer.attention_type
+            states = layer(states, attention_mask=masks[kind], position_embeddings=angles[kind])
+        row = torch.arange(len(tokens))[:, None]
+        normed, attention = last.attn_norm(states), last.attn
+        if attention.Wqkv.bias is not None:
+            raise ValueError("a last layer with biases is not written")
+
+        def heads(projected):
+            return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+        for_query, for_key, for_value = attention.Wqkv.weight.chunk(3)
+        cosine, sine = angles[last.attention_type]
+        query, key = heads(F.linear(normed[row, columns], for_query)), heads(F.linear(normed, for_key))
+        query, _ = apply_rotary_pos_emb(query, query, cosine[row, columns], sine[row, columns])
+        key, _ = apply_rotary_pos_emb(key, key, cosine, sine)
+        mask = masks[last.attention_type][:, 0][row, columns][:, None]
+        mixed = F.scaled_dot_product_attention(query, key, heads(F.linear(normed, for_value)), attn_mask=mask)
+        mixed = mixed.transpose(1, 2).flatten(2).flatten(0, 1)[numbers]
+        at_places = states.flatten(0, 1)[places] + attention.Wo(mixed)
+        at_places = at_places + last.mlp(last.mlp_norm(at_places))
+        return model.decoder(model.head(body.final_norm(at_places)))
 
 
 def usual_eager(spec: Spec) -> UsualLoop:
@@ -213,6 +270,11 @@ def usual_compiled(spec: Spec) -> UsualLoop:
 def best(spec: Spec) -> BestLoop:
     """The best loop."""
     return BestLoop(spec, compiled=True, fused=True)
+
+
+def narrow(spec: Spec) -> NarrowLoop:
+    """The best loop with a narrow last layer."""
+    return NarrowLoop(spec, compiled=True, fused=True)
 
 
 def modernbert_config(shape: EncoderConfig, pad_id: int) -> transformers.ModernBertConfig:

@@ -5,7 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kd_jax.benchmark.machine import busy_cores
 from kd_jax.benchmark.workers import Worker
+
+LISTEN = 0.5  # seconds before each round in which all workers sleep and the rest of the machine is listened to
 
 
 @dataclass
@@ -25,13 +28,21 @@ class Measured:
         return max(self.first_pass - statistics.median(self.passes), 0.0)
 
 
+@dataclass
+class Measurement:
+    """What all workers told, by name."""
+
+    workers: dict[str, Measured]
+    others_busy: list[float] = field(default_factory=list)  # cores that other programs kept busy before each round
+
+
 def measure(
     workers: Mapping[str, Worker],
     batches: Mapping[str, int],
     rounds: int,
     check: Callable[[Mapping[str, Measured]], None],
     say: Callable[[str], None],
-) -> dict[str, Measured]:
+) -> Measurement:
     """Prepares the workers one after the other, takes the first pass of each step by step, lets `check` look at what
     the first pass gave, and then lets the workers take turns; `batches` is how many steps a pass of each has.
     """
@@ -48,19 +59,21 @@ def measure(
     for name, worker in workers.items():
         worker.ask("run", first=batches[name], steps=batches[name])  # a second pass, not counted
         worker.ask("forget_peak")
+    measurement = Measurement(found)
     for index in range(rounds):
+        busy = busy_cores(LISTEN)
+        measurement.others_busy += [] if busy is None else [busy]
         order = list(workers) if index % 2 == 0 else list(workers)[::-1]
         for name in order:
             steps = batches[name]
             reply = workers[name].ask("run", first=(index + 2) * steps, steps=steps)
             found[name].passes.append(reply["seconds"])
-        say(
-            f"round {index + 1} of {rounds}: " + ", ".join(f"{name} {found[name].passes[-1]:.2f} s" for name in workers)
-        )
+        taken = ", ".join(f"{name} {one.passes[-1]:.2f} s" for name, one in found.items())
+        say(f"round {index + 1} of {rounds}: {taken}")
     for name, worker in workers.items():
         reply = worker.ask("memory")
         found[name].base_memory, found[name].step_memory = reply["base"], reply["peak"]
-    return found
+    return measurement
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -68,9 +68,11 @@ def run(config: ConfigDict, prepared: Prepared, folder: pathlib.Path, say: Calla
             name = f"{axis}-{value}"
             workers[name] = Worker(name, "scaling", {**spec, "size": size}, folder, devices=size["devices"])
         with running(workers):
-            found = measure(workers, dict.fromkeys(workers, block.batches), block.rounds, lambda _: None, say)
+            measurement = measure(workers, dict.fromkeys(workers, block.batches), block.rounds, lambda _: None, say)
+        found = measurement.workers
         result[axis] = {
             "counts": AXES[axis],
+            "others_busy": measurement.others_busy,
             "points": [point(value, size, found[f"{axis}-{value}"], block.batches) for value, size in points],
         }
     return {"axes": result}

@@ -29,7 +29,8 @@ LABELS = {
     "packed_cached": "4 kd_jax: packed, masked, cached",
     "pytorch_eager": "5a PyTorch: padded, all logits",
     "pytorch_compiled": "5b PyTorch: the same, compiled",
-    "pytorch_best": "6 PyTorch: packed, masked, compiled",
+    "pytorch_best": "6a PyTorch: packed, masked, compiled",
+    "pytorch_narrow": "6b PyTorch: the same, last layer narrow",
 }
 REFERENCE = "packed_masked"
 # (slower, faster): the ratios that are reported where both were measured.
@@ -102,13 +103,15 @@ def measure_text(
         agreed.update(check_agreement(values, REFERENCE, block.check_steps, block.tolerance))
 
     with running({name: Worker(name, name, spec, folder) for name in passes}) as workers:
-        found = measure(workers, passes, block.rounds, check, say)
+        measurement = measure(workers, passes, block.rounds, check, say)
+    found = measurement.workers
     held = counts(packed)
     rows, length = packed[0]["tokens"].shape
     slots = packed[0]["masked_positions"].shape[1]
     useful = distill_flops(shapes["student"], shapes["teacher"], rows, length, slots, narrow=True) * len(packed)
     return {
         "held": held,
+        "others_busy": measurement.others_busy,
         "useful_flops": useful,
         "gemm_peak": max(found[name].prepared["flops"] / min(found[name].passes) for name in peaks),
         "variants": {name: summary(found[name], held) | {"difference": agreed[name]} for name in names},

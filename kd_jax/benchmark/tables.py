@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 MIB = 2**20
+QUIET = 0.2  # cores that other programs may keep busy
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -112,6 +113,9 @@ def tables(result: Mapping[str, Any]) -> str:
     kind = next(name for name in kinds if name in result)
     about = result["about"]
     line = f"{about['machine']['cpu']}, {about['machine']['threads']} cores a worker, commit {about['commit']}."
+    busy = [cores for part in result[kind].values() for cores in part["others_busy"]]
+    if busy and max(busy) > QUIET:
+        line += f" **Other programs kept up to {max(busy):.1f} cores busy: measure again on a quiet machine.**"
     return f"{line}\n\n{kinds[kind](result)}"
 
 

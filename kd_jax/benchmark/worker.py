@@ -32,6 +32,7 @@ VARIANTS = {
     "pytorch_eager": "pytorch_variants:usual_eager",
     "pytorch_compiled": "pytorch_variants:usual_compiled",
     "pytorch_best": "pytorch_variants:best",
+    "pytorch_narrow": "pytorch_variants:narrow",
     "gemm_jax": "gemm:JaxGemm",
     "gemm_pytorch": "pytorch_variants:PyTorchGemm",
     "finetune_packed": "finetune_variants:finetune_packed",

@@ -3,11 +3,8 @@
 python -m kd_jax.main.benchmark --config=configs/benchmark.py --workdir=DIR [--config.benchmark.sections="('step',)"]
 """
 
-import os
 import pathlib
-import platform
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from matplotlib import rc_context
@@ -15,6 +12,7 @@ from ml_collections import ConfigDict
 
 from kd_jax.benchmark import finetune_section, scaling_section, step_section
 from kd_jax.benchmark.figure import draw_finetune, draw_scaling, draw_step
+from kd_jax.benchmark.machine import describe
 from kd_jax.benchmark.tables import tables
 from kd_jax.config import require, to_dict
 from kd_jax.data.prepared import Prepared, prepare
@@ -59,7 +57,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             continue
         start = time.monotonic()
         result = measure(config, prepared, workdir / "work" / name, say)
-        about = {**provenance(), "machine": machine(config), "seconds": time.monotonic() - start}
+        about = {**provenance(), "machine": describe(config.benchmark.threads), "seconds": time.monotonic() - start}
         result = {"about": about, **result}
         write_json(file, result)
         with rc_context(STYLE):
@@ -73,23 +71,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
 def without_sections(config: ConfigDict) -> dict[str, Any]:
     """config.benchmark but for the choice of sections, which one run may make again and again."""
     return {name: value for name, value in to_dict(config)["benchmark"].items() if name != "sections"}
-
-
-def machine(config: ConfigDict) -> Mapping[str, Any]:
-    """What the measurements depend on beside the software."""
-    return {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": config.benchmark.threads or os.cpu_count()}
-
-
-def cpu_name() -> str:
-    """The processor's name, as Linux has it."""
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    names = {key.strip(): value.strip() for key, value in fields.items()}
-    if "model name" not in names:
-        return platform.processor() or platform.machine()
-    family = f"family {names['cpu family']} model {names['model']}" if "cpu family" in names else ""
-    return f"{names['model name']} ({family})" if family else names["model name"]
 
 
 def say(line: str) -> None:
