@@ -58,7 +58,8 @@ def their_model(family):
 
 def our_config(family):
     return small_config(
-        "bert" if family == "distilbert" else family, vocab_size=VOCAB, hidden_size=32, num_layers=4, num_heads=4, intermediate_size=48, local_window=8,
+        "bert" if family == "distilbert" else family,
+        vocab_size=VOCAB, hidden_size=32, num_layers=4, num_heads=4, intermediate_size=48, local_window=8,
         max_positions=LENGTH, type_vocab_size={"bert": 2, "modernbert": 0, "distilbert": 0}.get(family, 1),
     )  # fmt: skip
 

@@ -72,7 +72,8 @@ def fit(
     state, meta = restored if restored is not None else (initial_state(), {})
     start = int(state["step"])
     writer.start(start, meta.get("rows"))
-    phase, frozen = None, None
+    phase: Phase | None = None
+    frozen: Any = None
 
     bar = Progress(description, start, job.steps, lines, shown=progress)
     run = _Run(job, writer, bar, Window(meta.get("window")))
@@ -104,7 +105,7 @@ def fit(
                 run.settle()
                 frozen = None  # two teachers are never held at once
                 phase, frozen = due, jax.tree.map(lambda leaf: _on_mesh(leaf, mesh), due.frozen())
-            state, metrics = phase.train_step(state, frozen, batch)
+            state, metrics = due.train_step(state, frozen, batch)
             run.dispatched(step, metrics, tokens, began, waited)
 
             stop = preemption.requested()
