@@ -4,7 +4,7 @@ Command:   python -m kd_jax.main.benchmark --config=configs/benchmark.py --workd
            KD_JAX_DATA=DIR ahead of it takes MASSIVE and plain text from there (see configs/massive.py) instead of the
            embedded default; pip install torch==2.13.0 adds the comparison with PyTorch
 Hardware:  two CPU cores, 16 GB of memory; a machine that does nothing else
-Time:      not yet measured
+Time:      about 20 minutes
 Result:    docs/performance.md
 """
 

@@ -98,7 +98,7 @@ def _points(panel: Axes, points: Sequence[Mapping[str, float]], offset: float, c
 
 def _plain_ticks(axis: Axis, digits: Sequence[int]) -> None:
     axis.set_major_locator(LogLocator(subs=digits, numticks=6))
-    axis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}")
     axis.set_minor_locator(NullLocator())
 
 
