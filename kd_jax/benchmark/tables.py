@@ -113,7 +113,7 @@ def tables(result: Mapping[str, Any]) -> str:
     kind = next(name for name in kinds if name in result)
     about = result["about"]
     line = f"{about['machine']['cpu']}, {about['machine']['threads']} cores a worker, commit {about['commit']}."
-    busy = [cores for part in result[kind].values() for cores in part["others_busy"]]
+    busy = [cores for part in result[kind].values() for cores in part.get("others_busy", ())]
     if busy and max(busy) > QUIET:
         line += f" **Other programs kept up to {max(busy):.1f} cores busy: measure again on a quiet machine.**"
     return f"{line}\n\n{kinds[kind](result)}"
