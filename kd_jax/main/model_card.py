@@ -85,7 +85,7 @@ def _origin(workdir: pathlib.Path) -> Iterator[str]:
         yield f"Distilled from {names} {how}, on {_transfer_set(config)}."
     else:
         job = config.pretrain
-        alone = "" if "train_body" not in config else " of the head alone"
+        alone = " of the head alone" if "train_body" in config and not config.train_body else ""
         yield f"Masked-LM pretraining{alone}{_job(job)}, seed {config.seed}, on {_transfer_set(config)}."
         if job.init_from:
             yield from _origin(pathlib.Path(job.init_from))

@@ -29,8 +29,7 @@ def keys(config: ConfigDict) -> tuple[str, ...]:
     which = config.pretrain.model
     require(which in ("teacher", "student"), "pretrain.model", f"{which!r} is unknown", "use teacher or student")
     vocabulary = ("vocabulary",) if which == "student" else ()  # a teacher has the tokenizer's
-    body = () if config.train_body else ("train_body",)
-    return ("prepared", "seed", "transfer", "masking", which, "pretrain", "compute_dtype", *vocabulary, *body)
+    return ("prepared", "seed", "transfer", "masking", which, "pretrain", "compute_dtype", *vocabulary, "train_body")
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
