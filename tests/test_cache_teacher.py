@@ -8,7 +8,7 @@ import pytest
 
 from configs import quickstart
 from kd_jax.data.prepared import Prepared
-from kd_jax.main import cache_teacher, distill, masked_lm, prepare, pretrain, trained
+from kd_jax.main import cache_teacher, distill, masked_lm, prepare, pretrain, study, trained
 from kd_jax.trainer.checkpoint import load_params
 from kd_jax.types import UserError
 
@@ -123,6 +123,45 @@ def test_machines_share_the_parts_and_the_last_one_finishes(made, tmp_path, caps
     whole = tmp_path / "whole"
     cache_teacher.run(ready(made), whole)
     assert (whole / "manifest.json").read_text() == (tmp_path / "cache" / "manifest.json").read_text()
+
+
+def test_a_command_killed_before_the_decoder_or_the_manifest_goes_on_and_a_changed_decoder_is_refused(made, tmp_path):
+    config, folder = ready(made), tmp_path / "cache"
+    cache_teacher.run(config, folder)
+    whole = (folder / "manifest.json").read_text()
+    table = folder / "decoder_table.npy"
+    for name in ("manifest.json", "DONE", "decoder_table.npy"):
+        (folder / name).unlink()
+    cache_teacher.run(config, folder)
+    assert (folder / "manifest.json").read_text() == whole
+    content = bytearray(table.read_bytes())
+    content[-1] ^= 1
+    table.write_bytes(content)
+    config.teacher_cache = str(folder)
+    with pytest.raises(UserError, match=r"decoder_table\.npy: is missing or was changed"):
+        distill.run(config, tmp_path / "student")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"distill.hidden": {"weight": 1.0, "layers": "0:9"}}, r"config\.distill\.hidden\.layers"),
+        ({"distill.relations": {"weight": 1.0, "heads": 5}}, r"config\.distill\.relations\.heads"),
+        ({"distill.embeddings": {"weight": 1.0, "projection": "always"}}, "none is needed"),
+        ({"distill": {"init": "teacher"}, "student": {"hidden_size": 16}}, r"config\.student\.hidden_size"),
+        ({"cache": {"format": "top_k"}, "distill.kl": {"final_temperature": 4.0}}, r"config\.cache\.format"),
+    ],
+)
+def test_a_study_refuses_before_it_trains_a_teacher(tmp_path, changes, message):
+    config = config_for()
+    for block, values in changes.items():
+        target = config
+        for name in block.split("."):
+            target = target[name]
+        target.update(values)
+    with pytest.raises(UserError, match=message):
+        study.run(config, tmp_path / "study")
+    assert not (tmp_path / "study").exists()
 
 
 def test_impossible_settings_name_their_key(made, tmp_path):

@@ -1,5 +1,6 @@
 """Finetuning (ICNER) and prediction with this project's models: packed rows against one utterance a row."""
 
+import abc
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ def layout(batches: Batches, name: str, pad_id: int) -> Batches:
     return [same_shape([batch], MULTIPLE, pad_id)[0] for batch in rows]
 
 
-class _Labeled:
+class _Labeled(abc.ABC):
     """What finetuning and prediction share."""
 
     training: bool
@@ -54,9 +55,9 @@ class _Labeled:
             "flops": float(sum(flops)),
         }
 
+    @abc.abstractmethod
     def start(self, params, batches: Batches) -> None:
         """Makes `run` possible."""
-        raise NotImplementedError
 
 
 class Finetune(_Labeled):

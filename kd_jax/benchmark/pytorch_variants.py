@@ -4,6 +4,7 @@ The only module of kd_jax that imports torch, which is an optional extra ("parit
 alone.
 """
 
+import abc
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ Batches = list[dict[str, np.ndarray]]
 SLOT_MULTIPLE = 16
 
 
-class _Distill:
+class _Distill(abc.ABC):
     """What both loops share: models from the same weights, AdamW with the same settings, batches as tensors."""
 
     def __init__(self, spec: Spec, *, compiled: bool, fused: bool):
@@ -65,21 +66,21 @@ class _Distill:
         self.optimizer.step()
         return kl.detach(), mlm.detach()
 
+    @abc.abstractmethod
     def layout(self, batches: Batches) -> Batches:
         """The packed batches in the layout of this loop."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def build(self) -> None:
         """Compiles what is to be compiled."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def flops(self, batch: Mapping[str, np.ndarray]) -> float:
         """Of a step."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def losses(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """(KL, cross entropy), means over the masked positions."""
-        raise NotImplementedError
 
     def _model(self, name: str) -> transformers.ModernBertForMaskedLM:
         torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """A teacher's predictions on disk: written once for each (store, row, masking epoch), read by every student.
 
 begun.json, <store>.visits.npy what it is made from, and which rows in which masking epochs
+<name>.npy                     arrays that all parts need beside them
 manifest.json                  written last: the same, and the checksum and statistics of each part
 parts/<store>-<number>.npy     records of the rows: corrupted ids, mask places, targets, and the teacher's values
 parts/<store>-<number>.json    a part's checksum and statistics, written after it
@@ -177,13 +178,25 @@ class CacheWriter:
             note = {"name": part.name, "store": self.stores[part.store].name, "records": len(records)}
             _write_json(self._note(number), {**note, "sha256": _sha256(place), **statistics})
 
-    def finish(self) -> dict[str, Any] | None:
-        """Writes the manifest and returns it when every part is there, else None."""
+    def attach(self, name: str, values: np.ndarray) -> None:
+        """Writes an array that all parts need beside them; one that is there already is left as it is."""
+        place = self.folder / f"{name}.npy"
+        if not place.is_file():
+            with disk_of(self.folder):
+                _write_array(place, values)
+
+    def attached(self, name: str) -> bool:
+        """Whether that array is there."""
+        return (self.folder / f"{name}.npy").is_file()
+
+    def finish(self, attached: Sequence[str] = ()) -> dict[str, Any] | None:
+        """Writes the manifest, also of the arrays `attached`, and returns it when every part is there; else None."""
         if self.missing(0, 1):
             return None
         notes = [json.loads(self._note(number).read_text(encoding="utf-8")) for number in range(len(self))]
         content = hashlib.sha256("".join(note["sha256"] for note in notes).encode()).hexdigest()
-        manifest = {**self._begun, "parts": notes, "fingerprint": content}
+        beside = {name: _sha256(self.folder / f"{name}.npy") for name in attached}
+        manifest = {**self._begun, "parts": notes, "attached": beside, "fingerprint": content}
         _write_json(self.folder / MANIFEST, manifest)
         return manifest
 
@@ -244,6 +257,15 @@ class TeacherCache:
             mine = entries // size == number
             found[mine] = self._part(parts[number])[entries[mine] - number * size]
         return found
+
+    def attached(self, name: str) -> np.ndarray | None:
+        """An array that lies beside the parts, or None where there is none of that name."""
+        if name not in self.manifest["attached"]:
+            return None
+        place = self.folder / f"{name}.npy"
+        if not place.is_file() or _sha256(place) != self.manifest["attached"][name]:
+            raise UserError(f"{place}: is missing or was changed, its checksum differs; write the cache again")
+        return np.load(place, allow_pickle=False)
 
     def _part(self, note: dict) -> np.ndarray:
         if note["name"] not in self._open:

@@ -6,7 +6,7 @@ python -m kd_jax.main.cache_teacher --config=configs/FILE.py --workdir=DIR \\
 
 import functools
 import pathlib
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from kd_jax.data.masking import sample_uniforms
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.teacher_cache import CacheWriter, Layout, visited
 from kd_jax.data.vocabulary import seen_by_student
+from kd_jax.losses.sparse import Tail
 from kd_jax.main import command, masked_lm, trained
 from kd_jax.main.teachers import KEY, Teacher, find_teachers, kept_of, teacher_form
 from kd_jax.steps.teacher_predictions import make_prediction_step
@@ -29,7 +30,8 @@ from kd_jax.trainer.run_directory import RunDirectory
 
 SUMMARY = "cache.json"
 FORMATS = ("hidden", "top_k", "sampled")
-TAILS = ("renormalize", "bucket", "zero")
+TAILS = get_args(Tail)
+DECODER = ("decoder_table", "decoder_bias")  # arrays beside the parts of a cache of hidden states
 
 
 def keys(config: ConfigDict) -> tuple[str, ...]:
@@ -38,22 +40,26 @@ def keys(config: ConfigDict) -> tuple[str, ...]:
     return ("prepared", "seed", "transfer", "masking", "vocabulary", KEY, "cache", "compute_dtype")
 
 
+def check_temperature(config: ConfigDict) -> None:
+    """Refuses a temperature that moves where the cache keeps only a part of the distribution."""
+    kl, kind = config.distill.kl, config.cache.format
+    fixed = kind == "hidden" or kl.final_temperature in (0, kl.temperature)
+    problem = f"for a temperature that moves, {kind} keeps too little of the teacher"
+    require(fixed, "cache.format", problem, "use hidden, or set distill.kl.final_temperature to 0")
+
+
 def resolved(config: ConfigDict) -> ConfigDict:
     """The config with what config.cache takes from config.distill filled in."""
     block = config.cache
     if block.steps and block.batch_size and block.temperature:
         return config
-    kl = config.distill.kl
-    moving = kl.final_temperature not in (0, kl.temperature)
-    fixed = block.format == "hidden" or not moving
-    problem = f"for a temperature that moves, {block.format} keeps too little of the teacher"
-    require(fixed, "cache.format", problem, "use hidden, or set distill.kl.final_temperature to 0")
+    check_temperature(config)
     config = config.copy_and_resolve_references()
     config.cache.update(
         {
             "steps": block.steps or config.distill.steps,
             "batch_size": block.batch_size or config.distill.batch_size,
-            "temperature": float(block.temperature or kl.temperature),
+            "temperature": float(block.temperature or config.distill.kl.temperature),
         }
     )
     return config
@@ -180,8 +186,12 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     )
     directory.start(tokenizer_fingerprint=prepared.tokenizer.fingerprint)
     wanted = writer.missing(config.cache_part, config.cache_parts)
-    if wanted:
+    beside = DECODER[: 2 if teacher.model.config.decoder_bias else 1] if form["format"] == "hidden" else ()
+    if wanted or not all(map(writer.attached, beside)):
         predict = _Predictor(config, prepared, teacher, form, rows, layout)
+        if beside:  # what turns hidden states into logits; the students need no more of the teacher
+            for name, values in zip(beside, jax.device_get(teacher.model.decoder(predict.params))):
+                writer.attach(name, values)
         with Preemption() as preemption:
             total = sum(len(writer.rows_of(number)[1]) for number in wanted)
             shown = None if config.progress else True
@@ -189,9 +199,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
                 for number in wanted:
                     records, statistics = predict.part(*writer.rows_of(number), bar, preemption)
                     writer.write(number, records, statistics)
-        if form["format"] == "hidden":
-            _write_decoder(workdir, teacher, predict.params)
-    manifest = writer.finish()
+    manifest = writer.finish(beside)
     if manifest is None:
         print(f"{workdir}: {len(writer.missing(0, 1))} parts are left to the other machines")
         return
@@ -266,21 +274,6 @@ def summary(manifest: dict[str, Any], layout: Layout, runs: list[dict[str, Any]]
         "stores": stores,
         "runs": runs,
     }
-
-
-def _write_decoder(workdir: pathlib.Path, teacher: Teacher, params) -> None:
-    """The part of the teacher that turns hidden states into logits; the students need no more of it."""
-    table, bias = jax.device_get(teacher.model.decoder(params))
-    np.save(workdir / "decoder_table.npy", table, allow_pickle=False)
-    if bias is not None:
-        np.save(workdir / "decoder_bias.npy", bias, allow_pickle=False)
-
-
-def read_decoder(workdir: pathlib.Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """(table [V, H], bias [V] or None) of the teacher of a cache in the format "hidden"."""
-    place = workdir / "decoder_bias.npy"
-    table = np.load(workdir / "decoder_table.npy", allow_pickle=False)
-    return table, np.load(place, allow_pickle=False) if place.is_file() else None
 
 
 def run_and_print(config: ConfigDict, workdir: pathlib.Path) -> None:

@@ -105,7 +105,7 @@ def from_cache(config: ConfigDict, workdir: pathlib.Path, prepared: Prepared, me
         kept = kept_of(prepared, teacher)
         found: dict[str, Any] = {} if kept is None else {"kept": kept}
         if form["format"] == "hidden":
-            found["decoder"] = cache_teacher.read_decoder(pathlib.Path(config.teacher_cache))
+            found["decoder"] = tuple(cache.attached(name) for name in cache_teacher.DECODER)
         return found
 
     def batches(transfer_set, block):
@@ -137,7 +137,6 @@ def train(
         keys=keys(config),
         model=model,
         phases=phases,
-        student_params=model.student_params,
         notes={"terms": used, "projections": [list(one) for one in model.projections], "remarks": remarks},
         **more,
     )

@@ -66,13 +66,11 @@ def train(
     phases: tuple[training.JobPhase, ...],
     init: Callable[[Params], Params] | None = None,
     batches: Callable[[TransferSet, ConfigDict], MaskedBatches | CachedBatches] | None = None,
-    student_params: Callable[[Params], Params] = lambda params: params,
     notes: dict[str, Any] | None = None,
 ) -> None:
     """Trains on the transfer set that config.transfer describes; config.<command> is the job's block.
 
-    batches(transfer_set, block): where the batches come from when they are not masked here. student_params(params): the
-    masked LM among the parameters, for the held-out loss.
+    batches(transfer_set, block): where the batches come from when they are not masked here.
     """
     block = config[command]
     transfer_set = transfer_set_of(config, prepared, config.seed)
@@ -80,12 +78,13 @@ def train(
         source = MaskedBatches(transfer_set.stores, transfer_set, config.masking, prepared.tokenizer, block.batch_size)
     else:
         source = batches(transfer_set, block)
+
     encoder = model.student if isinstance(model, WithProjections) else model
 
     def evaluate(params: Params, step: int) -> dict[str, float]:
         del step
-        masked = student_params(params)
-        rows = heldout_rows(encoder, masked, prepared, config, mesh, block.batch_size, block.evaluate_rows)
+        own = model.student_params(params) if isinstance(model, WithProjections) else params
+        rows = heldout_rows(encoder, own, prepared, config, mesh, block.batch_size, block.evaluate_rows)
         if jax.process_index() == 0:
             write_json(workdir / HELDOUT, rows)
         return summarize(rows)

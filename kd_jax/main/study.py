@@ -21,9 +21,11 @@ from kd_jax.main import (
     finetune_icner,
     prepare,
     pretrain,
+    teachers,
     trained,
 )
 from kd_jax.study.collect import collect
+from kd_jax.study.plan import may_cache
 from kd_jax.study.report import summary_text, write_report
 from kd_jax.study.run import Study
 from kd_jax.trainer.run_directory import provenance
@@ -43,6 +45,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Runs or resumes the study, writes its report and prints the result table."""
     started = time.monotonic()
     distill.check_settings(config)
+    teachers.check_shapes_of(config)
+    if config.study.cache and may_cache(config):
+        cache_teacher.check_temperature(config)
     finetune.check(config)
 
     def run_stage(name: str, stage_config: ConfigDict, folder: pathlib.Path) -> None:

@@ -12,15 +12,16 @@ from kd_jax.data.prepared import Prepared
 from kd_jax.data.vocabulary import TrimmedPrepared, kept_ids
 from kd_jax.losses.features import check_relation_heads
 from kd_jax.main import masked_lm, trained
-from kd_jax.models.encoder_config import EncoderConfig
+from kd_jax.models.encoder_config import EncoderConfig, encoder_config
 from kd_jax.models.functional import Functional
-from kd_jax.models.layer_map import layer_map, read_layers
+from kd_jax.models.initialization import check_shapes
+from kd_jax.models.layer_map import initial_layers, layer_map, read_layers
 from kd_jax.models.projection import WithProjections, needs_projection
 from kd_jax.steps.distill import DistillSettings, Weight
 from kd_jax.steps.teacher_logits import TeacherForm
+from kd_jax.study.plan import FEATURE_TERMS
 
-TERMS = ("kl", "mlm", "hidden", "embeddings", "relations")
-FEATURE_TERMS = ("hidden", "embeddings", "relations")
+TERMS = ("kl", "mlm", *FEATURE_TERMS)
 KEY = "teacher_checkpoint"
 
 
@@ -161,6 +162,18 @@ def settings_for(
     problem = f"a {form.kind} cache is for one temperature"
     require(fixed, "distill.kl.final_temperature", problem, "set it to 0, or write the cache with cache.format=hidden")
     return settings, WithProjections(student, tuple(projections))
+
+
+def check_shapes_of(config: ConfigDict) -> None:
+    """Refuses, before a teacher is trained, what config.teacher, student and distill do not allow together."""
+    student, teacher = (encoder_config(config[name].to_dict(), 1) for name in ("student", "teacher"))
+    settings_for(config, Functional("mlm", student), teacher, TeacherForm(), cached=False)
+    if config.distill.init == "teacher":
+        key = "distill.init_layers"
+        layers = read_layers(config.distill.init_layers, key)
+        initial_layers(layers, student.num_layers, teacher.num_layers, key)
+        trimmed = np.zeros(1, np.int32) if config.vocabulary.trim else None
+        check_shapes(student, teacher, trimmed)
 
 
 def phases_of(config: ConfigDict, count: int) -> list[tuple[int, tuple[int, ...]]]:
