@@ -18,4 +18,6 @@ case "${1:-}" in
 esac
 
 bash launch/environment.sh
+# Large pages: XLA maps its temporary memory anew for every step on a CPU, and faults are a tenth of a step's time.
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 exec .venv/bin/python -m kd_jax.main.study --config=configs/quickstart.py --workdir=runs/quickstart "$@"

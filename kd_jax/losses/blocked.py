@@ -41,6 +41,11 @@ def blocked_losses(
     return _blocked(loss_of_logits, parts, features_RxKxH, table_VxH, bias_V, per_position, constants)
 
 
+def block_for(vocab_size: int) -> int:
+    """Positions whose logits are formed at a time where the config does not say: 64 MiB of them in float32."""
+    return max(128, 2**24 // vocab_size)
+
+
 def with_bias_inside(
     features: jax.Array, table_VxH: jax.Array, bias_V: Array | None
 ) -> tuple[jax.Array, jax.Array, Array | None]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from kd_jax.losses.blocked import blocked_losses
+from kd_jax.losses.blocked import block_for, blocked_losses
 from kd_jax.losses.features import hidden_distance, relation_divergence
 from kd_jax.models.functional import Captured, Functional
 from kd_jax.models.heads import gather_positions
@@ -202,11 +202,6 @@ def logit_losses(
         kl, kl_terms = run(hidden, ("kl",), batch["tokens"], real_tokens(batch))
         total, terms = total + kl, terms | {"kl": kl_terms["kl"]}
     return total, terms
-
-
-def block_for(vocab_size: int) -> int:
-    """Positions whose logits are formed at a time where the config does not say: 16 MiB of them in float32."""
-    return max(16, 2**22 // vocab_size)
 
 
 def weights_of(settings: DistillSettings):

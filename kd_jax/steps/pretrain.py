@@ -2,9 +2,10 @@
 
 import jax.numpy as jnp
 
-from kd_jax.losses.logits import masked_cross_entropy
+from kd_jax.losses.blocked import block_for, blocked_losses
+from kd_jax.losses.logits import distill_loss, masked_cross_entropy
 from kd_jax.models.functional import Functional
-from kd_jax.steps.objective import Objective, scaled_sum
+from kd_jax.steps.objective import Objective
 from kd_jax.types import Array, Batch, Params, Term
 
 
@@ -21,13 +22,22 @@ def masked_logits(model: Functional, params: Params, batch: Batch, key=None) -> 
 
 
 def make_pretrain_objective(model: Functional) -> Objective:
-    """Cross entropy at the masked positions."""
+    """Cross entropy at the masked positions, whose logits are formed in blocks."""
+
+    def of_block(logits_BxV, per_position, constants):
+        targets, weights = per_position["targets"], per_position["weights"]
+        return distill_loss(logits_BxV, (), targets, weights, 1.0, constants)
 
     def loss(params, frozen, batch, key, scales, progress):
         del frozen, progress
-        logits = masked_logits(model, params, batch, key)
-        mlm = masked_cross_entropy(logits, batch["masked_targets"], batch["masked_weights"])
-        return scaled_sum({"mlm": mlm, "accuracy": masked_accuracy(logits, batch)}, scales)
+        features = model.mlm_features(params, model.hidden_at(params, batch, batch["masked_positions"], key))
+        table, bias = model.decoder(params)
+        weights = jnp.asarray(batch["masked_weights"])
+        masked = {"targets": jnp.asarray(batch["masked_targets"]), "weights": weights}
+        block = block_for(table.shape[0])
+        total, sums = blocked_losses(of_block, features, table, bias, masked, dict(scales), block=block)
+        count = jnp.sum(weights)
+        return total, {name: (value, count) for name, value in sums.items()}
 
     return Objective(
         weights=lambda batch: {"mlm": jnp.sum(batch["masked_weights"])},

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kd_jax.losses.blocked import with_bias_inside
 from kd_jax.losses.logits import distill_loss
 from kd_jax.losses.sparse import Tail, sampled_divergence, top_k_divergence
 from kd_jax.types import Array
@@ -63,7 +64,8 @@ def teacher_logits(
         if not whole:  # only the kept columns are formed
             table = jnp.take(table, constants["kept"], axis=0)
             bias = None if bias is None else jnp.take(bias, constants["kept"])
-        logits = jnp.einsum("...h,vh->...v", states, table.astype(states.dtype))
+        states, table, bias = with_bias_inside(states, table.astype(states.dtype), bias)
+        logits = jnp.einsum("...h,vh->...v", states, table)
         if bias is not None:
             logits = logits + jnp.expand_dims(bias.astype(logits.dtype), range(logits.ndim - 1))
         if "kept" in constants and whole:
