@@ -181,6 +181,7 @@ def get_config() -> ConfigDict:
         {
             "path": "",  # folder with config.json and safetensors, or a name on the hub; ${VARIABLE} is filled in
             "revision": "",  # of a model on the hub: branch, tag or commit; empty takes its main branch
+            "evaluate_rows": 256,  # held-out rows a store for the loss that the model comes with; 0 measures none
         }
     )
 
@@ -251,6 +252,10 @@ def get_config() -> ConfigDict:
     config.study = ConfigDict(
         {
             "name": "study",
+            # A model of `transformers` as generic teacher (folder or name on the hub, as import_model.path, which the
+            # study sets); config.tokenizer and config.teacher must be its. Empty pretrains config.teacher.
+            "teacher_import": "",
+            "train_head": True,  # imported: train its masked-LM head first, body at rest, with config.pretrain as job
             "transfer_sets": ConfigDict({"generic": 0.0, "mix50": 0.5, "task": 1.0}),  # name -> task_share
             "selected_sets": ConfigDict(),  # the same with selected generic text (config.select) in place of all
             "adapted_sets": ("task",),  # transfer sets also distilled from the adapted teacher,

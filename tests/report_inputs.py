@@ -135,7 +135,7 @@ def synthetic_inputs(
             **{
                 job: {"steps": 100, "batch_size": 32, "learning_rate": 1e-3} for job in ("pretrain", "adapt", "distill")
             },
-            "study": {"seeds": list(seeds)},
+            "study": {"seeds": list(seeds), "teacher_import": "", "train_head": True},
         },
         provenance={
             "command_line": "python -m kd_jax.main.study --config=configs/quickstart.py",

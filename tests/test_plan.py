@@ -1,12 +1,13 @@
 import pytest
 
 from configs import quickstart
-from kd_jax.main import cache_teacher, distill, finetune, pretrain
+from kd_jax.main import cache_teacher, distill, finetune, import_model, pretrain
 from kd_jax.study.plan import Planner, Recipe, Student, recipes, students
 from kd_jax.types import UserError
 
 KEYS = {
     "prepare": lambda config: ("nlu", "sources", "tokenizer", "rows", "select"),
+    "import_model": import_model.keys,
     "pretrain": pretrain.keys,
     "cache_teacher": cache_teacher.keys,
     "distill": distill.keys,
@@ -189,3 +190,35 @@ def test_selected_text_is_a_further_transfer_set():
     config.study.selected_sets = {"task": 0.0}
     with pytest.raises(UserError, match="task is a transfer set too"):
         Planner(config, KEYS)
+
+
+def test_an_imported_teacher_gets_a_head_and_is_then_adapted():
+    config = quickstart.get_config()
+    config.study.teacher_import = "folder/of/a/model"
+    plan = Planner(config, KEYS)
+    stages = {stage.name: stage for stage in plan.teacher_stages()}
+    assert list(stages) == ["prepare", "import-teacher", "train-teacher-head", "adapt-teacher"]
+    assert stages["import-teacher"].config.import_model.path == "folder/of/a/model"
+    head = stages["train-teacher-head"].config
+    assert head.train_body is False and head.pretrain.init_from == "stage:" + stages["import-teacher"].folder
+    adapted = stages["adapt-teacher"].config
+    assert adapted.train_body is True and adapted.pretrain.init_from == "stage:" + stages["train-teacher-head"].folder
+    assert plan.cache("generic").config.teacher_checkpoint == "stage:" + stages["train-teacher-head"].folder
+
+
+def test_an_imported_teacher_with_a_head_of_its_own_is_used_as_it_is():
+    config = quickstart.get_config()
+    config.study.teacher_import, config.study.train_head = "folder/of/a/model", False
+    plan = Planner(config, KEYS)
+    assert [stage.name for stage in plan.teacher_stages()] == ["prepare", "import-teacher", "adapt-teacher"]
+    assert plan.teacher().command == "import_model"
+
+
+def test_the_import_does_not_depend_on_how_its_head_is_trained():
+    config = quickstart.get_config()
+    config.study.teacher_import = "folder/of/a/model"
+    before = Planner(config, KEYS)
+    config.pretrain.steps += 1
+    after = Planner(config, KEYS)
+    assert before.imported().folder == after.imported().folder
+    assert before.teacher().folder != after.teacher().folder

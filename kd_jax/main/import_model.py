@@ -4,6 +4,7 @@ python -m kd_jax.main.import_model --config=configs/FILE.py --workdir=DIR \\
     --config.prepared=DIR --config.import_model.path=FOLDER_OR_HUB_NAME
 """
 
+import dataclasses
 import pathlib
 
 import jax
@@ -14,13 +15,14 @@ from kd_jax.config import EXECUTION_KEYS, identity, require, to_dict
 from kd_jax.data.files import fill_path
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.tokenizer import HUB_NAME, Tokenizer
-from kd_jax.main import command, trained
+from kd_jax.main import command, masked_lm, trained
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional, parameter_count
 from kd_jax.models.huggingface_config import read_config
 from kd_jax.models.huggingface_files import TensorFiles, check_files, load_params
 from kd_jax.trainer.checkpoint import FOLDER, Checkpoints
-from kd_jax.trainer.mesh import make_mesh, shardings
+from kd_jax.trainer.disk import write_json
+from kd_jax.trainer.mesh import make_mesh, row_multiple, shardings
 from kd_jax.trainer.run_directory import RunDirectory
 from kd_jax.trainer.state import params_fingerprint
 from kd_jax.types import UserError
@@ -33,7 +35,7 @@ _WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")
 def keys(config: ConfigDict) -> tuple[str, ...]:
     """The config keys that decide what this command writes."""
     del config
-    return ("prepared", "seed", "import_model")
+    return ("prepared", "seed", "import_model", "masking", "compute_dtype")
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -76,6 +78,12 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     with Checkpoints(workdir / FOLDER, keep=1) as checkpoints:
         checkpoints.save(0, {"step": jnp.int32(0), "params": params}, {"identity": {"config": identity(resolved)}})
         checkpoints.wait()
+    if block.evaluate_rows:
+        rows_at_once = row_multiple(mesh) * -(-8 // row_multiple(mesh))
+        measured = dataclasses.replace(model, compute_dtype=masked_lm.resolve_dtype(config.compute_dtype))
+        rows = masked_lm.heldout_rows(measured, params, prepared, config, mesh, rows_at_once, block.evaluate_rows)
+        if jax.process_index() == 0:
+            write_json(workdir / masked_lm.HELDOUT, rows)
     directory.finish(parameters_fingerprint=params_fingerprint(params))
 
 

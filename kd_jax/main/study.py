@@ -19,6 +19,7 @@ from kd_jax.main import (
     finetune,
     finetune_dc,
     finetune_icner,
+    import_model,
     prepare,
     pretrain,
     teachers,
@@ -32,6 +33,7 @@ from kd_jax.trainer.run_directory import provenance
 
 COMMANDS = {
     "prepare": prepare,
+    "import_model": import_model,
     "pretrain": pretrain,
     "cache_teacher": cache_teacher,
     "distill": distill,

@@ -134,11 +134,27 @@ class Planner:
     def prepare(self) -> Stage:
         return self._stage("prepare", "prepare", (), {})
 
-    def teacher(self) -> Stage:
-        """The generic teacher: masked-LM pretraining on generic text alone, once for all seeds."""
+    def imported(self) -> Stage | None:
+        """The model of `transformers` that the teacher comes from; None where it is pretrained here."""
+        path = self._config.study.teacher_import
+        if not path:
+            return None
         prepared = self.prepare()
+        changes = {"prepared": STAGE + prepared.folder, "seed": 0, "import_model.path": path}
+        return self._stage("import_model", "import-teacher", (prepared,), changes)
+
+    def teacher(self) -> Stage:
+        """The generic teacher, once for all seeds: masked-LM pretraining on generic text alone; or an imported model,
+        its masked-LM head trained on generic text where study.train_head says so.
+        """
+        prepared, imported = self.prepare(), self.imported()
         changes = {"prepared": STAGE + prepared.folder, **GENERIC, "pretrain.model": "teacher"}
-        return self._stage("pretrain", "pretrain-teacher", (prepared,), changes)
+        if imported is None:
+            return self._stage("pretrain", "pretrain-teacher", (prepared,), changes)
+        if not self._config.study.train_head:
+            return imported
+        changes |= {"seed": 0, "pretrain.init_from": STAGE + imported.folder, "train_body": False}
+        return self._stage("pretrain", "train-teacher-head", (prepared, imported), changes)
 
     def adapted_teacher(self) -> Stage:
         """The same teacher, pretraining continued on task text."""
@@ -255,7 +271,9 @@ class Planner:
         return self._stage("evaluate", f"test-{finetuned.name}", (finetuned,), changes)
 
     def teacher_stages(self) -> list[Stage]:
-        return [self.prepare(), *self.teachers().values()]
+        imported = self.imported()
+        stages = [self.prepare(), *([imported] if imported else []), *self.teachers().values()]
+        return list({stage.folder: stage for stage in stages}.values())
 
     def cache_stages(self) -> list[Stage]:
         """The predictions that are cached, once the teachers are known to be worth it."""

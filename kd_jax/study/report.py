@@ -346,7 +346,13 @@ def _settings(inputs: ReportInputs) -> list[str]:
         if name in config
     ]
     lines = [f"Encoders of our own choice: {', '.join(sizes)}."] if sizes else []
-    for name, what in (("pretrain", "teacher"), ("adapt", "adapted teacher, further"), ("distill", "each student")):
+    imported = config["study"]["teacher_import"] if "study" in config else ""
+    if imported:
+        lines.append(f"The generic teacher was pretrained by others: `{imported}`.")
+    teacher = "the masked-LM head of the imported teacher alone" if imported else "teacher"
+    if imported and not config["study"]["train_head"]:
+        config = {name: block for name, block in config.items() if name != "pretrain"}
+    for name, what in (("pretrain", teacher), ("adapt", "adapted teacher, further"), ("distill", "each student")):
         if name in config:
             steps, batch = config[name]["steps"], config[name]["batch_size"]
             lines.append(

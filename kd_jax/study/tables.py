@@ -14,7 +14,9 @@ MOST_STORE_ROWS = 40
 # The first word of a stage's name -> what its time is spent on.
 PHASES = {
     "prepare": "prepare text",
+    "import": "import the teacher",
     "pretrain": "pretrain the teacher",
+    "train": "train the imported teacher's head",
     "adapt": "adapt the teacher",
     "mlm": "students by MLM alone",
     "distilled": "distill students",

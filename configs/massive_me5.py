@@ -1,0 +1,63 @@
+"""Transfer sets compared on MASSIVE with multilingual-e5-small as the teacher, four locales.
+
+Command:   KD_JAX_DATA=DIR python -m kd_jax.main.study --config=configs/massive_me5.py --workdir=runs/massive_me5
+           where DIR holds nlu/massive/<locale>.jsonl, generic/<language>.txt.gz (one text a line), and the model in
+           models/multilingual-e5-small-trimmed; the hub's: --config.study.teacher_import=intfloat/multilingual-e5-small
+           --config.tokenizer.path=intfloat/multilingual-e5-small
+           configs/massive_me5.py:features distills hidden states and relations, with the teacher in the loop
+Hardware:  two CPU cores, 12 GB of memory
+Time:      about three hours (see docs/results/massive_me5.md for what was measured)
+Result:    docs/results/massive_me5.md
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+LANGUAGES = ("de", "en", "es", "fr")
+LOCALES = ("de-DE", "en-US", "es-ES", "fr-FR")
+MODEL = "${KD_JAX_DATA}/models/multilingual-e5-small-trimmed"
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    config = base.get_config()
+    config.nlu.update({"format": "massive", "path": "${KD_JAX_DATA}/nlu/massive", "locales": LOCALES})
+    config.sources.generic = base.source(
+        "generic", "text", LANGUAGES, path="${KD_JAX_DATA}/generic/{language}.txt.gz", spoken_share=0.7
+    )
+    config.sources.generic.max_texts = 10_000
+    config.sources.task = base.source("task", "utterances", LOCALES)
+    config.tokenizer.update({"kind": "load", "path": MODEL})
+    config.rows.length = 64
+    config.masking.epochs = 1  # the teacher is many times the student: cached rows are used more than once
+
+    config.teacher = base.encoder("minilm_l12_h384", vocab_size=0)
+    config.student = base.encoder("student_small")
+    config.vocabulary.update({"trim": True, "min_count": 2})
+    # The model comes without a masked-LM head: config.pretrain trains one, the body at rest.
+    config.pretrain.update({"steps": 200, "batch_size": 64, "learning_rate": 2e-3, "warmup_steps": 20})
+    config.adapt.update({"steps": 80, "batch_size": 64, "learning_rate": 2e-4, "warmup_steps": 10})
+    config.distill.update({"steps": 300, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 20})
+    # A tenth of the labels: unlabeled task text is plentiful here, labels are scarce.
+    config.finetune.update({"batch_size": 32, "warmup_steps": 50, "max_train": 1151})
+
+    config.study.transfer_sets = ConfigDict({"generic": 0.0, "mix50": 0.5, "task": 1.0})
+    config.study.update(
+        {
+            "name": "MASSIVE, four locales, multilingual-e5-small",
+            "teacher_import": MODEL,
+            "seeds": (0, 1, 2),
+            "recipe_learning_rates": (1e-3, 3e-3),
+            "recipe_epochs": (5,),
+        }
+    )
+    if argument == "features":
+        config.study.name += ", hidden states and relations"
+        config.distill.kl.weight = 0.0
+        config.distill.hidden.weight = 1.0
+        config.distill.relations.weight = 1.0
+    if argument != "smoke":
+        return config
+    config = base.smoke(config)
+    config.teacher = base.encoder("minilm_l12_h384", vocab_size=0)
+    return config
