@@ -6,11 +6,20 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from kd_jax.types import UserError
+
+# What a reader does with a broken record: `raise_error`, or something that notes the error, and the next record is
+# read.
+Report = Callable[[UserError], None]
+
+
+def raise_error(error: UserError) -> None:
+    """The Report of readers that nobody asked to go on."""
+    raise error from None
 
 
 def fill_path(path: str, language: str = "", *, key: str = "path") -> str:
@@ -47,26 +56,27 @@ def find_files(path: str, suffixes: tuple[str, ...], *, key: str = "path") -> li
     return found
 
 
-def decode_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text without its line end); bytes that are not UTF-8 raise a UserError with `name:line`."""
+def decode_lines(lines: Iterable[bytes], name: str, report: Report = raise_error) -> Iterator[tuple[int, str]]:
+    """(line number from 1, text without its line end); for bytes that are not UTF-8 a UserError with `name:line`."""
     for number, raw in enumerate(lines, 1):
         try:
             text = raw.decode()
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{name}:{number}: byte 0x{raw[error.start]:02x} at column {error.start + 1} is not UTF-8; "
-                "convert the file to UTF-8"
-            ) from None
+            at = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
+            report(UserError(f"{name}:{number}: {at} is not UTF-8; convert the file to UTF-8"))
+            continue
         if number == 1:
             text = text.removeprefix("\ufeff")
         yield number, text.rstrip("\r\n")
 
 
-def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Streams the numbered lines of a UTF-8 file, decompressed when its name ends in .gz; raises UserError."""
+def numbered_lines(path: Path, report: Report = raise_error) -> Iterator[tuple[int, str]]:
+    """Streams the numbered lines of a UTF-8 file, decompressed when its name ends in .gz; raises UserError for the file
+    as a whole, and gives `report` what is wrong with a line.
+    """
     try:
         with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as lines:
-            yield from decode_lines(lines, str(path))
+            yield from decode_lines(lines, str(path), report)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: is not a whole gzip file ({error}); copy or download it again") from None
     except OSError as error:
@@ -85,11 +95,19 @@ def json_object(line: str, place: str) -> dict[str, Any]:
 
 
 def load_hub(name: str, subset: str | None = None, **options: Any) -> Any:
-    """`datasets.load_dataset(name, subset, **options)`, for a hub name or local folder; a failure is a UserError."""
+    """`datasets.load_dataset(name, subset, **options)`, for a hub name or local folder; a failure is a UserError.
+
+    NAME@REVISION names a branch, tag or commit of a data set on the hub.
+    """
     import datasets  # about a second, which runs on plain files need not pay
 
+    path, at, revision = name.partition("@")
+    if at and not Path(name).exists():
+        options["revision"] = revision
+    else:
+        path = name
     try:
-        return datasets.load_dataset(name, subset, **options)
+        return datasets.load_dataset(path, subset, **options)
     except Exception as error:
         raise hub_error(name, subset, error) from error
 

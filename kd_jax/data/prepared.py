@@ -104,7 +104,7 @@ def prepare(config: ConfigDict, folder: str | os.PathLike, progress: bool = Fals
                 "choose another folder or remove this one"
             )
         return
-    _check(config)
+    check_settings(config)
     with disk_of(folder):
         utterances = load_utterances(config.nlu)
         with new_folder(folder / "utterances") as temporary:
@@ -115,7 +115,7 @@ def prepare(config: ConfigDict, folder: str | os.PathLike, progress: bool = Fals
         write_manifest(folder, values, utterances, builder.tokenizer, manifests)
 
 
-def _check(config: ConfigDict) -> None:
+def check_settings(config: ConfigDict) -> None:
     """Refuses settings that cannot work before anything is read."""
     if not config.sources:
         raise UserError("config.sources: is empty; name at least one source of text")

@@ -45,12 +45,18 @@ def to_spoken(text: str) -> str:
 
 
 def read_texts(
-    source: ConfigDict, language: str, utterances: Sequence[Utterance], *, key: str = "config.sources"
+    source: ConfigDict,
+    language: str,
+    utterances: Sequence[Utterance],
+    *,
+    key: str = "config.sources",
+    report: files.Report = files.raise_error,
 ) -> Iterator[str]:
     """Texts of `language` (e.g. "de" or "de-DE") as the source's keys say, stripped, blank ones left out.
 
     `utterances` are those of config.nlu, for format "utterances"; `key` is the source's place in the config.
-    Raises UserError at once for a wrong key, and while reading for wrong data (with file and line) or an empty source.
+    Raises UserError at once for a wrong key, and while reading for a broken file or an empty source; what is wrong with
+    a record (with file and line) goes to `report`.
     """
     readers = {
         "text": _read_text,
@@ -72,7 +78,7 @@ def read_texts(
             texts = embedded_texts(language)
         case name if name in readers:
             path = fill_path(source.path, language, key=f"{key}.path")
-            texts = readers[name](source, path, language, key)
+            texts = readers[name](source, path, language, key, report)
         case other:
             known = ", ".join(["embedded", *readers, "utterances"])
             raise UserError(f"{key}.format: unknown format {other!r}; write one of: {known}")
@@ -106,27 +112,35 @@ def _speak(texts: Iterable[str], share: float) -> Iterator[str]:
             yield spoken
 
 
-def _read_text(source: ConfigDict, path: str, language: str, key: str) -> Iterator[str]:
+def _read_text(source: ConfigDict, path: str, language: str, key: str, report: files.Report) -> Iterator[str]:
     for file in files.find_files(path, (".txt", ".txt.gz"), key=f"{key}.path"):
-        for _, line in files.numbered_lines(file):
+        for _, line in files.numbered_lines(file, report):
             yield line
 
 
-def _read_jsonl(source: ConfigDict, path: str, language: str, key: str) -> Iterator[str | None]:
+def _read_jsonl(source: ConfigDict, path: str, language: str, key: str, report: files.Report) -> Iterator[str | None]:
     field = source.field  # a config's look-up is too slow for every text
     for file in files.find_files(path, (".jsonl", ".jsonl.gz"), key=f"{key}.path"):
-        for number, line in files.numbered_lines(file):
+        for number, line in files.numbered_lines(file, report):
             if not line.strip():
                 continue
             place = f"{file}:{number}"
-            record = files.json_object(line, place)
-            if field not in record:
-                listed = ", ".join(record) or "none"
-                raise UserError(f"{place}: no field {field!r}; it has: {listed}; set {key}.field to one of them")
-            text = record[field]
-            if "\\u" in line and isinstance(text, str) and not _encodes(text):
-                raise UserError(f"{place}: field {field!r} holds half a surrogate pair; mend or leave out the line")
-            yield _text_or_none(text, place, field, key)
+            try:
+                text = _field_of(files.json_object(line, place), line, place, field, key)
+            except UserError as error:
+                report(error)
+            else:
+                yield _text_or_none(text, place, field, key, report)
+
+
+def _field_of(record: dict[str, Any], line: str, place: str, field: str, key: str) -> Any:
+    if field not in record:
+        listed = ", ".join(record) or "none"
+        raise UserError(f"{place}: no field {field!r}; it has: {listed}; set {key}.field to one of them")
+    text = record[field]
+    if "\\u" in line and isinstance(text, str) and not _encodes(text):
+        raise UserError(f"{place}: field {field!r} holds half a surrogate pair; mend or leave out the line")
+    return text
 
 
 def _encodes(text: str) -> bool:
@@ -138,15 +152,15 @@ def _encodes(text: str) -> bool:
     return True
 
 
-def _text_or_none(value: Any, place: str, field: str, key: str) -> str | None:
+def _text_or_none(value: Any, place: str, field: str, key: str, report: files.Report) -> str | None:
     if value is None or isinstance(value, str):
         return value
-    raise UserError(
-        f"{place}: field {field!r} holds a {type(value).__name__} and not text; set {key}.field to a text field"
-    )
+    problem = f"{place}: field {field!r} holds a {type(value).__name__} and not text"
+    report(UserError(f"{problem}; set {key}.field to a text field"))
+    return None
 
 
-def _read_parquet(source: ConfigDict, path: str, language: str, key: str) -> Iterator[str | None]:
+def _read_parquet(source: ConfigDict, path: str, language: str, key: str, report: files.Report) -> Iterator[str | None]:
     field = source.field
     for file in files.find_files(path, (".parquet",), key=f"{key}.path"):
         row = 0
@@ -155,7 +169,7 @@ def _read_parquet(source: ConfigDict, path: str, language: str, key: str) -> Ite
                 _check_column(field, table.schema_arrow.names, str(file), key)
                 for batch in table.iter_batches(batch_size=BATCH, columns=[field]):
                     for value in batch.column(0).to_pylist():
-                        yield _text_or_none(value, f"{file}: row {row}", field, key)
+                        yield _text_or_none(value, f"{file}: row {row}", field, key, report)
                         row += 1
         except UnicodeDecodeError:
             raise UserError(
@@ -170,7 +184,9 @@ def _check_column(field: str, columns: Sequence[str], place: str, key: str) -> N
         raise UserError(f"{place}: no column {field!r}; it has: {', '.join(columns)}; set {key}.field to one of them")
 
 
-def _read_huggingface(source: ConfigDict, path: str, language: str, key: str) -> Iterator[str | None]:
+def _read_huggingface(
+    source: ConfigDict, path: str, language: str, key: str, report: files.Report
+) -> Iterator[str | None]:
     """A data set of the hub; or, with a path, a folder that `save_to_disk` wrote or a folder of data files."""
     import datasets  # about a second, which other formats need not pay
 
@@ -204,7 +220,7 @@ def _read_huggingface(source: ConfigDict, path: str, language: str, key: str) ->
         for batch in table.iter(batch_size=BATCH):
             _check_column(field, list(batch), place, key)
             for value in batch[field]:
-                yield _text_or_none(value, f"{place}: row {row}", field, key)
+                yield _text_or_none(value, f"{place}: row {row}", field, key, report)
                 row += 1
     except UserError:
         raise
@@ -212,7 +228,7 @@ def _read_huggingface(source: ConfigDict, path: str, language: str, key: str) ->
         raise files.hub_error(place, subset or None, error) from error
 
 
-def _read_tfds(source: ConfigDict, path: str, language: str, key: str) -> Iterator[str | None]:
+def _read_tfds(source: ConfigDict, path: str, language: str, key: str, report: files.Report) -> Iterator[str | None]:
     """A data set that was prepared as array_record in the folder `path` (or TFDS's own), read without TensorFlow."""
     import tensorflow_datasets as tfds  # half a second, which other formats need not pay
 
@@ -241,4 +257,4 @@ def _read_tfds(source: ConfigDict, path: str, language: str, key: str) -> Iterat
                 raise UserError(
                     f"{name}: row {row} holds bytes that are not UTF-8; prepare the data set again"
                 ) from None
-            yield _text_or_none(text, f"{name}: row {row}", field, key)
+            yield _text_or_none(text, f"{name}: row {row}", field, key, report)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from ml_collections import ConfigDict
 
 from kd_jax.data.decontamination import FilterCount, HeldOut, normalize
+from kd_jax.data.files import Report, raise_error
 from kd_jax.data.sources import read_texts
 from kd_jax.data.utterances import Utterance
 
@@ -22,13 +23,16 @@ class Splits:
         self._config, self._utterances = config, utterances
         self._held_out = HeldOut(utterances)
 
-    def marked(self, name: str, language: str, count: FilterCount) -> Iterator[tuple[str, bool]]:
-        """(text, whether it is held out) of one language of a source; `count` learns what was left out.
+    def marked(
+        self, name: str, language: str, count: FilterCount, report: Report = raise_error
+    ) -> Iterator[tuple[str, bool]]:
+        """(text, whether it is held out) of one language of a source; `count` learns what was left out, `report`
+        what is wrong with a record.
 
         Generic texts are held out by their content, so equal texts are on the same side.
         """
         source = self._config.sources[name]
-        texts = read_texts(source, language, self._utterances, key=f"config.sources.{name}")
+        texts = read_texts(source, language, self._utterances, key=f"config.sources.{name}", report=report)
         limit = self._config.rows.heldout_share * 2**64 if source.kind == "generic" else 0
         for text in self._held_out.filter(texts, count):
             yield text, limit > 0 and content_hash(text) < limit

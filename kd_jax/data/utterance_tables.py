@@ -12,10 +12,10 @@ from kd_jax.data.utterances import FIELDS, PARTITIONS, Utterance, check_record, 
 from kd_jax.types import UserError
 
 
-def read_parquet(folder: str, locales: Sequence[str]) -> list[Utterance]:
+def read_parquet(folder: str, locales: Sequence[str], report: files.Report = files.raise_error) -> list[Utterance]:
     """Utterances of Parquet files, all in `folder` with a locale column, or in one subfolder for each locale.
 
-    Raises UserError with the file and the row (from 0).
+    Raises UserError for a file; what is wrong with a row (from 0) goes to `report`.
     """
     if not Path(folder).is_dir():
         raise UserError(f"config.nlu.path: no folder {folder}; name the folder of Parquet files")
@@ -28,19 +28,20 @@ def read_parquet(folder: str, locales: Sequence[str]) -> list[Utterance]:
         # Files of all locales are read again for each locale: they are small, and one locale's rows are held at a time.
         for file in files.find_files(str(own if own.is_dir() else folder), (".parquet",), key="config.nlu.path"):
             records = _records(*_read_columns(file), str(file))
-            members += _members(records, locale, str(file), seen)
+            members += _members(records, locale, str(file), seen, report)
             available |= {str(record["locale"]) for record in records}
         if not members:
-            raise unknown_locale(locale, folder, available)
-        check_train(members, folder, locale)
+            report(unknown_locale(locale, folder, available))
+            continue
+        check_train(members, folder, locale, report)
         utterances += members
     return utterances
 
 
-def read_hub(name: str, locales: Sequence[str]) -> list[Utterance]:
+def read_hub(name: str, locales: Sequence[str], report: files.Report = files.raise_error) -> list[Utterance]:
     """Utterances of a data set on the hub (or a local folder) that has one configuration for each locale.
 
-    Raises UserError when it cannot be loaded, or with the split and the row (from 0).
+    Raises UserError when it cannot be loaded; what is wrong with a row (from 0) of a split goes to `report`.
     """
     if not name:
         raise UserError("config.nlu.name: is empty; name the data set on the hub")
@@ -51,8 +52,8 @@ def read_hub(name: str, locales: Sequence[str]) -> list[Utterance]:
         for split, table in files.load_hub(name, locale).items():
             table = table.select_columns([field for field in table.column_names if field in FIELDS])
             place = f"{name} ({locale}, {split})"
-            members += _members(_records(table.to_dict(), table.features, place), locale, place, seen)
-        check_train(members, name, locale)
+            members += _members(_records(table.to_dict(), table.features, place), locale, place, seen, report)
+        check_train(members, name, locale, report)
         utterances += members
     return utterances
 
@@ -82,9 +83,14 @@ def _records(columns: Mapping[str, list], features: Mapping[str, Any], name: str
     return [dict(zip(FIELDS, values, strict=True)) for values in zip(*named.values(), strict=True)]
 
 
-def _members(records: Sequence[dict[str, Any]], locale: str, name: str, seen: set[str]) -> list[Utterance]:
-    return [
-        check_record(record, locale, f"{name}: row {row}", seen)
-        for row, record in enumerate(records)
-        if record["locale"] == locale
-    ]
+def _members(
+    records: Sequence[dict[str, Any]], locale: str, name: str, seen: set[str], report: files.Report
+) -> list[Utterance]:
+    members = []
+    for row, record in enumerate(records):
+        if record["locale"] == locale:
+            try:
+                members.append(check_record(record, locale, f"{name}: row {row}", seen))
+            except UserError as error:
+                report(error)
+    return members

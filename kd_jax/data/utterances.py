@@ -169,23 +169,30 @@ def check_record(record: Mapping[str, Any], locale: str, place: str, seen: set[s
     )
 
 
-def _parse_lines(lines: Iterable[tuple[int, str]], name: str, locale: str) -> list[Utterance]:
+def _parse_lines(lines: Iterable[tuple[int, str]], name: str, locale: str, report: files.Report) -> list[Utterance]:
     utterances = []
     seen: set[str] = set()
     for number, line in lines:
         if line.strip():
             place = f"{name}:{number}"
-            utterances.append(check_record(files.json_object(line, place), locale, place, seen))
-    check_train(utterances, name, locale)
+            try:
+                utterances.append(check_record(files.json_object(line, place), locale, place, seen))
+            except UserError as error:
+                report(error)
+    check_train(utterances, name, locale, report)
     return utterances
 
 
-def check_train(utterances: Sequence[Utterance], name: str, locale: str) -> None:
-    """Raises a UserError when a locale has no utterance, or none to train on."""
+def check_train(
+    utterances: Sequence[Utterance], name: str, locale: str, report: files.Report = files.raise_error
+) -> None:
+    """A UserError when a locale has no utterance, or none to train on."""
     if not utterances:
-        raise UserError(f"{name}: holds no utterance of {locale}; check that the file is whole")
-    if not any(utterance.partition == "train" for utterance in utterances):
-        raise UserError(f"{name}: the train partition of {locale} is empty; mark some utterances with partition train")
+        report(UserError(f"{name}: holds no utterance of {locale}; check that the file is whole"))
+    elif not any(utterance.partition == "train" for utterance in utterances):
+        report(
+            UserError(f"{name}: the train partition of {locale} is empty; mark some utterances with partition train")
+        )
 
 
 def unknown_locale(locale: str, place: object, available: Iterable[str]) -> UserError:
@@ -194,14 +201,16 @@ def unknown_locale(locale: str, place: object, available: Iterable[str]) -> User
     return UserError(f"config.nlu.locales: {place} has no locale {locale!r}; it has: {listed}")
 
 
-def read_massive(folder: str | os.PathLike, locales: Sequence[str]) -> list[Utterance]:
+def read_massive(
+    folder: str | os.PathLike, locales: Sequence[str], report: files.Report = files.raise_error
+) -> list[Utterance]:
     """Utterances of a folder of `<locale>.jsonl`, or of MASSIVE's own .tar.gz, in the order of `locales` and lines.
 
-    Raises UserError with file and line for a broken line, and for a locale that is not there.
+    UserErrors with file and line for a broken line, and for a locale that is not there, go to `report`.
     """
     folder = Path(folder)
     if folder.is_file():
-        return _read_tarball(folder, locales)
+        return _read_tarball(folder, locales, report)
     if not folder.is_dir():
         raise UserError(
             f"config.nlu.path: no folder or tarball {folder}; name MASSIVE's folder of <locale>.jsonl files"
@@ -210,12 +219,13 @@ def read_massive(folder: str | os.PathLike, locales: Sequence[str]) -> list[Utte
     for locale in locales:
         file = folder / f"{locale}.jsonl"
         if not file.is_file():
-            raise unknown_locale(locale, folder, (other.stem for other in folder.glob("*.jsonl")))
-        utterances += _parse_lines(files.numbered_lines(file), str(file), locale)
+            report(unknown_locale(locale, folder, (other.stem for other in folder.glob("*.jsonl"))))
+            continue
+        utterances += _parse_lines(files.numbered_lines(file, report), str(file), locale, report)
     return utterances
 
 
-def _read_tarball(tarball: Path, locales: Sequence[str]) -> list[Utterance]:
+def _read_tarball(tarball: Path, locales: Sequence[str], report: files.Report) -> list[Utterance]:
     """Reads `<any>/data/<locale>.jsonl` from the archive in one pass, without unpacking it."""
     found: dict[str, list[Utterance]] = {}
     available = set()
@@ -233,13 +243,13 @@ def _read_tarball(tarball: Path, locales: Sequence[str]) -> list[Utterance]:
                     name = f"{tarball}/{member.name}"
                     lines = archive.extractfile(member)
                     assert lines is not None  # only of members that are not files
-                    found[locale] = _parse_lines(files.decode_lines(lines, name), name, locale)
+                    found[locale] = _parse_lines(files.decode_lines(lines, name, report), name, locale, report)
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise UserError(f"{tarball}: is not a whole tar archive ({error}); download it again") from None
     for locale in locales:
         if locale not in found:
-            raise unknown_locale(locale, tarball, available)
-    return [utterance for locale in locales for utterance in found[locale]]
+            report(unknown_locale(locale, tarball, available))
+    return [utterance for locale in locales if locale in found for utterance in found[locale]]
 
 
 def write_massive(utterances: Iterable[Utterance], folder: str | os.PathLike) -> None:
@@ -261,10 +271,10 @@ def write_massive(utterances: Iterable[Utterance], folder: str | os.PathLike) ->
             partial.unlink(missing_ok=True)
 
 
-def load_utterances(nlu: ConfigDict) -> list[Utterance]:
+def load_utterances(nlu: ConfigDict, report: files.Report = files.raise_error) -> list[Utterance]:
     """The labeled utterances that `config.nlu` names, `nlu.max_train` train utterances a locale at the most.
 
-    Raises UserError when the config or the data is wrong.
+    Raises UserError when the config or a file as a whole is wrong; what is wrong with a record goes to `report`.
     """
     locales = tuple(nlu.locales)
     if not locales or len(set(locales)) < len(locales):
@@ -278,14 +288,14 @@ def load_utterances(nlu: ConfigDict) -> list[Utterance]:
 
             utterances = embedded_utterances(locales)
         case "massive":
-            utterances = read_massive(path, locales)
+            utterances = read_massive(path, locales, report)
         case "massive_parquet" | "huggingface":
             from kd_jax.data import utterance_tables  # it builds on this module
 
             if nlu.format == "huggingface":
-                utterances = utterance_tables.read_hub(nlu.name, locales)
+                utterances = utterance_tables.read_hub(nlu.name, locales, report)
             else:
-                utterances = utterance_tables.read_parquet(path, locales)
+                utterances = utterance_tables.read_parquet(path, locales, report)
         case other:
             raise UserError(
                 f"config.nlu.format: unknown format {other!r}; write embedded, massive, massive_parquet or huggingface"
