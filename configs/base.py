@@ -53,6 +53,8 @@ def job(**changes) -> ConfigDict:
             "evaluate_rows": 256,  # held-out rows a store at the most, masked-LM jobs
             "checkpoint_every": 200,  # steps; a checkpoint is always written at the end
             "keep_checkpoints": 2,
+            # Steps a run whose loss is not finite and whose update is therefore skipped; one more ends it. 0: none.
+            "skip_non_finite": 0,
         }
     )
     keys.update(changes)
@@ -70,6 +72,16 @@ def term(weight: float, **more) -> ConfigDict:
         }
     )
     keys.update(more)
+    return keys
+
+
+def sharding(**changes) -> ConfigDict:
+    """Kind of dimension of a parameter -> the mesh axis that it is cut along; several are joined by commas, and ""
+    keeps it whole on every device."""
+    keys = ConfigDict(
+        {"vocab": "tensor", "embed": "fsdp", "heads": "tensor", "mlp": "tensor", "layers": "", "positions": ""}
+    )
+    keys.update(changes)
     return keys
 
 
@@ -244,10 +256,32 @@ def get_config() -> ConfigDict:
     # What `export` writes for `transformers`: a student, or a DC or ICNER model (of one domain, or of all together).
     config.export = ConfigDict({"checkpoint": ""})  # workdir of a pretrain, distill, import_model or finetune run
 
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: the devices that are left
+    config.mesh = ConfigDict(
+        {
+            "data": -1,  # -1: the devices that are left
+            "fsdp": 1,
+            "tensor": 1,
+            "slices": 0,  # TPU slices or nodes with a slower network between them; 0 asks the devices
+        }
+    )
+    # Which parameters lie where: the frozen teacher and what is trained have a table each.
+    config.sharding = ConfigDict({"teacher": sharding(), "student": sharding()})
     config.compute_dtype = "auto"  # auto (float32 on CPU, bfloat16 elsewhere) | float32 | bfloat16
     config.progress = True  # progress bars on a terminal
     config.tensorboard = True
+    # Weights & Biases, which is imported only where a project is named.
+    config.wandb = ConfigDict(
+        {
+            "project": "",  # empty: not used
+            "entity": "",  # user or team; empty takes the account's default
+            "group": "",  # e.g. the study that the run belongs to
+            "mode": "online",  # online | offline (written to the run's directory, for `wandb sync`)
+        }
+    )
+    # A step, an evaluation's batch or a wait for other processes that takes longer is reported, with the stacks of
+    # all threads, on standard error and in stalled-<process>.txt of the run's directory.
+    config.watchdog_seconds = 1800.0  # 0 turns it off; longer than the longest compilation
+    config.watchdog_exit = False  # also ends the process then, with the exit code on which launchers start it again
 
     config.study = ConfigDict(
         {

@@ -50,10 +50,15 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 # Top-level keys that every command reads and that change only how a run is executed and watched.
-EXECUTION_KEYS = ("mesh", "progress", "tensorboard", "cache_part", "cache_parts")
+EXECUTION_KEYS = (
+    *("mesh", "sharding", "progress", "tensorboard", "wandb", "watchdog_seconds", "watchdog_exit"),
+    *("cache_part", "cache_parts"),
+)
 
 # Keys, at any depth, that a resume may change.
-MAY_CHANGE = frozenset({*EXECUTION_KEYS, "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"})
+MAY_CHANGE = frozenset(
+    {*EXECUTION_KEYS, "accumulation", "log_every", "checkpoint_every", "keep_checkpoints", "skip_non_finite"}
+)
 
 
 def identity(values: Any) -> Any:
