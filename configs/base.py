@@ -269,6 +269,10 @@ def get_config() -> ConfigDict:
     config.compute_dtype = "auto"  # auto (float32 on CPU, bfloat16 elsewhere) | float32 | bfloat16
     config.progress = True  # progress bars on a terminal
     config.tensorboard = True
+    # Anything may lie on gs:// or s3:// (docs/storage.md).
+    config.storage = ConfigDict(
+        {"local": ""}  # folder of this host for copies of it; empty takes kd_jax in $XDG_CACHE_HOME or ~/.cache
+    )
     # Weights & Biases, which is imported only where a project is named.
     config.wandb = ConfigDict(
         {
