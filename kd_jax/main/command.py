@@ -2,7 +2,7 @@
 
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -13,15 +13,23 @@ from kd_jax.types import UserError
 MISTAKE = 2  # exit code of a user's mistake
 
 Run = Callable[[ConfigDict, pathlib.Path], Any]
+Instead = Callable[[ConfigDict, pathlib.Path | None], Any]
 
 
-def main(run: Run, *, description: str) -> None:
-    """Parses the flags and calls run(config, workdir); a UserError becomes one sentence and exit code 2."""
+def main(run: Run, *, description: str, instead: Mapping[str, tuple[Instead, str]] | None = None) -> None:
+    """Parses the flags and calls run(config, workdir); a UserError becomes one sentence and exit code 2.
+
+    instead: switches as name -> (function, help): with --NAME the function is called in place of `run`, with None where
+    there is no --workdir.
+    """
+    instead = instead or {}
+    switches = {name: flags.DEFINE_boolean(name, False, text) for name, (_, text) in instead.items()}
     config_flag = config_flags.DEFINE_config_file("config", None, "File with the config: configs/FILE.py[:argument].")
     workdir_flag = flags.DEFINE_string("workdir", None, "Directory of this run; the same again resumes it.")
     usage = (
         f"{description}\n\n  python -m ... --config=configs/FILE.py[:argument] --workdir=DIR [--config.key=value ...]"
     )
+    usage += "".join(f"\n  --{name}: {text}" for name, (_, text) in instead.items())
     app.usage = lambda *args, **kwargs: print(usage)
 
     def parse(argv: list[str]) -> list[str]:
@@ -32,7 +40,10 @@ def main(run: Run, *, description: str) -> None:
         if len(rest) > 1:
             fail(f"unexpected argument {rest[1]!r}; options have the form --config.key=value")
         config, workdir = config_flag.value, workdir_flag.value
-        if config is None or not workdir:
+        chosen = [f"--{name}" for name, switch in switches.items() if switch.value]
+        if len(chosen) > 1:
+            fail(f"{' and '.join(chosen)} exclude each other; give one")
+        if config is None or not (workdir or chosen):
             missing = "--config" if config is None else "--workdir"
             fail(f"{missing} is missing; the form is --config=configs/FILE.py --workdir=DIR")
         try:
@@ -45,7 +56,11 @@ def main(run: Run, *, description: str) -> None:
     def execute(_) -> None:
         logging.set_verbosity(logging.WARNING)  # jax tells through absl which backends are not here
         config, workdir = config_flag.value, workdir_flag.value
-        assert config is not None and workdir, "parse has seen to both"
+        assert config is not None, "parse has seen to it"
+        for name, switch in switches.items():
+            if switch.value:
+                sys.exit(guarded(instead[name][0], config, pathlib.Path(workdir) if workdir else None))
+        assert workdir, "parse has seen to it"
         sys.exit(guarded(run, config, pathlib.Path(workdir)))
 
     app.run(execute, flags_parser=parse)
@@ -67,7 +82,7 @@ def fail(message: str) -> NoReturn:
     sys.exit(MISTAKE)
 
 
-def guarded(run: Run, config: ConfigDict, workdir: pathlib.Path) -> int:
+def guarded(run: Callable[[ConfigDict, Any], Any], config: ConfigDict, workdir: pathlib.Path | None) -> int:
     """Runs a command and returns its exit code: 0, 2 for a user's mistake, 75 when preempted after a checkpoint."""
     from kd_jax.trainer.preemption import EXIT_CODE, Preempted
 
