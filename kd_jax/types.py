@@ -28,6 +28,9 @@ Params = dict[str, Any]
 #   tag_weights       float32[R, L]  1 on the first sub-word of each word with a known tag, 0 elsewhere
 Batch = Mapping[str, Array]
 
+# The mesh axes that share out the rows of a batch.
+ROW_AXES = ("data", "fsdp")
+
 # One loss term or metric before its division: sum over the counted items, and their weight.
 Term = tuple[Array, Array]
 

@@ -1,3 +1,5 @@
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,13 +7,18 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from ml_collections import ConfigDict
 
+from configs import base
 from kd_jax.trainer.mesh import (
     LARGE,
+    RULES,
     describe_shardings,
     global_batch,
     make_mesh,
     row_multiple,
+    rules_of,
     shardings,
+    slice_shape,
+    split_slices,
 )
 from kd_jax.types import UserError
 
@@ -41,6 +48,71 @@ def test_minus_one_takes_the_devices_that_are_left(sizes, expected):
 def test_sizes_that_do_not_fit_the_devices_are_refused(sizes):
     with pytest.raises(UserError, match=r"^config\.mesh: data="):
         mesh_of(*sizes)
+
+
+class Device(NamedTuple):
+    """What of a device decides on its place."""
+
+    id: int
+    process_index: int
+    slice_index: int | None = None
+
+
+def test_devices_that_tell_of_slices_are_split_by_them():
+    devices = [Device(number, number // 2, number % 2) for number in range(8)]
+    assert [[one.id for one in part] for part in split_slices(devices)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert split_slices(devices, 2) == split_slices(devices)
+    with pytest.raises(UserError, match=r"config\.mesh\.slices: 4 does not suit 8 devices in 2 slices"):
+        split_slices(devices, 4)
+
+
+def test_devices_that_do_not_tell_are_cut_by_process():
+    devices = [Device(number, 1 - number // 4) for number in range(8)]
+    assert len(split_slices(devices)) == 1
+    assert [[one.id for one in part] for part in split_slices(devices, 2)] == [[4, 5, 6, 7], [0, 1, 2, 3]]
+    for wanted in (3, -1):
+        with pytest.raises(UserError, match=r"config\.mesh\.slices"):
+            split_slices(devices, wanted)
+
+
+def test_the_slower_network_is_crossed_by_data_then_fsdp_and_never_by_tensor():
+    assert slice_shape((4, 2, 2), 2) == (2, 1, 1)
+    assert slice_shape((2, 4, 2), 8) == (2, 4, 1)
+    assert slice_shape((1, 16, 1), 2) == (1, 2, 1)
+    with pytest.raises(UserError, match=r"config\.mesh\.data: data=1 and fsdp=1 do not divide among 2 slices"):
+        slice_shape((1, 1, 8), 2)
+
+
+def test_each_slice_holds_a_whole_block_of_the_mesh():
+    for sizes, outer in (((4, 1, 2), (2, 1, 1)), ((1, 4, 2), (1, 2, 1)), ((1, 2, 4), (1, 2, 1))):
+        mesh = make_mesh(ConfigDict({**dict(zip(("data", "fsdp", "tensor"), sizes)), "slices": 2}))
+        assert mesh.devices.shape == sizes
+        halves = np.split(mesh.devices, 2, axis=outer.index(2))
+        assert [{one.id // 4 for one in half.flat} for half in halves] == [{0}, {1}]
+
+
+def test_tables_of_the_config_begin_as_the_default_rules():
+    sharding = base.get_config().sharding
+    assert dict(sharding.teacher) == dict(sharding.student) == dict(RULES)
+    assert dict(rules_of(sharding.teacher, "sharding.teacher")) == dict(RULES)
+
+
+@pytest.mark.parametrize("axes", ["model", "fsdp,fsdp", "tensor,rows"])
+def test_an_axis_that_does_not_exist_is_refused(axes):
+    with pytest.raises(UserError, match=r"^config\.sharding\.teacher\.embed: "):
+        rules_of(base.sharding(embed=axes), "sharding.teacher")
+
+
+def test_a_dimension_may_lie_along_several_axes():
+    mesh, rules = mesh_of(2, 2, 2), rules_of(base.sharding(embed="data, fsdp", mlp="fsdp,tensor"), "sharding.teacher")
+    layout = shardings(mesh, {"one": ("embed", "mlp")}, {"one": shape(8, 8)}, rules)["one"]
+    assert layout.spec == PartitionSpec(("data", "fsdp"), "tensor")
+    assert describe_shardings({"one": shape(8, 8)}, {"one": layout}, "teacher:")[:2] == [
+        "teacher:",
+        "one    8/data/fsdp x 8/tensor  0.00 MiB",
+    ]
+    with pytest.raises(UserError, match=r"^config\.mesh\.data: 4 does not divide dimension 'embed'"):
+        shardings(mesh, {"one": ("embed", None)}, {"one": shape(6, LARGE)}, rules)
 
 
 def test_rules_place_each_dimension_and_no_mesh_axis_twice():

@@ -14,6 +14,7 @@ from kd_jax.data.prepared import Prepared
 from kd_jax.data.teacher_cache import CachedBatches, TeacherCache
 from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.main import cache_teacher, command, masked_lm
+from kd_jax.main.frozen import Frozen, placed
 from kd_jax.main.teachers import (
     KEY,
     Teacher,
@@ -60,6 +61,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             make_distill_objective,
             (model, tuple(teachers[number].model for number in numbers), settings),
             lambda numbers=numbers: frozen_teachers([teachers[number] for number in numbers], prepared, mesh),
+            Frozen(teachers=tuple(teachers[number].model for number in numbers), whole=kept_entry(prepared, teachers)),
         )
         for start, numbers in phases_of(config, len(teachers))
     )
@@ -77,6 +79,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
 
         more = {"init": init, "remarks": remarks(student.config, first.model.config, layers)}
     train(config, workdir, prepared, mesh, model, settings, phases, **more)
+
+
+def kept_entry(prepared: Prepared, teachers: list[Teacher]) -> tuple[str, ...]:
+    """The name of the entry that says which pieces a trimmed vocabulary has, if it is one."""
+    return () if kept_of(prepared, teachers[0]) is None else ("kept",)
 
 
 def frozen_teachers(teachers: list[Teacher], prepared: Prepared, mesh) -> dict[str, Any]:
@@ -101,17 +108,24 @@ def from_cache(config: ConfigDict, workdir: pathlib.Path, prepared: Prepared, me
         problem = f"{config.teacher_cache} was written at temperature {form['temperature']}, not {settings.temperature}"
         require(same, "distill.kl.temperature", problem, "go back to it, or write another cache")
 
+    hidden = form["format"] == "hidden"
+    reads = Frozen(decoder=teacher.model if hidden else None, whole=kept_entry(prepared, [teacher]))
+
     def frozen() -> dict[str, Any]:
         kept = kept_of(prepared, teacher)
         found: dict[str, Any] = {} if kept is None else {"kept": kept}
-        if form["format"] == "hidden":
-            found["decoder"] = tuple(cache.attached(name) for name in cache_teacher.DECODER)
+        if reads.decoder is not None:
+            layout = reads.layout(mesh, teacher.rules)["decoder"]
+            parts = (cache.attached(name) for name in cache_teacher.DECODER)
+            found["decoder"] = tuple(
+                None if values is None else placed(values, where) for values, where in zip(parts, layout, strict=True)
+            )
         return found
 
     def batches(transfer_set, block):
         return CachedBatches(cache, transfer_set, config.masking, block.batch_size, block.steps)
 
-    phases = (JobPhase(0, make_cached_objective, (model, settings), frozen),)
+    phases = (JobPhase(0, make_cached_objective, (model, settings), frozen, reads),)
     train(config, workdir, prepared, mesh, model, settings, phases, batches=batches)
 
 

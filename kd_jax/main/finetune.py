@@ -20,10 +20,11 @@ from kd_jax.evaluation.predictions import predict_records
 from kd_jax.evaluation.records import Record, assign_test_sets, intent_slot_record
 from kd_jax.evaluation.results import results
 from kd_jax.main import masked_lm, trained, training
+from kd_jax.main.frozen import Frozen
 from kd_jax.models.functional import Functional
 from kd_jax.steps.finetune import ABSENT, make_dc_objective, make_icner_objective
 from kd_jax.trainer.disk import write_json
-from kd_jax.trainer.mesh import global_batch, make_mesh, row_multiple
+from kd_jax.trainer.mesh import global_batch, make_mesh, row_multiple, rules_of
 from kd_jax.trainer.run_directory import RunDirectory
 from kd_jax.types import Params, UserError
 
@@ -139,9 +140,11 @@ def finetune_one(config: ConfigDict, workdir: pathlib.Path, task: str, prepared:
     labeled = LabeledSet(train, prepared.tokenizer, maps, task, length)
     batches = FinetuneBatches(labeled, block.batch_size, length, config.seed, rows)
 
+    rules = rules_of(config.sharding.student, "sharding.student")
+
     def init(params: Params) -> Params:
         masked = masked_lm.encoder_model(encoder, prepared, config.compute_dtype, "student")
-        return {**params, **trained.trained_params(block.init_from, masked, mesh, subtree="encoder")}
+        return {**params, **trained.trained_params(block.init_from, masked, mesh, "encoder", rules)}
 
     def evaluate(params: Params, step: int) -> dict[str, float]:
         del step
@@ -159,7 +162,7 @@ def finetune_one(config: ConfigDict, workdir: pathlib.Path, task: str, prepared:
         block="finetune",
         keys=keys(config),
         model=model,
-        phases=(training.JobPhase(0, objective, arguments, lambda: dict(masks)),),
+        phases=(training.JobPhase(0, objective, arguments, lambda: dict(masks), Frozen(whole=tuple(masks))),),
         batch_at=lambda step: batches.batch(step, jax.process_index(), jax.process_count()),
         data_fingerprint=batches.fingerprint,
         evaluate=evaluate,

@@ -16,13 +16,14 @@ from kd_jax.data.files import fill_path
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.tokenizer import HUB_NAME, Tokenizer
 from kd_jax.main import command, masked_lm, trained
+from kd_jax.main.frozen import model_layout
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional, parameter_count
 from kd_jax.models.huggingface_config import read_config
 from kd_jax.models.huggingface_files import TensorFiles, check_files, load_params
 from kd_jax.trainer.checkpoint import FOLDER, Checkpoints
 from kd_jax.trainer.disk import write_json
-from kd_jax.trainer.mesh import make_mesh, row_multiple, shardings
+from kd_jax.trainer.mesh import make_mesh, row_multiple, rules_of
 from kd_jax.trainer.run_directory import RunDirectory
 from kd_jax.trainer.state import params_fingerprint
 from kd_jax.types import UserError
@@ -55,7 +56,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         )
     shape = EncoderConfig(**values)
     model, mesh = Functional("mlm", shape), make_mesh(config.mesh)
-    layout = shardings(mesh, model.logical_axes(), model.abstract())
+    layout = model_layout(model, mesh, rules_of(config.sharding.teacher, "sharding.teacher"))
     with TensorFiles(folder) as files:
         has_head = check_files(files, shape, stored_vocab_size=stored)
         resolved = {key: value for key, value in to_dict(config).items() if key in (*keys(config), *EXECUTION_KEYS)}

@@ -67,8 +67,10 @@ def train(
     init: Callable[[Params], Params] | None = None,
     batches: Callable[[TransferSet, ConfigDict], MaskedBatches | CachedBatches] | None = None,
     notes: dict[str, Any] | None = None,
+    table: str = "student",
 ) -> None:
-    """Trains on the transfer set that config.transfer describes; config.<command> is the job's block.
+    """Trains on the transfer set that config.transfer describes; config.<command> is the job's block, and
+    config.sharding.<table> says where the model lies.
 
     batches(transfer_set, block): where the batches come from when they are not masked here.
     """
@@ -100,6 +102,7 @@ def train(
         evaluate=evaluate,
         init=init,
         notes={"realized": transfer_set.describe(block.steps * block.batch_size), **(notes or {})},
+        table=table,
     )
     training.train(config, workdir, job, prepared, mesh)
 

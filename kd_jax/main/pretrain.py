@@ -18,7 +18,7 @@ from kd_jax.models.encoder_config import EncoderConfig, encoder_config
 from kd_jax.models.functional import Functional
 from kd_jax.steps.objective import Objective
 from kd_jax.steps.pretrain import make_pretrain_objective
-from kd_jax.trainer.mesh import make_mesh
+from kd_jax.trainer.mesh import make_mesh, rules_of
 
 # Fields of an encoder that may change when training goes on: how it is initialized, regularized and laid out.
 _FREE = ("initializer_range", "dropout", "attention_dropout", "scan", "remat")
@@ -44,6 +44,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     if start:
         trained.check_tokenizer(start, prepared, "pretrain.init_from")
         check_shape(model.config, start, prepared, which)
+    rules = rules_of(config.sharding[which], f"sharding.{which}")
     objective = make_pretrain_objective
     if not config.train_body:
         objective = make_head_objective
@@ -58,7 +59,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         keys=names,
         model=model,
         phases=(JobPhase(0, objective, (model,), dict),),
-        init=(lambda _: trained.trained_params(start, model, mesh)) if start else None,
+        init=(lambda _: trained.trained_params(start, model, mesh, rules=rules)) if start else None,
+        table=which,
     )
 
 

@@ -20,6 +20,7 @@ from kd_jax.models.projection import WithProjections, needs_projection
 from kd_jax.steps.distill import DistillSettings, Weight
 from kd_jax.steps.teacher_logits import TeacherForm
 from kd_jax.study.plan import FEATURE_TERMS
+from kd_jax.trainer.mesh import Rules, rules_of
 
 TERMS = ("kl", "mlm", *FEATURE_TERMS)
 KEY = "teacher_checkpoint"
@@ -27,14 +28,16 @@ KEY = "teacher_checkpoint"
 
 @dataclass(frozen=True)
 class Teacher:
-    """One teacher: the directory of its run, its model, and whether its vocabulary is the student's own."""
+    """One teacher: the directory of its run, its model, whether its vocabulary is the student's own, and the rules by
+    which it lies on a mesh."""
 
     workdir: str
     model: Functional
     same_vocabulary: bool
+    rules: Rules
 
     def params(self, mesh) -> Any:
-        return trained.trained_params(self.workdir, self.model, mesh)
+        return trained.trained_params(self.workdir, self.model, mesh, rules=self.rules)
 
 
 def find_teachers(config: ConfigDict, prepared: Prepared) -> list[Teacher]:
@@ -49,7 +52,7 @@ def find_teachers(config: ConfigDict, prepared: Prepared) -> list[Teacher]:
         if not same:
             trained.check_tokenizer(workdir, full, KEY)
         model = masked_lm.encoder_model(block, prepared if same else full, config.compute_dtype, "teacher")
-        teachers.append(Teacher(workdir, model, same))
+        teachers.append(Teacher(workdir, model, same, rules_of(config.sharding.teacher, "sharding.teacher")))
     mixed = len({teacher.same_vocabulary for teacher in teachers}) > 1
     require(not mixed, KEY, "some teachers have the trimmed vocabulary and some the full one", "use one or the other")
     return teachers

@@ -14,7 +14,7 @@ from kd_jax.data.tokenizer import Tokenizer
 from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.models.functional import Functional
 from kd_jax.trainer.checkpoint import load_params
-from kd_jax.trainer.mesh import shardings
+from kd_jax.trainer.mesh import DEFAULT, Rules, shardings
 from kd_jax.trainer.run_directory import DONE
 from kd_jax.trainer.state import with_shardings
 from kd_jax.types import Params, UserError
@@ -83,12 +83,18 @@ def parameters_fingerprint(workdir: str | pathlib.Path, key: str) -> str:
     return read_json(place)["parameters_fingerprint"]
 
 
-def trained_params(workdir: str | pathlib.Path, model: Functional, mesh, subtree: str | None = None) -> Params:
-    """The parameters (or one subtree) of a run's newest checkpoint, placed on the mesh."""
+def trained_params(
+    workdir: str | pathlib.Path,
+    model: Functional,
+    mesh,
+    subtree: str | None = None,
+    rules: Rules = DEFAULT,
+) -> Params:
+    """The parameters (or one subtree) of a run's newest checkpoint, placed on the mesh by the rules."""
     abstract, axes = model.abstract(), model.logical_axes()
     if subtree:
         abstract, axes = {subtree: abstract[subtree]}, {subtree: axes[subtree]}
-    return load_params(workdir, with_shardings(abstract, shardings(mesh, axes, abstract)))
+    return load_params(workdir, with_shardings(abstract, shardings(mesh, axes, abstract, rules)))
 
 
 def read_json(file: pathlib.Path) -> Any:

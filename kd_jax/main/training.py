@@ -12,13 +12,14 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from kd_jax.config import EXECUTION_KEYS, identity, to_dict
 from kd_jax.data.prepared import Prepared
+from kd_jax.main.frozen import Frozen, model_layout
 from kd_jax.models.functional import Functional, parameter_count
 from kd_jax.models.projection import WithProjections
 from kd_jax.steps.objective import Objective
 from kd_jax.steps.train_step import make_train_step
 from kd_jax.trainer.checkpoint import FOLDER, Checkpoints
 from kd_jax.trainer.loop import Phase, fit
-from kd_jax.trainer.mesh import describe_shardings, shardings
+from kd_jax.trainer.mesh import DEFAULT, Rules, batch_sharding, describe_shardings, rules_of
 from kd_jax.trainer.metrics import MetricsWriter
 from kd_jax.trainer.optimizer import check_job, make_optimizer, make_schedule
 from kd_jax.trainer.run_directory import RunDirectory
@@ -39,6 +40,7 @@ class JobPhase(NamedTuple):
     objective: Callable[..., Objective]  # called with `arguments`, which are hashable: equal jobs share one compilation
     arguments: tuple
     frozen: Callable[[], dict[str, Any]]  # what the step reads and never changes: a teacher, class masks
+    reads: Frozen = Frozen()  # which entries `frozen` gives, the seed apart
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Job:
     data_fingerprint: str
     evaluate: Callable[[Params, int], dict[str, float]]
     init: Callable[[Params], Params] | None = None  # replaces some or all of the parameters drawn from the seed
+    table: str = "student"  # config.sharding.<table> says where what is trained lies
     notes: dict[str, Any] = field(default_factory=dict)  # more for run.json
 
 
@@ -70,20 +73,31 @@ class Programs(NamedTuple):
 
 @functools.cache
 def programs(
-    objective, arguments: tuple, model: Functional | WithProjections, settings: FrozenConfigDict, mesh
+    objective,
+    arguments: tuple,
+    model: Functional | WithProjections,
+    settings: FrozenConfigDict,
+    mesh,
+    rules: Rules = DEFAULT,
+    frozen: tuple[Frozen, Rules] | None = None,
 ) -> Programs:
-    """Equal arguments give the same functions: a study asks for the same few again and again and compiles them once."""
+    """Equal arguments give the same functions: a study asks for the same few again and again and compiles them once.
+
+    rules: where the model lies. frozen: the entries of the step's `frozen` and the rules of the teachers in it; None
+    takes them as they lie.
+    """
     job = ConfigDict(settings)
     optimizer, schedule = make_optimizer(job), make_schedule(job)
     step = make_train_step(objective(*arguments), optimizer, schedule, steps=job.steps, accumulation=job.accumulation)
     shapes = model.abstract()
-    layout = state_shardings(shapes, optimizer, shardings(mesh, model.logical_axes(), shapes))
+    layout = state_shardings(shapes, optimizer, model_layout(model, mesh, rules))
+    inputs = (layout, None if frozen is None else frozen[0].layout(mesh, frozen[1]), batch_sharding(mesh))
 
     def draw(seed):
         return model.init(jax.random.key(seed))
 
     return Programs(
-        step=jax.jit(step, donate_argnums=0, out_shardings=(layout, None)),
+        step=jax.jit(step, donate_argnums=0, in_shardings=inputs, out_shardings=(layout, None)),
         from_seed=jax.jit(lambda seed: new_state(draw(seed), optimizer), out_shardings=layout),
         draw=jax.jit(draw, out_shardings=layout["params"]),
         from_params=jax.jit(lambda params: new_state(params, optimizer), out_shardings=layout),
@@ -102,7 +116,12 @@ def train(config: ConfigDict, workdir: pathlib.Path, job: Job, prepared: Prepare
     if directory.done:
         return
     settings = FrozenConfigDict({key: block[key] for key in STEP_KEYS})
-    each = [programs(phase.objective, phase.arguments, job.model, settings, mesh) for phase in job.phases]
+    rules = rules_of(config.sharding[job.table], f"sharding.{job.table}")
+    teacher_rules = rules_of(config.sharding.teacher, "sharding.teacher")
+    each = [
+        programs(phase.objective, phase.arguments, job.model, settings, mesh, rules, (phase.reads, teacher_rules))
+        for phase in job.phases
+    ]
     compiled = each[0]  # they differ in their steps alone
     seed = np.int32(config.seed)
 
@@ -133,9 +152,17 @@ def train(config: ConfigDict, workdir: pathlib.Path, job: Job, prepared: Prepare
                 identity={"config": identity(resolved), "data": job.data_fingerprint},
                 evaluate=job.evaluate,
                 description=workdir.name,
-                lines=describe_shardings(job.model.abstract(), compiled.layout["params"]) if mesh.size > 1 else (),
+                lines=sharding_lines(job, compiled, mesh, teacher_rules) if mesh.size > 1 else (),
                 progress=config.progress,
             )
         finally:
             writer.close()
     directory.finish(parameters_fingerprint=params_fingerprint(state["params"]))
+
+
+def sharding_lines(job: Job, compiled: Programs, mesh, teacher_rules: Rules) -> list[str]:
+    """What is printed at the start of a run on several devices: where the trained model and its teachers lie."""
+    lines = describe_shardings(job.model.abstract(), compiled.layout["params"], "trained:")
+    for reads in dict.fromkeys(phase.reads for phase in job.phases):
+        lines += reads.describe(mesh, teacher_rules)
+    return lines

@@ -1,27 +1,33 @@
-"""The device mesh, and the one table that says which dimension of a parameter lies along which of its axes."""
+"""The device mesh, and the tables that say which dimension of a parameter lies along which of its axes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from kd_jax.types import Batch, UserError
+from kd_jax.types import ROW_AXES, Batch, UserError
 
 AXES = ("data", "fsdp", "tensor")
 
-# Logical name of a parameter's dimension -> mesh axis; None keeps the dimension whole on every device.
-RULES: Mapping[str, str | None] = {
+# Logical name of a parameter's dimension -> mesh axis, or several joined by commas; "" keeps it whole on every device.
+# These are the defaults of config.sharding, where teacher and student have a table each.
+RULES: Mapping[str, str] = {
     "vocab": "tensor",
     "embed": "fsdp",
     "heads": "tensor",
     "mlp": "tensor",
-    "layers": None,
-    "positions": None,
+    "layers": "",
+    "positions": "",
 }
+
+# The same as pairs, so that it can be a key of what is compiled.
+Rules = tuple[tuple[str, str], ...]
+DEFAULT: Rules = tuple(RULES.items())
 
 # A parameter of so many elements (16 MiB in float32) or more must not stay whole because a rule cannot be applied.
 LARGE = 2**22
@@ -30,7 +36,10 @@ LARGE = 2**22
 def make_mesh(mesh: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh with the axes ("data", "fsdp", "tensor") of `config.mesh`; -1 on one axis takes the devices that are left.
 
-    Raises UserError when the sizes do not multiply to the number of devices.
+    Devices are ordered so that neighbors on an axis are neighbors in the hardware: `tensor`, which communicates most,
+    innermost. Of several slices or nodes (config.mesh.slices, or found from the devices) each holds whole blocks of the
+    mesh, and `data`, then `fsdp`, reaches over the slower network between them. Raises UserError when the sizes do not
+    multiply to the number of devices, or do not suit the hardware.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {axis: int(mesh[axis]) for axis in AXES}
@@ -44,18 +53,94 @@ def make_mesh(mesh: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
             f"config.mesh: {written} do not multiply to the {len(devices)} devices here; change the sizes, or leave "
             "one axis at -1"
         )
+    wanted = int(mesh["slices"]) if "slices" in mesh else 0  # a caller of one's own may give the three sizes alone
+    slices = split_slices(devices, wanted)
+    outer = slice_shape(shape, len(slices))
+    inner = tuple(size // across for size, across in zip(shape, outer, strict=True))
+    blocks = np.empty(len(slices), object)
+    for number, members in enumerate(slices):
+        blocks[number] = _ordered(inner, members, written)
+    order = np.block(blocks.reshape(outer).tolist())
     # Auto is stated because the default became Explicit, which would ask for a sharding in every operation.
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(order, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def shardings(mesh: Mesh, logical_axes: Any, abstract: Any, rules: Mapping[str, str | None] = RULES) -> Any:
+def split_slices(devices: Sequence[Any], wanted: int = 0) -> list[list[Any]]:
+    """The devices of each slice or node: as many as are wanted, or, where that is 0, as many as the devices tell of.
+
+    Devices that do not tell are cut in equal parts in the order of their processes. UserError where that cannot be.
+    """
+    by_index: dict[int, list[Any]] = {}
+    for device in devices:
+        by_index.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    found = [by_index[index] for index in sorted(by_index)]
+    if wanted in (0, len(found)):
+        return found
+    if wanted < 0 or len(found) > 1 or len(devices) % wanted:
+        raise UserError(
+            f"config.mesh.slices: {wanted} does not suit {len(devices)} devices in {len(found)} slices; leave it at 0"
+        )
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    each = len(devices) // wanted
+    return [ordered[start : start + each] for start in range(0, len(devices), each)]
+
+
+def slice_shape(shape: Sequence[int], slices: int) -> tuple[int, int, int]:
+    """How many slices each axis of the mesh reaches over: `data` over as many as it can, then `fsdp`. UserError where
+    that leaves some for `tensor`, which would be slow."""
+    data = math.gcd(shape[0], slices)
+    fsdp = math.gcd(shape[1], slices // data)
+    if data * fsdp != slices:
+        raise UserError(
+            f"config.mesh.data: data={shape[0]} and fsdp={shape[1]} do not divide among {slices} slices, and tensor "
+            f"stays inside one; make data a multiple of {slices}"
+        )
+    return data, fsdp, 1
+
+
+def _ordered(shape: tuple[int, ...], devices: list[Any], written: str) -> np.ndarray:
+    """The devices of one slice in the order of its torus; an axis takes part of one of its axes only if it must."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices)
+    except NotImplementedError:
+        pass
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except NotImplementedError as error:
+        raise UserError(
+            f"config.mesh: {written} cannot be laid on these {len(devices)} devices ({error}); choose sizes that are "
+            "products of the sides of the torus"
+        ) from None
+
+
+def rules_of(table: ConfigDict, key: str) -> Rules:
+    """The rules of a table of the config, config.<key>; UserError for an axis that does not exist or stands twice."""
+    pairs = tuple((name, table[name]) for name in sorted(table))
+    for name, axes in pairs:
+        named = _axes(axes)
+        if len(set(named)) < len(named) or not set(named) <= set(AXES):
+            raise UserError(
+                f"config.{key}.{name}: {axes!r} is no mesh axis; give one of {', '.join(AXES)}, several joined by "
+                "commas, or '' to keep the dimension whole"
+            )
+    return pairs
+
+
+def _axes(written: str) -> tuple[str, ...]:
+    return tuple(axis.strip() for axis in written.split(",") if axis.strip())
+
+
+def shardings(
+    mesh: Mesh, logical_axes: Any, abstract: Any, rules: Mapping[str, str] | Iterable[tuple[str, str]] = RULES
+) -> Any:
     """The NamedSharding of every parameter, as a tree like `abstract`.
 
     logical_axes: the same tree with a tuple of names (or None) for each array, one a dimension. A mesh axis serves only
-    one dimension of an array, the first that asks. A dimension that its mesh axis does not divide stays whole, unless
+    one dimension of an array, the first that asks. A dimension that its mesh axes do not divide stays whole, unless
     the parameter has `LARGE` elements or more: then UserError, so that memory is not lost silently. ValueError for a
     logical name without a rule.
     """
+    table = dict(rules)
 
     def one(path, names: tuple[str | None, ...], array) -> NamedSharding:
         place = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -63,17 +148,19 @@ def shardings(mesh: Mesh, logical_axes: Any, abstract: Any, rules: Mapping[str, 
             raise ValueError(f"{place}: {len(names)} logical axes {names} for the shape {array.shape}")
         spec, used = [], set()
         for name, size in zip(names, array.shape, strict=True):
-            if name is not None and name not in rules:
+            if name is not None and name not in table:
                 raise ValueError(f"{place}: no rule for the logical axis {name!r} of {names}")
-            axis = None if name is None else rules[name]
-            if axis is None or axis in used or mesh.shape[axis] == 1:
+            wanted = () if name is None else _axes(table[name])
+            axes = tuple(axis for axis in wanted if axis not in used and mesh.shape[axis] > 1)
+            count = math.prod(mesh.shape[axis] for axis in axes)
+            if not axes:
                 spec.append(None)
-            elif size % mesh.shape[axis] == 0:
-                spec.append(axis)
-                used.add(axis)
+            elif size % count == 0:
+                spec.append(axes[0] if len(axes) == 1 else axes)
+                used.update(axes)
             elif math.prod(array.shape) >= LARGE:
                 raise UserError(
-                    f"config.mesh.{axis}: {mesh.shape[axis]} does not divide dimension {name!r} of {place}, shape "
+                    f"config.mesh.{axes[0]}: {count} does not divide dimension {name!r} of {place}, shape "
                     f"{tuple(array.shape)}, which is too large to keep whole everywhere; choose a divisor of {size}"
                 )
             else:
@@ -88,7 +175,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def describe_shardings(abstract: Any, tree: Any) -> list[str]:
+def describe_shardings(abstract: Any, tree: Any, title: str = "") -> list[str]:
     """The table printed at the start of a run: a line for each array with its name, shape, spec and MiB a device."""
     rows, total, held = [], 0, 0
     arrays = jax.tree_util.tree_leaves_with_path(abstract)
@@ -97,36 +184,60 @@ def describe_shardings(abstract: Any, tree: Any) -> list[str]:
         width = np.dtype(array.dtype).itemsize
         total, held = total + elements, held + here * width
         layout = " x ".join(
-            f"{size}/{axis}" if axis else str(size)
+            f"{size}/{axis if isinstance(axis, str) else '/'.join(axis)}" if axis else str(size)
             for size, axis in zip(array.shape, (*sharding.spec, *[None] * len(array.shape)), strict=False)
         )
         place = jax.tree_util.keystr(path, simple=True, separator="/")
         rows.append((place, layout, f"{here * width / 2**20:.2f} MiB"))
     rows.append(("total", f"{total:,} elements", f"{held / 2**20:.2f} MiB a device"))
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    return [f"{name:<{widths[0]}}  {layout:<{widths[1]}}  {size}" for name, layout, size in rows]
+    lines = [f"{name:<{widths[0]}}  {layout:<{widths[1]}}  {size}" for name, layout, size in rows]
+    return [title, *lines] if title else lines
 
 
 def row_multiple(mesh: Mesh) -> int:
     """A global batch has a multiple of so many rows."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over ("data", "fsdp"); every other dimension whole."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
+
+
+def process_share(mesh: Mesh) -> tuple[int, int]:
+    """(number, count): which of the `count` equal parts of a batch's rows this process reads.
+
+    Processes that a tensor axis joins hold the same rows, and read the same part. Raises UserError for a mesh that
+    gives a process a part of another's rows.
+    """
+    held: dict[int, set[int]] = {}
+    for (data, fsdp, _), device in np.ndenumerate(mesh.devices):
+        held.setdefault(device.process_index, set()).add(data * mesh.shape["fsdp"] + fsdp)
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if len(parts) * len(parts[0]) != row_multiple(mesh) or len({len(part) for part in parts}) > 1:
+        raise UserError(
+            f"config.mesh: with {dict(mesh.shape)} some of the {len(held)} processes share a part of their rows only; "
+            "let tensor be a multiple of a process's devices, or a divisor"
+        )
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
 def global_batch(mesh: Mesh, local: Batch) -> dict[str, jax.Array]:
-    """The global arrays of a batch of which every process gives its own rows, NumPy [rows of this process, ...].
+    """The global arrays of a batch of which every process gives its part, NumPy [rows of `process_share`, ...].
 
-    Raises UserError when the rows of all processes are not a multiple of `row_multiple(mesh)`.
+    Raises UserError when the rows of all parts are not a multiple of `row_multiple(mesh)`.
     """
     sharding = batch_sharding(mesh)
-    rows = len(next(iter(local.values()))) * jax.process_count()
+    parts = process_share(mesh)[1]
+    rows = len(next(iter(local.values()))) * parts
     if rows % row_multiple(mesh):
         raise UserError(
             f"config.mesh: a batch of {rows} rows do not divide among data x fsdp = {row_multiple(mesh)} devices; give "
             f"a batch_size that is a multiple of {row_multiple(mesh)}"
         )
-    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(value)) for name, value in local.items()}
+    # The global shape is stated: inferred from a part that several processes read, it would be theirs alone.
+    return {
+        name: jax.make_array_from_process_local_data(sharding, np.asarray(value), (rows, *np.shape(value)[1:]))
+        for name, value in local.items()
+    }
