@@ -2,12 +2,15 @@
 
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from kd_jax.trainer import distributed
+from kd_jax.trainer.preemption import EXIT_CODE, Preempted
 from kd_jax.types import UserError
 
 MISTAKE = 2  # exit code of a user's mistake
@@ -26,8 +29,15 @@ def main(run: Run, *, description: str, instead: Mapping[str, tuple[Instead, str
     switches = {name: flags.DEFINE_boolean(name, False, text) for name, (_, text) in instead.items()}
     config_flag = config_flags.DEFINE_config_file("config", None, "File with the config: configs/FILE.py[:argument].")
     workdir_flag = flags.DEFINE_string("workdir", None, "Directory of this run; the same again resumes it.")
+    job_flags = (
+        flags.DEFINE_string("coordinator", None, "Of several processes: HOST:PORT of process 0."),
+        flags.DEFINE_integer("processes", None, "How many there are; 1 keeps this one out of any job."),
+        flags.DEFINE_integer("process", None, "Which of them this is, counted from 0."),
+    )
     usage = (
         f"{description}\n\n  python -m ... --config=configs/FILE.py[:argument] --workdir=DIR [--config.key=value ...]"
+        "\n\nOf several processes each is started with the same command; where TPU, SLURM, Open MPI or Kubernetes do "
+        "not tell\nthem their places, with --coordinator=HOST:PORT --processes=N --process=I too (docs/multi-host.md)."
     )
     usage += "".join(f"\n  --{name}: {text}" for name, (_, text) in instead.items())
     app.usage = lambda *args, **kwargs: print(usage)
@@ -61,7 +71,11 @@ def main(run: Run, *, description: str, instead: Mapping[str, tuple[Instead, str
             if switch.value:
                 sys.exit(guarded(instead[name][0], config, pathlib.Path(workdir) if workdir else None))
         assert workdir, "parse has seen to it"
-        sys.exit(guarded(run, config, pathlib.Path(workdir)))
+        try:
+            place = distributed.from_flags(*(flag.value for flag in job_flags))
+        except UserError as error:
+            fail(str(error))
+        sys.exit(guarded(run, config, pathlib.Path(workdir), place))
 
     app.run(execute, flags_parser=parse)
 
@@ -82,16 +96,30 @@ def fail(message: str) -> NoReturn:
     sys.exit(MISTAKE)
 
 
-def guarded(run: Callable[[ConfigDict, Any], Any], config: ConfigDict, workdir: pathlib.Path | None) -> int:
-    """Runs a command and returns its exit code: 0, 2 for a user's mistake, 75 when preempted after a checkpoint."""
-    from kd_jax.trainer.preemption import EXIT_CODE, Preempted
+def guarded(
+    run: Callable[[ConfigDict, Any], Any],
+    config: ConfigDict,
+    workdir: pathlib.Path | None,
+    place: distributed.Place | None = None,
+) -> int:
+    """Runs a command and returns its exit code: 0, 2 for a user's mistake, 75 when preempted after a checkpoint.
 
+    place: this process's in a job of several, which an error in one of them ends with the same codes.
+    """
     try:
-        run(config, workdir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
-    except Preempted as stop:
-        print(f"preempted: {stop}; the same command resumes the run", file=sys.stderr)
-        return EXIT_CODE
+        with distributed.joined(place, outcome):
+            run(config, workdir)
+    except (UserError, Preempted) as error:
+        code, text = outcome(error)
+        print(text, file=sys.stderr)
+        return code
     return 0
+
+
+def outcome(error: BaseException) -> tuple[int, str]:
+    """The exit code that an error stands for, and what is said of it."""
+    if isinstance(error, UserError):
+        return MISTAKE, f"error: {error}"
+    if isinstance(error, Preempted):
+        return EXIT_CODE, f"preempted: {error}; the same command resumes the run"
+    return 1, "".join(traceback.format_exception(error))

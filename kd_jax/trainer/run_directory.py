@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from kd_jax.config import differences, identity
+from kd_jax.trainer import distributed
 from kd_jax.trainer.disk import write_json
 from kd_jax.types import UserError
 
@@ -32,7 +33,16 @@ class RunDirectory:
 
     def __init__(self, workdir: str | pathlib.Path, command: str, config: dict[str, Any]):
         self.path = pathlib.Path(workdir)
-        values = json.loads(json.dumps({"command": command, "config": config}))
+        if jax.process_index() == 0:
+            self._claim(json.loads(json.dumps({"command": command, "config": config})))
+        distributed.barrier("run directory")
+        if not (self.path / CONFIG).exists():
+            raise UserError(
+                f"{self.path}: process {jax.process_index()} does not see what process 0 wrote there; give a --workdir "
+                "on storage that all hosts share"
+            )
+
+    def _claim(self, values: dict[str, Any]) -> None:
         file = self.path / CONFIG
         if file.exists():
             old = json.loads(file.read_text(encoding="utf-8"))
@@ -43,15 +53,15 @@ class RunDirectory:
                     f"{self.path}: holds a run that differs (old -> new); go back to the old values, or choose a new "
                     f"--workdir:{lines}"
                 )
-            if old == values or self.done:
+            if old == values or is_done(self.path):
                 return
-        if jax.process_index() == 0:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(file, values)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(file, values)
 
     @property
     def done(self) -> bool:
-        return is_done(self.path)
+        """Whether process 0 finds it finished: all processes go the same way."""
+        return distributed.from_first(is_done(self.path))
 
     def start(self, **notes: Any) -> None:
         """Writes run.json: `provenance()`, the notes (data fingerprint and the like), and the times of all starts."""
@@ -67,9 +77,11 @@ class RunDirectory:
 
 
 def mark_done(workdir: str | pathlib.Path, **notes: Any) -> None:
-    """Writes the DONE marker (JSON: the time and the notes) into a directory; on process 0 only."""
+    """Writes the DONE marker (JSON: the time and the notes) into a directory, when all processes are through."""
+    distributed.barrier("all through")
     if jax.process_index() == 0:
         write_json(pathlib.Path(workdir) / DONE, {"finished": _now(), **notes})
+    distributed.barrier("done")
 
 
 def is_done(workdir: str | pathlib.Path) -> bool:
