@@ -29,11 +29,9 @@ def main(run: Run, *, description: str, instead: Mapping[str, tuple[Instead, str
     switches = {name: flags.DEFINE_boolean(name, False, text) for name, (_, text) in instead.items()}
     config_flag = config_flags.DEFINE_config_file("config", None, "File with the config: configs/FILE.py[:argument].")
     workdir_flag = flags.DEFINE_string("workdir", None, "Directory of this run; the same again resumes it.")
-    job_flags = (
-        flags.DEFINE_string("coordinator", None, "Of several processes: HOST:PORT of process 0."),
-        flags.DEFINE_integer("processes", None, "How many there are; 1 keeps this one out of any job."),
-        flags.DEFINE_integer("process", None, "Which of them this is, counted from 0."),
-    )
+    coordinator_flag = flags.DEFINE_string("coordinator", None, "Of several processes: HOST:PORT of process 0.")
+    processes_flag = flags.DEFINE_integer("processes", None, "How many there are; 1 keeps this one out of any job.")
+    process_flag = flags.DEFINE_integer("process", None, "Which of them this is, counted from 0.")
     usage = (
         f"{description}\n\n  python -m ... --config=configs/FILE.py[:argument] --workdir=DIR [--config.key=value ...]"
         "\n\nOf several processes each is started with the same command; where TPU, SLURM, Open MPI or Kubernetes do "
@@ -72,7 +70,7 @@ def main(run: Run, *, description: str, instead: Mapping[str, tuple[Instead, str
                 sys.exit(guarded(instead[name][0], config, pathlib.Path(workdir) if workdir else None))
         assert workdir, "parse has seen to it"
         try:
-            place = distributed.from_flags(*(flag.value for flag in job_flags))
+            place = distributed.from_flags(coordinator_flag.value, processes_flag.value, process_flag.value)
         except UserError as error:
             fail(str(error))
         sys.exit(guarded(run, config, pathlib.Path(workdir), place))

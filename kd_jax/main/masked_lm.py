@@ -20,7 +20,7 @@ from kd_jax.models.functional import Functional
 from kd_jax.models.projection import WithProjections
 from kd_jax.steps.pretrain import make_heldout_step
 from kd_jax.trainer.disk import write_json
-from kd_jax.trainer.mesh import global_batch
+from kd_jax.trainer.mesh import global_batch, process_share
 from kd_jax.types import Params
 
 HELDOUT = "heldout.json"
@@ -97,7 +97,7 @@ def train(
         keys=keys,
         model=model,
         phases=phases,
-        batch_at=lambda step: source.batch(step, jax.process_index(), jax.process_count()),
+        batch_at=lambda step: source.batch(step, *process_share(mesh)),
         data_fingerprint=source.fingerprint,
         evaluate=evaluate,
         init=init,
@@ -122,7 +122,7 @@ def heldout_rows(
     entries = []
     for store in prepared.stores("heldout"):
         sums = np.zeros(4)
-        first, last = process_slice(batch_size, jax.process_index(), jax.process_count())
+        first, last = process_slice(batch_size, *process_share(mesh))
         for batch in heldout_batches(store, config.masking, prepared.tokenizer, batch_size, most_rows):
             whole = {**batch, "unigram": unigrams[store.kind][batch["masked_targets"]]}
             mine = {name: values[first:last] for name, values in whole.items()}
