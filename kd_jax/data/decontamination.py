@@ -55,18 +55,18 @@ class HeldOut:
     HEAD = 32
 
     def __init__(self, utterances: Iterable[Utterance]):
-        self._texts = {_key(utterance.text) for utterance in utterances if utterance.partition != "train"}
+        self._texts = {text_key(utterance.text) for utterance in utterances if utterance.partition != "train"}
         self._texts.discard("")
         self._prefixes = {text[: self.PREFIX] for text in self._texts}
 
     def __contains__(self, text: str) -> bool:
         if len(text) > self.HEAD:
-            head = _key(text[: self.HEAD])
+            head = text_key(text[: self.HEAD])
             # What follows can still change the last base character and its marks, never what stands before them.
             stable = any(not unicodedata.combining(character) for character in head[self.PREFIX :])
             if stable and head[: self.PREFIX] not in self._prefixes:
                 return False
-        return _key(text) in self._texts
+        return text_key(text) in self._texts
 
     def filter(self, texts: Iterable[str], counter: FilterCount) -> Iterator[str]:
         """Yields the texts that equal no held-out text, and counts both kinds in `counter`."""
@@ -78,5 +78,6 @@ class HeldOut:
                 yield text
 
 
-def _key(text: str) -> str:
+def text_key(text: str) -> str:
+    """What two texts share that count as equal: the normalized text without its spaces."""
     return normalize(text).replace(" ", "")

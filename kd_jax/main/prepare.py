@@ -1,15 +1,19 @@
 """Text in, rows out: reads, decontaminates, tokenizes and packs every source once.
 
 python -m kd_jax.main.prepare --config=configs/FILE.py --workdir=DIR
+python -m kd_jax.main.prepare --config=configs/FILE.py --check   # looks at all of the data and writes nothing
 """
 
 import pathlib
 
+import jax
 from ml_collections import ConfigDict
 
+from kd_jax.data.check import check
 from kd_jax.data.prepared import prepare
 from kd_jax.main import command
 from kd_jax.trainer.run_directory import mark_done
+from kd_jax.types import UserError
 
 
 def keys(config: ConfigDict) -> tuple[str, ...]:
@@ -20,9 +24,23 @@ def keys(config: ConfigDict) -> tuple[str, ...]:
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Writes tokenizer, utterances and row stores under workdir; a finished folder is left as it is."""
-    prepare(config, workdir, progress=config.progress)
-    mark_done(workdir)
+    if jax.process_index() == 0:
+        prepare(config, workdir, progress=config.progress)
+    mark_done(workdir)  # the other processes wait here
+
+
+def run_check(config: ConfigDict, workdir: pathlib.Path | None) -> None:
+    """Prints what the data hold and what is wrong with them; raises UserError at the end where anything is."""
+    del workdir  # nothing is written
+    findings = check(config)
+    print("\n".join(findings.lines), flush=True)
+    if findings.errors:
+        raise UserError(f"the data have {findings.errors:,} errors, see above; mend them before prepare")
 
 
 if __name__ == "__main__":
-    command.main(run, description="Reads, tokenizes and packs the text of all sources.")
+    command.main(
+        run,
+        description="Reads, tokenizes and packs the text of all sources.",
+        instead={"check": (run_check, "Looks at all of the data, prints counts and errors, and writes nothing.")},
+    )
