@@ -2,20 +2,16 @@
 
 import hashlib
 import json
-import os
 import pathlib
 from collections import Counter
 from typing import Any
 
-from kd_jax.data.rows import MANIFEST
+from kd_jax.data.rows import MANIFEST, STORE_FILES
 from kd_jax.data.tokenizer import Tokenizer
 from kd_jax.data.utterances import Utterance
+from kd_jax.storage.copies import describe
+from kd_jax.storage.places import read_json, write_whole
 from kd_jax.types import UserError
-
-
-def digest(values: Any) -> str:
-    """SHA-256 (hex) of a JSON value."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def differences(old: Any, new: Any, key: str = "config") -> list[str]:
@@ -33,7 +29,7 @@ def differences(old: Any, new: Any, key: str = "config") -> list[str]:
 def read_manifest(folder: pathlib.Path) -> dict[str, Any] | None:
     """The manifest of a store or a prepared folder, None where there is none; UserError for broken JSON."""
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return read_json(folder / MANIFEST)
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -68,10 +64,15 @@ def write_manifest(
         "utterances": dict(sorted(partitions.items())),
         "removed": dict(removed),
         "stores": manifests,
+        "files": describe(folder, _file_names(folder, values, manifests)),
     }
-    partial = folder / f"{MANIFEST}.partial"
-    try:
-        partial.write_text(json.dumps(whole, indent=1), encoding="utf-8")
-        os.replace(partial, folder / MANIFEST)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(folder / MANIFEST, json.dumps(whole, indent=1).encode())
+
+
+def _file_names(folder: pathlib.Path, values: dict, manifests: list[dict[str, Any]]) -> list[str]:
+    """The names of all files but the manifest, in the order in which a training run asks for them."""
+    names = [f"tokenizer/{file.name}" for file in sorted((folder / "tokenizer").iterdir())]
+    for manifest in sorted(manifests, key=lambda manifest: manifest["split"] != "train"):
+        store = f"rows/{manifest['split']}/{manifest['name']}"
+        names += [f"{store}/{name}" for name in STORE_FILES]
+    return names + [f"utterances/{locale}.jsonl" for locale in values["nlu"]["locales"]]

@@ -27,12 +27,14 @@ from tqdm import tqdm
 
 from kd_jax.data.decontamination import FilterCount
 from kd_jax.data.files import fill_path
-from kd_jax.data.manifest import differences, digest, read_manifest, write_manifest
-from kd_jax.data.rows import RowStore, StoreWriter, disk_of, new_folder
+from kd_jax.data.manifest import differences, read_manifest, write_manifest
+from kd_jax.data.rows import MANIFEST, RowStore, StoreWriter, disk_of, new_folder
 from kd_jax.data.selection import check_selection, choose
 from kd_jax.data.splits import Splits
 from kd_jax.data.tokenizer import Tokenizer, train_tokenizer
 from kd_jax.data.utterances import Utterance, load_utterances, read_massive, write_massive
+from kd_jax.storage.copies import LocalCopy, copy_folder, outgoing, put
+from kd_jax.storage.places import digest, is_remote, place, read_json, write_whole
 from kd_jax.types import UserError
 
 # The parts of the config that decide what is built; "select" only where it selects something.
@@ -48,24 +50,29 @@ class Prepared:
     """A finished prepared folder. Attributes: manifest (dict), config (the part it was built from), fingerprint (of
     all content).
 
-    Raises UserError when `folder` is none.
+    A remote one is fetched to this host, once, from now on in the background. Raises UserError when `folder` is none.
     """
 
     def __init__(self, folder: str | os.PathLike):
         if not str(folder):
             raise UserError("config.prepared: is empty; set it to the folder that prepare wrote")
-        self.folder = pathlib.Path(folder)
+        self.folder = place(folder)
         manifest = read_manifest(self.folder)
         if manifest is None:
             raise UserError(f"config.prepared: {self.folder} is no finished prepared folder; run prepare into it first")
         self.manifest: dict[str, Any] = manifest
         self.config = ConfigDict(manifest["config"])
         self.fingerprint: str = manifest["fingerprint"]
+        self._copy = remote_copy(self.folder, manifest) if is_remote(self.folder) else None
+
+    def _part(self, name: str) -> pathlib.Path:
+        """A subfolder on this host, whole."""
+        return self.folder / name if self._copy is None else self._copy.part(name)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that its rows were made with."""
-        tokenizer = Tokenizer.load(str(self.folder / "tokenizer"))
+        tokenizer = Tokenizer.load(str(self._part("tokenizer")))
         if tokenizer.fingerprint != self.manifest["tokenizer_fingerprint"]:
             raise UserError(
                 f"{self.folder / 'tokenizer'}: is not the tokenizer its rows were built with; run prepare again"
@@ -75,24 +82,36 @@ class Prepared:
     @functools.cached_property
     def utterances(self) -> list[Utterance]:
         """The labeled utterances of all partitions and locales."""
-        return read_massive(self.folder / "utterances", self.config.nlu.locales)
+        return read_massive(self._part("utterances"), self.config.nlu.locales)
 
     def stores(self, split: str) -> list[RowStore]:
         """The row stores of a split, "train" or "heldout", in the order of the config."""
-        return [
-            RowStore(self.folder / "rows" / split / store["name"], self.manifest["tokenizer_fingerprint"])
-            for store in self.manifest["stores"]
-            if store["split"] == split
-        ]
+        return [self._store(f"rows/{split}/{one['name']}") for one in self.manifest["stores"] if one["split"] == split]
+
+    def _store(self, name: str) -> RowStore:
+        copy, tokenizer = self._copy, self.manifest["tokenizer_fingerprint"]
+        if copy is None:
+            return RowStore(self.folder / name, tokenizer)
+        return RowStore(copy.folder / name, tokenizer, find=lambda file: copy.file(f"{name}/{file}"))
+
+
+def remote_copy(folder: pathlib.Path, manifest: dict[str, Any]) -> LocalCopy:
+    """This host's copy of a remote prepared folder. Raises UserError for one that was written without checksums."""
+    if "files" not in manifest:
+        raise UserError(
+            f"{folder}: its manifest has no checksums, an older version wrote it; run prepare into another folder"
+        )
+    return LocalCopy(folder, manifest)
 
 
 def prepare(config: ConfigDict, folder: str | os.PathLike, progress: bool = False) -> None:
     """Builds a prepared folder from config.nlu, sources, tokenizer, rows and select.
 
     What a killed call finished is kept; a finished folder is left as it is, and refused if its config differs. Memory
-    is bounded but for the utterances. Raises UserError for mistakes in the config or the data, and for a full disk.
+    is bounded but for the utterances. A remote folder is built on this host, where what was built is kept as its copy,
+    and then put. Raises UserError for mistakes in the config or the data, and for a full disk.
     """
-    folder = pathlib.Path(folder)
+    folder = place(folder)
     parts = [part for part in PARTS if part != "select" or config.select.share != 0]
     values = {part: json.loads(json.dumps(config[part].to_dict())) for part in parts}
     finished = read_manifest(folder)
@@ -105,6 +124,24 @@ def prepare(config: ConfigDict, folder: str | os.PathLike, progress: bool = Fals
             )
         return
     check_settings(config)
+    if not is_remote(folder):
+        _build(config, values, folder, progress)
+        return
+    home = outgoing(folder)
+    _build(config, values, home, progress)
+    manifest = read_json(home / MANIFEST)
+    put(home, folder, manifest["files"])
+    write_whole(folder / MANIFEST, (home / MANIFEST).read_bytes())
+    copy = copy_folder(manifest)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    if copy.exists():
+        shutil.rmtree(home)
+    else:
+        os.rename(home, copy)
+
+
+def _build(config: ConfigDict, values: dict[str, Any], folder: pathlib.Path, progress: bool) -> None:
+    """Writes a prepared folder on a local disk, the manifest last."""
     with disk_of(folder):
         utterances = load_utterances(config.nlu)
         with new_folder(folder / "utterances") as temporary:

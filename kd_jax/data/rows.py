@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from kd_jax.data.tokenizer import Tokenizer
 from kd_jax.types import UserError
 
 MANIFEST = "manifest.json"
+TOKENS, SEGMENTS, PIECE_COUNTS = "tokens.npy", "segments.npy", "piece_counts.npy"
+STORE_FILES = (MANIFEST, PIECE_COUNTS, TOKENS, SEGMENTS)
 
 
 @contextlib.contextmanager
@@ -107,10 +109,10 @@ class StoreWriter:
         self._built_from = built_from
         self._packer = Packer(length, tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id, open_rows)
         self._tokens = _ArrayFile(
-            folder / "tokens.npy", length, np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32)
+            folder / TOKENS, length, np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32)
         )
         self._segments = _ArrayFile(
-            folder / "segments.npy", length, np.dtype(np.uint8 if length // SMALLEST_SEGMENT <= 255 else np.uint16)
+            folder / SEGMENTS, length, np.dtype(np.uint8 if length // SMALLEST_SEGMENT <= 255 else np.uint16)
         )
         self._piece_counts = np.zeros(tokenizer.vocab_size, np.int64)
         self._texts = self._empty = self._real_tokens = 0
@@ -153,7 +155,7 @@ class StoreWriter:
             )
         self._tokens.finish()
         self._segments.finish()
-        np.save(self.folder / "piece_counts.npy", self._piece_counts)
+        np.save(self.folder / PIECE_COUNTS, self._piece_counts)
         digests = f"{self._tokens.digest.hexdigest()} {self._segments.digest.hexdigest()}"
         content = f"{self.length} {self.tokenizer.fingerprint} {digests}"
         manifest = {
@@ -184,13 +186,22 @@ class RowStore:
     split ("train" or "heldout"), num_rows, length, texts, tokens (special ones included), maskable, fingerprint (of
     the content), tokenizer_fingerprint. Raises UserError when the folder is no whole store, or was built with another
     tokenizer than `tokenizer_fingerprint`.
+
+    find: gives the place of one of its files, for a store whose files are still being fetched from a remote one; rows
+    are then waited for when the first are asked for.
     """
 
-    def __init__(self, folder: str | os.PathLike, tokenizer_fingerprint: str | None = None):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        tokenizer_fingerprint: str | None = None,
+        find: Callable[[str], pathlib.Path] | None = None,
+    ):
         self.folder = pathlib.Path(folder)
+        self._find = find or (lambda name: self.folder / name)
         remedy = "remove the folder and run prepare again"
         try:
-            self.manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+            self.manifest = json.loads(self._find(MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"{self.folder}: no finished row store is here; run prepare") from None
         except ValueError as error:
@@ -213,11 +224,14 @@ class RowStore:
                 f"{self.folder}: its rows were built with tokenizer {self.tokenizer_fingerprint}, not "
                 f"{tokenizer_fingerprint}; run prepare again into another folder"
             )
-        self._tokens = self._open("tokens.npy", manifest["tokens_type"], remedy)
-        self._segments = self._open("segments.npy", manifest["segments_type"], remedy)
+        self._arrays: tuple[np.ndarray, np.ndarray] | None = None if find else self._open_arrays()
 
-    def _open(self, file_name: str, dtype: str, remedy: str) -> np.ndarray:
-        path = self.folder / file_name
+    def _open_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        tokens = self._open(TOKENS, self.manifest["tokens_type"])
+        return tokens, self._open(SEGMENTS, self.manifest["segments_type"])
+
+    def _open(self, file_name: str, dtype: str) -> np.ndarray:
+        path, remedy = self._find(file_name), "remove the folder and run prepare again"
         try:
             rows = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
@@ -233,7 +247,7 @@ class RowStore:
 
     def token_counts(self, vocabulary: int) -> np.ndarray:
         """int64 [vocabulary]: how often each maskable piece occurs in the store; 0 for special tokens."""
-        path = self.folder / "piece_counts.npy"
+        path = self._find(PIECE_COUNTS)
         counts = np.load(path, allow_pickle=False)
         if counts.shape != (vocabulary,):
             raise UserError(
@@ -243,4 +257,7 @@ class RowStore:
 
     def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(tokens int32 [n, L], segment_ids int32 [n, L]) of the rows at `indices`, int [n]."""
-        return self._tokens[indices].astype(np.int32), self._segments[indices].astype(np.int32)
+        if self._arrays is None:
+            self._arrays = self._open_arrays()
+        tokens, segments = self._arrays
+        return tokens[indices].astype(np.int32), segments[indices].astype(np.int32)
