@@ -1,13 +1,15 @@
 """From a finetuned model and utterances to one record an utterance, over packed rows."""
 
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kd_jax.data.batches import process_slice
 from kd_jax.data.labeled import LabeledSet, packed
 from kd_jax.data.tokenizer import Tokenizer
 from kd_jax.data.utterances import CHARACTER_LOCALES, LabelMaps, Utterance
@@ -16,8 +18,16 @@ from kd_jax.evaluation.slots import decode_bio_batch, repair_bio
 from kd_jax.models.functional import Functional
 from kd_jax.types import Array, Batch, Params
 
-Place = Callable[[Batch], Mapping[str, Array]]
 Predict = Callable[[Params, Mapping[str, Array], Mapping[str, Array]], Any]
+
+
+class Spread(NamedTuple):
+    """How the rows of a batch lie on devices, and of which process they are; by default this process has all."""
+
+    place: Callable[[Batch], Mapping[str, Array]]  # this process's rows, in NumPy -> the batch on the devices
+    fetch: Callable[[Any], np.ndarray] = np.asarray  # what was computed of the batch -> this process's rows
+    share: tuple[int, int] = (0, 1)  # which part of the rows is this process's, of how many
+    from_all: Callable[[bytes], list[bytes]] = lambda value: [value]  # this process's value -> those of all
 
 
 @functools.cache
@@ -50,25 +60,35 @@ def predict_records(
     *,
     length: int,
     batch_rows: int,
-    place: Place,
+    spread: Spread,
 ) -> list[Record]:
-    """Records in the order of `utterances`; `train` decides on test_unseen and tail, `place` puts rows on devices."""
+    """Records in the order of `utterances`, the same in every process; `train` decides on test_unseen and tail.
+
+    Each process predicts and decodes its part of the rows, and all tell each other what they found.
+    """
     labeled = LabeledSet(utterances, tokenizer, maps, model.kind, length)
-    test_sets = assign_test_sets(utterances, train)
     predict = compiled_predict(model)
-    records: list[Record] = [{} for _ in utterances]
+    mine = slice(*process_slice(batch_rows, *spread.share))
+    found: list[tuple[int, int, list[str]]] = []  # number of the utterance, its class, its tags
     for batch, index_RxS in packed(labeled, length, batch_rows):
-        classes_RxS, scores_RxLxT = jax.device_get(predict(params, masks, place(batch)))
+        batch, index_RxS = {name: values[mine] for name, values in batch.items()}, index_RxS[mine]
+        classes_RxS, scores_RxLxT = jax.tree.map(spread.fetch, predict(params, masks, spread.place(batch)))
         rows, slots = np.nonzero(index_RxS >= 0)
-        chosen = index_RxS[rows, slots]
-        if model.kind == "dc":
-            for number, label in zip(chosen, classes_RxS[rows, slots]):
-                records[number] = domain_record(utterances[number], test_sets[number], maps.domains[label])
-            continue
-        firsts = np.asarray(batch["first_positions"])[rows, slots]
-        tags = decode_rows(labeled, chosen, scores_RxLxT[rows], firsts, maps.tags)
-        for number, label, one in zip(chosen, classes_RxS[rows, slots], tags):
-            records[number] = intent_slot_record(utterances[number], test_sets[number], maps.intents[label], one)
+        chosen, labels = index_RxS[rows, slots], classes_RxS[rows, slots]
+        tags: Sequence[list[str]] = [[]] * len(chosen)
+        if model.kind == "icner":
+            firsts = np.asarray(batch["first_positions"])[rows, slots]
+            tags = decode_rows(labeled, chosen, scores_RxLxT[rows], firsts, maps.tags)
+        found += zip(chosen.tolist(), labels.tolist(), tags)
+    records: list[Record] = [{} for _ in utterances]
+    test_sets = assign_test_sets(utterances, train)
+    for part in spread.from_all(json.dumps(found).encode()):
+        for number, label, one in json.loads(part):
+            who = (utterances[number], test_sets[number])
+            if model.kind == "dc":
+                records[number] = domain_record(*who, maps.domains[label])
+            else:
+                records[number] = intent_slot_record(*who, maps.intents[label], one)
     return records
 
 

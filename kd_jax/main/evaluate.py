@@ -6,6 +6,7 @@ python -m kd_jax.main.evaluate --config=configs/FILE.py --workdir=DIR \\
 
 import pathlib
 
+import jax
 from ml_collections import ConfigDict
 
 from kd_jax.config import EXECUTION_KEYS, require, to_dict
@@ -43,15 +44,18 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     records = finetune.predict_partition(
         pathlib.Path(block.checkpoint), prepared, make_mesh(config.mesh), block.partition, config.compute_dtype
     )
-    write_records(workdir / RECORDS, records)
-    rows = results(records, identity=lineage(block.checkpoint), mode=block.mode)
-    write_json_lines(workdir / RESULTS, rows)
+    if jax.process_index() == 0:
+        write_records(workdir / RECORDS, records)
+        rows = results(records, identity=lineage(block.checkpoint), mode=block.mode)
+        write_json_lines(workdir / RESULTS, rows)
     directory.finish()
 
 
 def run_and_print(config: ConfigDict, workdir: pathlib.Path) -> None:
     """`run`, and then the results over all locales and domains, a line each."""
     run(config, workdir)
+    if jax.process_index() != 0:
+        return
     for row in read_json_lines(workdir / RESULTS):
         if row["scope"] == "all" and row["value"] is not None:
             print(f"{row['test_set']:<12} {row['metric']:<24} {row['value']:.4f}  ({row['count']})")

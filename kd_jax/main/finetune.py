@@ -16,15 +16,16 @@ from kd_jax.data.labeled import FinetuneBatches, LabeledSet
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.utterances import LabelMaps, Utterance, subset_train
 from kd_jax.data.vocabulary import seen_by_student
-from kd_jax.evaluation.predictions import predict_records
+from kd_jax.evaluation.predictions import Spread, predict_records
 from kd_jax.evaluation.records import Record, assign_test_sets, intent_slot_record
 from kd_jax.evaluation.results import results
 from kd_jax.main import masked_lm, trained, training
 from kd_jax.main.frozen import Frozen
 from kd_jax.models.functional import Functional
 from kd_jax.steps.finetune import ABSENT, make_dc_objective, make_icner_objective
+from kd_jax.trainer import distributed
 from kd_jax.trainer.disk import write_json
-from kd_jax.trainer.mesh import global_batch, make_mesh, row_multiple, rules_of
+from kd_jax.trainer.mesh import global_batch, local_rows, make_mesh, process_share, row_multiple, rules_of
 from kd_jax.trainer.run_directory import RunDirectory
 from kd_jax.types import Params, UserError
 
@@ -73,7 +74,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, task: str) -> None:
             scores[domain] = trained.read_json(folder / DEV)
         total = max(sum(score["count"] for score in scores.values()), 1)
         mean = sum(score["score"] * score["count"] for score in scores.values()) / total
-        write_json(workdir / DEV, {"score": mean, "count": total})
+        if jax.process_index() == 0:
+            write_json(workdir / DEV, {"score": mean, "count": total})
         directory.finish()
         return
     finetune_one(config, workdir, task, prepared, {})
@@ -163,7 +165,7 @@ def finetune_one(config: ConfigDict, workdir: pathlib.Path, task: str, prepared:
         keys=keys(config),
         model=model,
         phases=(training.JobPhase(0, objective, arguments, lambda: dict(masks), Frozen(whole=tuple(masks))),),
-        batch_at=lambda step: batches.batch(step, jax.process_index(), jax.process_count()),
+        batch_at=lambda step: batches.batch(step, *process_share(mesh)),
         data_fingerprint=batches.fingerprint,
         evaluate=evaluate,
         init=init if block.init_from else None,
@@ -208,7 +210,12 @@ def predict(
         maps,
         length=prepared.config["rows"]["length"],
         batch_rows=math.lcm(batch_rows, row_multiple(mesh)),
-        place=functools.partial(global_batch, mesh),
+        spread=Spread(
+            functools.partial(global_batch, mesh),
+            functools.partial(local_rows, mesh),
+            process_share(mesh),
+            distributed.from_all,
+        ),
     )
 
 

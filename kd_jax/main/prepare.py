@@ -35,7 +35,8 @@ def run_check(config: ConfigDict, workdir: pathlib.Path | None) -> None:
     findings = check(config)
     print("\n".join(findings.lines), flush=True)
     if findings.errors:
-        raise UserError(f"the data have {findings.errors:,} errors, see above; mend them before prepare")
+        count = f"{findings.errors:,} error{'s'[: findings.errors != 1]}"
+        raise UserError(f"the data have {count}, see above; mend what is wrong before prepare")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The device mesh, and the tables that say which dimension of a parameter lies along which of its axes."""
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -221,6 +222,20 @@ def process_share(mesh: Mesh) -> tuple[int, int]:
             "let tensor be a multiple of a process's devices, or a divisor"
         )
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
+def local_rows(mesh: Mesh, array: jax.Array) -> np.ndarray:
+    """The rows that are this process's part, of a global array with a batch's rows on its first dimension."""
+    if jax.process_count() == 1:
+        return np.asarray(array)
+    shards = {shard.index[0].start or 0: shard.data for shard in _by_rows(mesh)(array).addressable_shards}
+    return np.concatenate([np.asarray(shards[first]) for first in sorted(shards)])
+
+
+@functools.cache
+def _by_rows(mesh: Mesh):
+    """Brings an array, wherever the compiler left it, to where the rows of a batch lie."""
+    return jax.jit(lambda array: array, out_shardings=batch_sharding(mesh))
 
 
 def global_batch(mesh: Mesh, local: Batch) -> dict[str, jax.Array]:
