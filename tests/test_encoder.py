@@ -129,7 +129,7 @@ def test_dropout_follows_its_key(family):
 def test_rotation_matches_complex_multiplication():
     positions = np.array([[0, 1, 2, 0, 1]])
     x = np.random.default_rng(0).normal(size=(1, 5, 2, 6)).astype(np.float32)
-    turned = rotate(jnp.asarray(x), rotary_tables(jnp.asarray(positions), 6, 100.0))
+    turned = rotate(jnp.asarray(x), rotary_tables(jnp.asarray(positions), 5, 6, 100.0))
     angle = positions[0][:, None] / 100.0 ** (np.arange(0, 6, 2) / 6)
     expected = (x[..., :3] + 1j * x[..., 3:]) * np.exp(1j * angle)[None, :, None, :]
     np.testing.assert_allclose(turned, np.concatenate([expected.real, expected.imag], -1), atol=1e-6)

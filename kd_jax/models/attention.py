@@ -10,14 +10,14 @@ from kd_jax.models.linear import Linear
 from kd_jax.models.random_numbers import drop
 
 
-def rotary_tables(positions_RxL: jax.Array, head_dim: int, theta: float) -> jax.Array:
+def rotary_tables(positions_RxL: jax.Array, longest: int, head_dim: int, theta: float) -> jax.Array:
     """Cosines and sines of the rotary angles (Su et al., arXiv 2104.09864), float32 [2, R, L, 1, head_dim / 2].
 
-    Positions are below the length of the row. They are looked up in constants: computed from the positions, XLA would
-    compute each cosine anew in every loop that turns queries or keys, which took half of attention on a CPU.
+    Positions are below `longest`. They are looked up in constants: computed from the positions, XLA would compute each
+    cosine anew in every loop that turns queries or keys, which took half of attention on a CPU.
     """
     frequencies = 1.0 / theta ** (np.arange(0, head_dim, 2) / head_dim)
-    angles = np.arange(positions_RxL.shape[1])[:, None] * frequencies[None, :]
+    angles = np.arange(longest)[:, None] * frequencies[None, :]
     by_position = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     tables_RxLx2xF = jnp.take(by_position, positions_RxL, axis=0, mode="clip")
     return jnp.moveaxis(tables_RxLx2xF, 2, 0)[:, :, :, None]
@@ -50,7 +50,7 @@ class Attention(nnx.Module):
 
         With columns `at_RxK` of each row, only those ask: the mixed values are [R * K, H] and queries [R, K, N, D].
         """
-        rows, dtype, query_tables = len(mask_RxLxL), x_TxH.dtype, tables
+        rows, dtype, query_tables = mask_RxLxL.shape[0], x_TxH.dtype, tables
         # Split rather than sliced: the gradient is one concatenation, not three padded arrays to add.
         if at_RxK is None:
             parts = jnp.split(self.query_key_value(x_TxH), 3, axis=1)

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from flax import nnx
 
@@ -155,9 +156,11 @@ class Encoder(nnx.Module):
         masks = {True: whole, False: whole & near[None]}
         tables = {True: None, False: None}
         if config.positions == "rotary":
+            # A program that is exported for any length knows no more of it than that it is at most max_positions.
+            longest = config.max_positions if jax.export.is_symbolic_dim(length) else length
             tables = {
-                True: rotary_tables(positions_RxL, config.head_dim, config.global_theta),
-                False: rotary_tables(positions_RxL, config.head_dim, config.local_theta),
+                True: rotary_tables(positions_RxL, longest, config.head_dim, config.global_theta),
+                False: rotary_tables(positions_RxL, longest, config.head_dim, config.local_theta),
             }
         first_TxH = self.embeddings(tokens_RxL, positions_RxL, compute_dtype, dropout_key)
         wanted = sorted(set(layers)), sorted(set(projections))
