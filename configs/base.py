@@ -254,7 +254,14 @@ def get_config() -> ConfigDict:
     )
 
     # What `export` writes for `transformers`: a student, or a DC or ICNER model (of one domain, or of all together).
-    config.export = ConfigDict({"checkpoint": ""})  # workdir of a pretrain, distill, import_model or finetune run
+    config.export = ConfigDict(
+        {
+            "checkpoint": "",  # workdir of a pretrain, distill, import_model or finetune run
+            "int8": False,  # DC, ICNER: weights in int8 for `predict` and the program, in place of those for transformers
+            "stablehlo": False,  # DC, ICNER: the compiled program too, which runs without kd_jax (needs flatbuffers)
+            "results": "",  # workdir of the `evaluate` run whose test results the model card states; empty looks beside
+        }
+    )
 
     config.mesh = ConfigDict(
         {
@@ -262,6 +269,14 @@ def get_config() -> ConfigDict:
             "fsdp": 1,
             "tensor": 1,
             "slices": 0,  # TPU slices or nodes with a slower network between them; 0 asks the devices
+        }
+    )
+    # What `compile_check` compiles, for a machine that is not here.
+    config.compile_check = ConfigDict(
+        {
+            "command": "distill",  # pretrain | distill (teacher in the loop) | cached (config.cache.format)
+            "search": True,  # also look for the largest batch that fits, at several compilations
+            "price": 0.0,  # of a device for an hour, in any currency; 0 leaves it at hours
         }
     )
     # Which parameters lie where: the frozen teacher and what is trained have a table each.
