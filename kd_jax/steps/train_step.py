@@ -34,11 +34,15 @@ def make_train_step(
     *,
     steps: int,
     accumulation: int = 1,
+    skipped: Callable[[Any, Any], Any] | None = None,
 ) -> TrainStep:
     """A pure function (state, frozen, batch) -> (state, metrics); metrics are (sum, weight) pairs.
 
     frozen["seed"] is an int32 scalar; the step's key is fold_in(key(seed), step), so dropout depends on nothing else.
     The rest of `frozen` (a teacher, label masks) is handed to the objective and never differentiated.
+
+    skipped(opt_state before, after): given, a step whose loss, terms or gradient norm are not finite changes no
+    parameter, leaves this as the optimizer's state, and counts 1 in metrics["skipped_steps"].
     """
 
     def train_step(state: State, frozen: Any, batch: Batch) -> tuple[State, Mapping[str, Term]]:
@@ -77,6 +81,12 @@ def make_train_step(
         metrics["loss"] = (loss, one)
         metrics["grad_norm"] = (optax.tree.norm(gradients), one)
         metrics["learning_rate"] = (jnp.float32(schedule(step)), one)
+        if skipped is not None:
+            numbers = jnp.stack([jnp.float32(number) for pair in metrics.values() for number in pair])
+            finite = jnp.all(jnp.isfinite(numbers))
+            kept = (state["params"], skipped(state["opt_state"], opt_state))
+            params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt_state), kept)
+            metrics["skipped_steps"] = (1.0 - finite.astype(jnp.float32), one)
         return {"step": step + 1, "params": params, "opt_state": opt_state}, metrics
 
     return train_step

@@ -13,13 +13,18 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from kd_jax.trainer.account import Account
 from kd_jax.trainer.checkpoint import Checkpoints
 from kd_jax.trainer.mesh import global_batch, replicated
 from kd_jax.trainer.metrics import TIME, MetricsWriter, Window
-from kd_jax.trainer.preemption import Preempted, Preemption
+from kd_jax.trainer.preemption import Preempted, Preemption, watching
 from kd_jax.trainer.progress import Progress
 from kd_jax.trainer.state import State
+from kd_jax.trainer.watchdog import alive
 from kd_jax.types import Batch, Params, Term, UserError
+
+# A count among a step's metrics where its update is skipped if its loss is not finite; of the run, in its rows.
+SKIPPED = "skipped_steps"
 
 TrainStep = Callable[[State, Any, Mapping[str, jax.Array]], tuple[State, Mapping[str, Term]]]
 
@@ -52,6 +57,7 @@ def fit(
     evaluate: Callable[[Params, int], Mapping[str, float | None]] | None = None,
     tokens_in: Callable[[Batch], tuple[int, int]] = count_tokens,
     preemption: Preemption | None = None,
+    account: Account | None = None,
     description: str = "train",
     lines: Sequence[str] = (),
     progress: bool = False,
@@ -60,26 +66,27 @@ def fit(
 
     abstract: the state as ShapeDtypeStructs with shardings. phases: ascending, the first from step 0. batch_at(step):
     this process's rows, NumPy, called on a thread of its own one step ahead.
-    evaluate(params, step): called every `job.evaluate_every` steps and at the end. lines: printed at the start.
-    Read of `job`: steps, log_every, evaluate_every, checkpoint_every.
+    evaluate(params, step): called every `job.evaluate_every` steps and at the end; a `poll` inside of it may raise
+    Preempted. account: what becomes of it is in the checkpoints. lines: printed at the start.
+    Read of `job`: steps, log_every, evaluate_every, checkpoint_every, skip_non_finite.
 
-    Raises UserError when `identity` is not that of the checkpoint and when a metric is not finite, and Preempted after
-    the checkpoint that a preemption asks for.
+    Raises UserError when `identity` is not that of the checkpoint, and when a metric is not finite in more steps than
+    `job.skip_non_finite`, and Preempted after the checkpoint that a preemption asks for.
     """
+    account = account or Account()
     # 1. This run's own checkpoint, 2. whatever the command starts from.
     checkpoints.check(identity)
     restored = checkpoints.restore(abstract)
     state, meta = restored if restored is not None else (initial_state(), {})
     start = int(state["step"])
-    writer.start(start, meta.get("rows"))
+    account.start(meta.get("account"), writer.start(start, meta.get("rows")))
     phase: Phase | None = None
     frozen: Any = None
 
     bar = Progress(description, start, job.steps, lines, shown=progress)
-    run = _Run(job, writer, bar, Window(meta.get("window")))
-    watch = Preemption() if preemption is None else contextlib.nullcontext(preemption)
+    run = _Run(job, writer, bar, Window(meta.get("window")), account)
     readers = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-    with watch as preemption, bar, readers as reader:
+    with watching(preemption) as preemption, bar, readers as reader, contextlib.ExitStack() as saving:
 
         def read(step: int) -> tuple[dict[str, jax.Array], tuple[int, int]]:
             local = batch_at(step)
@@ -88,54 +95,70 @@ def fit(
         def evaluate_now(step: int) -> None:
             if evaluate is not None:
                 bar.note(f"evaluating at step {step}")
-                writer.write(step, evaluate(state["params"], step))
+                alive(f"the evaluation at step {step}")
+                with account.spent("evaluation"):
+                    writer.write(step, evaluate(state["params"], step))
 
         # A preemption does not wait for an evaluation that was due: it is made up for here.
         if meta.get("evaluation_due"):
             evaluate_now(start)
         ahead = collections.deque(reader.submit(read, step) for step in range(start, min(start + 1, job.steps)))
+        saving.enter_context(account.spent("steps"))
         for step in range(start + 1, job.steps + 1):
+            alive(f"step {step}")
             began = time.perf_counter()
-            batch, tokens = ahead.popleft().result()
+            with account.spent("data_wait"):
+                batch, tokens = ahead.popleft().result()
             waited = time.perf_counter() - began
             if step < job.steps:
                 ahead.append(reader.submit(read, step))
             due = [one for one in phases if one.start < step][-1]
-            if due is not phase:
+            compiles = due is not phase
+            if compiles:
                 run.settle()
                 frozen = None  # two teachers are never held at once
                 phase, frozen = due, jax.tree.map(lambda leaf: _on_mesh(leaf, mesh), due.frozen())
-            state, metrics = due.train_step(state, frozen, batch)
+            with account.spent("compile") if compiles else contextlib.nullcontext():
+                state, metrics = due.train_step(state, frozen, batch)
             run.dispatched(step, metrics, tokens, began, waited)
+            if step == start + 1:  # before, a preemption had nothing to save
+                saving.enter_context(preemption.deferred())
 
-            stop = preemption.requested()
+            stop = preemption.reached()
             last = step == job.steps
             evaluation_due = last or (job.evaluate_every > 0 and step % job.evaluate_every == 0)
-            save_due = last or stop or step % job.checkpoint_every == 0
-            if evaluation_due or save_due:
+            if evaluation_due or stop or step % job.checkpoint_every == 0:
                 run.settle()
             if evaluation_due and not stop:
-                evaluate_now(step)
-            if save_due:
+                try:
+                    evaluate_now(step)
+                except Preempted:  # it is made up for, as it is not known how far it came
+                    stop = True
+            if last or stop or step % job.checkpoint_every == 0:
+                alive(f"the checkpoint of step {step}")
                 meta = {
                     "identity": identity,
                     "window": run.window.totals(),
                     "rows": writer.rows,
                     "evaluation_due": evaluation_due and stop,
+                    "account": account.saved(),
                 }
-                checkpoints.save(step, state, meta)
+                with account.spent("checkpoint"):
+                    checkpoints.save(step, state, meta)
             if stop:
                 checkpoints.wait()
                 raise Preempted(f"step {step} of {job.steps} is saved")
-    checkpoints.wait()
+        alive("the last checkpoint")
+        with account.spent("checkpoint"):
+            checkpoints.wait()
     return state
 
 
 class _Run:
     """Reads each step's metrics while the next one runs, and writes the row of a logged step."""
 
-    def __init__(self, job: ConfigDict, writer: MetricsWriter, bar: Progress, window: Window):
-        self.window = window
+    def __init__(self, job: ConfigDict, writer: MetricsWriter, bar: Progress, window: Window, account: Account):
+        self.window, self._account = window, account
         self._job, self._writer, self._bar = job, writer, bar
         self._pending: tuple[int, Mapping[str, Term], tuple[int, int]] | None = None
         self._compiled = False
@@ -171,10 +194,7 @@ class _Run:
         terms = {name: (float(value), float(weight)) for name, (value, weight) in jax.device_get(dict(metrics)).items()}
         wrong = [name for name, pair in sorted(terms.items()) if not all(math.isfinite(number) for number in pair)]
         if wrong:
-            raise UserError(
-                f"step {step}: {', '.join(wrong)} is not a finite number, so the run stops; lower learning_rate, set "
-                "clip_norm, or warm up longer; it can start again from its last checkpoint"
-            )
+            terms = self._without(step, terms, wrong)
         self.window.add(terms | {"useful_share": (real, total)})
         loss, weight = terms["loss"]
         if self._steps > 1:  # a single step of a window that has just begun says little
@@ -183,8 +203,28 @@ class _Run:
         if step % self._job.log_every == 0 or step == self._job.steps:
             rates = self._rates()
             times = {f"{TIME}{name}": value for name, value in rates.items() if name != "useful_share"}
-            self._writer.write(step, self.window.take() | times)
+            times |= self._account.times()
+            skipped = {SKIPPED: len(self._account.skipped)} if self._job.skip_non_finite else {}
+            self._writer.write(step, self.window.take() | skipped | times)
             self._clear()
+
+    def _without(self, step: int, terms: dict[str, tuple[float, float]], wrong: list[str]) -> dict:
+        """The terms of a step whose update was left out: nothing counts. UserError where none may be, or no more."""
+        what, allowed, skipped = (
+            f"step {step}: {', '.join(wrong)} is not a finite number",
+            self._job.skip_non_finite,
+            "",
+        )
+        if allowed and terms[SKIPPED][0] == 1.0:
+            if len(self._account.skipped) < allowed:
+                self._account.skipped.append(step)
+                self._bar.say(f"{what}; its update is left out, {len(self._account.skipped)} of {allowed}")
+                return dict.fromkeys(terms, (0.0, 0.0))
+            skipped = f", after {allowed} steps that were skipped (skip_non_finite)"
+        raise UserError(
+            f"{what}{skipped}, so the run stops; lower learning_rate, set clip_norm, or warm up longer; it can start "
+            "again from its last checkpoint"
+        )
 
     def _rates(self) -> dict[str, float]:
         """Throughput since the last logged step, over all processes; {} before there is any."""

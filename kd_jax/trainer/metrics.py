@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard, and the window over which a logged value is taken."""
+"""metrics.jsonl and where else its rows go, and the window over which a logged value is taken."""
 
 import json
 import math
@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from kd_jax.trainer.disk import full_disk_is_user_error, write_atomically
+from kd_jax.trainer.weights_and_biases import Tracker
 from kd_jax.types import Array
 
 FILE = "metrics.jsonl"
@@ -40,23 +41,28 @@ class Window:
 
 
 class MetricsWriter:
-    """Appends rows {"step": int, name: float or null} to metrics.jsonl, and TensorBoard events; on process 0 only."""
+    """Appends rows {"step": int, name: float or null} to metrics.jsonl, TensorBoard events, and to a tracker; on
+    process 0 only."""
 
-    def __init__(self, workdir: str | pathlib.Path, tensorboard: bool):
+    def __init__(self, workdir: str | pathlib.Path, tensorboard: bool, tracker: Tracker | None = None):
         self._path = pathlib.Path(workdir) / FILE
-        self._wants_tensorboard = tensorboard
+        self._wants_tensorboard, self._tracker = tensorboard, tracker
         self._writes = jax.process_index() == 0
         self._file = None
         self._tensorboard = None
         self.rows = 0  # in the file, for a checkpoint to remember
 
-    def start(self, step: int, rows: int | None = None) -> None:
-        """Goes on after `step`: keeps the rows up to it, at most the first `rows`; later ones are of a killed run."""
+    def start(self, step: int, rows: int | None = None) -> int:
+        """Goes on after `step`: keeps the rows up to it, at most the first `rows`; later ones are of a killed run.
+
+        Returns how many steps the later rows reach beyond `step`: work that was lost, and that is done again.
+        """
         if not self._writes:
-            return
+            return 0
         self.close()
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_metrics(self._path)[:rows] if row["step"] <= step]
+        found = read_metrics(self._path)
+        kept = [row for row in found[:rows] if row["step"] <= step]
         self.rows = len(kept)
         write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
@@ -67,6 +73,9 @@ class MetricsWriter:
             self._tensorboard = SummaryWriter(
                 str(self._path.parent / "tensorboard"), purge_step=step + 1, filename_suffix=f".{step}"
             )
+        if self._tracker is not None:
+            self._tracker.start()
+        return max([0, *(row["step"] - step for row in found)])
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """One row; a value that is not finite is written as null, since NaN is not JSON."""
@@ -84,6 +93,8 @@ class MetricsWriter:
             for name, value in row.items():
                 if name != "step" and value is not None:
                     self._tensorboard.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker.log(row)
 
     def close(self) -> None:
         if self._file is not None:
@@ -92,6 +103,8 @@ class MetricsWriter:
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
+        if self._tracker is not None:
+            self._tracker.close()
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:

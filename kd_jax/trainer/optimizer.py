@@ -1,5 +1,7 @@
 """AdamW with warm-up, decay and clipping, from the keys of one job."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -41,6 +43,7 @@ def check_job(job: ConfigDict, name: str) -> None:
     require(job.evaluate_every >= 0, "evaluate_every", "a number of steps, or 0 to evaluate at the end only")
     require(job.checkpoint_every > 0, "checkpoint_every", "a number of steps of at least 1")
     require(job.keep_checkpoints > 0, "keep_checkpoints", "at least 1")
+    require(job.skip_non_finite >= 0, "skip_non_finite", "a number of steps, or 0 to stop at the first")
 
 
 def make_schedule(job: ConfigDict) -> optax.Schedule:
@@ -87,3 +90,9 @@ def make_optimizer(job: ConfigDict) -> optax.GradientTransformation:
         ("decay", optax.add_decayed_weights(job.weight_decay, mask=decay_mask)),
         ("learning_rate", optax.scale_by_learning_rate(make_schedule(job))),
     )
+
+
+def after_skipped(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The state of `make_optimizer`'s optimizer after a step whose update is left out: the moments and their count as
+    they were; the schedule goes on, so that the learning rate stays a function of the step."""
+    return {**before, "learning_rate": after["learning_rate"]}

@@ -46,6 +46,11 @@ class Progress:
             print(f"{self._description}: step {step}/{self._steps}, {text}, {left:.0f} s left", file=sys.stderr)
             self._printed = now
 
+    def say(self, text: str) -> None:
+        """A line of its own, also where no progress is shown; on process 0 only."""
+        if jax.process_index() == 0:
+            tqdm.write(text, file=sys.stderr)
+
     def note(self, text: str) -> None:
         """A word beside the bar about what is going on between two steps."""
         if self._bar is not None:
