@@ -35,7 +35,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.student = base.encoder("student_small")
     config.vocabulary.update({"trim": True, "min_count": 2})
     # The model comes without a masked-LM head: config.pretrain trains one, the body at rest.
-    config.pretrain.update({"steps": 200, "batch_size": 64, "learning_rate": 2e-3, "warmup_steps": 20})
+    config.pretrain.update({"steps": 200, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 10})
     config.adapt.update({"steps": 80, "batch_size": 64, "learning_rate": 2e-4, "warmup_steps": 10})
     config.distill.update({"steps": 300, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 20})
     # A tenth of the labels: unlabeled task text is plentiful here, labels are scarce.

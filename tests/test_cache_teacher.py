@@ -227,7 +227,7 @@ def test_projections_are_learned_and_left_behind(made, tmp_path):
     assert set(params) == {"encoder", "mlm_head"}
 
 
-def test_a_schedule_of_teachers_resumes_in_its_second_phase_and_an_average_differs(made, tmp_path):
+def test_a_schedule_of_teachers_resumes_in_its_second_phase_and_an_average_differs(made, tmp_path, monkeypatch):
     other = ready(made, pretrain__steps=3)
     pretrain.run(other, tmp_path / "other")
     both = f"{made / 'teacher'},{tmp_path / 'other'}"
@@ -240,6 +240,23 @@ def test_a_schedule_of_teachers_resumes_in_its_second_phase_and_an_average_diffe
     kl = [[row["kl"] for row in metrics_of(tmp_path / name) if "kl" in row] for name in ("schedule", "alone")]
     assert kl[0][:2] == kl[1][:2]
     assert kl[0][2] != kl[1][2]
+
+    read = masked_lm.MaskedBatches.batch
+
+    def broken(self, step, *rest):
+        if step == STEPS - 1:
+            raise ConnectionError("the disk is gone")
+        return read(self, step, *rest)
+
+    config.distill.checkpoint_every = 1
+    with monkeypatch.context() as patch:
+        patch.setattr(masked_lm.MaskedBatches, "batch", broken)
+        with pytest.raises(ConnectionError):
+            distill.run(config, tmp_path / "broken")
+    assert (tmp_path / "broken" / "checkpoints" / str(STEPS - 1)).is_dir()
+    distill.run(config, tmp_path / "broken")
+    one, other = final_params(config, tmp_path / "schedule"), final_params(config, tmp_path / "broken")
+    jax.tree.map(np.testing.assert_array_equal, one, other)
     config.distill.teacher_steps = ()
     distill.run(config, tmp_path / "average")
     config.distill.teacher_steps = (0,)

@@ -86,6 +86,17 @@ def test_a_new_head_is_told_of_and_the_same_for_a_seed(data, source, tmp_path, c
     assert json.loads((tmp_path / "run" / "run.json").read_text())["masked_lm_head"] == "new"
     first = read_back(tmp_path / "run", data[1], config)
     equal(first["encoder"], params["encoder"])
+    counts = np.ones(shape.vocab_size)
+    for store in data[1].stores("train"):
+        if store.kind == "generic":
+            counts += store.token_counts(shape.vocab_size)
+    special = list(data[1].tokenizer.special_ids)
+    ordinary = np.setdiff1d(np.arange(shape.vocab_size), special)
+    bias = np.asarray(first["mlm_head"]["bias"], np.float64)
+    np.testing.assert_allclose(np.exp(bias[ordinary]), counts[ordinary] / counts[ordinary].sum(), rtol=1e-4)
+    assert bias[special].max() < bias[ordinary].min()
+    heldout = json.loads((tmp_path / "run" / "heldout.json").read_text())
+    assert {row["kind"] for row in heldout} == {"generic", "task"}
     imported(data, other, tmp_path / "again")
     equal(read_back(tmp_path / "again", data[1], config), first)
 

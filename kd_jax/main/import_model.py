@@ -73,6 +73,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         )
         head_key = jax.random.key(config.seed)
         params = load_params(files, shape, layout, stored_vocab_size=stored, head_key=head_key)
+    if not has_head and shape.decoder_bias:
+        params["mlm_head"]["bias"] = start_of_bias(prepared, layout["mlm_head"]["bias"])
     if jax.process_index() == 0:
         for line in remarks(has_head, stored - shape.vocab_size):
             print(line)
@@ -86,6 +88,14 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         if jax.process_index() == 0:
             write_json(workdir / masked_lm.HELDOUT, rows)
     directory.finish(parameters_fingerprint=params_fingerprint(params))
+
+
+def start_of_bias(prepared: Prepared, sharding: jax.sharding.Sharding) -> jax.Array:
+    """float32 [V]: how often each piece comes in the generic train text, as log probability.
+
+    A bias at 0 would take a new head thousands of small steps to bring there, in which it learns little else.
+    """
+    return jax.device_put(masked_lm.unigram_log_probabilities(prepared)["generic"], sharding)
 
 
 def remarks(has_head: bool, rows_left_out: int) -> list[str]:
