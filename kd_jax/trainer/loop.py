@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from kd_jax.trainer.account import Account
 from kd_jax.trainer.checkpoint import Checkpoints
-from kd_jax.trainer.mesh import global_batch, replicated
+from kd_jax.trainer.mesh import global_batch, process_share, replicated, row_multiple
 from kd_jax.trainer.metrics import TIME, MetricsWriter, Window
 from kd_jax.trainer.preemption import Preempted, Preemption, watching
 from kd_jax.trainer.progress import Progress
@@ -86,11 +86,12 @@ def fit(
     bar = Progress(description, start, job.steps, lines, shown=progress)
     run = _Run(job, writer, bar, Window(meta.get("window")), account)
     readers = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-    with watching(preemption) as preemption, bar, readers as reader, contextlib.ExitStack() as saving:
+    watch = watching() if preemption is None else contextlib.nullcontext(preemption)
+    with watch as preemption, bar, readers as reader, contextlib.ExitStack() as saving:
 
-        def read(step: int) -> tuple[dict[str, jax.Array], tuple[int, int]]:
+        def read(step: int) -> tuple[dict[str, jax.Array], Any]:
             local = batch_at(step)
-            return global_batch(mesh, local), tokens_in(local)
+            return global_batch(mesh, local), _over_processes(tokens_in(local), mesh)
 
         def evaluate_now(step: int) -> None:
             if evaluate is not None:
@@ -120,7 +121,7 @@ def fit(
                 phase, frozen = due, jax.tree.map(lambda leaf: _on_mesh(leaf, mesh), due.frozen())
             with account.spent("compile") if compiles else contextlib.nullcontext():
                 state, metrics = due.train_step(state, frozen, batch)
-            run.dispatched(step, metrics, tokens, began, waited)
+            run.dispatched(step, metrics, _summed(tokens), began, waited)
             if step == start + 1:  # before, a preemption had nothing to save
                 saving.enter_context(preemption.deferred())
 
@@ -160,7 +161,7 @@ class _Run:
     def __init__(self, job: ConfigDict, writer: MetricsWriter, bar: Progress, window: Window, account: Account):
         self.window, self._account = window, account
         self._job, self._writer, self._bar = job, writer, bar
-        self._pending: tuple[int, Mapping[str, Term], tuple[int, int]] | None = None
+        self._pending: tuple[int, Mapping[str, Term], Any, bool] | None = None
         self._compiled = False
         self._recent: dict[str, float] = {}
         self._clear()
@@ -169,28 +170,28 @@ class _Run:
         self._seconds = self._waited = 0.0
         self._steps = self._real = self._total = 0
 
-    def dispatched(
-        self, step: int, metrics: Mapping[str, Term], tokens: tuple[int, int], began: float, waited: float
-    ) -> None:
+    def dispatched(self, step: int, metrics: Mapping[str, Term], tokens: Any, began: float, waited: float) -> None:
         """Takes over a step that was just handed to the devices, and reads the one before."""
         for leaf in jax.tree.leaves(metrics):
             leaf.copy_to_host_async()
         self.settle()
-        self._pending = (step, metrics, tokens)
+        self._pending = (step, metrics, tokens, self._compiled)
         if self._compiled:  # the first step's time is compilation
             self._seconds += time.perf_counter() - began
             self._waited += waited
             self._steps += 1
-            self._real += tokens[0] * jax.process_count()
-            self._total += tokens[1] * jax.process_count()
         self._compiled = True
 
     def settle(self) -> None:
         """Waits for the pending step's metrics, and writes its row if it is logged; UserError if one is not finite."""
         if self._pending is None:
             return
-        step, metrics, (real, total) = self._pending
+        step, metrics, tokens, timed = self._pending
         self._pending = None
+        real, total = (int(count) for count in jax.device_get(tokens))
+        if timed:
+            self._real += real
+            self._total += total
         terms = {name: (float(value), float(weight)) for name, (value, weight) in jax.device_get(dict(metrics)).items()}
         wrong = [name for name, pair in sorted(terms.items()) if not all(math.isfinite(number) for number in pair)]
         if wrong:
@@ -237,6 +238,24 @@ class _Run:
             "seconds_per_step": self._seconds / self._steps,
             "data_wait_share": self._waited / self._seconds,
         }
+
+
+def _over_processes(tokens: tuple[int, int], mesh: Mesh) -> Any:
+    """The counts of this process's rows as a part of an array [row_multiple, 2], of which `_summed` makes the sum."""
+    parts = process_share(mesh)[1]
+    if parts == 1:
+        return tokens
+    local = np.zeros((row_multiple(mesh) // parts, 2), np.int32)
+    local[0] = tokens
+    return global_batch(mesh, {"tokens": local})["tokens"]
+
+
+def _summed(tokens: Any) -> Any:
+    """(real tokens, all positions) of the batch. Like all that processes compute together, called in step order."""
+    return _sum_of_rows(tokens) if isinstance(tokens, jax.Array) else tokens
+
+
+_sum_of_rows = jax.jit(lambda array: array.sum(axis=0))
 
 
 def _on_mesh(leaf: Any, mesh: Mesh) -> jax.Array:
