@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kd_jax.config import from_dict, to_dict
+from kd_jax.study.attempts import attempt
 from kd_jax.study.plan import STAGE, Planner, Recipe, Stage, Student, recipes, students
 from kd_jax.types import UserError
 
@@ -18,9 +19,22 @@ Keys = Mapping[str, Callable[[ConfigDict], Iterable[str]]]
 
 
 class Study:
-    """The stages of one study under `workdir/stages`, and what they left behind."""
+    """The stages of one study under `workdir/stages`, and what they left behind.
 
-    def __init__(self, config: ConfigDict, workdir: pathlib.Path, run_stage: RunStage, keys: Keys):
+    Where several processes run it together, `writes` is True in the one that keeps the study's own notes, and
+    agree(value) gives its value to all of them.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: pathlib.Path,
+        run_stage: RunStage,
+        keys: Keys,
+        *,
+        writes: bool = True,
+        agree: Callable[[Any], Any] = lambda value: value,
+    ):
         self.config = config
         self.workdir = workdir
         self.planner = Planner(config, keys)
@@ -29,38 +43,55 @@ class Study:
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}
         self._run_stage = run_stage
+        self._writes, self._agree = writes, agree
 
     def folder(self, stage: Stage) -> pathlib.Path:
         return self.workdir / "stages" / stage.folder
 
+    def done(self, stage: Stage) -> bool:
+        return (self.folder(stage) / "DONE").is_file()
+
     def run(self) -> None:
         """Runs every stage that is not finished, in an order in which each finds what it needs."""
         self._run_all(self.planner.teacher_stages(), "teachers")
-        self._check_teachers()
+        self.check_teachers()
         self._run_all(self.planner.cache_stages(), "teacher's predictions")
         self._run_all(self.planner.before_recipes(), "students")
         self._choose_recipes()
         self._run_all(self.planner.after_recipes(self.chosen), "finetuning")
 
     def _run_all(self, stages: list[Stage], phase: str) -> None:
-        total = len(stages)
         for number, stage in enumerate(stages, start=1):
-            folder = self.folder(stage)
-            if not (folder / "DONE").exists():
-                print(f"[{phase} {number}/{total}] {stage.name}", flush=True)
-                started = time.monotonic()
-                config = resolve_stages(stage.config, self.workdir / "stages")
-                self._run_stage(stage.command, config, folder)
-                if not (folder / "DONE").exists():
+            self.run_one(stage, f"[{phase} {number}/{len(stages)}] {stage.name}")
+            self.seconds[stage.name] = read_seconds(self.folder(stage))
+
+    def run_one(self, stage: Stage, title: str) -> None:
+        """Runs one stage, unless it is finished. UserError when another process runs it."""
+        folder = self.folder(stage)
+        if self._agree(self.done(stage)):
+            return
+        with attempt(self.workdir, stage.folder, writes=self._writes):
+            if self._agree(self.done(stage)):  # whoever had the lock before finished it
+                return
+            if self._writes:
+                print(title, flush=True)
+            started = time.monotonic()
+            config = resolve_stages(stage.config, self.workdir / "stages")
+            self._run_stage(stage.command, config, folder)
+            if self._writes:
+                if not self.done(stage):
                     raise UserError(
                         f"stage {stage.name}: {folder} has no DONE marker; start the study again to resume it"
                     )
                 write_seconds(folder, time.monotonic() - started)
-            self.seconds[stage.name] = read_seconds(folder)
 
-    def _check_teachers(self) -> None:
-        """A teacher that predicts task text no better than a unigram has nothing to teach: an error, or a note."""
+    def check_teachers(self) -> None:
+        """A finished teacher that predicts task text no better than a unigram has nothing to teach: an error, or a
+        note.
+        """
         for name, stage in self.planner.teachers().items():
+            if not self.done(stage):
+                continue
             rows = [row for row in self.heldout(stage) if row["kind"] == "task"]
             count = sum(row["count"] for row in rows)
             loss, unigram = (sum(row[key] * row["count"] for row in rows) / count for key in ("loss", "unigram_loss"))
@@ -85,8 +116,8 @@ class Study:
         options = recipes(self.config)
         for task in self.config.study.tasks:
             for student in students(self.config):
-                scores = [self._dev_score(student, task, recipe) for recipe in options] if len(options) > 1 else [None]
-                best = max(range(len(scores)), key=lambda index: scores[index] or 0.0)
+                scores = self._agree(self.dev_scores(student, task))
+                best = best_of(scores)
                 self.chosen[student.name, task] = options[best]
                 for index, (recipe, score) in enumerate(zip(options, scores)):
                     self.searched.append(
@@ -100,9 +131,21 @@ class Study:
                         }
                     )
 
-    def _dev_score(self, student: Student, task: str, recipe: Recipe) -> float:
-        stage = self.planner.finetune(student, self.config.study.seeds[0], task, recipe)
-        return read_json(self.folder(stage) / "dev.json")["score"]
+    def dev_scores(self, student: Student, task: str) -> list[float | None]:
+        """The dev score of each recipe with the first seed; [None] where there is only one, which needs no search.
+
+        FileNotFoundError before the search has finished.
+        """
+        options = recipes(self.config)
+        if len(options) == 1:
+            return [None]
+        stages = [self.planner.finetune(student, self.config.study.seeds[0], task, recipe) for recipe in options]
+        return [read_json(self.folder(stage) / "dev.json")["score"] for stage in stages]
+
+
+def best_of(scores: list[float | None]) -> int:
+    """The place of the highest score, the first of equals."""
+    return max(range(len(scores)), key=lambda index: scores[index] or 0.0)
 
 
 def resolve_stages(config: ConfigDict, stages: pathlib.Path) -> ConfigDict:
