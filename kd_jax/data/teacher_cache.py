@@ -2,13 +2,14 @@
 
 begun.json, <store>.visits.npy what it is made from, and which rows in which masking epochs
 <name>.npy                     arrays that all parts need beside them
-manifest.json                  written last: the same, and the checksum and statistics of each part
+manifest.json                  written last: the same, the statistics of each part, and every file's checksum
 parts/<store>-<number>.npy     records of the rows: corrupted ids, mask places, targets, and the teacher's values
 parts/<store>-<number>.json    a part's checksum and statistics, written after it
 """
 
 import functools
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -24,11 +25,23 @@ from kd_jax.data.packing import positions
 from kd_jax.data.permutation import name_key
 from kd_jax.data.rows import MANIFEST, RowStore, disk_of
 from kd_jax.data.transfer_set import TransferSet
+from kd_jax.storage.copies import LocalCopy, sha256_of
+from kd_jax.storage.places import is_remote, make_folder, names_in, place, reaching, read_json, write_whole
 from kd_jax.types import Batch, UserError
 
 PARTS = "parts"
 BEGUN = "begun.json"
 _CHUNK = 2**18  # global row indices located at a time
+
+
+def part_file(name: str) -> str:
+    """The name, within the cache, of a part's records."""
+    return f"{PARTS}/{name}.npy"
+
+
+def visits_file(store: str) -> str:
+    """The name, within the cache, of which rows of a store it has."""
+    return f"{store}.visits.npy"
 
 
 def visited(transfer_set: TransferSet, rows: int, masking_epochs: int) -> list[np.ndarray]:
@@ -119,7 +132,8 @@ class CacheWriter:
         identity: Mapping[str, Any],
         rows_per_part: int,
     ):
-        self.folder, self.stores, self.layout = pathlib.Path(folder), stores, layout
+        self.folder, self.stores, self.layout = place(folder), stores, layout
+        self._sums: dict[str, dict[str, Any]] = {}  # of the arrays that this object wrote
         self._visits = [np.nonzero(seen) for seen in visits]
         self._parts = [
             _Part(f"{store.name}-{index:05d}", number, first, min(first + rows_per_part, len(rows)))
@@ -127,7 +141,7 @@ class CacheWriter:
             for index, first in enumerate(range(0, len(rows), rows_per_part))
         ]
         with disk_of(self.folder):
-            (self.folder / PARTS).mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder / PARTS)
             self._claim(visits, json.loads(json.dumps(identity)), rows_per_part)
 
     def _claim(self, visits: Sequence[np.ndarray], identity: dict[str, Any], rows_per_part: int) -> None:
@@ -142,12 +156,11 @@ class CacheWriter:
             "vocab_size": self.layout.vocab_size,
             "fields": {name: [kind, list(shape)] for name, (kind, shape) in self.layout.fields.items()},
         }
-        place = self.folder / BEGUN
-        if not place.is_file():
+        if BEGUN not in names_in(self.folder):
             for name, bits in packed.items():
-                _write_array(self.folder / f"{name}.visits.npy", bits)
-            _write_json(place, self._begun)
-        elif json.loads(place.read_text(encoding="utf-8")) != self._begun:
+                self._write_array(visits_file(name), bits)
+            self._write_json(BEGUN, self._begun)
+        elif read_json(self.folder / BEGUN) != self._begun:
             raise UserError(
                 f"{self.folder}: holds a cache begun with another teacher, data or config; remove it or choose another "
                 "--workdir"
@@ -158,7 +171,8 @@ class CacheWriter:
 
     def missing(self, part: int, parts: int) -> list[int]:
         """The unfinished ones among every `parts`-th, beginning with `part`."""
-        return [number for number in range(part, len(self), parts) if not self._note(number).is_file()]
+        found = set(names_in(self.folder / PARTS))
+        return [number for number in range(part, len(self), parts) if f"{self._parts[number].name}.json" not in found]
 
     def rows_of(self, number: int) -> tuple[int, np.ndarray, np.ndarray]:
         """(store number, rows int64 [n], masking epochs int64 [n]) of a part."""
@@ -166,55 +180,85 @@ class CacheWriter:
         epochs, rows = self._visits[part.store]
         return part.store, rows[part.first : part.last], epochs[part.first : part.last]
 
-    def _note(self, number: int) -> pathlib.Path:
-        return self.folder / PARTS / f"{self._parts[number].name}.json"
-
     def write(self, number: int, records: np.ndarray, statistics: Mapping[str, float]) -> None:
         """Writes the records of a part, and with its checksum the sums that the report is made from."""
         part = self._parts[number]
-        place = self.folder / PARTS / f"{part.name}.npy"
         with disk_of(self.folder):
-            _write_array(place, records)
+            written = self._write_array(part_file(part.name), records)
             note = {"name": part.name, "store": self.stores[part.store].name, "records": len(records)}
-            _write_json(self._note(number), {**note, "sha256": _sha256(place), **statistics})
+            self._write_json(f"{PARTS}/{part.name}.json", {**note, **written, **statistics})
 
     def attach(self, name: str, values: np.ndarray) -> None:
         """Writes an array that all parts need beside them; one that is there already is left as it is."""
-        place = self.folder / f"{name}.npy"
-        if not place.is_file():
+        if not self.attached(name):
             with disk_of(self.folder):
-                _write_array(place, values)
+                self._write_array(f"{name}.npy", values)
 
     def attached(self, name: str) -> bool:
         """Whether that array is there."""
-        return (self.folder / f"{name}.npy").is_file()
+        return f"{name}.npy" in names_in(self.folder)
 
     def finish(self, attached: Sequence[str] = ()) -> dict[str, Any] | None:
         """Writes the manifest, also of the arrays `attached`, and returns it when every part is there; else None."""
         if self.missing(0, 1):
             return None
-        notes = [json.loads(self._note(number).read_text(encoding="utf-8")) for number in range(len(self))]
+        notes = [read_json(self.folder / PARTS / f"{part.name}.json") for part in self._parts]
         content = hashlib.sha256("".join(note["sha256"] for note in notes).encode()).hexdigest()
-        beside = {name: _sha256(self.folder / f"{name}.npy") for name in attached}
-        manifest = {**self._begun, "parts": notes, "attached": beside, "fingerprint": content}
-        _write_json(self.folder / MANIFEST, manifest)
+        visits = [visits_file(store.name) for store in self.stores]
+        files = {name: self._described(name) for name in (*visits, *(f"{name}.npy" for name in attached))}
+        # A part that an older version began has no size in its note.
+        files |= {
+            part_file(note["name"]): {key: note[key] for key in ("bytes", "sha256")}
+            if "bytes" in note
+            else self._described(part_file(note["name"]))
+            for note in notes
+        }
+        beside = {name: files[f"{name}.npy"]["sha256"] for name in attached}
+        manifest = {**self._begun, "parts": notes, "attached": beside, "fingerprint": content, "files": files}
+        self._write_json(MANIFEST, manifest)
         return manifest
+
+    def _write_array(self, name: str, values: np.ndarray) -> dict[str, Any]:
+        buffer = io.BytesIO()
+        np.save(buffer, values, allow_pickle=False)
+        data = buffer.getvalue()
+        write_whole(self.folder / name, data)
+        self._sums[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        return self._sums[name]
+
+    def _described(self, name: str) -> dict[str, Any]:
+        if name not in self._sums:
+            with reaching(self.folder):
+                data = (self.folder / name).read_bytes()
+            self._sums[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        return self._sums[name]
+
+    def _write_json(self, name: str, values: Any) -> None:
+        write_whole(self.folder / name, json.dumps(values, indent=1).encode())
 
 
 class TeacherCache:
     """A finished cache, memory-mapped. A part's checksum is verified when it is first read.
 
-    Attributes: manifest, identity, layout, fingerprint (of the content). Raises UserError when the folder is none.
+    A remote one is fetched to this host, once: a part when it is first read, the others in the background. Attributes:
+    manifest, identity, layout, fingerprint (of the content). Raises UserError when the folder is none.
     """
 
     def __init__(self, folder: str | os.PathLike, key: str = "teacher_cache"):
-        self.folder, self._key = pathlib.Path(folder), key
-        place = self.folder / MANIFEST
-        if not place.is_file():
+        self.folder, self._key = place(folder), key
+        try:
+            self.manifest: dict[str, Any] = read_json(self.folder / MANIFEST)
+        except FileNotFoundError:
             raise UserError(
                 f"config.{key}: {self.folder} holds no finished cache; run cache_teacher into it, every part of it"
-            )
-        self.manifest = json.loads(place.read_text(encoding="utf-8"))
+            ) from None
+        self._copy = None
+        if is_remote(self.folder):
+            if "files" not in self.manifest:
+                raise UserError(
+                    f"config.{key}: {self.folder} has no checksums, an older version wrote it; run cache_teacher again"
+                )
+            self._copy = LocalCopy(self.folder, self.manifest)
         self.identity, self.fingerprint = self.manifest["identity"], self.manifest["fingerprint"]
         fields = {name: (kind, tuple(shape)) for name, (kind, shape) in self.manifest["fields"].items()}
         self.layout = Layout(self.manifest["length"], self.manifest["slots"], self.manifest["vocab_size"], fields)
@@ -235,14 +279,20 @@ class TeacherCache:
                     f"{_short(new)}); run cache_teacher with this config into another directory"
                 )
 
+    def _find(self, name: str) -> pathlib.Path | None:
+        """The place of a file on this host, or None where the cache has none of that name."""
+        if self._copy is None:
+            return self.folder / name if (self.folder / name).is_file() else None
+        return self._copy.file(name) if name in self._copy else None
+
     def entries(self, store: RowStore, masking_epochs: int) -> np.ndarray:
         """int32 [masking epochs, rows]: the place of a row's record among its store's, -1 where there is none."""
         if store.name not in self._entries:
-            place = self.folder / f"{store.name}.visits.npy"
-            if not place.is_file():
+            bits_file = self._find(visits_file(store.name))
+            if bits_file is None:
                 self._entries[store.name] = np.full((masking_epochs, store.num_rows), -1, np.int32)
             else:
-                bits = np.load(place, allow_pickle=False)
+                bits = np.load(bits_file, allow_pickle=False)
                 seen = np.unpackbits(bits, axis=1, count=store.num_rows).astype(bool)
                 order = np.cumsum(seen.reshape(-1), dtype=np.int64).reshape(seen.shape) - 1
                 self._entries[store.name] = np.where(seen, order, -1).astype(np.int32)
@@ -262,18 +312,25 @@ class TeacherCache:
         """An array that lies beside the parts, or None where there is none of that name."""
         if name not in self.manifest["attached"]:
             return None
-        place = self.folder / f"{name}.npy"
-        if not place.is_file() or _sha256(place) != self.manifest["attached"][name]:
-            raise UserError(f"{place}: is missing or was changed, its checksum differs; write the cache again")
-        return np.load(place, allow_pickle=False)
+        file = self._find(f"{name}.npy")
+        if file is None or sha256_of(file) != self.manifest["attached"][name]:
+            raise self._changed(f"{name}.npy", "write the cache again")
+        return np.load(file, allow_pickle=False)
+
+    def _changed(self, name: str, remedy: str) -> UserError:
+        if self._copy is not None:
+            folder, remedy = self._copy.folder, "remove this copy, it is then fetched again"
+        else:
+            folder = self.folder
+        return UserError(f"{folder / name}: is missing or was changed, its checksum differs; {remedy}")
 
     def _part(self, note: dict) -> np.ndarray:
         if note["name"] not in self._open:
-            place = self.folder / PARTS / f"{note['name']}.npy"
-            remedy = f"remove it and {note['name']}.json beside it, and run cache_teacher again"
-            if not place.is_file() or _sha256(place) != note["sha256"]:
-                raise UserError(f"{place}: is missing or was changed, its checksum differs; {remedy}")
-            self._open[note["name"]] = np.asarray(np.load(place, mmap_mode="r", allow_pickle=False))
+            name = part_file(note["name"])
+            file = self._find(name)
+            if file is None or sha256_of(file) != note["sha256"]:
+                raise self._changed(name, f"remove it and {note['name']}.json beside it, and run cache_teacher again")
+            self._open[note["name"]] = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
         return self._open[note["name"]]
 
 
@@ -320,30 +377,3 @@ class CachedBatches:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _sha256(place: pathlib.Path) -> str:
-    with open(place, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_array(place: pathlib.Path, values: np.ndarray) -> None:
-    """Whole or not at all."""
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            np.save(file, values, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, place)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_json(place: pathlib.Path, values: Any) -> None:
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.partial")
-    try:
-        temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
-        os.replace(temporary, place)
-    finally:
-        temporary.unlink(missing_ok=True)
