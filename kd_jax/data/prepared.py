@@ -16,14 +16,13 @@ import os
 import pathlib
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from kd_jax.data.decontamination import FilterCount
 from kd_jax.data.files import fill_path
@@ -104,7 +103,11 @@ def remote_copy(folder: pathlib.Path, manifest: dict[str, Any]) -> LocalCopy:
     return LocalCopy(folder, manifest)
 
 
-def prepare(config: ConfigDict, folder: str | os.PathLike, progress: bool = False) -> None:
+# Called with texts and what is done with them, it gives the texts back; it may count them, and may stop by raising.
+Watch = Callable[[Iterable, str], Iterable]
+
+
+def prepare(config: ConfigDict, folder: str | os.PathLike, watch: Watch = lambda texts, doing: texts) -> None:
     """Builds a prepared folder from config.nlu, sources, tokenizer, rows and select.
 
     What a killed call finished is kept; a finished folder is left as it is, and refused if its config differs. Memory
@@ -125,10 +128,10 @@ def prepare(config: ConfigDict, folder: str | os.PathLike, progress: bool = Fals
         return
     check_settings(config)
     if not is_remote(folder):
-        _build(config, values, folder, progress)
+        _build(config, values, folder, watch)
         return
     home = outgoing(folder)
-    _build(config, values, home, progress)
+    _build(config, values, home, watch)
     manifest = read_json(home / MANIFEST)
     put(home, folder, manifest["files"])
     write_whole(folder / MANIFEST, (home / MANIFEST).read_bytes())
@@ -140,13 +143,13 @@ def prepare(config: ConfigDict, folder: str | os.PathLike, progress: bool = Fals
         os.rename(home, copy)
 
 
-def _build(config: ConfigDict, values: dict[str, Any], folder: pathlib.Path, progress: bool) -> None:
+def _build(config: ConfigDict, values: dict[str, Any], folder: pathlib.Path, watch: Watch) -> None:
     """Writes a prepared folder on a local disk, the manifest last."""
     with disk_of(folder):
         utterances = load_utterances(config.nlu)
         with new_folder(folder / "utterances") as temporary:
             write_massive(utterances, temporary)
-        builder = _Builder(config, values, folder, utterances, progress)
+        builder = _Builder(config, values, folder, utterances, watch)
         manifests = builder.stores()
         builder.remove_strays(manifests)
         write_manifest(folder, values, utterances, builder.tokenizer, manifests)
@@ -189,10 +192,10 @@ class _Builder:
     """What building the stores of one prepared folder shares."""
 
     def __init__(
-        self, config: ConfigDict, values: dict, folder: pathlib.Path, utterances: list[Utterance], progress: bool
+        self, config: ConfigDict, values: dict, folder: pathlib.Path, utterances: list[Utterance], watch: Watch
     ):
         self.config, self.values, self.folder = config, values, folder
-        self.utterances, self.progress = utterances, progress
+        self.utterances, self._watch = utterances, watch
         self.splits = Splits(config, utterances)
         self.tokenizer = self._tokenizer()
 
@@ -222,7 +225,7 @@ class _Builder:
         elif settings.kind == "train":
             stores = [(name, language) for name, one in self.config.sources.items() for language in one.languages]
             texts = (itertools.islice(self.splits.train(*store), settings.texts_per_store) for store in stores)
-            texts = self._bar(itertools.chain.from_iterable(texts), "tokenizer")
+            texts = self._watch(itertools.chain.from_iterable(texts), "tokenizer")
             tokenizer = train_tokenizer(texts, settings.model, settings.vocab_size)
         else:
             raise UserError(f"config.tokenizer.kind: {settings.kind!r} is unknown; use 'train' or 'load'")
@@ -246,7 +249,7 @@ class _Builder:
                 stack.enter_context(self._writer(stack, split, store_name, name, source.kind, language, built_from))
                 for split in splits
             ]
-            marked = self._bar(self.splits.marked(name, language, count), store_name)
+            marked = self._watch(self.splits.marked(name, language, count), store_name)
             for chunk in _encode_ahead(marked, self.tokenizer):
                 for writer, heldout in zip(writers, (False, True)):
                     writer.add([ids for ids, is_heldout in chunk if is_heldout == heldout])
@@ -264,7 +267,7 @@ class _Builder:
             return found
 
         def read(doing: str) -> Iterable[str]:
-            return self._bar(self.splits.train(name, language), f"{store_name}: {doing}")
+            return self._watch(self.splits.train(name, language), f"{store_name}: {doing}")
 
         chosen = choose(lambda: read("weighing"), target, select)
         with ExitStack() as stack:
@@ -319,9 +322,6 @@ class _Builder:
             tokenizer=self.tokenizer,
             built_from=built_from,
         )
-
-    def _bar(self, texts: Iterable, name: str) -> Iterable:
-        return tqdm(texts, desc=name, unit=" texts", disable=None if self.progress else True, leave=False)
 
     def remove_strays(self, manifests: Sequence[dict[str, Any]]) -> None:
         """Removes stores that an unfinished call with another config left."""

@@ -3,6 +3,7 @@
 python -m kd_jax.main.benchmark --config=configs/benchmark.py --workdir=DIR [--config.benchmark.sections="('step',)"]
 """
 
+import functools
 import pathlib
 import time
 from typing import Any
@@ -19,6 +20,7 @@ from kd_jax.data.prepared import Prepared, prepare
 from kd_jax.main import command
 from kd_jax.study.plotting import STYLE, panel_grid, write_figure
 from kd_jax.trainer.disk import write_json
+from kd_jax.trainer.progress import counted
 from kd_jax.trainer.run_directory import RunDirectory, provenance
 
 # Section -> (what measures it, what draws it, rows and columns of panels, height in inches).
@@ -47,7 +49,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Measures the sections that are not measured yet; each leaves NAME.json, NAME.png and NAME.svg."""
     check(config)
     directory = RunDirectory(workdir, "benchmark", {**to_dict(config), "benchmark": without_sections(config)})
-    prepare(config, workdir / "prepared", progress=config.progress)
+    watch = functools.partial(counted, unit="texts", shown=config.progress)
+    prepare(config, workdir / "prepared", watch)
     prepared = Prepared(workdir / "prepared")
     for name in config.benchmark.sections:
         measure, draw, panels, height = SECTIONS[name]

@@ -11,7 +11,6 @@ from typing import Any, get_args
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from kd_jax.config import EXECUTION_KEYS, require, to_dict
 from kd_jax.data.batches import MaskedRows
@@ -25,8 +24,9 @@ from kd_jax.main.teachers import KEY, Teacher, find_teachers, kept_of, teacher_f
 from kd_jax.steps.teacher_predictions import make_prediction_step
 from kd_jax.trainer.disk import write_json
 from kd_jax.trainer.mesh import global_batch, make_mesh, row_multiple
-from kd_jax.trainer.preemption import Preempted, Preemption
+from kd_jax.trainer.progress import Count
 from kd_jax.trainer.run_directory import RunDirectory
+from kd_jax.trainer.watchdog import Watchdog
 
 SUMMARY = "cache.json"
 FORMATS = ("hidden", "top_k", "sampled")
@@ -192,13 +192,12 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         if beside:  # what turns hidden states into logits; the students need no more of the teacher
             for name, values in zip(beside, jax.device_get(teacher.model.decoder(predict.params))):
                 writer.attach(name, values)
-        with Preemption() as preemption:
-            total = sum(len(writer.rows_of(number)[1]) for number in wanted)
-            shown = None if config.progress else True
-            with tqdm(total=total, desc=workdir.name, unit=" rows", disable=shown, leave=False) as bar:
-                for number in wanted:
-                    records, statistics = predict.part(*writer.rows_of(number), bar, preemption)
-                    writer.write(number, records, statistics)
+        total = sum(len(writer.rows_of(number)[1]) for number in wanted)
+        dog = Watchdog(config.watchdog_seconds, workdir, exits=config.watchdog_exit)
+        with dog, Count(workdir.name, "rows", total, shown=config.progress) as count:
+            for number in wanted:  # every finished part is saved, whatever ends the command
+                records, statistics = predict.part(*writer.rows_of(number), count)
+                writer.write(number, records, statistics)
     manifest = writer.finish(beside)
     if manifest is None:
         print(f"{workdir}: {len(writer.missing(0, 1))} parts are left to the other machines")
@@ -222,13 +221,11 @@ class _Predictor:
         self._step = compiled_prediction_step(teacher.model, teacher_form(config, prepared), settings)
 
     def part(
-        self, store: int, rows: np.ndarray, epochs: np.ndarray, bar: tqdm, preemption: Preemption
+        self, store: int, rows: np.ndarray, epochs: np.ndarray, done: Count
     ) -> tuple[np.ndarray, dict[str, float]]:
         """(records [n], sums for the report) of rows of one store. Raises Preempted when asked to stop."""
         blocks, positions, mass = [], 0.0, 0.0
         for start in range(0, len(rows), self._batch_rows):
-            if preemption.requested():
-                raise Preempted("every finished part of the cache is saved")
             inside = slice(start, start + self._batch_rows)
             count = len(rows[inside])
             fill = np.resize(np.arange(start, start + count), self._batch_rows)  # the last batch repeats its rows
@@ -242,7 +239,7 @@ class _Predictor:
             weights = batch["masked_weights"][:count]
             positions, mass = positions + float(weights.sum()), mass + float((held[:count] * weights).sum())
             blocks.append(records[:count])
-            bar.update(count)
+            done.update(count)
         return np.concatenate(blocks), {"positions": positions, "mass": mass}
 
 

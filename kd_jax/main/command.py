@@ -10,7 +10,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from kd_jax.trainer import distributed
-from kd_jax.trainer.preemption import EXIT_CODE, Preempted
+from kd_jax.trainer.preemption import EXIT_CODE, Preempted, watching
 from kd_jax.types import UserError
 
 MISTAKE = 2  # exit code of a user's mistake
@@ -105,7 +105,8 @@ def guarded(
     place: this process's in a job of several, which an error in one of them ends with the same codes.
     """
     try:
-        with distributed.joined(place, outcome):
+        # Inside of the job: its preemption service is to be there when signals are.
+        with distributed.joined(place, outcome), watching(distributed.leave):
             run(config, workdir)
     except (UserError, Preempted) as error:
         code, text = outcome(error)

@@ -17,6 +17,7 @@ from kd_jax.evaluation.slots import MODES
 from kd_jax.main import command, finetune, trained
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.trainer.run_directory import RunDirectory
+from kd_jax.trainer.watchdog import Watchdog
 
 RECORDS = "records.jsonl"
 RESULTS = "results.jsonl"
@@ -35,15 +36,16 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     require(known, "evaluate.partition", f"{block.partition!r} is no partition to score", "use dev or test")
     require(block.mode in MODES, "evaluate.mode", f"{block.mode!r} is unknown", f"use {' or '.join(MODES)}")
     require(bool(block.checkpoint), "evaluate.checkpoint", "it is empty", "give the workdir of a finetune run")
+    dog = Watchdog(config.watchdog_seconds, workdir, exits=config.watchdog_exit)
     prepared = Prepared(config.prepared)
     values = to_dict(config)
     directory = RunDirectory(workdir, "evaluate", {key: values[key] for key in (*keys(config), *EXECUTION_KEYS)})
     if directory.done:
         return
     directory.start()
-    records = finetune.predict_partition(
-        pathlib.Path(block.checkpoint), prepared, make_mesh(config.mesh), block.partition, config.compute_dtype
-    )
+    which = (make_mesh(config.mesh), block.partition, config.compute_dtype, config.progress)
+    with dog:
+        records = finetune.predict_partition(pathlib.Path(block.checkpoint), prepared, *which)
     if jax.process_index() == 0:
         write_records(workdir / RECORDS, records)
         rows = results(records, identity=lineage(block.checkpoint), mode=block.mode)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,8 +26,9 @@ from kd_jax.steps.finetune import ABSENT, make_dc_objective, make_icner_objectiv
 from kd_jax.trainer import distributed
 from kd_jax.trainer.disk import write_json
 from kd_jax.trainer.mesh import global_batch, local_rows, make_mesh, process_share, row_multiple, rules_of
+from kd_jax.trainer.progress import Count
 from kd_jax.trainer.run_directory import RunDirectory
-from kd_jax.types import Params, UserError
+from kd_jax.types import Array, Batch, Params, UserError
 
 DEV = "dev.json"
 
@@ -198,8 +199,15 @@ def predict(
     maps: LabelMaps,
     mesh,
     batch_rows: int = 32,
+    count: Count | None = None,
 ) -> list[Record]:
-    """Records of the utterances, in their order."""
+    """Records of the utterances, in their order; count: takes them in as they come. Raises Preempted."""
+    count = count or Count("prediction", "utterances", shown=False)
+
+    def put(batch: Batch) -> Mapping[str, Array]:
+        count.update(int(batch["utterance_weights"].sum()))
+        return global_batch(mesh, batch)
+
     return predict_records(
         model,
         params,
@@ -211,7 +219,7 @@ def predict(
         length=prepared.config["rows"]["length"],
         batch_rows=math.lcm(batch_rows, row_multiple(mesh)),
         spread=Spread(
-            functools.partial(global_batch, mesh),
+            put,
             functools.partial(local_rows, mesh),
             process_share(mesh),
             distributed.from_all,
@@ -229,15 +237,23 @@ def dev_scores(records: Sequence[Record], task: str) -> dict[str, float]:
 
 
 def predict_partition(
-    checkpoint: pathlib.Path, prepared: Prepared, mesh, partition: str, compute_dtype: str
+    checkpoint: pathlib.Path, prepared: Prepared, mesh, partition: str, compute_dtype: str, progress: bool = False
 ) -> list[Record]:
     """Records of a partition by a finetuned model, or by that of each gold domain where there are several."""
+    total = len(of_domain(prepared.utterances, partition, ""))
+    with Count(f"evaluate {partition}", "utterances", total, shown=progress) as count:
+        return _predict_partition(checkpoint, prepared, mesh, partition, compute_dtype, count)
+
+
+def _predict_partition(
+    checkpoint: pathlib.Path, prepared: Prepared, mesh, partition: str, compute_dtype: str, count: Count
+) -> list[Record]:
     domains = domain_folders(checkpoint)
     if not domains:
-        return predict_with(checkpoint, prepared, mesh, partition, "", compute_dtype)
+        return predict_with(checkpoint, prepared, mesh, partition, "", compute_dtype, count)
     records = []
     for domain, folder in domains.items():
-        records += predict_with(folder, prepared, mesh, partition, domain, compute_dtype)
+        records += predict_with(folder, prepared, mesh, partition, domain, compute_dtype, count)
     # A domain without a train utterance has no model: its utterances count as errors.
     orphans = [one for one in of_domain(prepared.utterances, partition, "") if one.domain not in domains]
     sets = assign_test_sets(orphans, of_domain(prepared.utterances, "train", ""))
@@ -274,7 +290,7 @@ def load_finetuned(folder: pathlib.Path, prepared: Prepared, mesh, compute_dtype
 
 
 def predict_with(
-    folder: pathlib.Path, prepared: Prepared, mesh, partition: str, domain: str, compute_dtype: str
+    folder: pathlib.Path, prepared: Prepared, mesh, partition: str, domain: str, compute_dtype: str, count: Count
 ) -> list[Record]:
     """Records of a partition (of one domain, or of all) by the single model in `folder`."""
     one = load_finetuned(folder, prepared, mesh, compute_dtype, "evaluate.checkpoint")
@@ -282,4 +298,4 @@ def predict_with(
     if not utterances:
         return []
     train = of_domain(prepared.utterances, "train", "")
-    return predict(one.model, one.params, one.masks, utterances, train, one.prepared, one.maps, mesh)
+    return predict(one.model, one.params, one.masks, utterances, train, one.prepared, one.maps, mesh, count=count)

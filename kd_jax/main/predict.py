@@ -28,6 +28,7 @@ from kd_jax.data.utterances import FIELDS, Utterance, split_words
 from kd_jax.main import finetune, trained
 from kd_jax.main.command import MISTAKE, fail
 from kd_jax.trainer.mesh import make_mesh
+from kd_jax.trainer.progress import Count
 from kd_jax.types import UserError
 
 CHUNK = 4096  # texts that are in memory at a time
@@ -160,10 +161,13 @@ def run(options: argparse.Namespace) -> None:
         form = options.format or ("json" if options.input else "text")
         rows = ROWS if options.input else 1
         done, texts = 0, iter(texts)
+        # A bar among the lines of a terminal would disturb them.
+        count = stack.enter_context(Count("predict", "texts", shown=bool(options.output) or not output.isatty()))
         while chunk := list(itertools.islice(texts, CHUNK)):
             for line in lines_of(predictor.predict(chunk, options.locale, rows), form, options.locale, done):
                 print(line, file=output)
             done += len(chunk)
+            count.update(len(chunk))
 
 
 def _opened(stack: contextlib.ExitStack, name: str) -> Iterable[str]:

@@ -4,6 +4,7 @@ python -m kd_jax.main.prepare --config=configs/FILE.py --workdir=DIR
 python -m kd_jax.main.prepare --config=configs/FILE.py --check   # looks at all of the data and writes nothing
 """
 
+import functools
 import pathlib
 
 import jax
@@ -12,6 +13,8 @@ from ml_collections import ConfigDict
 from kd_jax.data.check import check
 from kd_jax.data.prepared import prepare
 from kd_jax.main import command
+from kd_jax.trainer.preemption import alone
+from kd_jax.trainer.progress import counted
 from kd_jax.trainer.run_directory import mark_done
 from kd_jax.types import UserError
 
@@ -24,9 +27,10 @@ def keys(config: ConfigDict) -> tuple[str, ...]:
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Writes tokenizer, utterances and row stores under workdir; a finished folder is left as it is."""
-    if jax.process_index() == 0:
-        prepare(config, workdir, progress=config.progress)
-    mark_done(workdir)  # the other processes wait here
+    with alone():
+        if jax.process_index() == 0:
+            prepare(config, workdir, watch=functools.partial(counted, unit="texts", shown=config.progress))
+        mark_done(workdir)  # the other processes wait here
 
 
 def run_check(config: ConfigDict, workdir: pathlib.Path | None) -> None:

@@ -1,5 +1,6 @@
 """What every training command does with its batches: compile, resume or start, fit, mark as done."""
 
+import contextlib
 import functools
 import pathlib
 from collections.abc import Callable
@@ -17,19 +18,22 @@ from kd_jax.models.functional import Functional, parameter_count
 from kd_jax.models.projection import WithProjections
 from kd_jax.steps.objective import Objective
 from kd_jax.steps.train_step import make_train_step
+from kd_jax.trainer.account import Account
 from kd_jax.trainer.checkpoint import FOLDER, Checkpoints
 from kd_jax.trainer.loop import Phase, fit
 from kd_jax.trainer.mesh import DEFAULT, Rules, batch_sharding, describe_shardings, rules_of
 from kd_jax.trainer.metrics import MetricsWriter
-from kd_jax.trainer.optimizer import check_job, make_optimizer, make_schedule
+from kd_jax.trainer.optimizer import after_skipped, check_job, make_optimizer, make_schedule
 from kd_jax.trainer.run_directory import RunDirectory
 from kd_jax.trainer.state import State, abstract_state, new_state, params_fingerprint, state_shardings
+from kd_jax.trainer.watchdog import Watchdog
+from kd_jax.trainer.weights_and_biases import tracker
 from kd_jax.types import Batch, Params
 
 # The keys of a job's block that the compiled step depends on.
 STEP_KEYS = (
     *("steps", "accumulation", "learning_rate", "warmup_steps", "schedule", "final_learning_rate"),
-    *("weight_decay", "clip_norm", "beta1", "beta2", "epsilon"),
+    *("weight_decay", "clip_norm", "beta1", "beta2", "epsilon", "skip_non_finite"),
 )
 
 
@@ -88,7 +92,14 @@ def programs(
     """
     job = ConfigDict(settings)
     optimizer, schedule = make_optimizer(job), make_schedule(job)
-    step = make_train_step(objective(*arguments), optimizer, schedule, steps=job.steps, accumulation=job.accumulation)
+    step = make_train_step(
+        objective(*arguments),
+        optimizer,
+        schedule,
+        steps=job.steps,
+        accumulation=job.accumulation,
+        skipped=after_skipped if job.skip_non_finite else None,
+    )
     shapes = model.abstract()
     layout = state_shardings(shapes, optimizer, model_layout(model, mesh, rules))
     inputs = (layout, None if frozen is None else frozen[0].layout(mesh, frozen[1]), batch_sharding(mesh))
@@ -112,9 +123,12 @@ def train(config: ConfigDict, workdir: pathlib.Path, job: Job, prepared: Prepare
     check_job(block, job.block)
     values = to_dict(config)
     resolved = {key: values[key] for key in (*job.keys, *EXECUTION_KEYS)}
+    dog = Watchdog(config.watchdog_seconds, workdir, exits=config.watchdog_exit)
+    writer = MetricsWriter(workdir, config.tensorboard, tracker(config.wandb, workdir, resolved))
     directory = RunDirectory(workdir, job.command, resolved)
     if directory.done:
         return
+    account = Account(workdir)
     settings = FrozenConfigDict({key: block[key] for key in STEP_KEYS})
     rules = rules_of(config.sharding[job.table], f"sharding.{job.table}")
     teacher_rules = rules_of(config.sharding.teacher, "sharding.teacher")
@@ -137,27 +151,24 @@ def train(config: ConfigDict, workdir: pathlib.Path, job: Job, prepared: Prepare
         parameters=parameter_count(job.model.abstract()),
         **job.notes,
     )
-    with Checkpoints(workdir / FOLDER, keep=block.keep_checkpoints) as checkpoints:
-        writer = MetricsWriter(workdir, tensorboard=config.tensorboard)
-        try:
-            state = fit(
-                initial_state=initial_state,
-                abstract=compiled.abstract,
-                phases=[phase_of(phase, program) for phase, program in zip(job.phases, each, strict=True)],
-                batch_at=job.batch_at,
-                job=block,
-                mesh=mesh,
-                checkpoints=checkpoints,
-                writer=writer,
-                identity={"config": identity(resolved), "data": job.data_fingerprint},
-                evaluate=job.evaluate,
-                description=workdir.name,
-                lines=sharding_lines(job, compiled, mesh, teacher_rules) if mesh.size > 1 else (),
-                progress=config.progress,
-            )
-        finally:
-            writer.close()
-    directory.finish(parameters_fingerprint=params_fingerprint(state["params"]))
+    with Checkpoints(workdir / FOLDER, keep=block.keep_checkpoints) as checkpoints, contextlib.closing(writer), dog:
+        state = fit(
+            initial_state=initial_state,
+            abstract=compiled.abstract,
+            phases=[phase_of(phase, program) for phase, program in zip(job.phases, each, strict=True)],
+            batch_at=job.batch_at,
+            job=block,
+            mesh=mesh,
+            checkpoints=checkpoints,
+            writer=writer,
+            identity={"config": identity(resolved), "data": job.data_fingerprint},
+            evaluate=job.evaluate,
+            description=workdir.name,
+            lines=sharding_lines(job, compiled, mesh, teacher_rules) if mesh.size > 1 else (),
+            progress=config.progress,
+            account=account,
+        )
+    directory.finish(parameters_fingerprint=params_fingerprint(state["params"]), **account.summary())
 
 
 def sharding_lines(job: Job, compiled: Programs, mesh, teacher_rules: Rules) -> list[str]:

@@ -17,7 +17,7 @@ import jax
 from jax._src import clusters  # JAX's detection of clusters, of which its public function tells nothing
 from jax._src import distributed as runtime  # the client of the service, which has no public name
 
-from kd_jax.trainer.preemption import EXIT_CODE
+from kd_jax.trainer.preemption import EXIT_CODE, Preempted
 from kd_jax.types import UserError
 
 TIMEOUT = 300.0  # seconds in which all processes must have come
@@ -233,6 +233,15 @@ def joined(place: Place | None, describe: Describe, timeout: float = TIMEOUT) ->
     except BaseException as error:
         _job.fail(error)
     _job = None
+
+
+def leave(error: Preempted) -> NoReturn:
+    """Ends this process from any of its threads, and with it the others of its job."""
+    if _job is not None:
+        _job.fail(error)
+    _print(f"preempted: {error}; the same command resumes the run")
+    sys.stdout.flush()
+    os._exit(EXIT_CODE)
 
 
 def barrier(name: str) -> None:

@@ -61,7 +61,7 @@ class Preemption:
 
     def reached(self) -> bool:
         """Whether the work stops here, for which several processes ask at the same places and equally often."""
-        if not self._several:
+        if not (self._several and self._deferred):
             return self.requested()
         if not self._agreed:
             try:
@@ -170,21 +170,13 @@ _current: Preemption | None = None
 
 
 @contextlib.contextmanager
-def watching(
-    preemption: Preemption | None = None, leave: Callable[[Preempted], Any] | None = None
-) -> Iterator[Preemption]:
-    """The process's Preemption: the given one, or the one that is watching already, or a new one for the while."""
-    global _current
-    if preemption is None and _current is None:
-        with Preemption(leave) as new:
-            yield new
-        return
-    former, _current = _current, preemption or _current
-    assert _current is not None
-    try:
+def watching(leave: Callable[[Preempted], Any] | None = None) -> Iterator[Preemption]:
+    """The process's Preemption: the one that is watching already, or a new one for the while."""
+    if _current is not None:
         yield _current
-    finally:
-        _current = former
+        return
+    with Preemption(leave) as new:
+        yield new
 
 
 def poll() -> None:

@@ -1,18 +1,26 @@
-"""The progress of a training run: a bar on a terminal, a line now and then in a log file."""
+"""How far a command came: a bar on a terminal, a line now and then in a log file."""
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
+from typing import TypeVar
 
 import jax
 from tqdm import tqdm
 
+from kd_jax.trainer.preemption import poll
+from kd_jax.trainer.watchdog import alive
+
 SECONDS_BETWEEN_LINES = 30.0
+_AT_ONCE = 256  # things between two looks at the clock
+
+
+Thing = TypeVar("Thing")
 
 
 class Progress:
-    """Shows loss, real and padded tokens a second, the share of useful tokens and the time left; on process 0 only."""
+    """Of a training run: loss, real and padded tokens a second, the useful share, time left; on process 0 only."""
 
     def __init__(self, description: str, start: int, steps: int, lines: Sequence[str] = (), *, shown: bool = True):
         self._description, self._start, self._steps = description, start, steps
@@ -64,6 +72,56 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+class Count:
+    """Of a loop over many things, of which `total` may be unknown; on process 0 only.
+
+    Each `update` is also a sign of life to the watchdog, and a place where a preemption may stop the command.
+    """
+
+    def __init__(self, description: str, unit: str, total: int | None = None, *, shown: bool = True):
+        self._description, self._unit, self._total = description, unit, total
+        self._shown = shown and jax.process_index() == 0
+        self._done = 0
+        self._began = self._printed = time.monotonic()
+        self._bar = None
+        if self._shown and sys.stderr.isatty():
+            self._bar = tqdm(total=total, desc=description, unit=f" {unit}", dynamic_ncols=True, leave=False)
+
+    def update(self, count: int) -> None:
+        """So many more are done. Raises Preempted."""
+        self._done += count
+        alive(f"{self._description}, after {self._done:,} {self._unit}")
+        if self._bar is not None:
+            self._bar.update(count)
+        elif self._shown and time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
+            self._printed = time.monotonic()
+            rate = self._done / (self._printed - self._began)
+            line = f"{self._description}: {self._done:,} {self._unit}, {_short(rate)} a second"
+            if self._total is not None:
+                line = f"{self._description}: {self._done:,} of {self._total:,} {self._unit}, {_short(rate)} a second, "
+                line += f"{(self._total - self._done) / max(rate, 1e-9):.0f} s left"
+            print(line, file=sys.stderr)
+        poll()
+
+    def __enter__(self) -> "Count":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def counted(things: Iterable[Thing], description: str, *, unit: str, shown: bool = True) -> Iterator[Thing]:
+    """The things, while a `Count` is kept of them."""
+    with Count(description, unit, shown=shown) as count:
+        for number, thing in enumerate(things, start=1):
+            yield thing
+            if number % _AT_ONCE == 0:
+                count.update(_AT_ONCE)
 
 
 def _short(number: float) -> str:
