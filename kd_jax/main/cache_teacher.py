@@ -10,10 +10,11 @@ from typing import Any, get_args
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from kd_jax.config import EXECUTION_KEYS, require, to_dict
-from kd_jax.data.batches import MaskedRows
+from kd_jax.data.batches import MaskedRows, process_slice
 from kd_jax.data.masking import sample_uniforms
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.teacher_cache import CacheWriter, Layout, visited
@@ -22,8 +23,9 @@ from kd_jax.losses.sparse import Tail
 from kd_jax.main import command, masked_lm, trained
 from kd_jax.main.teachers import KEY, Teacher, find_teachers, kept_of, teacher_form
 from kd_jax.steps.teacher_predictions import make_prediction_step
+from kd_jax.trainer import distributed
 from kd_jax.trainer.disk import write_json
-from kd_jax.trainer.mesh import global_batch, make_mesh, row_multiple
+from kd_jax.trainer.mesh import global_batch, make_mesh, process_share, row_multiple
 from kd_jax.trainer.progress import Count
 from kd_jax.trainer.run_directory import RunDirectory
 from kd_jax.trainer.watchdog import Watchdog
@@ -167,9 +169,6 @@ def visits_of(config: ConfigDict, prepared: Prepared) -> tuple[list[np.ndarray],
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Writes the parts that are missing, and DONE when every part is there."""
     config = resolved(config)
-    alone = jax.process_count() == 1
-    remedy = "start one process on each machine, with cache_parts and cache_part"
-    require(alone, "cache_parts", f"a cache is not written by {jax.process_count()} processes together", remedy)
     prepared = seen_by_student(Prepared(config.prepared), config.vocabulary)
     check(config, prepared.tokenizer.vocab_size)
     teachers = find_teachers(config, prepared)
@@ -181,29 +180,35 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     rows = MaskedRows(prepared.stores("train"), config.masking, prepared.tokenizer)
     form, (visits, each) = form_of(config), visits_of(config, prepared)
     layout = layout_of(prepared, teacher, form, rows)
-    writer = CacheWriter(
-        workdir, rows.stores, visits, layout, identity(config, prepared, teacher, form), config.cache.rows_per_part
-    )
+    same = identity(config, prepared, teacher, form)
+    with distributed.first_goes_ahead("cache"):
+        writer = CacheWriter(workdir, rows.stores, visits, layout, same, config.cache.rows_per_part)
     directory.start(tokenizer_fingerprint=prepared.tokenizer.fingerprint)
-    wanted = writer.missing(config.cache_part, config.cache_parts)
     beside = DECODER[: 2 if teacher.model.config.decoder_bias else 1] if form["format"] == "hidden" else ()
-    if wanted or not all(map(writer.attached, beside)):
+    wanted = distributed.from_first(writer.missing(config.cache_part, config.cache_parts))
+    first = jax.process_index() == 0
+    if distributed.from_first(bool(wanted) or not all(map(writer.attached, beside))):
         predict = _Predictor(config, prepared, teacher, form, rows, layout)
         if beside:  # what turns hidden states into logits; the students need no more of the teacher
-            for name, values in zip(beside, jax.device_get(teacher.model.decoder(predict.params))):
-                writer.attach(name, values)
+            for name, values in zip(beside, predict.gathered(teacher.model.decoder(predict.params))):
+                if first:
+                    writer.attach(name, values)
         total = sum(len(writer.rows_of(number)[1]) for number in wanted)
         dog = Watchdog(config.watchdog_seconds, workdir, exits=config.watchdog_exit)
         with dog, Count(workdir.name, "rows", total, shown=config.progress) as count:
             for number in wanted:  # every finished part is saved, whatever ends the command
-                records, statistics = predict.part(*writer.rows_of(number), count)
-                writer.write(number, records, statistics)
-    manifest = writer.finish(beside)
-    if manifest is None:
-        print(f"{workdir}: {len(writer.missing(0, 1))} parts are left to the other machines")
+                found = predict.part(*writer.rows_of(number), count)
+                if first:
+                    writer.write(number, *found)
+    manifest = writer.finish(beside) if first else None
+    left = distributed.from_first(len(writer.missing(0, 1)) if manifest is None else 0)
+    if left:
+        if first:
+            print(f"{workdir}: {left} parts are left to the other machines")
         return
-    write_json(workdir / SUMMARY, summary(manifest, layout, each))
-    directory.finish(fingerprint=manifest["fingerprint"])
+    if manifest is not None:
+        write_json(workdir / SUMMARY, summary(manifest, layout, each))
+    directory.finish(fingerprint=manifest["fingerprint"] if manifest is not None else "")
 
 
 class _Predictor:
@@ -220,10 +225,20 @@ class _Predictor:
         settings = tuple(sorted(form.items()))
         self._step = compiled_prediction_step(teacher.model, teacher_form(config, prepared), settings)
 
+    def gathered(self, tree: Any) -> Any:
+        """The arrays of a tree in NumPy, whole in every process."""
+        if jax.process_count() == 1:
+            return jax.device_get(tree)
+        return multihost_utils.process_allgather(tree, tiled=True)
+
     def part(
         self, store: int, rows: np.ndarray, epochs: np.ndarray, done: Count
     ) -> tuple[np.ndarray, dict[str, float]]:
-        """(records [n], sums for the report) of rows of one store. Raises Preempted when asked to stop."""
+        """(records [n], sums for the report) of rows of one store. Raises Preempted when asked to stop.
+
+        Every process takes its part of each batch to the devices; what comes of it is gathered in all of them.
+        """
+        mine = slice(*process_slice(self._batch_rows, *process_share(self.mesh)))
         blocks, positions, mass = [], 0.0, 0.0
         for start in range(0, len(rows), self._batch_rows):
             inside = slice(start, start + self._batch_rows)
@@ -234,7 +249,8 @@ class _Predictor:
                 shape = (self._layout.slots, self._form["samples"])
                 of_store = self._rows.stores[store].fingerprint
                 batch["uniforms"] = sample_uniforms(self._seed, of_store, rows[fill], epochs[fill], shape)
-            fields, held = jax.device_get(self._step(self.params, self._frozen, global_batch(self.mesh, batch)))
+            placed = global_batch(self.mesh, {name: values[mine] for name, values in batch.items()})
+            fields, held = self.gathered(self._step(self.params, self._frozen, placed))
             records = self._layout.pack(batch, fields)
             weights = batch["masked_weights"][:count]
             positions, mass = positions + float(weights.sum()), mass + float((held[:count] * weights).sum())
@@ -276,7 +292,7 @@ def summary(manifest: dict[str, Any], layout: Layout, runs: list[dict[str, Any]]
 def run_and_print(config: ConfigDict, workdir: pathlib.Path) -> None:
     """`run`, and then what the cache holds."""
     run(config, workdir)
-    if (workdir / SUMMARY).is_file():
+    if jax.process_index() == 0 and (workdir / SUMMARY).is_file():
         found = trained.read_json(workdir / SUMMARY)
         print(
             f"{found['rows']:,} rows, {found['positions']:,.0f} masked positions, {found['bytes'] / 2**20:.1f} MiB "

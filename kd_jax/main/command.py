@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from kd_jax.trainer import distributed
+from kd_jax.trainer import cluster, distributed
 from kd_jax.trainer.preemption import EXIT_CODE, Preempted, watching
 from kd_jax.types import UserError
 
@@ -70,7 +70,7 @@ def main(run: Run, *, description: str, instead: Mapping[str, tuple[Instead, str
                 sys.exit(guarded(instead[name][0], config, pathlib.Path(workdir) if workdir else None))
         assert workdir, "parse has seen to it"
         try:
-            place = distributed.from_flags(coordinator_flag.value, processes_flag.value, process_flag.value)
+            place = cluster.from_flags(coordinator_flag.value, processes_flag.value, process_flag.value)
         except UserError as error:
             fail(str(error))
         sys.exit(guarded(run, config, pathlib.Path(workdir), place))
@@ -98,7 +98,7 @@ def guarded(
     run: Callable[[ConfigDict, Any], Any],
     config: ConfigDict,
     workdir: pathlib.Path | None,
-    place: distributed.Place | None = None,
+    place: cluster.Place | None = None,
 ) -> int:
     """Runs a command and returns its exit code: 0, 2 for a user's mistake, 75 when preempted after a checkpoint.
 
