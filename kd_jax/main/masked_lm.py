@@ -116,9 +116,13 @@ def compiled_heldout_step(model: Functional):
 def heldout_rows(
     model: Functional, params: Params, prepared: Prepared, config: ConfigDict, mesh, batch_size: int, most_rows: int
 ) -> list[dict[str, Any]]:
-    """One entry a held-out store: loss and unigram loss (nats a masked token), accuracy, number of masked tokens."""
+    """One entry a held-out store: loss and unigram loss (nats a masked token), accuracy, number of masked tokens.
+
+    Raises Preempted.
+    """
     step = compiled_heldout_step(model)
     unigrams = unigram_log_probabilities(prepared)
+    done = Count("the held-out loss", "rows", shown=False)  # a preemption may come
     entries = []
     for store in prepared.stores("heldout"):
         sums = np.zeros(4)
@@ -128,6 +132,7 @@ def heldout_rows(
             mine = {name: values[first:last] for name, values in whole.items()}
             terms = jax.device_get(step(params, global_batch(mesh, mine)))
             sums += [terms["loss"][0], terms["accuracy"][0], terms["unigram_loss"][0], terms["loss"][1]]
+            done.update(batch_size)
         loss, hits, unigram, count = (float(value) for value in sums)
         if count:
             entries.append(
