@@ -21,6 +21,7 @@ from kd_jax.models.projection import WithProjections
 from kd_jax.steps.pretrain import make_heldout_step
 from kd_jax.trainer.disk import write_json
 from kd_jax.trainer.mesh import global_batch, process_share
+from kd_jax.trainer.progress import Count
 from kd_jax.types import Params
 
 HELDOUT = "heldout.json"
