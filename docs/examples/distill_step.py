@@ -1,6 +1,6 @@
 """The masked-LM step and the distillation step on texts of your own: a teacher is trained, then a student on it.
 
-    python -m docs.examples.distill_step
+python -m docs.examples.distill_step
 """
 
 import jax

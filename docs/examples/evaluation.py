@@ -1,6 +1,6 @@
 """Predictions of any model of yours, scored and compared: records, then metrics, then whether a difference is chance.
 
-    python -m docs.examples.evaluation
+python -m docs.examples.evaluation
 
 The two "students" here are the gold labels with errors put in, one of them with fewer; put your own predictions there.
 """

@@ -1,9 +1,11 @@
 """The KL to a teacher over a large vocabulary in a training loop of your own, without logits for all positions at once.
 
-    python -m docs.examples.losses
+python -m docs.examples.losses
 
 Both "models" are given features and a table of output embeddings; what is learned is the student's table.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ ROWS, SLOTS, HIDDEN, TEACHER_HIDDEN, VOCABULARY = 16, 24, 64, 96, 20_000
 BLOCK, TEMPERATURE, STEPS = 64, 2.0, 60
 
 
-def loss_of_logits(student_BxV, per_position, constants):
+def loss_of_logits(student_BxV, per_position, constants) -> Any:
     """(loss, sums) of one block of positions: the KL and the hard loss, both as sums over the positions that count."""
     weights_B = per_position["weights"]
     teacher_BxV = per_position["features"] @ constants["teacher_table"].T

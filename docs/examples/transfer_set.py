@@ -1,6 +1,6 @@
 """A transfer set of 30 % generic and 70 % task-specific text: two stores of rows, mixed without any buffer.
 
-    python -m docs.examples.transfer_set
+python -m docs.examples.transfer_set
 """
 
 import pathlib
