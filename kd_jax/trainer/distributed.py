@@ -38,31 +38,38 @@ class _Job:
     def __init__(self, place: Place, describe: Describe, timeout: float):
         self.place, self._describe = place, describe
         self.waiting = False  # for the other processes, with nothing of its own to finish
-        self._leaving = threading.Lock()  # held by the thread that ends this process
+        self._leaving = threading.RLock()  # held by the thread that ends this process
         late = threading.Timer(timeout, self._nobody_came, (timeout,))
         late.daemon = True
         late.start()
-        jax.distributed.initialize(
-            place.coordinator,
-            place.processes,
-            place.process,
-            local_device_ids=place.devices,
-            cluster_detection_method="deactivate",
-            initialization_timeout=int(timeout) + 60,  # past it JAX aborts without a sentence
-            heartbeat_timeout_seconds=HEARTBEAT,
-        )
-        late.cancel()
+        try:
+            jax.distributed.initialize(
+                place.coordinator,
+                place.processes,
+                place.process,
+                local_device_ids=place.devices,
+                cluster_detection_method="deactivate",
+                initialization_timeout=int(timeout) + 60,  # past it JAX aborts without a sentence
+                heartbeat_timeout_seconds=HEARTBEAT,
+            )
+        except jax.errors.JaxRuntimeError as error:
+            raise UserError(
+                f"--coordinator: process {place.process} of {place.processes} cannot be at {place.coordinator} "
+                f"({str(error).splitlines()[0]}); name the host of process 0 and a port that is free there"
+            ) from error
+        finally:
+            late.cancel()
         self._client: Any = runtime.global_state.client
         self._watcher = threading.Thread(target=self._watch, name="other processes", daemon=True)
         self._watcher.start()
 
     def _nobody_came(self, timeout: float) -> None:
         place = self.place
-        here = f"process {place.process} of {place.processes}"
-        problem = f"{place.processes} processes were not there" if place.process == 0 else "process 0 was not there"
+        problem = "not all processes came to" if place.process == 0 else "there was no process 0 at"
         _print(
-            f"error: {here}: within {timeout:.0f} s {problem} at {place.coordinator}; start all with the same "
-            "coordinator and number of processes, each with a number of its own, and let its port through"
+            f"error: process {place.process} of {place.processes}: {problem} {place.coordinator} within {timeout:.0f} "
+            "s; start all with the same coordinator and number of processes, each with a number of its own, and let "
+            "that port through"
         )
         os._exit(2)
 
