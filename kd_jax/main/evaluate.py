@@ -14,7 +14,7 @@ from kd_jax.data.prepared import Prepared
 from kd_jax.evaluation.records import read_json_lines, write_json_lines, write_records
 from kd_jax.evaluation.results import results
 from kd_jax.evaluation.slots import MODES
-from kd_jax.main import command, finetune, trained
+from kd_jax.main import command, finetune, serving, trained
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.trainer.run_directory import RunDirectory
 from kd_jax.trainer.watchdog import Watchdog
@@ -65,6 +65,9 @@ def run_and_print(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 def lineage(checkpoint: str) -> dict:
     """Whose results these are, read from the configs of the runs that the finetuned model came from."""
+    if serving.is_served(checkpoint):
+        record = trained.read_json(pathlib.Path(checkpoint) / serving.RECORD)
+        return lineage(record["config"]["export"]["checkpoint"])
     config = trained.run_config(checkpoint, "evaluate.checkpoint")
     start = config.finetune.init_from
     who = {"student": "scratch", "transfer_set": "", "teacher": "", "seed": config.seed}

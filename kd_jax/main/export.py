@@ -1,8 +1,12 @@
 """Writes a trained model as a folder that `transformers` loads, with its tokenizer, label names and a model card.
 
 python -m kd_jax.main.export --config=configs/FILE.py --workdir=DIR --config.export.checkpoint=DIR
+
+--config.export.stablehlo=True adds the compiled program and its weights (kd_jax/main/serving.py), which run with jax
+alone; --config.export.int8=True writes the weights in int8 in place of those that `transformers` loads.
 """
 
+import importlib.util
 import json
 import pathlib
 import shutil
@@ -15,8 +19,9 @@ from kd_jax.config import require, to_dict
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.rows import new_folder
 from kd_jax.data.vocabulary import TrimmedPrepared
-from kd_jax.main import command, finetune, masked_lm, trained
+from kd_jax.main import command, finetune, masked_lm, serving, trained
 from kd_jax.main.model_card import INTENT_HEAD, model_card
+from kd_jax.main.serving import RECORD
 from kd_jax.models.functional import Functional, parameter_count
 from kd_jax.models.huggingface_config import CONFIG
 from kd_jax.models.huggingface_export import exported, tokenizer_ids
@@ -26,7 +31,6 @@ from kd_jax.trainer.run_directory import provenance
 from kd_jax.types import Params, UserError
 
 KEY = "export.checkpoint"
-RECORD = "export.json"  # in place of a run's config.json, whose name `transformers` takes
 
 
 class Trained(NamedTuple):
@@ -56,21 +60,43 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     if is_exported(workdir, record):
         return
     one = read_run(config, source)
-    tokenizer, shape = one.prepared.tokenizer, one.model.config
-    found = exported(one.model, one.params, one.classes)
-    ids = tokenizer_ids(shape, cls=tokenizer.cls_id, sep=tokenizer.sep_id, pad=tokenizer.pad_id)
-    card = model_card(one.model.kind, shape, source, one.prepared, parameter_count(one.params))
+    tokenizer, shape, block = one.prepared.tokenizer, one.model.config, config.export
+    if block.int8 or block.stablehlo:
+        check_serving(one.model.kind, block)
+    card = model_card(one.model.kind, shape, source, one.prepared, parameter_count(one.params), block)
     with new_folder(workdir) as folder:
         tokenizer.save(folder)
         adapt_tokenizer_config(folder / "tokenizer_config.json", shape.max_positions)
-        write(folder / CONFIG, found.config | ids)
-        for name, tensors in ((SINGLE, found.tensors), (INTENT_HEAD, found.beside)):
-            if tensors:
-                save_file(tensors, folder / name, metadata={"format": "pt"})
+        if not block.int8:
+            write_transformers(folder, one)
+        if block.int8 or block.stablehlo:
+            model, params = serving.without_padding(one.model, one.params, one.classes)
+            length = one.prepared.config["rows"]["length"]
+            serving.write(folder, model, params, one.classes, length=length, int8=block.int8, program=block.stablehlo)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write(folder / RECORD, {**record, **provenance()})
         for file in folder.glob("*.safetensors"):  # the library makes them readable for their owner alone
             shutil.copymode(folder / RECORD, file)
+
+
+def check_serving(kind: str, block: ConfigDict) -> None:
+    """Raises UserError for what has no classes to predict, and where the package that writes programs is missing."""
+    key = "export.int8" if block.int8 else "export.stablehlo"
+    require(kind in serving.CLASSES, key, "a masked LM predicts no classes", "finetune it and export that run")
+    if block.stablehlo:
+        found = importlib.util.find_spec("flatbuffers") is not None
+        require(found, "export.stablehlo", "jax writes programs with a package that is not here", "install flatbuffers")
+
+
+def write_transformers(folder: pathlib.Path, one: Trained) -> None:
+    """config.json, model.safetensors and, for ICNER, the intent head beside it."""
+    tokenizer, shape = one.prepared.tokenizer, one.model.config
+    found = exported(one.model, one.params, one.classes)
+    ids = tokenizer_ids(shape, cls=tokenizer.cls_id, sep=tokenizer.sep_id, pad=tokenizer.pad_id)
+    write(folder / CONFIG, found.config | ids)
+    for name, tensors in ((SINGLE, found.tensors), (INTENT_HEAD, found.beside)):
+        if tensors:
+            save_file(tensors, folder / name, metadata={"format": "pt"})
 
 
 def is_exported(workdir: pathlib.Path, record: dict[str, Any]) -> bool:
@@ -95,8 +121,8 @@ def read_run(config: ConfigDict, source: pathlib.Path) -> Trained:
     prepared = Prepared(saved.prepared)
     if "finetune" in saved:
         one = finetune.load_finetuned(source, prepared, mesh, "float32", KEY)
-        names = {"dc": ("domains",), "icner": ("intents", "tags")}[one.task]
-        found = Trained(one.model, one.params, {name: getattr(one.maps, name) for name in names}, one.prepared)
+        classes = {name: getattr(one.maps, name) for name in serving.CLASSES[one.task]}
+        found = Trained(one.model, one.params, classes, finetune.prepared_for(saved, prepared))
     else:
         block = trained.encoder_block(source, KEY)
         prepared = trained.run_prepared(source, prepared, KEY)

@@ -19,7 +19,7 @@ from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.evaluation.predictions import Spread, predict_records
 from kd_jax.evaluation.records import Record, assign_test_sets, intent_slot_record
 from kd_jax.evaluation.results import results
-from kd_jax.main import masked_lm, trained, training
+from kd_jax.main import masked_lm, serving, trained, training
 from kd_jax.main.frozen import Frozen
 from kd_jax.models.functional import Functional
 from kd_jax.steps.finetune import ABSENT, make_dc_objective, make_icner_objective
@@ -195,7 +195,7 @@ def predict(
     masks: dict[str, np.ndarray],
     utterances: Sequence[Utterance],
     train: Sequence[Utterance],
-    prepared: Prepared,
+    prepared: Prepared | serving.Reader,
     maps: LabelMaps,
     mesh,
     batch_rows: int = 32,
@@ -268,11 +268,13 @@ class Finetuned(NamedTuple):
     params: Params
     masks: dict[str, np.ndarray]
     maps: LabelMaps
-    prepared: Prepared  # with the model's vocabulary
+    prepared: Prepared | serving.Reader  # with the model's vocabulary
 
 
 def load_finetuned(folder: pathlib.Path, prepared: Prepared, mesh, compute_dtype: str, key: str) -> Finetuned:
-    """The single model of a finetuning run; `key` is the config key that named its directory."""
+    """The single model of a finetuning run, or of a folder that `export` wrote for serving; config.<key> names it."""
+    if serving.is_served(folder):
+        return served(folder, compute_dtype)
     config = trained.run_config(folder, key)
     if "finetune" not in config:
         raise UserError(f"config.{key}: {folder} is no finetuning run; give the workdir of one")
@@ -287,6 +289,14 @@ def load_finetuned(folder: pathlib.Path, prepared: Prepared, mesh, compute_dtype
     model = classifier(encoder, prepared, config, task, run["classes"])
     params = trained.trained_params(folder, model, mesh)
     return Finetuned(task, model, params, class_masks(class_counts(task, maps), run["classes"]), maps, prepared)
+
+
+def served(folder: pathlib.Path, compute_dtype: str) -> Finetuned:
+    """The model of an exported folder, which reads texts with its own tokenizer."""
+    one = serving.read(folder)
+    model = dataclasses.replace(one.model, compute_dtype=masked_lm.resolve_dtype(compute_dtype))
+    sizes = class_counts(model.kind, one.maps)
+    return Finetuned(model.kind, model, one.params, class_masks(sizes, sizes), one.maps, one.reader)
 
 
 def predict_with(

@@ -22,13 +22,18 @@ INTENT_HEAD = "intent_head.safetensors"
 
 
 def model_card(
-    kind: str, shape: EncoderConfig, workdir: pathlib.Path, prepared: Prepared, parameters: Mapping[str, int]
+    kind: str,
+    shape: EncoderConfig,
+    workdir: pathlib.Path,
+    prepared: Prepared,
+    parameters: Mapping[str, int],
+    block: ConfigDict,
 ) -> str:
-    """The text of the card of the model that the run in `workdir` trained."""
+    """The text of the card of the model that the run in `workdir` trained; `block` is config.export."""
     pipeline, what = _KINDS[kind]
     languages = sorted({locale.split("-")[0] for locale in prepared.config.nlu.locales})
     front = {
-        "library_name": "transformers",
+        "library_name": "kd_jax" if block.int8 else "transformers",
         "pipeline_tag": pipeline,
         "language": languages,
         "tags": ["knowledge-distillation", "kd_jax"],
@@ -43,7 +48,8 @@ def model_card(
         "## How well it does",
         _metrics(workdir),
         "## How to use it",
-        _usage(kind, shape),
+        *([_INT8] if block.int8 else [_usage(kind, shape)]),
+        *([_PROGRAM_TEXT, _PROGRAM[kind]] if block.stablehlo else []),
     ]
     return "\n\n".join(blocks) + "\n"
 
@@ -185,3 +191,47 @@ print("intent:", model.config.intents[intent.argmax().item()])
 for piece, tag in zip(tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist()), tags):
     print(piece, model.config.id2label[tag])
 ```"""
+
+_INT8 = """The weights are int8 with a scale for each output channel, which `transformers` does not load. kd_jax does:
+
+```
+python -m kd_jax.main.predict --model=. "wake me up at seven"
+```"""
+
+_PROGRAM_TEXT = """### The compiled program
+
+`predictor.stablehlo` runs wherever jax does (cpu, cuda, tpu), without kd_jax and PyTorch: it takes the weights of
+`predictor.safetensors`, and token ids and mask of any number of texts up to the model's length. It was serialized by
+`jax.export` and needs the packages jax, flatbuffers, safetensors and transformers."""
+
+_PROGRAM_START = """```python
+import json
+
+import jax
+import numpy as np
+from safetensors.numpy import load_file
+from transformers import AutoTokenizer
+
+folder = "."  # where this file lies
+about = json.load(open(f"{folder}/predictor.json", encoding="utf-8"))
+tokenizer = AutoTokenizer.from_pretrained(folder)
+program = jax.export.deserialize(bytearray(open(f"{folder}/predictor.stablehlo", "rb").read()))
+weights = jax.device_put(load_file(f"{folder}/predictor.safetensors"))
+predict = jax.jit(program.call)  # compiled once for each shape
+texts = ["wake me up at seven", "play some jazz"]
+batch = tokenizer(texts, padding=True, return_tensors="np")
+logits = predict(weights, batch["input_ids"].astype(np.int32), batch["attention_mask"].astype(np.int32))
+"""
+
+_PROGRAM = {
+    "dc": _PROGRAM_START
+    + """for text, row in zip(texts, logits["domain"]):
+    print(text, "->", about["domains"][row.argmax()])
+```""",
+    "icner": _PROGRAM_START
+    + """for text, ids, intent, tags in zip(texts, batch["input_ids"], logits["intent"], logits["tags"]):
+    print(text, "->", about["intents"][intent.argmax()])
+    for piece, tag in zip(tokenizer.convert_ids_to_tokens(ids), tags.argmax(-1)):
+        print(piece, about["tags"][tag])
+```""",
+}

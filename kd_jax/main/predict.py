@@ -3,11 +3,11 @@
 python -m kd_jax.main.predict --model=DIR "weck mich um sieben"
 python -m kd_jax.main.predict --model=DC,ICNER --input=lines.txt --output=predictions.jsonl
 
---model takes workdirs of finetune runs. An ICNER run with a model for each domain needs a DC run beside it, which
-chooses the model. --input reads a text a line from a file, or from standard input with "-"; --output writes to a file
-in place of standard output. --format is text (for texts on the command line), json (an object a line) or massive (the
-schema of MASSIVE). --locale tells what a word is, which in ja-JP, zh-CN and zh-TW is a character; --prepared is the
-prepared folder, where it is no longer where the run found it.
+--model takes workdirs of finetune runs, or folders that `export` wrote with stablehlo or int8. An ICNER run with a
+model for each domain needs a DC run beside it, which chooses the model. --input reads a text a line from a file, or
+from standard input with "-"; --output writes to a file in place of standard output. --format is text (for texts on the
+command line), json (an object a line) or massive (the schema of MASSIVE). --locale tells what a word is, which in
+ja-JP, zh-CN and zh-TW is a character; --prepared is the prepared folder, where it is no longer where the run found it.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from kd_jax.data import files
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.utterances import FIELDS, Utterance, split_words
-from kd_jax.main import finetune, trained
+from kd_jax.main import finetune, serving, trained
 from kd_jax.main.command import MISTAKE, fail
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.trainer.progress import Count
@@ -83,6 +83,8 @@ class Predictor:
             self._keep("", self._load(workdir), workdir)
 
     def _load(self, folder: pathlib.Path) -> finetune.Finetuned:
+        if serving.is_served(folder):
+            return finetune.served(folder, "auto")
         trained.parameters_fingerprint(folder, "model")  # says whether it is finished
         place = self._folder or trained.run_config(folder, "model").prepared
         data = self._prepared.setdefault(place, Prepared(place))
