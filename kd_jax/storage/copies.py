@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from kd_jax.storage.places import digest, reaching, write_whole
+from kd_jax.storage.places import digest, is_remote, reaching, write_whole
 from kd_jax.types import UserError
 
 Files = Mapping[str, Mapping[str, Any]]  # name, with / between folders -> {"bytes": size, "sha256": hex}
@@ -46,6 +46,11 @@ def local_root() -> pathlib.Path:
 def outgoing(remote: pathlib.Path) -> pathlib.Path:
     """The local folder for what is made here before it goes to `remote`; the same for the same address."""
     return local_root() / "outgoing" / digest(os.fspath(remote))[:24]
+
+
+def on_this_host(path: pathlib.Path) -> pathlib.Path:
+    """A local path as it is; for a remote one the local folder for what goes there."""
+    return outgoing(path) if is_remote(path) else path
 
 
 def describe(folder: pathlib.Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:

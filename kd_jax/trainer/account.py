@@ -3,13 +3,13 @@
 import contextlib
 import json
 import os
-import pathlib
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
+from kd_jax.storage.places import make_folder, place
 from kd_jax.trainer.disk import write_json
 from kd_jax.trainer.metrics import TIME
 
@@ -26,7 +26,7 @@ class Account:
     """
 
     def __init__(self, folder: str | os.PathLike | None = None):
-        self._file = None if folder is None else pathlib.Path(folder) / FILE
+        self._file = None if folder is None else place(folder) / FILE
         self._seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
         self._kind: str | None = None
         self._since = time.monotonic()
@@ -44,7 +44,7 @@ class Account:
         self._starts += 1
         self._lost += lost_steps
         if self._file is not None and jax.process_index() == 0:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self._file.parent)
             state = {"first_start": self._began, "starts": self._starts, "lost_steps": self._lost}
             write_json(self._file, state)
 

@@ -1,5 +1,6 @@
 """Asynchronous checkpoints with orbax: a run's own, to resume it, and another run's, to start from its parameters."""
 
+import contextlib
 import json
 import logging
 import pathlib
@@ -11,7 +12,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from kd_jax.config import differences
+from kd_jax.storage.places import is_remote, place, reaching, scheme_of, unreachable
 from kd_jax.trainer.disk import full_disk_is_user_error
+from kd_jax.trainer.mirror import Mirror, fetch_newest
 from kd_jax.trainer.state import State, from_plain, to_plain
 from kd_jax.types import Params, UserError
 
@@ -28,18 +31,33 @@ class _OrbaxNoise(logging.Filter):
 logging.getLogger("absl").addFilter(_OrbaxNoise())
 
 
+class _Manager(ocp.CheckpointManager):
+    """Leaves the preemption service of JAX alone: it counts the calls that are made, and the trainer makes them all."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The newest `keep` checkpoints of one run, each with the items "state" (arrays) and "meta" (JSON).
 
     A checkpoint is written to a temporary folder that is renamed when it is whole, so a half-written one is never read;
-    what a killed run left of such folders is removed here. A full disk is a UserError, from whichever call notices.
+    what a killed run left of such folders is removed here. On gs:// orbax does the same with a file that it writes
+    last, and for s3:// `Mirror` does. A full disk or an unreachable store is a UserError, from whichever call notices.
     """
 
     def __init__(self, folder: str | pathlib.Path, keep: int):
-        self._folder = pathlib.Path(folder).absolute()
+        self._folder = absolute(place(folder))
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        with full_disk_is_user_error(self._folder):
-            self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "meta"))
+        with self._writing():
+            self._mirror = Mirror(self._folder) if needs_mirror(self._folder) else None
+            folder = self._mirror.folder if self._mirror else self._folder
+            self._manager = _Manager(folder, options=options, item_names=("state", "meta"))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        with full_disk_is_user_error(self._folder), storing(self._folder):
+            yield
 
     def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
         """Starts to save; returns when the state is copied from the devices, so it may be donated to the next step.
@@ -49,8 +67,12 @@ class Checkpoints:
         if self.latest_step() == step:
             return
         items = ocp.args.Composite(state=ocp.args.StandardSave(to_plain(state)), meta=ocp.args.JsonSave(meta))
-        with full_disk_is_user_error(self._folder):
+        with self._writing():
+            if self._mirror is not None:
+                self._mirror.wait()
             self._manager.save(step, args=items, force=True)
+            if self._mirror is not None:
+                self._mirror.put(step, self._manager.wait_until_finished, self._manager.all_steps)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -83,12 +105,16 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Blocks until what was saved is on the disk."""
-        with full_disk_is_user_error(self._folder):
+        with self._writing():
             self._manager.wait_until_finished()
+            if self._mirror is not None:
+                self._mirror.wait()
 
     def close(self) -> None:
-        with full_disk_is_user_error(self._folder):
+        with self._writing():
             self._manager.close()
+            if self._mirror is not None:
+                self._mirror.wait()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -105,8 +131,10 @@ def load_params(workdir: str | pathlib.Path, abstract: Params) -> Params:
     abstract: all of the parameters or some of their top-level entries, as ShapeDtypeStructs with shardings. Raises
     UserError when the directory holds no checkpoint, or one of another model; it names the first difference.
     """
-    folder = (pathlib.Path(workdir) / FOLDER).absolute()
-    if not folder.is_dir():
+    folder = absolute(place(workdir) / FOLDER)
+    if needs_mirror(folder):
+        folder = fetch_newest(folder)
+    if folder is None or not folder.is_dir():
         raise UserError(f"{workdir}: holds no checkpoint; give the workdir of a run that has saved one")
     handlers = {"state": ocp.PyTreeCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(read_only=True)
@@ -125,6 +153,28 @@ def load_params(workdir: str | pathlib.Path, abstract: Params) -> Params:
             item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
         )
         return manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]["params"]
+
+
+def absolute(folder: pathlib.Path) -> pathlib.Path:
+    """A folder in the form that orbax takes."""
+    return folder if is_remote(folder) else folder.absolute()
+
+
+def needs_mirror(folder: pathlib.Path) -> bool:
+    """Whether orbax cannot write there itself: it knows local paths and gs://."""
+    return scheme_of(folder) not in ("", "gs")
+
+
+@contextlib.contextmanager
+def storing(folder: pathlib.Path) -> Iterator[None]:
+    """`reaching`, where a missing file is told as well: nothing that a run asks for here may be missing."""
+    try:
+        with reaching(folder):
+            yield
+    except FileNotFoundError as error:
+        if not is_remote(folder):
+            raise
+        raise unreachable(folder, error) from error
 
 
 def _mismatches(saved: Any, wanted: Params) -> Iterator[str]:

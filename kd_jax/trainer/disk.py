@@ -1,4 +1,4 @@
-"""Small files written whole or not at all, and a full disk told in one sentence."""
+"""Small files written whole or not at all, wherever they lie, and a full disk told in one sentence."""
 
 import contextlib
 import errno
@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from kd_jax.storage.places import write_whole
 from kd_jax.types import UserError
 
 # orbax and tensorstore pass the system's message on inside exceptions of their own.
@@ -33,17 +34,8 @@ def full_disk_is_user_error(place: str | os.PathLike) -> Iterator[None]:
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
     """Writes a file so that a reader finds the old content or the new, never a part; UserError: full disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with full_disk_is_user_error(path):
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_whole(path, text.encode())
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:

@@ -145,6 +145,7 @@ def fit(
                     "account": account.saved(),
                 }
                 with account.spent("checkpoint"):
+                    writer.sync()
                     checkpoints.save(step, state, meta)
             if stop:
                 checkpoints.wait()

@@ -3,11 +3,14 @@
 import json
 import math
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+from kd_jax.storage.copies import on_this_host, put
+from kd_jax.storage.places import GrowingFile, is_remote, make_folder, names_in, place, reaching
 from kd_jax.trainer.disk import full_disk_is_user_error, write_atomically
 from kd_jax.trainer.weights_and_biases import Tracker
 from kd_jax.types import Array
@@ -42,10 +45,14 @@ class Window:
 
 class MetricsWriter:
     """Appends rows {"step": int, name: float or null} to metrics.jsonl, TensorBoard events, and to a tracker; on
-    process 0 only."""
+    process 0 only.
+
+    On a remote store metrics.jsonl is put again every few seconds, and both are by `sync` and `close`.
+    """
 
     def __init__(self, workdir: str | pathlib.Path, tensorboard: bool, tracker: Tracker | None = None):
-        self._path = pathlib.Path(workdir) / FILE
+        self._path = place(workdir) / FILE
+        self._events = on_this_host(self._path.parent) / "tensorboard"
         self._wants_tensorboard, self._tracker = tensorboard, tracker
         self._writes = jax.process_index() == 0
         self._file = None
@@ -60,19 +67,19 @@ class MetricsWriter:
         if not self._writes:
             return 0
         self.close()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._path.parent)
         found = read_metrics(self._path)
         kept = [row for row in found[:rows] if row["step"] <= step]
         self.rows = len(kept)
         write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+        self._file = GrowingFile(self._path)
         if self._wants_tensorboard:
             from tensorboardX import SummaryWriter
 
+            if is_remote(self._path):
+                shutil.rmtree(self._events, ignore_errors=True)
             # The suffix keeps a restart within the same second from overwriting the former file, named by the second.
-            self._tensorboard = SummaryWriter(
-                str(self._path.parent / "tensorboard"), purge_step=step + 1, filename_suffix=f".{step}"
-            )
+            self._tensorboard = SummaryWriter(str(self._events), purge_step=step + 1, filename_suffix=f".{step}")
         if self._tracker is not None:
             self._tracker.start()
         return max([0, *(row["step"] - step for row in found)])
@@ -87,7 +94,6 @@ class MetricsWriter:
         row |= {name: _finite(value) for name, value in values.items()}
         with full_disk_is_user_error(self._path):
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
-            self._file.flush()
         self.rows += 1
         if self._tensorboard is not None:
             for name, value in row.items():
@@ -96,6 +102,18 @@ class MetricsWriter:
         if self._tracker is not None:
             self._tracker.log(row)
 
+    def sync(self) -> None:
+        """Returns when all rows so far are in their place; a checkpoint that counts them is saved after it."""
+        if self._file is not None:
+            self._file.sync()
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+            self._put_events()
+
+    def _put_events(self) -> None:
+        if is_remote(self._path):
+            put(self._events, self._path.parent / self._events.name, names_in(self._events))
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
@@ -103,16 +121,19 @@ class MetricsWriter:
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
+            self._put_events()
         if self._tracker is not None:
             self._tracker.close()
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, [] if there is none; a last line without its newline is torn and left out."""
-    path = pathlib.Path(path)
-    if not path.exists():
+    path = place(path)
+    try:
+        with reaching(path):
+            lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]
     return [json.loads(line) for line in lines]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from kd_jax.config import differences, identity
+from kd_jax.storage.places import make_folder, place, reaching, read_json
 from kd_jax.trainer import distributed
 from kd_jax.trainer.disk import write_json
 from kd_jax.types import UserError
@@ -32,11 +33,11 @@ class RunDirectory:
     """
 
     def __init__(self, workdir: str | pathlib.Path, command: str, config: dict[str, Any]):
-        self.path = pathlib.Path(workdir)
+        self.path = place(workdir)
         if jax.process_index() == 0:
             self._claim(json.loads(json.dumps({"command": command, "config": config})))
         distributed.barrier("run directory")
-        if not (self.path / CONFIG).exists():
+        if not _exists(self.path / CONFIG):
             raise UserError(
                 f"{self.path}: process {jax.process_index()} does not see what process 0 wrote there; give a --workdir "
                 "on storage that all hosts share"
@@ -44,8 +45,8 @@ class RunDirectory:
 
     def _claim(self, values: dict[str, Any]) -> None:
         file = self.path / CONFIG
-        if file.exists():
-            old = json.loads(file.read_text(encoding="utf-8"))
+        if _exists(file):
+            old = read_json(file)
             changed = differences(identity(old), identity(values))
             if changed:
                 lines = "".join(f"\n  {line}" for line in changed)
@@ -55,7 +56,7 @@ class RunDirectory:
                 )
             if old == values or is_done(self.path):
                 return
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         write_json(file, values)
 
     @property
@@ -68,7 +69,7 @@ class RunDirectory:
         if jax.process_index() != 0:
             return
         file = self.path / RUN
-        starts = json.loads(file.read_text(encoding="utf-8"))["starts"] if file.exists() else []
+        starts = read_json(file)["starts"] if _exists(file) else []
         write_json(file, {**provenance(), **notes, "starts": [*starts, _now()]})
 
     def finish(self, **notes: Any) -> None:
@@ -80,13 +81,18 @@ def mark_done(workdir: str | pathlib.Path, **notes: Any) -> None:
     """Writes the DONE marker (JSON: the time and the notes) into a directory, when all processes are through."""
     distributed.barrier("all through")
     if jax.process_index() == 0:
-        write_json(pathlib.Path(workdir) / DONE, {"finished": _now(), **notes})
+        write_json(place(workdir) / DONE, {"finished": _now(), **notes})
     distributed.barrier("done")
 
 
 def is_done(workdir: str | pathlib.Path) -> bool:
     """Whether a directory holds the DONE marker."""
-    return (pathlib.Path(workdir) / DONE).is_file()
+    return _exists(place(workdir) / DONE)
+
+
+def _exists(file: pathlib.Path) -> bool:
+    with reaching(file):
+        return file.exists()
 
 
 def provenance() -> dict[str, Any]:

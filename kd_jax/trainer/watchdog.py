@@ -12,6 +12,8 @@ from typing import TextIO
 import jax
 
 from kd_jax.config import require
+from kd_jax.storage.copies import on_this_host
+from kd_jax.storage.places import place
 from kd_jax.trainer.preemption import EXIT_CODE
 
 _TICK = 5.0  # seconds between two looks, at the most
@@ -28,7 +30,7 @@ class Watchdog:
     def __init__(self, seconds: float, folder: str | os.PathLike, *, exits: bool = False):
         require(seconds >= 0, "watchdog_seconds", f"{seconds} is negative", "1800 is usual, 0 turns it off")
         self._seconds, self._exits = float(seconds), exits
-        self._file = pathlib.Path(folder) / f"stalled-{jax.process_index()}.txt"
+        self._file = on_this_host(place(folder)) / f"stalled-{jax.process_index()}.txt"
         self._doing, self._since, self._reported = "the start", time.monotonic(), False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -56,14 +58,14 @@ class Watchdog:
             f"process {jax.process_index()} of {jax.process_count()}: {self._doing} has taken {waited:.0f} s, more "
             f"than config.watchdog_seconds = {self._seconds:g}; the stacks of all threads:\n"
         )
-        for place in (sys.__stderr__, self._file):
+        for output in (sys.__stderr__, self._file):
             try:
-                if isinstance(place, pathlib.Path):
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    with open(place, "a", encoding="utf-8") as file:
+                if isinstance(output, pathlib.Path):
+                    output.parent.mkdir(parents=True, exist_ok=True)
+                    with open(output, "a", encoding="utf-8") as file:
                         _dump(line, file)
-                elif place is not None:
-                    _dump(line, place)
+                elif output is not None:
+                    _dump(line, output)
             except (OSError, ValueError):
                 continue  # a closed stream or a full disk; the other one may take it
 

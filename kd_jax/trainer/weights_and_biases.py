@@ -1,9 +1,7 @@
 """Weights & Biases behind config.wandb: imported only where a project is named, and on process 0 only."""
 
 import importlib
-import json
 import os
-import pathlib
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +10,8 @@ import jax
 from ml_collections import ConfigDict
 
 from kd_jax.config import require
+from kd_jax.storage.copies import on_this_host
+from kd_jax.storage.places import make_folder, place, read_json
 from kd_jax.trainer.disk import write_json
 
 FILE = "wandb.json"  # in the run's directory: the id under which a restart goes on
@@ -34,24 +34,26 @@ class Tracker:
         found = hasattr(self._package, "init")
         remedy = "install it with `pip install wandb`, or empty the key"
         require(found, "wandb.project", "it is set, and the package wandb is not installed", remedy)
-        self._settings, self._folder, self._config = settings, pathlib.Path(workdir), dict(config)
+        self._settings, self._folder, self._config = settings, place(workdir), dict(config)
         self._run: Any = None
 
     def start(self) -> None:
         """Begins the run, or goes on with it."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        place = self._folder / FILE
-        if not place.exists():
-            write_json(place, {"id": uuid.uuid4().hex})
+        files = on_this_host(self._folder)
+        for folder in (self._folder, files):
+            make_folder(folder)
+        note = self._folder / FILE
+        if not note.exists():
+            write_json(note, {"id": uuid.uuid4().hex})
         self._run = self._package.init(
             project=self._settings.project,
             entity=self._settings.entity or None,
             group=self._settings.group or None,
             mode=self._settings.mode,
-            id=json.loads(place.read_text(encoding="utf-8"))["id"],
+            id=read_json(note)["id"],
             resume="allow",
             name=self._folder.name,
-            dir=str(self._folder),
+            dir=str(files),
             config=self._config,
         )
         # A restart repeats steps, and the service takes no row whose own step is below the last one.
