@@ -1,12 +1,18 @@
 """The whole comparison: prepare, pretrain, adapt, distill, finetune, evaluate, report.
 
 python -m kd_jax.main.study --config=configs/FILE.py --workdir=DIR
+    --status     the state of a study that is under way, in one line
+    --dry-run    what it would run and take
+    --plan       DIR/plan.json: its stages as jobs, which --stage=KEY runs one by one (docs/launch.md)
 """
 
 import pathlib
 import time
+from typing import Any
 
+import jax
 import numpy as np
+from absl import flags
 from ml_collections import ConfigDict
 
 from kd_jax.data.prepared import Prepared
@@ -22,13 +28,16 @@ from kd_jax.main import (
     import_model,
     prepare,
     pretrain,
+    study_jobs,
     teachers,
     trained,
 )
+from kd_jax.study import job_plan
 from kd_jax.study.collect import collect
 from kd_jax.study.plan import may_cache
 from kd_jax.study.report import summary_text, write_report
 from kd_jax.study.run import Study
+from kd_jax.trainer import distributed
 from kd_jax.trainer.run_directory import provenance
 
 COMMANDS = {
@@ -43,25 +52,50 @@ COMMANDS = {
 }
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Runs or resumes the study, writes its report and prints the result table."""
-    started = time.monotonic()
+_STAGE = flags.DEFINE_string("stage", None, "Runs one stage of the plan, by its key in plan.json, in place of all.")
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses what some stage would refuse, before the first one is run."""
     distill.check_settings(config)
     teachers.check_shapes_of(config)
     if config.study.cache and may_cache(config):
         cache_teacher.check_temperature(config)
     finetune.check(config)
 
+
+def open_study(config: ConfigDict, workdir: pathlib.Path, **together: Any) -> Study:
+    """The study of a config, checked; together: how several processes share it."""
+    check(config)
+
     def run_stage(name: str, stage_config: ConfigDict, folder: pathlib.Path) -> None:
         COMMANDS[name].run(stage_config, folder)
 
-    study = Study(config, workdir, run_stage, {name: module.keys for name, module in COMMANDS.items()})
+    return Study(config, workdir, run_stage, {name: module.keys for name, module in COMMANDS.items()}, **together)
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Runs or resumes the study, writes its report and prints the result table."""
+    started = time.monotonic()
+    study = open_study(config, workdir, writes=jax.process_index() == 0, agree=distributed.from_first)
     study.run()
+    if jax.process_index() == 0:
+        report(study, started)
+
+
+def run_stage(config: ConfigDict, workdir: pathlib.Path, key: str) -> None:
+    """Runs the one stage of that key; the stage "report" is what `run` does when all stages are finished."""
+    study = open_study(config, workdir, writes=jax.process_index() == 0, agree=distributed.from_first)
+    job_plan.run_stage(study, key, lambda: run(config, workdir))
+
+
+def report(study: Study, started: float) -> None:
+    """Writes the report of a finished study and prints the result table."""
     prepared = Prepared(str(study.folder(study.planner.prepare())))
     about = {**provenance(), "left out, equal to a dev or test utterance": left_out(prepared)}
     about |= cached_predictions(study)
     inputs = collect(study, domains_against_generic(prepared), about)
-    paths = write_report(workdir, inputs)
+    paths = write_report(study.workdir, inputs)
     print(summary_text(inputs))
     print(f"\nReport: {paths.html} and {paths.markdown}")
     print(
@@ -117,5 +151,28 @@ def domains_against_generic(prepared: Prepared) -> list[dict]:
     ]
 
 
+def run_or_stage(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """What the command does: all stages, or the one of --stage."""
+    if _STAGE.value:
+        run_stage(config, workdir, _STAGE.value)
+    else:
+        run(config, workdir)
+
+
+INSTEAD: dict[str, tuple[command.Instead, str]] = {
+    "status": (
+        lambda config, workdir: study_jobs.show_status(open_study(config, study_jobs.place(workdir))),
+        "The state of a study that is under way, in one line; on a terminal it is kept up to date.",
+    ),
+    "dry-run": (
+        lambda config, workdir: study_jobs.show_dry_run(open_study(config, workdir or study_jobs.NOWHERE)),
+        "Prints what would be run and what it takes; reads no data and needs no network.",
+    ),
+    "plan": (
+        lambda config, workdir: study_jobs.make_plan(open_study(config, study_jobs.place(workdir))),
+        "Writes plan.json into the workdir: every stage as a job, which --stage=KEY runs.",
+    ),
+}
+
 if __name__ == "__main__":
-    command.main(run, description="Compares transfer sets from start to report.")
+    command.main(run_or_stage, description="Compares transfer sets from start to report.", instead=INSTEAD)

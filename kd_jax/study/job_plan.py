@@ -174,6 +174,11 @@ def plan(
     }
 
 
+def whole_command(arguments: Sequence[str]) -> str:
+    """What runs all stages, for a shell."""
+    return shlex.join(arguments)
+
+
 def command_line(arguments: Sequence[str], key: str) -> str:
     """What runs one stage, for a shell."""
     return shlex.join([*arguments, f"--stage={key}"])
