@@ -8,7 +8,6 @@ all spans right).
 
 import json
 import os
-import pathlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from kd_jax.data import files
 from kd_jax.data.decontamination import normalize
 from kd_jax.data.utterances import Utterance
 from kd_jax.evaluation.slots import count_slots
+from kd_jax.storage.places import place, write_whole
 from kd_jax.types import UserError
 
 Record = dict[str, Any]
@@ -94,25 +94,18 @@ def read_records(path: str | os.PathLike) -> list[Record]:
 
 
 def write_json_lines(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes one JSON object a line to a temporary file, then renames it; UserError when it cannot be written."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """Writes one JSON object a line, the file whole or not at all; UserError when it cannot be written."""
+    path = place(path)
+    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_whole(path, text.encode())
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Reads one JSON object a line; raises UserError with file and line."""
-    lines = files.numbered_lines(pathlib.Path(path))
+    lines = files.numbered_lines(place(path))
     return [files.json_object(line, f"{path}:{number}") for number, line in lines]
 
 

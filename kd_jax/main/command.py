@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from kd_jax.storage import places
+from kd_jax.storage.copies import keep_copies_in
 from kd_jax.trainer import cluster, distributed
 from kd_jax.trainer.preemption import EXIT_CODE, Preempted, watching
 from kd_jax.types import UserError
@@ -67,15 +69,25 @@ def main(run: Run, *, description: str, instead: Mapping[str, tuple[Instead, str
         assert config is not None, "parse has seen to it"
         for name, switch in switches.items():
             if switch.value:
-                sys.exit(guarded(instead[name][0], config, pathlib.Path(workdir) if workdir else None))
+                sys.exit(guarded(on_storage(instead[name][0]), config, workdir or None))
         assert workdir, "parse has seen to it"
         try:
             place = cluster.from_flags(coordinator_flag.value, processes_flag.value, process_flag.value)
         except UserError as error:
             fail(str(error))
-        sys.exit(guarded(run, config, pathlib.Path(workdir), place))
+        sys.exit(guarded(on_storage(run), config, workdir, place))
 
     app.run(execute, flags_parser=parse)
+
+
+def on_storage(run: Callable[[ConfigDict, Any], Any]) -> Callable[[ConfigDict, Any], Any]:
+    """The command as a function of the workdir's name, a local path or gs:// or s3://, instead of its path."""
+
+    def run_there(config: ConfigDict, workdir: str | None) -> Any:
+        keep_copies_in(config.storage.local)
+        return run(config, None if workdir is None else places.place(workdir))
+
+    return run_there
 
 
 def explain_flags(error: Exception) -> str:
@@ -97,7 +109,7 @@ def fail(message: str) -> NoReturn:
 def guarded(
     run: Callable[[ConfigDict, Any], Any],
     config: ConfigDict,
-    workdir: pathlib.Path | None,
+    workdir: pathlib.Path | str | None,
     place: cluster.Place | None = None,
 ) -> int:
     """Runs a command and returns its exit code: 0, 2 for a user's mistake, 75 when preempted after a checkpoint.

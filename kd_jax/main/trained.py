@@ -1,9 +1,7 @@
 """Reading back what another run trained: its encoder's config and its parameters."""
 
 import itertools
-import json
 import pathlib
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -13,6 +11,7 @@ from kd_jax.data.rows import MANIFEST
 from kd_jax.data.tokenizer import Tokenizer
 from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.models.functional import Functional
+from kd_jax.storage.places import place, read_json
 from kd_jax.trainer.checkpoint import load_params
 from kd_jax.trainer.mesh import DEFAULT, Rules, shardings
 from kd_jax.trainer.run_directory import DONE
@@ -22,10 +21,10 @@ from kd_jax.types import Params, UserError
 
 def run_config(workdir: str | pathlib.Path, key: str) -> ConfigDict:
     """The resolved config of a run; `key` is the config key that named its directory."""
-    file = pathlib.Path(workdir) / "config.json"
-    if not file.is_file():
-        raise UserError(f"config.{key}: {workdir} holds no config.json; give the workdir of a finished run")
-    return from_dict(read_json(file)["config"])
+    try:
+        return from_dict(read_json(place(workdir) / "config.json")["config"])
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"config.{key}: {workdir} holds no config.json; give the workdir of a finished run") from None
 
 
 def encoder_block(workdir: str | pathlib.Path, key: str) -> ConfigDict:
@@ -39,7 +38,7 @@ def encoder_block(workdir: str | pathlib.Path, key: str) -> ConfigDict:
 
 def tokenizer_fingerprint(workdir: str | pathlib.Path) -> str:
     """Of the tokenizer, trimmed or not, that a run's rows were made with."""
-    return read_json(pathlib.Path(workdir) / "run.json")["tokenizer_fingerprint"]
+    return read_json(place(workdir) / "run.json")["tokenizer_fingerprint"]
 
 
 def check_tokenizer(workdir: str | pathlib.Path, prepared: Prepared, key: str) -> None:
@@ -55,17 +54,17 @@ def check_tokenizer(workdir: str | pathlib.Path, prepared: Prepared, key: str) -
 
 def _first_difference(workdir: str | pathlib.Path, prepared: Prepared, key: str) -> str:
     """Where the two token maps part, as far as the run's own prepared folder is still there to be read."""
-    folder = pathlib.Path(run_config(workdir, key).prepared)
+    folder = place(run_config(workdir, key).prepared)
     return first_difference(Prepared(folder).tokenizer, prepared.tokenizer) if (folder / MANIFEST).is_file() else ""
 
 
 def first_difference(theirs: Tokenizer, ours: Tokenizer) -> str:
     """The first id that two tokenizers read differently, as the end of a message."""
     pieces = theirs.tokens(), ours.tokens()
-    for place, (one, other) in enumerate(itertools.zip_longest(*pieces)):
+    for i, (one, other) in enumerate(itertools.zip_longest(*pieces)):
         if one != other:
             names = " and ".join("nothing" if token is None else repr(token) for token in (one, other))
-            return f": id {place} stands for {names} ({len(pieces[0])} and {len(pieces[1])} pieces)"
+            return f": id {i} stands for {names} ({len(pieces[0])} and {len(pieces[1])} pieces)"
     return ": the pieces are the same, but text is normalized or split in another way"
 
 
@@ -77,10 +76,10 @@ def run_prepared(workdir: str | pathlib.Path, prepared: Prepared, key: str) -> P
 
 def parameters_fingerprint(workdir: str | pathlib.Path, key: str) -> str:
     """Of the parameters that a finished run ended with."""
-    place = pathlib.Path(workdir) / DONE
-    if not place.is_file():
-        raise UserError(f"config.{key}: {workdir} is not finished; start its command again first")
-    return read_json(place)["parameters_fingerprint"]
+    try:
+        return read_json(place(workdir) / DONE)["parameters_fingerprint"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"config.{key}: {workdir} is not finished; start its command again first") from None
 
 
 def trained_params(
@@ -95,8 +94,3 @@ def trained_params(
     if subtree:
         abstract, axes = {subtree: abstract[subtree]}, {subtree: axes[subtree]}
     return load_params(workdir, with_shardings(abstract, shardings(mesh, axes, abstract, rules)))
-
-
-def read_json(file: pathlib.Path) -> Any:
-    """The value that a JSON file holds."""
-    return json.loads(file.read_text(encoding="utf-8"))
