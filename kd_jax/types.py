@@ -1,5 +1,6 @@
 """The few names that every part of kd_jax shares."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,17 @@ ROW_AXES = ("data", "fsdp")
 
 # One loss term or metric before its division: sum over the counted items, and their weight.
 Term = tuple[Array, Array]
+
+
+def row_axes(rows: int) -> tuple[tuple[str, ...], int]:
+    """The axes of the mesh that share out so many rows, and how many devices that are.
+
+    The mesh is what jax.sharding.use_abstract_mesh states; ((), 1) without one, or where the rows do not divide.
+    """
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    axes = tuple(axis for axis in ROW_AXES if axis in sizes and sizes[axis] > 1)
+    devices = math.prod(sizes[axis] for axis in axes)
+    return (axes, devices) if axes and rows % devices == 0 else ((), 1)
 
 
 class UserError(Exception):

@@ -1,5 +1,8 @@
 """Losses of blocks of logits: the same values and gradients as from all logits at once, in the memory of a block."""
 
+import contextlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -310,4 +313,35 @@ def test_on_a_mesh(sizes, block):
             "table": place(values["constants"]["table"], "tensor"),
         },
     }
-    assert_close(differentiate(lambda v: blocked(v, block), sharded), differentiate(direct, values))
+    expected = differentiate(direct, values)
+    assert_close(differentiate(lambda v: blocked(v, block), sharded), expected)
+
+    def in_mesh(v):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return blocked(v, block)
+
+    assert_close(differentiate(in_mesh, sharded), expected)
+
+
+def test_the_gradient_of_the_table_is_summed_over_devices_after_the_blocks_and_not_in_each():
+    mesh = make_mesh(ConfigDict({"data": 8, "fsdp": 1, "tensor": 1}))
+    values = case(6, rows=16)
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    sharded = {**values, "features": jax.device_put(values["features"], rows)}
+    sharded["per_position"] = jax.tree.map(lambda leaf: jax.device_put(leaf, rows), values["per_position"])
+
+    def compiled(in_mesh: bool) -> str:
+        def gradient(v):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if in_mesh else contextlib.nullcontext():
+                return jax.grad(lambda table: blocked({**v, "table": table}, 16)[0])(v["table"])
+
+        return jax.jit(gradient).lower(sharded).compile().as_text()
+
+    def in_loops(text: str) -> int:
+        """Collectives that are computed inside of a loop's body."""
+        bodies = set(re.findall(r"body=%([\w.\-]+)", text))
+        parts = re.split(r"\n(?=%|ENTRY)", text)
+        return sum(part.count(" all-reduce(") for part in parts if part.split(" ")[0].lstrip("%") in bodies)
+
+    assert in_loops(compiled(False)) > 0
+    assert in_loops(compiled(True)) == 0

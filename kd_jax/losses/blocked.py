@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from kd_jax.types import Array
+from kd_jax.types import Array, row_axes
 
 # Adding a block's gradient to that of the table takes about as long as this many positions more in a block.
 _POSITIONS_PER_BLOCK = 16
@@ -35,10 +36,44 @@ def blocked_losses(
     Differentiable in features, table and bias. The gradient of each block is computed together with its value, as
     "cut cross entropy" and its kin do (Wijmans et al., arXiv 2411.09009), and only gradients of the size of features
     and table are kept: memory does not grow with the number of positions times the vocabulary.
+
+    On a mesh (see `row_axes`) every device takes blocks of its own rows, `block` positions each, and what is summed is
+    summed over the devices once, at the end.
     """
     features_RxKxH, table_VxH = jnp.asarray(features_RxKxH), jnp.asarray(table_VxH)
-    parts = block_parts(features_RxKxH.shape[0], features_RxKxH.shape[1], block)
-    return _blocked(loss_of_logits, parts, features_RxKxH, table_VxH, bias_V, per_position, constants)
+    rows, slots, _ = features_RxKxH.shape
+    axes, devices = row_axes(rows)
+    layout = Layout(block_parts(rows // devices, slots, block), axes)
+    per_position, constants = jax.tree.map(jnp.asarray, (per_position, constants))
+    return _blocked(loss_of_logits, layout, features_RxKxH, table_VxH, bias_V, per_position, constants)
+
+
+class Layout(NamedTuple):
+    """Into how many parts rows and slots are cut, and the mesh axes that share out the rows."""
+
+    parts: tuple[int, int]
+    axes: tuple[str, ...]
+
+
+def _each_on_its_rows(local: Callable, axes: tuple[str, ...], by_row: tuple[bool, ...], outputs: Any) -> Callable:
+    """`local` on each device's own rows. by_row: which arguments have rows; outputs: a prefix of the result, True where
+    it has rows.
+
+    Left to itself XLA would add up the table's gradient over all devices after every block.
+    """
+    if not axes:
+        return local
+
+    def spec(has_rows: bool) -> PartitionSpec:
+        return PartitionSpec(axes) if has_rows else PartitionSpec()
+
+    specs = tuple(map(spec, by_row)), jax.tree.map(spec, outputs)
+    return jax.shard_map(local, in_specs=specs[0], out_specs=specs[1], axis_names=set(axes), check_vma=False)
+
+
+def _total(tree: Any, axes: tuple[str, ...]) -> Any:
+    """The sum over the devices that share out the rows."""
+    return jax.lax.psum(tree, axes) if axes else tree
 
 
 def block_for(vocab_size: int) -> int:
@@ -126,18 +161,38 @@ def _sum_over_blocks(of_block, blocks):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _blocked(loss_of_logits, parts, features_RxKxH, table_VxH, bias_V, per_position, constants):
-    features_RxKxI, table_VxI, bias_V = with_bias_inside(features_RxKxH, table_VxH, bias_V)
+def _blocked(loss_of_logits, layout, features_RxKxH, table_VxH, bias_V, per_position, constants):
+    def local(features_RxKxH, table_VxH, bias_V, per_position, constants):
+        features_RxKxI, table_VxI, bias_V = with_bias_inside(features_RxKxH, table_VxH, bias_V)
 
-    def of_block(block):
-        features_BxI, per_position_B = block
-        return loss_of_logits(logits_of(features_BxI, table_VxI, bias_V), per_position_B, constants), None
+        def of_block(block):
+            features_BxI, per_position_B = block
+            return loss_of_logits(logits_of(features_BxI, table_VxI, bias_V), per_position_B, constants), None
 
-    blocks = jax.tree.map(lambda leaf: _split(jnp.asarray(leaf), parts), (features_RxKxI, per_position))
-    return _sum_over_blocks(of_block, blocks)[0]
+        blocks = jax.tree.map(lambda leaf: _split(leaf, layout.parts), (features_RxKxI, per_position))
+        return _total(_sum_over_blocks(of_block, blocks)[0], layout.axes)
+
+    run = _each_on_its_rows(local, layout.axes, (True, False, False, True, False), False)
+    return run(features_RxKxH, table_VxH.astype(features_RxKxH.dtype), bias_V, per_position, constants)
 
 
-def _blocked_forward(loss_of_logits, parts, features_RxKxH, table_VxH, bias_V, per_position, constants):
+def _blocked_forward(loss_of_logits, layout, features_RxKxH, table_VxH, bias_V, per_position, constants):
+    def local(*values):
+        return _values_and_gradients(loss_of_logits, layout, *values)
+
+    run = _each_on_its_rows(local, layout.axes, (True, False, False, True, False), (False, (True, False, False)))
+    # The table is gathered in the dtype that it is multiplied in.
+    narrow_VxH = table_VxH.astype(features_RxKxH.dtype)
+    value, gradients = run(features_RxKxH, narrow_VxH, bias_V, per_position, constants)
+    by_features, by_table_VxH, by_bias_V = gradients
+    if bias_V is not None:
+        by_bias_V = by_bias_V.astype(bias_V.dtype)
+    return value, (by_features, by_table_VxH.astype(table_VxH.dtype), by_bias_V)
+
+
+def _values_and_gradients(loss_of_logits, layout, features_RxKxH, table_VxH, bias_V, per_position, constants):
+    """(losses, gradients by features, table and bias), the latter two float32, all summed over the devices."""
+    parts = layout.parts
     hidden, dtype = features_RxKxH.shape[2], features_RxKxH.dtype
     features_RxKxI, table_VxI, outer_bias_V = with_bias_inside(features_RxKxH, table_VxH, bias_V)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -153,16 +208,16 @@ def _blocked_forward(loss_of_logits, parts, features_RxKxH, table_VxH, bias_V, p
         by_bias_V = None if outer_bias_V is None else jnp.sum(gradient_BxV, axis=0)
         return (value, by_table_IxV, by_bias_V), by_features_BxH
 
-    blocks = jax.tree.map(lambda leaf: _split(jnp.asarray(leaf), parts), (features_RxKxI, per_position))
-    (value, by_table_IxV, by_bias_V), by_features = _sum_over_blocks(of_block, blocks)
-    if bias_V is not None:
-        by_bias_V = (by_table_IxV[hidden] if by_bias_V is None else by_bias_V).astype(bias_V.dtype)
-    by_table_VxH = by_table_IxV[:hidden].T.astype(table_VxH.dtype)
-    return value, (_join(by_features, parts, *features_RxKxH.shape[:2]), by_table_VxH, by_bias_V)
+    blocks = jax.tree.map(lambda leaf: _split(leaf, parts), (features_RxKxI, per_position))
+    sums, by_features = _sum_over_blocks(of_block, blocks)
+    value, by_table_IxV, by_bias_V = _total(sums, layout.axes)
+    if bias_V is not None and by_bias_V is None:
+        by_bias_V = by_table_IxV[hidden]
+    return value, (_join(by_features, parts, *features_RxKxH.shape[:2]), by_table_IxV[:hidden].T, by_bias_V)
 
 
-def _blocked_backward(loss_of_logits, parts, gradients, cotangents):
-    del loss_of_logits, parts
+def _blocked_backward(loss_of_logits, layout, gradients, cotangents):
+    del loss_of_logits, layout
     scaled = jax.tree.map(lambda leaf: (leaf * cotangents[0]).astype(leaf.dtype), gradients)
     return *scaled, None, None
 

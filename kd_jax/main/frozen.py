@@ -32,6 +32,16 @@ class Frozen:
             found["decoder"] = self.decoder.decoder(model_layout(self.decoder, mesh, rules))
         return found
 
+    def abstract(self, whole: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+        """The same entries as jax.ShapeDtypeStruct; whole: the shapes of the small arrays, which hold int32."""
+        found: dict[str, Any] = {name: jax.ShapeDtypeStruct(whole[name], np.int32) for name in self.whole}
+        found["seed"] = jax.ShapeDtypeStruct((), np.int32)
+        if self.teachers:
+            found["teachers"] = tuple(teacher.abstract() for teacher in self.teachers)
+        if self.decoder is not None:
+            found["decoder"] = self.decoder.decoder(self.decoder.abstract())
+        return found
+
     def describe(self, mesh: jax.sharding.Mesh, rules: Rules) -> list[str]:
         """The table of what of the teachers is sharded how, as lines."""
         lines, layout = [], self.layout(mesh, rules)

@@ -104,11 +104,16 @@ def programs(
     layout = state_shardings(shapes, optimizer, model_layout(model, mesh, rules))
     inputs = (layout, None if frozen is None else frozen[0].layout(mesh, frozen[1]), batch_sharding(mesh))
 
+    def on_mesh(state, frozen, batch):
+        # The losses ask for the mesh, to keep what they sum over rows on its devices until the end.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step(state, frozen, batch)
+
     def draw(seed):
         return model.init(jax.random.key(seed))
 
     return Programs(
-        step=jax.jit(step, donate_argnums=0, in_shardings=inputs, out_shardings=(layout, None)),
+        step=jax.jit(on_mesh, donate_argnums=0, in_shardings=inputs, out_shardings=(layout, None)),
         from_seed=jax.jit(lambda seed: new_state(draw(seed), optimizer), out_shardings=layout),
         draw=jax.jit(draw, out_shardings=layout["params"]),
         from_params=jax.jit(lambda params: new_state(params, optimizer), out_shardings=layout),

@@ -11,6 +11,7 @@ from kd_jax.models.attention import Attention, at_columns, rotary_tables
 from kd_jax.models.encoder_config import ACTIVATIONS, EncoderConfig, output_std
 from kd_jax.models.linear import LayerNorm, Linear
 from kd_jax.models.random_numbers import drop, truncated_normal
+from kd_jax.models.row_layout import by_rows
 from kd_jax.types import UserError
 
 
@@ -100,7 +101,7 @@ class Embeddings(nnx.Module):
             x = x + self.types[0][None]
         if self.norm is not None:
             x = self.norm(x)
-        return drop(x.astype(compute_dtype), self.config.dropout, dropout_key, 0)
+        return drop(by_rows(x.astype(compute_dtype)), self.config.dropout, dropout_key, 0)
 
 
 class Encoder(nnx.Module):
@@ -173,6 +174,7 @@ class Encoder(nnx.Module):
             x_TxH = at_columns(x_TxH, at_RxK)
         if self.final_norm is not None:
             x_TxH = self.final_norm(x_TxH)
+        x_TxH = by_rows(x_TxH)
         shape = (rows, length, config.hidden_size)
         return Captured(
             hidden=x_TxH.reshape(rows, -1, config.hidden_size),
@@ -186,6 +188,7 @@ class Encoder(nnx.Module):
         graph, stacked = nnx.split(self.layers)
 
         def apply(layer, x_TxH, parameters, masks, tables, dropout_key, at_RxK):
+            x_TxH = by_rows(x_TxH)
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer + 1)
             skip_norm = config.skip_first_attention_norm and layer == 0
             kind = config.is_global(layer)
@@ -208,6 +211,7 @@ class Encoder(nnx.Module):
         mixed = any(not config.is_global(layer) for layer in range(config.num_layers))
 
         def apply(x_TxH, layer, parameters):
+            x_TxH = by_rows(x_TxH)
             mask, table = masks[True], tables[True]
             if mixed:
                 is_global = layer % config.global_every == 0

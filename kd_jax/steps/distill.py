@@ -175,6 +175,10 @@ def logit_losses(
     """
     temperature = linear(settings.temperature, settings.final_temperature, progress)
     table, bias = student.decoder(params)
+    if "decoders" in constants:  # narrowed here, so that a table that lies in parts is gathered in the narrow dtype
+        narrow = (jnp.asarray(table).astype(hidden.dtype) for table, _ in constants["decoders"])
+        biases = (bias for _, bias in constants["decoders"])
+        constants = {**constants, "decoders": tuple(zip(narrow, biases))}
     constants = {**constants, "temperature": jnp.float32(temperature), "scales": {}}
 
     def run(states, names: tuple[str, ...], targets, weights) -> tuple[Array, dict[str, Term]]:

@@ -1,0 +1,46 @@
+"""Distillation at the size of published work, to be compiled for machines before they are rented (docs/scaling.md).
+
+Command:   python -m kd_jax.main.compile_check --config=configs/paper_scale.py:xl_17m --topology=v5e:4x4
+           python -m kd_jax.main.study --config=configs/paper_scale.py:xl_17m --workdir=DIR, as in
+           configs/massive_wikipedia.py; the argument is TEACHER_STUDENT with the teachers mmbert, xl and 9b and the
+           students 170m and 17m; without one it is mmbert_17m
+Hardware:  from 16 TPU v5e or 8 H100s on; --config.mesh.fsdp=8 for nodes of 8 GPUs
+Time:      docs/scaling.md has what the compiled steps allow at best
+Result:    not run
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base, massive_wikipedia
+from kd_jax.types import UserError
+
+# XLM-R XL as published; mmBERT base; and a teacher of the size of the Alexa Teacher Model with its 150,000 pieces,
+# rounded up to a multiple of 512, so that a mesh divides them.
+TEACHERS = {
+    "mmbert": {"preset": "mmbert_base", "max_positions": 512},
+    "xl": {"preset": "xlmr_xl"},
+    "9b": {"preset": "teacher_9b", "vocab_size": 150_016},
+}
+STUDENTS = {"170m": "student_170m", "17m": "student_17m"}
+WHOLE = dict.fromkeys(base.sharding(), "")
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    config = massive_wikipedia.get_config("smoke" if argument == "smoke" else "")
+    if argument == "smoke":
+        return config
+    teacher, _, student = (argument or "mmbert_17m").partition("_")
+    if teacher not in TEACHERS or student not in STUDENTS:
+        known = ", ".join(f"{one}_{other}" for one in TEACHERS for other in STUDENTS)
+        raise UserError(f"configs/paper_scale.py:{argument} is unknown; use one of {known}, or smoke")
+    config.rows.length = 512
+    config.teacher = base.encoder(**TEACHERS[teacher])
+    config.student = base.encoder(STUDENTS[student], vocab_size=config.teacher.vocab_size)
+    config.distill.update({"steps": 100_000, "batch_size": 256, "learning_rate": 5e-4, "warmup_steps": 5000})
+    config.mesh.fsdp = 16
+    if teacher == "mmbert":  # small enough for every device to hold it all
+        config.sharding.teacher.update(WHOLE)
+    config.student.scan = "scan"  # compiles in a fraction of the time
+    if student == "17m":
+        config.sharding.student.update(WHOLE)
+    return config
