@@ -309,3 +309,44 @@ def test_e5_against_transformers(data_dir):
     for ids, expected in zip(ours.encode(texts), theirs(texts, add_special_tokens=False)["input_ids"]):
         assert ids.tolist() == expected
     assert ours.mask_id == 67904 == ours.vocab_size - 1 and ours.special_ids == (0, 1, 2, 3, 67904)
+
+
+def html_vocabulary(folder, **declared):
+    """A tokenizer of which <s> and </s> are HTML tags, as in Gemma's and mmBERT's, with what its files declare."""
+    folder.mkdir(parents=True, exist_ok=True)
+    byte_level(folder / "tokenizer.json", ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<s>", "</s>"])
+    if declared:
+        (folder / "tokenizer_config.json").write_text(json.dumps(declared))
+    return folder
+
+
+def test_declared_special_tokens_come_before_the_usual_names(tmp_path):
+    folder = html_vocabulary(
+        tmp_path / "a", cls_token="<bos>", sep_token="<eos>", mask_token={"content": "<mask>", "lstrip": True}
+    )
+    tokenizer = Tokenizer.load(folder)
+    assert (tokenizer.pad_id, tokenizer.sep_id, tokenizer.cls_id, tokenizer.unk_id, tokenizer.mask_id) == (
+        0,
+        1,
+        2,
+        3,
+        4,
+    )
+    assert tokenizer.special_ids == (0, 1, 2, 3, 4)
+    tokenizer.save(tmp_path / "again")
+    again = Tokenizer.load(tmp_path / "again")
+    assert (again.cls_id, again.sep_id, again.fingerprint) == (2, 1, tokenizer.fingerprint)
+    # The older place of the same.
+    (folder / "tokenizer_config.json").rename(folder / "special_tokens_map.json")
+    assert Tokenizer.load(folder).cls_id == 2
+    # Undeclared, nothing but the names can tell.
+    assert Tokenizer.load(html_vocabulary(tmp_path / "b")).cls_id == 5
+
+
+def test_a_declared_special_token_that_is_missing_or_unreadable(tmp_path):
+    folder = html_vocabulary(tmp_path, cls_token="<start>")
+    with pytest.raises(UserError, match=r"no cls token \(<start>\)"):
+        Tokenizer.load(folder)
+    (folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer_config.json: broken JSON"):
+        Tokenizer.load(folder)

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,11 @@ class Tokenizer:
     """Text to pieces. `cls_id`, `sep_id`, `pad_id`, `mask_id`, `unk_id` are ints (unk_id None where there is none),
     `special_ids` is the sorted tuple of them, `vocab_size` the number of ids.
 
-    Raises UserError, with `place` at its start, where one but <unk> is missing.
+    `names` are those of the special tokens, by role ("cls", ...), where they were declared; the usual names are looked
+    for where not. Raises UserError, with `place` at its start, where one but <unk> is missing.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, place: str):
+    def __init__(self, backend: tokenizers.Tokenizer, place: str, names: Mapping[str, str] | None = None):
         backend.no_truncation()
         backend.no_padding()
         # A text that says "<mask>" is encoded like any other.
@@ -49,32 +50,36 @@ class Tokenizer:
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self._names: dict[str, str | None] = {}
-        for role, names in _USUAL_NAMES.items():
-            found = [name for name in names if name in vocabulary]
+        for role, usual in _USUAL_NAMES.items():
+            # Declared ones first: in some vocabularies <s> is the HTML tag.
+            wanted = [names[role]] if names and role in names else usual
+            found = [name for name in wanted if name in vocabulary]
             if not found and role != "unk":
                 raise UserError(
-                    f"{place}: the tokenizer has no {role} token ({' or '.join(names)}); "
+                    f"{place}: the tokenizer has no {role} token ({' or '.join(wanted)}); "
                     "use one that was made for a masked language model"
                 )
             self._names[role] = found[0] if found else None
         ids = {role: vocabulary[name] for role, name in self._names.items() if name is not None}
         self.cls_id, self.sep_id, self.pad_id, self.mask_id = (ids[role] for role in ("cls", "sep", "pad", "mask"))
         self.unk_id = ids.get("unk")
-        self.special_ids = tuple(sorted(ids.values()))
+        self.special_ids = tuple(sorted(set(ids.values())))
 
     @classmethod
     def load(cls, name: str | os.PathLike) -> "Tokenizer":
         """Reads a tokenizer.json, a vocab.txt (WordPiece), a folder with one of them, or a tokenizer of the hub."""
-        path = Path(name).expanduser()
+        path, names = Path(name).expanduser(), {}
         if path.is_dir():
+            names = _declared_names(path)
             files = [path / file for file in ("tokenizer.json", "vocab.txt") if (path / file).is_file()]
             if not files:
                 raise UserError(f"{path}: holds neither tokenizer.json nor vocab.txt; name a tokenizer's folder")
             path = files[0]
         if path.is_file():
             read = _read_wordpiece if path.suffix == ".txt" else _read_json
-            return cls(read(path), str(path))
-        return cls(_from_hub(str(name)), str(name))
+            return cls(read(path), str(path), names)
+        backend, names = _from_hub(str(name))
+        return cls(backend, str(name), names)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` loads as well."""
@@ -219,6 +224,27 @@ def _repeated(word: str, count: int) -> str:
     return " ".join([word] * count)
 
 
+def _declared_names(folder: Path) -> dict[str, str]:
+    """The special tokens, by role, that the files beside a tokenizer.json declare."""
+    found: dict[str, str] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):  # the second is the newer place
+        try:
+            values = json.loads((folder / file).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise UserError(f"{folder / file}: broken JSON ({error}); download it again") from None
+        found |= _declared(values) if isinstance(values, dict) else {}
+    return found
+
+
+def _declared(values: Mapping[str, Any]) -> dict[str, str]:
+    """Role -> name of the values "cls_token" and so on, each a string or an object with the string as its content."""
+    named = {role: values.get(f"{role}_token") for role in _USUAL_NAMES}
+    plain = {role: value.get("content") if isinstance(value, dict) else value for role, value in named.items()}
+    return {role: value for role, value in plain.items() if isinstance(value, str) and value}
+
+
 def _read_json(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(path))
@@ -249,13 +275,16 @@ def _read_wordpiece(path: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _from_hub(name: str) -> tokenizers.Tokenizer:
+def _from_hub(name: str) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     if not HUB_NAME.fullmatch(name):
         raise UserError(f"{name}: there is no such file or folder; name a tokenizer's folder or its name on the hub")
     from transformers import AutoTokenizer  # takes seconds to import, which folders need not pay
 
     try:
-        return AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False).backend_tokenizer
+        theirs = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
+        return theirs.backend_tokenizer, _declared(
+            {f"{role}_token": getattr(theirs, f"{role}_token") for role in _USUAL_NAMES}
+        )
     except Exception as error:
         raise UserError(
             f"{name}: there is no such folder here, and the hub gave no tokenizer of that name "
