@@ -210,12 +210,22 @@ def _foreign_handler() -> int | None:
     return _libc().signal(signal.SIGTERM, None)  # the default, until Python's handler takes its place
 
 
+def _before_fork() -> None:
+    """Holds signals back until the child has its own answer to them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
 def _in_child() -> None:
     """A forked child, as of a data loader, is ended by SIGTERM and must not wake its parent."""
     if _current is not None:
         with contextlib.suppress(ValueError):
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _after_fork()
 
 
-os.register_at_fork(after_in_child=_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)
