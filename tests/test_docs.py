@@ -33,7 +33,8 @@ def dead_links(text: str, folder: pathlib.Path) -> list[str]:
 
 def shell_commands(text: str) -> list[str]:
     """The commands in a page's code blocks, continued lines joined."""
-    blocks = re.findall(r"^```(?:bash|sh|shell|console)?\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    fences = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    blocks = [block for language, block in fences if language in ("", "bash", "sh", "shell", "console")]
     return [line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
 
 
@@ -72,7 +73,8 @@ def test_links_and_commands_name_what_exists(page):
 def test_what_does_not_exist_is_seen():
     text = "[a](kd_jax/nowhere.py) [b](#here) [c](https://x.org) `[d](code)`\n![e](docs/none.png) [f](README.md#start)"
     assert dead_links(text, ROOT) == ["kd_jax/nowhere.py", "docs/none.png"]
-    page = "```\npython -m kd_jax.main.distil --config=configs/quickstart.py \\\n    --config.distill.stepz=1\n```\n"
+    command = "python -m kd_jax.main.distil --config=configs/quickstart.py \\\n    --config.distill.stepz=1"
+    page = f"```python\nx = 1\n```\n```\n{command}\n```\n"
     (command,) = shell_commands(page)
     assert unknown_names(command) == ["distil", "distill.stepz"]
     assert unknown_names("bash launch/start.sh") == ["launch/start.sh"]
@@ -152,6 +154,8 @@ def drawn(panel: Axes) -> dict[float, float]:
 def test_the_picture_shows_the_numbers_of_the_page():
     figure = loaded("figures/transfer_sets.py").draw(PAGE)
     shares, loss, domains, slots = figure.axes
+    kinds = [label.get_text() for label in shares.get_yticklabels()]
+    assert kinds == ["from scratch", "no teacher", "distilled", "distilled", "adapted teacher"]
     assert drawn(loss) == {1: 7.25, 2: 8.25, 3: 7.75, 4: 7.5}  # none from scratch, none of a teacher
     assert drawn(domains) == {0: 26.5, 1: 33.5, 2: 39.75, 3: 33.25, 4: 42.5}
     assert drawn(slots) == {0: 61.25, 1: 60.5, 2: 64.0, 3: 61.75}
