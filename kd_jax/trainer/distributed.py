@@ -96,12 +96,14 @@ class _Job:
     def fail(self, error: BaseException) -> NoReturn:
         """Tells the others why this process ends, and ends it."""
         code, text = self._describe(error)
+        line = text.strip()
         if not isinstance(error, UserError) and code != EXIT_CODE:
             # The end of another process shows here as a broken connection. Its own message, if it comes, is the cause.
             time.sleep(_CAUSE)
+            line = f"error: {line.splitlines()[-1]}"  # of a stack trace
         self._leaving.acquire()
         _print(text)
-        note = {"process": self.place.process, "code": code, "text": text.strip().splitlines()[-1]}
+        note = {"process": self.place.process, "code": code, "text": line}
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or the service is gone
             self._client.key_value_set(_FAILED, json.dumps(note))
         self._leave(code)
