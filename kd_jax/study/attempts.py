@@ -74,13 +74,10 @@ def attempt(workdir: pathlib.Path, stage: str, *, writes: bool = True) -> Iterat
         note(RUNNING)
         try:
             yield
-        except Exception as error:
-            # A preemption is an exception of the trainer's, which this package does not know.
-            outcome = STOPPED if type(error).__name__ == "Preempted" else FAILED
-            note(outcome, f"{type(error).__name__}: {error}", time.time())
-            raise
         except BaseException as error:
-            note(STOPPED, type(error).__name__, time.time())
+            # A preemption is no Exception, as an interruption is none.
+            outcome = FAILED if isinstance(error, Exception) else STOPPED
+            note(outcome, f"{type(error).__name__}: {error}", time.time())
             raise
         note(FINISHED, ended=time.time())
 
