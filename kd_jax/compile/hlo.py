@@ -21,7 +21,6 @@ _SENT = {
 }
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|async_computation)=\{?(%[\w.\-, %]+)\}?")
 
 
 class Instruction(NamedTuple):
@@ -59,7 +58,7 @@ class Program:
     def __init__(self, text: str):
         self.computations: dict[str, list[Instruction]] = {}
         self.entry = ""
-        self._fused: set[str] = set()
+        self.fused: set[str] = set()
         self._read(text)
         self.runs = dict.fromkeys(self.computations, 0)
         self._count(self.entry, 1)
@@ -90,7 +89,7 @@ class Program:
             else:
                 for _, inside in called:
                     if one.opcode == "fusion":
-                        self._fused.add(inside)
+                        self.fused.add(inside)
                     if inside in self.computations:
                         self._count(inside, times)
 
@@ -111,13 +110,17 @@ class Program:
     def instructions(self) -> Iterator[tuple[int, Instruction]]:
         """(runs in a step, instruction) of all that is no part of a fusion."""
         for name, lines in self.computations.items():
-            if self.runs[name] and name not in self._fused:
+            if self.runs[name] and name not in self.fused:
                 for one in lines:
                     yield self.runs[name], one
 
     def collectives(self) -> list[Collective]:
-        """All collectives, the largest first."""
-        found = []
+        """All collectives, the largest first.
+
+        A TPU program may spread one over several fusions, which then all show it; a channel's number tells that they
+        are one, and the rarest that it is begun so often.
+        """
+        found: dict[str, Collective] = {}
         for name, lines in self.computations.items():
             for one in lines:
                 kind = one.opcode.removesuffix("-start")
@@ -125,8 +128,12 @@ class Program:
                     continue
                 if kind == "all-reduce" and "all-reduce-scatter" in name:
                     kind = "reduce-scatter"  # so it is called on TPUs: a fusion of both
-                found.append(_collective(kind, one, lines, self.runs[name]))
-        return sorted(found, key=lambda one: -one.sent)
+                this = _collective(kind, one, lines, self.runs[name])
+                channel = re.search(r"channel_id=(\d+)", one.line)
+                key = channel.group() if channel else f"{name}/{one.name}"
+                if key not in found or this.sent < found[key].sent:
+                    found[key] = this
+        return sorted(found.values(), key=lambda one: -one.sent)
 
 
 def _instruction(name: str, rest: str) -> Instruction:
