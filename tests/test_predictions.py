@@ -56,3 +56,9 @@ def test_a_character_goes_on_with_the_slot_of_the_piece_it_shares():
 def test_utterance_without_any_piece_is_all_outside():
     one = labeled("de-DE", ["\u200b"], [])
     assert decoded(one, row_scores(4, {}), 0) == ["O"]
+
+
+def test_rows_without_an_utterance_have_no_tags():
+    """The part of a batch that a process of several reads may be empty."""
+    one = labeled("de-DE", ["weck"], [0])
+    assert decode_rows(one, np.zeros(0, np.int32), np.zeros((0, 4, 3), np.float32), np.zeros(0, np.int32), TAGS) == []

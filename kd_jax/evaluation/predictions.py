@@ -105,7 +105,7 @@ def decode_rows(
         inside = slice(labeled.offsets[number], labeled.offsets[number + 1])
         starts = np.flatnonzero(labeled.word_starts[inside])
         found.append((labeled.words[inside][starts], first + 1 + starts))
-    lengths = np.array([len(words) for words, _ in found])
+    lengths = np.array([len(words) for words, _ in found], np.int64)  # of none, where a process has empty rows only
     scores = np.zeros((len(chosen), lengths.max(initial=1), len(tags)), np.float32)
     for place, (_, columns) in enumerate(found):
         scores[place, : len(columns)] = scores_NxLxT[place, columns, : len(tags)]

@@ -26,7 +26,7 @@ _FAILED = "kd_jax/failed"  # set once: by the first process that fails, or empty
 _LEFT = "kd_jax/left"  # by number, the processes that have seen it
 _CAUSE = 2.0  # seconds for another process's message to come before a crash here is taken for the cause
 _LAST = {EXIT_CODE: 60.0}  # seconds that process 0 waits for the others to leave, by exit code; else:
-_LAST_ELSE = 10.0
+_LAST_ELSE = 5.0
 
 # What an error means to the user: (exit code, what is printed on standard error).
 Describe = Callable[[BaseException], tuple[int, str]]
