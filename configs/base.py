@@ -271,11 +271,21 @@ def get_config() -> ConfigDict:
             "slices": 0,  # TPU slices or nodes with a slower network between them; 0 asks the devices
         }
     )
+    # What `latency` measures, for choosing a student: size, and the time of one and of 64 utterances.
+    config.latency = ConfigDict(
+        {
+            "models": ("teacher", "student"),  # encoder blocks of this config: teacher, intermediate, student
+            "task": "icner",  # dc | icner: whose heads they have
+            "calls": 200,  # timed calls of each, >= 5
+            "seconds": 20.0,  # for each and each number of utterances at the most
+        }
+    )
     # What `compile_check` compiles, for a machine that is not here.
     config.compile_check = ConfigDict(
         {
             "command": "distill",  # pretrain | distill (teacher in the loop) | cached (config.cache.format)
-            "search": True,  # also look for the largest batch that fits, at several compilations
+            "rows": 0,  # of a batch; 0 takes the job's batch_size
+            "tries": 5,  # compilations to spend on the largest batch that fits
             "price": 0.0,  # of a device for an hour, in any currency; 0 leaves it at hours
         }
     )
@@ -320,6 +330,7 @@ def get_config() -> ConfigDict:
             "mlm_sets": ("task",),  # transfer sets also learned by MLM alone, without a teacher
             "seeds": (0, 1, 2),
             "tasks": ("dc", "icner"),
+            "latency": True,  # measure size and latency of teacher and students, with config.latency
             "recipe_learning_rates": (1e-3,),  # searched on dev for each student, with the first seed
             "recipe_epochs": (10,),
             # Stop before distilling a teacher whose loss on task text is no better than a unigram's.
@@ -346,4 +357,5 @@ def smoke(config: ConfigDict) -> ConfigDict:
         config[name].update({"steps": 2, "batch_size": 8, "warmup_steps": 1, "log_every": 1, "evaluate_rows": 8})
     config.study.update({"seeds": (0,), "recipe_learning_rates": (1e-3,), "recipe_epochs": (0,)})
     config.study.require_teacher_better_than_unigram = False
+    config.latency.calls = 5
     return config

@@ -20,6 +20,8 @@ _SENT = {
     "collective-broadcast": lambda g: 1.0,
 }
 
+COLLECTIVES = tuple(_SENT)
+
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 
 
@@ -139,13 +141,18 @@ class Program:
 def _instruction(name: str, rest: str) -> Instruction:
     shape, rest = _take_shape(rest)
     opcode, _, rest = rest.partition("(")
-    depth, end = 1, 0
-    for end, letter in enumerate(rest):
+    operands = tuple(re.findall(r"%([\w.\-]+)", rest[: _closing(rest)]))
+    return Instruction(name, shape, opcode.strip(), operands, f"{opcode}({rest}")
+
+
+def _closing(rest: str) -> int:
+    """Where the parenthesis that was opened before closes."""
+    depth = 1
+    for place, letter in enumerate(rest):
         depth += {"(": 1, ")": -1}.get(letter, 0)
         if depth == 0:
-            break
-    operands = tuple(re.findall(r"%([\w.\-]+)", rest[:end]))
-    return Instruction(name, shape, opcode.strip(), operands, f"{opcode}({rest}")
+            return place
+    return len(rest)
 
 
 def _take_shape(rest: str) -> tuple[str, str]:

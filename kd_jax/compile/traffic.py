@@ -2,7 +2,7 @@
 
 import re
 
-from kd_jax.compile.hlo import Instruction, Program, arrays_of, called_by
+from kd_jax.compile.hlo import COLLECTIVES, Instruction, Program, arrays_of, called_by
 
 # What moves nothing by itself, or is counted where it begins.
 _NOTHING = {
@@ -53,30 +53,49 @@ def _moved(one: Instruction, near: dict[str, Instruction], program: Program) -> 
 
 
 def _fusion(one: Instruction, operands: list[Instruction], inside: list[Instruction]) -> float:
-    """What a fusion reads of each operand, and writes."""
+    """What a fusion reads of each operand, and writes.
+
+    On a TPU a collective may go on behind a fusion: its arrays are handed through and are no work of the fusion.
+    """
     users: dict[str, list[tuple[int, Instruction]]] = {}
     for line in inside:
         for place, name in enumerate(line.operands):
             users.setdefault(name, []).append((place, line))
+    by_name = {line.name: line for line in inside}
     parameters = {}
     for line in inside:
         if line.opcode == "parameter" and (found := re.match(r"parameter\((\d+)\)", line.line)):
             parameters[int(found.group(1))] = line
-    by_name = {line.name: line for line in inside}
-    total, in_place = 0.0, False
+    root = inside[-1]
+    handed = {"tuple", *COLLECTIVES}
+
+    def update_of(line: Instruction) -> int:
+        return sum(arrays_of(by_name[line.operands[1]].shape))
+
+    total = 0.0
     for number, operand in enumerate(operands):
         using = _real_users(parameters[number].name, users) if number in parameters else []
+        using = [(place, line) for place, line in using if line.opcode not in handed]
         if using and all(line.opcode in _SLICES and place == 0 for place, line in using):
             total += min(sum(sum(arrays_of(line.shape)) for _, line in using), _main(operand.shape))
         elif using and all(line.opcode == "dynamic-update-slice" and place == 0 for place, line in using):
-            in_place = True
-            total += sum(sum(arrays_of(by_name[line.operands[1]].shape)) for _, line in using)
-        else:
+            total += sum(update_of(line) for _, line in using)
+        elif using or not inside[:-1]:
             total += _main(operand.shape)
-    if in_place:  # what is written is the update that was read above
-        updates = [line for line in inside if line.opcode == "dynamic-update-slice"]
-        return total + sum(sum(arrays_of(by_name[line.operands[1]].shape)) for line in updates)
-    return total + _main(one.shape)
+    if root.opcode == "tuple":
+        results = [by_name[name] for name in root.operands if name in by_name]
+    else:
+        results = [root]
+    for line in results:
+        while line.opcode == "bitcast" and line.operands[0] in by_name:
+            line = by_name[line.operands[0]]
+        if line.opcode == "dynamic-update-slice":
+            total += update_of(line)
+        elif root.opcode != "tuple":
+            total += _main(one.shape)
+        elif line.opcode not in ("parameter", "get-tuple-element", *COLLECTIVES):
+            total += _main(line.shape)
+    return total
 
 
 def _real_users(name: str, users: dict[str, list[tuple[int, Instruction]]]) -> list[tuple[int, Instruction]]:

@@ -21,11 +21,17 @@ Run = Callable[[ConfigDict, pathlib.Path], Any]
 Instead = Callable[[ConfigDict, pathlib.Path | None], Any]
 
 
-def main(run: Run, *, description: str, instead: Mapping[str, tuple[Instead, str]] | None = None) -> None:
+def main(
+    run: Run,
+    *,
+    description: str,
+    instead: Mapping[str, tuple[Instead, str]] | None = None,
+    needs_workdir: bool = True,
+) -> None:
     """Parses the flags and calls run(config, workdir); a UserError becomes one sentence and exit code 2.
 
     instead: switches as name -> (function, help): with --NAME the function is called in place of `run`, with None where
-    there is no --workdir.
+    there is no --workdir. Without needs_workdir the same holds of `run`, which then is a process of its own.
     """
     instead = instead or {}
     switches = {name: flags.DEFINE_boolean(name, False, text) for name, (_, text) in instead.items()}
@@ -53,7 +59,7 @@ def main(run: Run, *, description: str, instead: Mapping[str, tuple[Instead, str
         chosen = [f"--{name}" for name, switch in switches.items() if switch.value]
         if len(chosen) > 1:
             fail(f"{' and '.join(chosen)} exclude each other; give one")
-        if config is None or not (workdir or chosen):
+        if config is None or not (workdir or chosen or not needs_workdir):
             missing = "--config" if config is None else "--workdir"
             fail(f"{missing} is missing; the form is --config=configs/FILE.py --workdir=DIR")
         try:
@@ -70,6 +76,8 @@ def main(run: Run, *, description: str, instead: Mapping[str, tuple[Instead, str
         for name, switch in switches.items():
             if switch.value:
                 sys.exit(guarded(on_storage(instead[name][0]), config, workdir or None))
+        if not needs_workdir:
+            sys.exit(guarded(on_storage(run), config, workdir or None))
         assert workdir, "parse has seen to it"
         try:
             place = cluster.from_flags(coordinator_flag.value, processes_flag.value, process_flag.value)
