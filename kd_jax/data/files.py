@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from kd_jax.storage.places import reaching
 from kd_jax.types import UserError
 
 # What a reader does with a broken record: `raise_error`, or something that notes the error, and the next record is
@@ -75,12 +76,17 @@ def numbered_lines(path: Path, report: Report = raise_error) -> Iterator[tuple[i
     as a whole, and gives `report` what is wrong with a line.
     """
     try:
-        with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as lines:
+        with reaching(path), path.open("rb") as file, unpacked(file, path.name) as lines:
             yield from decode_lines(lines, str(path), report)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: is not a whole gzip file ({error}); copy or download it again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path and its rights") from None
+
+
+def unpacked(file: Any, name: str) -> Any:
+    """An open binary file, decompressed when its name ends in .gz."""
+    return gzip.open(file) if name.endswith(".gz") else file
 
 
 def json_object(line: str, place: str) -> dict[str, Any]:
@@ -97,17 +103,21 @@ def json_object(line: str, place: str) -> dict[str, Any]:
 def load_hub(name: str, subset: str | None = None, **options: Any) -> Any:
     """`datasets.load_dataset(name, subset, **options)`, for a hub name or local folder; a failure is a UserError.
 
-    NAME@REVISION names a branch, tag or commit of a data set on the hub.
+    NAME@REVISION names a branch, tag or commit of a data set on the hub; of refs/convert/parquet, the automatic export,
+    which has a folder for each configuration, `subset` is the folder.
     """
     import datasets  # about a second, which runs on plain files need not pay
 
     path, at, revision = name.partition("@")
-    if at and not Path(name).exists():
-        options["revision"] = revision
-    else:
+    chosen: str | None = subset
+    if not at or Path(name).exists():
         path = name
+    else:
+        options["revision"] = revision
+        if revision.startswith("refs/convert/"):
+            chosen, options["data_dir"] = None, subset
     try:
-        return datasets.load_dataset(path, subset, **options)
+        return datasets.load_dataset(path, chosen, **options)
     except Exception as error:
         raise hub_error(name, subset, error) from error
 

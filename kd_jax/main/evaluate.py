@@ -15,6 +15,7 @@ from kd_jax.evaluation.records import read_json_lines, write_json_lines, write_r
 from kd_jax.evaluation.results import results
 from kd_jax.evaluation.slots import MODES
 from kd_jax.main import command, finetune, serving, trained
+from kd_jax.storage.places import place
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.trainer.run_directory import RunDirectory
 from kd_jax.trainer.watchdog import Watchdog
@@ -45,7 +46,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     directory.start()
     which = (make_mesh(config.mesh), block.partition, config.compute_dtype, config.progress)
     with dog:
-        records = finetune.predict_partition(pathlib.Path(block.checkpoint), prepared, *which)
+        records = finetune.predict_partition(place(block.checkpoint), prepared, *which)
     if jax.process_index() == 0:
         write_records(workdir / RECORDS, records)
         rows = results(records, identity=lineage(block.checkpoint), mode=block.mode)
@@ -66,7 +67,7 @@ def run_and_print(config: ConfigDict, workdir: pathlib.Path) -> None:
 def lineage(checkpoint: str) -> dict:
     """Whose results these are, read from the configs of the runs that the finetuned model came from."""
     if serving.is_served(checkpoint):
-        record = trained.read_json(pathlib.Path(checkpoint) / serving.RECORD)
+        record = trained.read_json(place(checkpoint) / serving.RECORD)
         return lineage(record["config"]["export"]["checkpoint"])
     config = trained.run_config(checkpoint, "evaluate.checkpoint")
     start = config.finetune.init_from

@@ -26,6 +26,7 @@ from kd_jax.models.functional import Functional, parameter_count
 from kd_jax.models.huggingface_config import CONFIG
 from kd_jax.models.huggingface_export import exported, tokenizer_ids
 from kd_jax.models.huggingface_files import SINGLE
+from kd_jax.storage.places import need_local, place
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.trainer.run_directory import provenance
 from kd_jax.types import Params, UserError
@@ -51,7 +52,8 @@ def keys(config: ConfigDict) -> tuple[str, ...]:
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Writes the whole folder at once; the same command again leaves it as it is."""
     require(bool(config.export.checkpoint), KEY, "it is empty", "give the workdir of a finished run")
-    source = pathlib.Path(config.export.checkpoint)
+    need_local(workdir, "an export")
+    source = place(config.export.checkpoint)
     record = {
         "command": "export",
         "config": {"export": to_dict(config.export)},

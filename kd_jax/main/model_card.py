@@ -12,6 +12,7 @@ from kd_jax.main import trained
 from kd_jax.main.finetune import DEV
 from kd_jax.main.masked_lm import HELDOUT, summarize
 from kd_jax.models.encoder_config import EncoderConfig
+from kd_jax.storage.places import place
 
 _KINDS = {
     "mlm": ("fill-mask", "A masked language model."),
@@ -80,7 +81,7 @@ def _origin(workdir: pathlib.Path) -> Iterator[str]:
     if "finetune" in config:
         yield f"Finetuned on {run['train_utterances']} labeled utterances{_job(config.finetune)}, seed {config.seed}."
         start = config.finetune.init_from
-        yield from _origin(pathlib.Path(start)) if start else ["Its encoder was trained from scratch there."]
+        yield from _origin(place(start)) if start else ["Its encoder was trained from scratch there."]
     elif "import_model" in config:
         yield f"Imported from {config.import_model.path} ({run['masked_lm_head']} masked-LM head)."
     elif "distill" in config:
@@ -94,7 +95,7 @@ def _origin(workdir: pathlib.Path) -> Iterator[str]:
         alone = " of the head alone" if "train_body" in config and not config.train_body else ""
         yield f"Masked-LM pretraining{alone}{_job(job)}, seed {config.seed}, on {_transfer_set(config)}."
         if job.init_from:
-            yield from _origin(pathlib.Path(job.init_from))
+            yield from _origin(place(job.init_from))
     yield f"Command: `{run['command_line']}` (commit {run['commit']})."
 
 

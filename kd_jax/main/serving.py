@@ -22,6 +22,7 @@ from kd_jax.main import trained
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
 from kd_jax.models.int8 import dequantized, flat_names, quantized
+from kd_jax.storage.places import need_local, place
 from kd_jax.trainer.disk import write_json
 from kd_jax.types import Array, Params, UserError
 
@@ -88,7 +89,7 @@ def write(
 
 def is_served(folder: str | pathlib.Path) -> bool:
     """Whether a folder holds what `write` wrote. Raises UserError for an export for `transformers` alone."""
-    folder = pathlib.Path(folder)
+    folder = place(folder)
     if (folder / RECORD).is_file() and not (folder / ABOUT).is_file():
         raise UserError(
             f"{folder}: holds a model for `transformers` alone; name the run that it was exported from, or export that "
@@ -99,6 +100,7 @@ def is_served(folder: str | pathlib.Path) -> bool:
 
 def read(folder: pathlib.Path) -> Served:
     """The model of a folder that `write` wrote. Raises UserError where a file is missing or is of another model."""
+    need_local(folder, "an exported model")
     about = trained.read_json(folder / ABOUT)
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: holds {ABOUT} without {WEIGHTS}; export the model again")

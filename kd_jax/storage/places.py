@@ -58,6 +58,12 @@ def is_remote(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def need_local(path: str | os.PathLike, what: str) -> None:
+    """Raises UserError for a remote place of something that is written or read by a library that knows none."""
+    if is_remote(path):
+        raise UserError(f"{os.fspath(path)}: {what} lies on a local path; give one, and copy it from or to the store")
+
+
 def scheme_of(path: str | os.PathLike) -> str:
     """ "gs" or "s3"; "" for a local path."""
     return os.fspath(path).partition("://")[0] if is_remote(path) else ""
