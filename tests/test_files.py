@@ -82,3 +82,17 @@ def test_a_hub_out_of_reach_is_one_sentence():
     assert str(hub_error("a/b", None, ValueError("first\nsecond"))).startswith(
         "data set a/b cannot be read: ValueError: first;"
     )
+
+
+def test_a_revision_is_named_after_the_data_set(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *arguments, **options: asked.append((arguments, options)))
+    load_hub("a/b", "de")
+    load_hub("a/b@v2", "de", split="train")
+    (tmp_path / "a@b").mkdir()
+    load_hub(str(tmp_path / "a@b"))
+    assert asked == [
+        (("a/b", "de"), {}),
+        (("a/b", "de"), {"split": "train", "revision": "v2"}),
+        ((str(tmp_path / "a@b"), None), {}),
+    ]

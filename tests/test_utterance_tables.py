@@ -95,6 +95,27 @@ def test_datasets_reads_a_configuration_for_each_locale(tmp_path, monkeypatch):
         load("huggingface")
 
 
+def test_the_hubs_export_to_parquet_has_a_folder_for_each_locale(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for locale in ROWS:
+        data = labeled(locale)
+        for row, split in enumerate(["train", "validation", "test"][: len(data)]):
+            folder = tmp_path / "set" / locale / split
+            folder.mkdir(parents=True)
+            data.select([row]).to_parquet(folder / "0000.parquet")
+    asked, load_dataset = [], datasets.load_dataset
+
+    def recorded(path, name=None, **options):
+        asked.append((path, name, options["revision"], options["data_dir"]))
+        return load_dataset(path, name, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", recorded)
+    check(load("huggingface", name=f"{tmp_path / 'set'}@refs/convert/parquet"))
+    assert asked == [(str(tmp_path / "set"), None, "refs/convert/parquet", locale) for locale in ROWS]
+    with pytest.raises(UserError, match=r"set@refs/convert/parquet \(fr-FR\) cannot be read"):
+        load("huggingface", name=f"{tmp_path / 'set'}@refs/convert/parquet", locales=("fr-FR",))
+
+
 def test_broken_tables_are_named(tmp_path):
     file = tmp_path / "all.parquet"
 
