@@ -291,6 +291,9 @@ def get_config() -> ConfigDict:
     )
     # Which parameters lie where: the frozen teacher and what is trained have a table each.
     config.sharding = ConfigDict({"teacher": sharding(), "student": sharding()})
+    # With accumulation: the teacher predicts a step's whole batch before it is cut into micro-batches, so that its parts
+    # are gathered once a step; that takes the memory of its forward pass over all rows.
+    config.sharding.teacher_once = False
     config.compute_dtype = "auto"  # auto (float32 on CPU, bfloat16 elsewhere) | float32 | bfloat16
     config.progress = True  # progress bars on a terminal
     config.tensorboard = True

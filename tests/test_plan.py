@@ -1,7 +1,7 @@
 import pytest
 
 from configs import quickstart
-from kd_jax.main import cache_teacher, distill, finetune, import_model, pretrain
+from kd_jax.main import cache_teacher, distill, finetune, import_model, latency, pretrain
 from kd_jax.study.plan import Planner, Recipe, Student, recipes, students
 from kd_jax.types import UserError
 
@@ -14,6 +14,7 @@ KEYS = {
     "finetune_dc": finetune.keys,
     "finetune_icner": finetune.keys,
     "evaluate": lambda config: ("prepared", "evaluate", "compute_dtype"),
+    "latency": latency.keys,
 }
 
 

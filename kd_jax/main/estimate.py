@@ -146,11 +146,17 @@ class _Estimator:
             "distill": self._distill,
             "finetune": self._finetune,
             "evaluate": self._evaluate,
+            "latency": self._latency,
         }[command](stage)
 
     def _job(self, stage: Stage, block: ConfigDict, flops_a_row: float, memory: dict[str, float]) -> Estimate:
         rows = block.steps * block.batch_size
         return Estimate(rows * self.length, rows * flops_a_row, memory)
+
+    def _latency(self, stage: Stage) -> Estimate:
+        """Seconds, whatever the study's size; all models are in memory together."""
+        parameters = sum(self.parameters(self.shape(name)) for name in stage.config.latency.models)
+        return Estimate(memory={"parameters": FLOAT * parameters})
 
     def _import(self, stage: Stage) -> Estimate:
         return Estimate(memory={"parameters": FLOAT * self.parameters(self.shape("teacher"))})

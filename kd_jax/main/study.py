@@ -26,6 +26,7 @@ from kd_jax.main import (
     finetune_dc,
     finetune_icner,
     import_model,
+    latency,
     prepare,
     pretrain,
     study_jobs,
@@ -49,6 +50,7 @@ COMMANDS = {
     "finetune_dc": finetune_dc,
     "finetune_icner": finetune_icner,
     "evaluate": evaluate,
+    "latency": latency,
 }
 
 

@@ -66,6 +66,9 @@ def planned(study: Study) -> list[Planned]:
         add("recipes" if stage.command.startswith("finetune_") else "students", stage)
     for one in _after_recipes(study):
         found.setdefault(one.key, one)
+    latency = planner.latency()
+    if latency is not None:
+        add("finetuning", latency)
     needed = {need for one in found.values() for need in one.needs}
     return [*found.values(), Planned(REPORT, REPORT, None, tuple(key for key in found if key not in needed))]
 

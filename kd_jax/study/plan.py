@@ -270,6 +270,18 @@ class Planner:
         }
         return self._stage("evaluate", f"test-{finetuned.name}", (finetuned,), changes)
 
+    def latency(self) -> Stage | None:
+        """Size and latency of the shapes that the study trains; None where it is not wanted."""
+        study, prepared = self._config.study, self.prepare()
+        if not study.latency:
+            return None
+        changes = {
+            "prepared": STAGE + prepared.folder,
+            "latency.models": ("teacher", *(("intermediate",) if study.chain_sets else ()), "student"),
+            "latency.task": "icner" if "icner" in study.tasks else "dc",
+        }
+        return self._stage("latency", "latency", (prepared,), changes)
+
     def teacher_stages(self) -> list[Stage]:
         imported = self.imported()
         stages = [self.prepare(), *([imported] if imported else []), *self.teachers().values()]
@@ -304,11 +316,14 @@ class Planner:
         return stages
 
     def after_recipes(self, chosen: Mapping[tuple[str, str], Recipe]) -> list[Stage]:
-        """Finetuning and evaluation of every student and seed; `chosen` maps (student's name, task) to a recipe."""
+        """Finetuning and evaluation of every student and seed, and the latency of their shapes; `chosen` maps (student's
+        name, task) to a recipe.
+        """
         stages = []
         for task in self._config.study.tasks:
             for student in students(self._config):
                 for seed in self._config.study.seeds:
                     finetuned = self.finetune(student, seed, task, chosen[student.name, task])
                     stages += [finetuned, self.evaluate(finetuned)]
-        return stages
+        latency = self.latency()  # the last one, when nothing else is under way
+        return [*stages, *([latency] if latency else [])]
