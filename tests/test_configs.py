@@ -11,8 +11,9 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from configs import base
-from kd_jax.main import study
+from configs import base, massive_mmbert
+from kd_jax.main import study, study_jobs
+from kd_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "base"))
@@ -107,3 +108,42 @@ def test_every_config_runs_two_smoke_steps_from_text_to_report(path, tmp_path):
     assert (tmp_path / "report.md").is_file()
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {row["student"] for row in rows} == {"scratch", "mlm", "distilled", "teacher"}
+
+
+RECIPES = ("massive_mmbert", "massive_xlmr")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("text, codes", [("", {"nb": "no"}), ("mc4", {"nb": "no", "tl": "fil", "he": "iw"})])
+def test_public_recipes_read_all_of_massive_and_the_same_languages(name, text, codes):
+    config = load(ROOT / "configs" / f"{name}.py", text or None)
+    assert len(set(config.nlu.locales)) == len(config.nlu.locales) == 51
+    assert {"zh-CN", "zh-TW", "tl-PH"} < set(config.nlu.locales) and "ca-ES" not in config.nlu.locales
+    languages = [one for source in config.sources.values() if source.kind == "generic" for one in source.languages]
+    assert sorted(languages) == sorted({locale.split("-")[0] for locale in config.nlu.locales})
+    for language, code in codes.items():
+        subset = config.sources[f"generic_{language}"].subset
+        assert subset.removeprefix("20231101.") == code
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_public_recipes_can_be_run_dry_without_the_network(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("KD_JAX_MMBERT", raising=False)
+    config = load(ROOT / "configs" / f"{name}.py")
+    study_jobs.show_dry_run(study.open_study(config, tmp_path / "study"))
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("import-teacher ") for line in lines)
+    (total,) = [line.split() for line in lines if line.startswith("all ")]
+    stated = re.search(
+        r"the (\d\.\de18) FLOPs of --dry-run", " ".join((ROOT / "configs" / f"{name}.py").read_text().split())
+    )
+    assert stated and total[-1].endswith("E")
+    assert float(total[-1][:-1]) == pytest.approx(float(stated[1]) / 1e18, abs=0.06)
+    size = re.search(r"the largest stage takes (\d+) GiB", (ROOT / "configs" / f"{name}.py").read_text())
+    assert size and any(f"The largest stage takes {size[1]}." in line for line in lines)
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_recipe_tells_what_its_arguments_are():
+    with pytest.raises(UserError, match="the argument 'mc5' is unknown; use one of wikipedia, mc4 or smoke"):
+        massive_mmbert.get_config("mc5")
