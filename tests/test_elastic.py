@@ -4,13 +4,15 @@ import itertools
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from elastic_training import SAVED_AT, STEPS, goes_on
-from several_processes import ended, run, start
+from several_processes import ended, environment, run, start
 from toy_training import ROWS
 
 from kd_jax.trainer.mesh import make_mesh
@@ -128,3 +130,22 @@ def test_another_layout_goes_on_with_the_same_rows_and_losses(
     state = saved_state(workdir, STEPS)
     for mine, other in zip(state, saved_state(straight, STEPS), strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("processes", "times"), [(1, 20), (2, 6)])
+def test_kill_9_at_any_moment_loses_nothing_before_the_last_checkpoint(tmp_path, compiled, processes, times):
+    """Every start reads what the last whole checkpoint held, whatever lies beside it half written."""
+    program = [sys.executable, str(HERE / "killed_training.py"), str(tmp_path), str(processes), str(times), "7"]
+    done = subprocess.run(program, env=environment(2, compiled), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    kills = json.loads((tmp_path / "kills.json").read_text())
+    starts = [json.loads(line) for line in (tmp_path / "run" / "starts.jsonl").read_text().splitlines()]
+    reference = json.loads((tmp_path / "reference.json").read_text())
+    assert len(kills) == len(starts) == times
+    for kill, start_after in zip(kills, starts, strict=True):
+        assert all(code != 0 for code in kill["codes"]), "one killed process is the end of the others"
+        assert start_after["step"] >= kill["seen"], "nothing lost but the steps since the last checkpoint"
+        assert start_after["digest"] == reference[str(start_after["step"])], "a whole checkpoint was read"
+    assert sum(bool(kill["half written"]) for kill in kills) >= times // 4, "some kills came while one was written"
+    assert rows_without_time(tmp_path / "run") == rows_without_time(tmp_path / "straight")
+    assert not list((tmp_path / "run" / "checkpoints").glob("*tmp*"))
