@@ -138,14 +138,16 @@ install_code() {
   gcloud compute tpus tpu-vm scp "$folder/$archive" "$name:" --worker=all "${place[@]}" && "${ssh[@]}" "--command=$install"
 }
 
-run_command() { # the command's exit code on all workers: 0, the first that is neither 0 nor 75, 75, or 255 without any
-  local codes code worst=0
+run_command() { # the command's exit code: the first that is neither 0 nor 75, or 75, or 255 when a worker gave none, or 0
+  local codes code connected worst=0
   "${ssh[@]}" "--command=$run" | tee "$folder/output"
+  connected=${PIPESTATUS[0]} # what is run there ends well whatever the command does
   codes=$(sed -n "s/^.*$MARK \([0-9]*\).*$/\1/p" "$folder/output")
   [[ -n "$codes" ]] || return 255
   for code in $codes; do
     if ((code != 0 && (worst == 0 || worst == PREEMPTED))); then worst=$code; fi
   done
+  if ((worst == 0 && connected != 0)); then worst=255; fi
   return "$worst"
 }
 
