@@ -8,6 +8,7 @@ once whatever its address, and other content never mixes with it.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -101,8 +102,8 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
 def _copy_checked(source: pathlib.Path, partial: pathlib.Path, expected: Mapping[str, Any]) -> None:
     content, size = hashlib.sha256(), 0
     try:
-        with reaching(source), source.open("rb") as incoming, open(partial, "wb") as file:
-            while chunk := incoming.read(_CHUNK):
+        with open(partial, "wb") as file:
+            for chunk in _chunks(source):
                 content.update(chunk)
                 size += len(chunk)
                 file.write(chunk)
@@ -110,11 +111,23 @@ def _copy_checked(source: pathlib.Path, partial: pathlib.Path, expected: Mapping
             os.fsync(file.fileno())
     except FileNotFoundError:
         raise UserError(f"{source}: is missing, though the manifest names it; upload the folder again") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{partial.parent}: the disk is full; free some space, or set config.storage.local to another disk"
+        ) from error
     if size != expected["bytes"] or content.hexdigest() != expected["sha256"]:
         raise UserError(
             f"{source}: is damaged: {size} bytes with SHA-256 {content.hexdigest()[:12]}, the manifest says "
             f"{expected['bytes']} and {expected['sha256'][:12]}; upload the folder again"
         )
+
+
+def _chunks(source: pathlib.Path) -> Iterator[bytes]:
+    with reaching(source), source.open("rb") as incoming:
+        while chunk := incoming.read(_CHUNK):
+            yield chunk
 
 
 def check_names(files: Files, where: object) -> None:

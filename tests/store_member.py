@@ -1,0 +1,39 @@
+"""A process of its own that fetches everything of a remote folder: python store_member.py STORE LOCAL NAME [KILL].
+
+It waits for LOCAL/go, and prints the names that it read from the store. KILL: it kills itself in the middle of the
+file of that name.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+
+import fake_store
+
+from kd_jax.storage import copies
+from kd_jax.storage.places import place, read_json
+
+if __name__ == "__main__":
+    store, local, name, *kill = sys.argv[1:]
+    read = fake_store.install(pathlib.Path(store))
+    copies.keep_copies_in(local)
+    copies._CHUNK = 16
+    remote = place(name)
+    manifest = read_json(remote / "manifest.json")
+    read.clear()
+    real = copies.os.fsync
+    if kill:
+
+        def die(descriptor):
+            if kill[0] in os.readlink(f"/proc/self/fd/{descriptor}"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(descriptor)
+
+        copies.os.fsync = die
+    while not (pathlib.Path(local) / "go").exists():
+        time.sleep(0.01)
+    copies.LocalCopy(remote, manifest).part()
+    print(json.dumps(read))
