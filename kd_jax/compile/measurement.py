@@ -83,10 +83,7 @@ def lines_of(one: Measurement, topology: Topology, length: int, price: float) ->
         return [f"{one.rows} rows do not fit: the compiler ran out of memory{needed}"]
     found = [
         f"{one.rows} rows of {length} tokens on {devices} x {chip.name}, compiled in {one.seconds:.0f} s",
-        "memory a device, GiB: "
-        + ", ".join(
-            f"{name} {getattr(one, name) / GIB:.2f}" for name in ("arguments", "outputs", "temporaries", "code")
-        ),
+        "memory a device, GiB: " + ", ".join(f"{kind} {getattr(one, kind) / GIB:.2f}" for kind in _KINDS),
         f"  together {one.total / GIB:.2f} of {chip.usable / GIB:.2f}: it {'fits' if one.fits else 'does not fit'}",
         "collectives, what a device sends in a step:",
     ]

@@ -96,6 +96,9 @@ def check_settings(config: ConfigDict) -> None:
     require(block.init in ("random", "teacher"), "distill.init", f"{block.init!r} is unknown", "use random or teacher")
     require(block.block_positions >= 0, "distill.block_positions", f"{block.block_positions} is negative", "0 chooses")
     features = [name for name in FEATURE_TERMS if weights[name].used]
+    few = not config.sharding.teacher_once or (not features and block.kd_positions == "masked")
+    problem = "states at all positions would have to be kept for the whole batch"
+    require(few, "sharding.teacher_once", problem, "set it to False, or take the logits at masked positions alone")
     several = "," in config.teacher_checkpoint and not block.teacher_steps
     one = not (several and features)
     require(
@@ -158,6 +161,7 @@ def settings_for(
         relation_layers=relation_layers,
         relation_parts=tuple(block.relations.parts),
         block=block.block_positions,
+        once=bool(config.sharding.teacher_once) and not cached and weights["kl"].used,
         form=form,
     )
     moving = settings.temperature != settings.final_temperature

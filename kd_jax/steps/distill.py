@@ -18,6 +18,8 @@ from kd_jax.types import Array, Batch, Params, Term
 
 LOGIT_TERMS = ("kl", "mlm")
 
+_FEATURES = "teacher_features_{}"  # of each teacher, where it predicts the batch of a step at once
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -55,6 +57,7 @@ class DistillSettings:
     relation_layers: tuple[tuple[int, int], ...] = ()
     relation_parts: tuple[str, ...] = ("query", "key", "value")
     block: int = 0
+    once: bool = False  # the teacher predicts the batch of a step at once, before it is cut into micro-batches
     form: TeacherForm = field(default_factory=TeacherForm)
 
     def used(self) -> dict[str, Weight]:
@@ -95,13 +98,15 @@ def make_distill_objective(
         columns = columns_of(batch, settings)
         mine, wanted = student.student_params(params), _wanted(settings, 0)
         ours = student.student.capture(mine, batch, key, **wanted, columns_RxK=columns)
-        theirs = teacher_states(frozen, batch)
+        theirs = () if settings.once else teacher_states(frozen, batch)
         total, terms = jnp.float32(0.0), {}
         if features:
             terms |= _feature_terms(student, params, ours, theirs[0], batch, settings)
             total += sum(scales[name] * terms[name][0] for name in terms)
 
         def teacher_side() -> dict[str, Any]:
+            if settings.once:
+                return {"teacher_features": tuple(batch[_FEATURES.format(number)] for number in range(len(teachers)))}
             states = zip(teachers, frozen["teachers"], theirs)
             return {"teacher_features": tuple(one.mlm_features(their, state.hidden) for one, their, state in states)}
 
@@ -120,7 +125,15 @@ def make_distill_objective(
         )
         return total + logit_loss, terms | logit_terms
 
-    return Objective(weights_of(settings), coefficients_of(settings), loss)
+    def before(frozen, batch) -> dict[str, Array]:
+        """The teachers' features at the masked positions, [R, K, H] each."""
+        states = zip(teachers, frozen["teachers"], teacher_states(frozen, batch))
+        every = (one.mlm_features(params, state.hidden) for one, params, state in states)
+        return {_FEATURES.format(number): features for number, features in enumerate(every)}
+
+    if settings.once and (features or settings.kd_positions != "masked"):
+        raise ValueError("once: only what is needed at the masked positions is kept for the whole batch")
+    return Objective(weights_of(settings), coefficients_of(settings), loss, before if settings.once else None)
 
 
 def make_cached_objective(student: WithProjections, settings: DistillSettings) -> Objective:

@@ -18,12 +18,14 @@ class Objective:
     coefficients: progress in [0, 1] -> loss term -> factor; the names here are the terms of the loss.
     loss: (params, frozen, micro_batch, key, scales, progress) -> (loss, name -> (sum, weight)); scales holds factor /
     weight of each term, so the loss is the sum of scales[name] * sum of that term. The pairs may hold metrics that are
-    no part of the loss.
+    no part of the loss. before: (frozen, batch) -> fields that join the batch of a step before it is cut into
+    micro-batches, not differentiated; None has none.
     """
 
     weights: Callable[[Batch], Mapping[str, Array]]
     coefficients: Callable[[Array], Mapping[str, Array | float]]
     loss: Callable[[Params, Any, Batch, jax.Array, Mapping[str, Array], Array], tuple[Array, Mapping[str, Term]]]
+    before: Callable[[Any, Batch], Mapping[str, Array]] | None = None
 
 
 def scaled_sum(terms: Mapping[str, Term], scales: Mapping[str, Array]) -> tuple[Array, Mapping[str, Term]]:

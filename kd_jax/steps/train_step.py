@@ -54,6 +54,9 @@ def make_train_step(
         weights = {name: jnp.maximum(weight, 1.0) for name, weight in objective.weights(batch).items()}
         scales = {name: factor / weights[name] for name, factor in coefficients.items()}
 
+        if objective.before is not None:
+            batch = {**batch, **jax.lax.stop_gradient(objective.before(frozen, batch))}
+
         def loss_of(params: Params, micro: Batch, micro_key: jax.Array):
             return objective.loss(params, frozen, micro, micro_key, scales, progress)
 
