@@ -18,6 +18,33 @@ STUDENTS = {
     ("distilled", "task", "adapted"): (0.14, 0.24, 4.35, 6.35),
 }
 
+LATENCY = {
+    "task": "icner",
+    "length": 64,
+    "dtype": "float32",
+    "device": "cpu",
+    "cores": 2,
+    "models": [
+        {
+            "name": name,
+            "layers": layers,
+            "hidden_size": hidden,
+            "vocabulary": 4000,
+            "parameters": parameters,
+            "without_embeddings": parameters - 4000 * hidden,
+            "bytes": {"float32": 4 * parameters, "int8": parameters + 5000},
+            "batches": [
+                {"utterances": count, "rows": rows, "calls": 200, "p50_ms": factor * time, "p95_ms": factor * time + 1}
+                for count, rows, time in ((1, 1, 2.0), (64, 11, 8.0))
+            ],
+        }
+        for name, layers, hidden, parameters, factor in (
+            ("teacher", 3, 192, 1_768_000, 3.0),
+            ("student", 2, 96, 584_000, 1.0),
+        )
+    ],
+}
+
 
 def dc_record(number: int, locale: str, domain: str, right: bool) -> dict:
     return {
@@ -166,6 +193,7 @@ def synthetic_inputs(
         ],
         recipes=recipes,
         notes=["This study is synthetic: its numbers are invented for tests."],
+        latency=LATENCY,
     )
 
 

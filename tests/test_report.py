@@ -21,6 +21,7 @@ SECTIONS = [
     "By locale",
     "Noise of the teachers",
     "Similarity to generic text against the gain",
+    "Size and latency",
     "Training curves",
     "The paper's four findings",
     "How it was done",

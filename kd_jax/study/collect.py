@@ -82,7 +82,15 @@ def collect(study: Study, similarity: list[dict[str, Any]], provenance: dict[str
         similarity=similarity,
         recipes=study.searched,
         notes=study.notes,
+        latency=measured_latency(study),
     )
+
+
+def measured_latency(study: Study) -> dict[str, Any] | None:
+    """What the stage `latency` measured; None where the study has none or it was not run."""
+    stage = study.planner.latency()
+    file = study.folder(stage) / "latency.json" if stage else None
+    return read_json(file) if file and file.is_file() else None
 
 
 def read_curve(folder: pathlib.Path) -> list[tuple[int, dict[str, float]]]:

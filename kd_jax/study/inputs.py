@@ -52,6 +52,7 @@ class ReportInputs:
     similarity: Sequence[Mapping[str, Any]] = ()
     recipes: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
+    latency: Mapping[str, Any] | None = None  # what `latency` wrote; None where it was not measured
 
     @cached_property
     def numbers(self) -> "Numbers":

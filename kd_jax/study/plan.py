@@ -316,8 +316,8 @@ class Planner:
         return stages
 
     def after_recipes(self, chosen: Mapping[tuple[str, str], Recipe]) -> list[Stage]:
-        """Finetuning and evaluation of every student and seed, and the latency of their shapes; `chosen` maps (student's
-        name, task) to a recipe.
+        """Finetuning and evaluation of every student and seed, then latency; `chosen` maps (student's name, task) to a
+        recipe.
         """
         stages = []
         for task in self._config.study.tasks:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from kd_jax.study import figures, tables
+from kd_jax.study.choosing import choosing_section
 from kd_jax.study.document import Block, Bullets, Document, Picture, Section, Text, markdown
 from kd_jax.study.findings import (
     LOSS,
@@ -116,6 +117,7 @@ def build(inputs: ReportInputs, draw: Draw) -> Document:
         _locale_section(numbers, draw),
         _teacher_section(numbers, draw),
         _similarity_section(numbers, gains, draw),
+        choosing_section(inputs.latency),
         _training_section(numbers, draw),
         _findings_section(numbers, gains),
         _method_section(numbers),

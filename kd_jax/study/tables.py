@@ -23,6 +23,7 @@ PHASES = {
     "dc": "finetune DC, recipe search included",
     "icner": "finetune ICNER, recipe search included",
     "test": "evaluate",
+    "latency": "measure size and latency",
 }
 
 
