@@ -1,3 +1,4 @@
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from kd_jax.trainer.mesh import (
     describe_shardings,
     global_batch,
     make_mesh,
+    process_share,
     row_multiple,
     rules_of,
     shardings,
@@ -161,3 +163,32 @@ def test_a_batch_is_dealt_by_rows_over_data_and_fsdp():
     assert batch["weights"].sharding.shard_shape((8,)) == (2,)
     with pytest.raises(UserError, match="a batch of 6 rows"):
         global_batch(mesh, {"tokens": np.zeros((6, 3), np.int32)})
+
+
+def of_processes(shape, owners):
+    """A mesh, as far as `process_share` looks at it, of devices that belong to these processes."""
+    devices = np.empty(len(owners), object)
+    for number, owner in enumerate(owners):
+        devices[number] = SimpleNamespace(process_index=owner)
+    return SimpleNamespace(devices=devices.reshape(shape), shape=dict(zip(("data", "fsdp", "tensor"), shape)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "owners", "shares"),
+    [
+        ((4, 1, 1), (0, 0, 1, 1), [(0, 2), (1, 2)]),
+        ((2, 2, 1), (0, 0, 1, 1), [(0, 2), (1, 2)]),
+        ((1, 1, 4), (0, 0, 1, 1), [(0, 1), (0, 1)]),  # tensor joins both: each reads all rows
+        ((2, 1, 4), (0, 0, 1, 1, 2, 2, 3, 3), [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        ((4, 1, 1), (0, 1, 0, 1), [(0, 2), (1, 2)]),  # rows 0 and 2, 1 and 3: two parts all the same
+    ],
+)
+def test_a_process_reads_the_rows_that_its_devices_hold(monkeypatch, shape, owners, shares):
+    for process, share in enumerate(shares):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert process_share(of_processes(shape, owners)) == share
+
+
+def test_processes_that_share_a_part_of_their_rows_are_refused(monkeypatch):
+    with pytest.raises(UserError, match=r"config\.mesh: .* share a part of their rows only"):
+        process_share(of_processes((3, 1, 2), (0, 0, 0, 1, 1, 1)))

@@ -71,3 +71,9 @@ def test_any_folder_can_be_marked_done(tmp_path):
 def test_provenance_outside_a_clone_has_no_commit(monkeypatch):
     monkeypatch.setenv("GIT_DIR", "/nonexistent")
     assert provenance()["commit"] is None
+
+
+def test_a_directory_that_only_process_0_sees_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(UserError, match=r"process 1 does not see .* on storage that all hosts share"):
+        RunDirectory(tmp_path, "distill", CONFIG)
