@@ -112,6 +112,15 @@ def test_links_out_of_docs_lead_to_the_repository_or_are_bare_text():
     assert outward_links(inside, "results/massive.md", "") == (inside, [])
 
 
+def test_sections_of_the_readme_stand_in_the_page_with_links_from_there():
+    with_sections = loaded("hooks/links.py").with_sections
+    readme = "# X\n\n## A\n\n[a](docs/a.md) [b](configs/b.py) [c](https://c.org) [d](#a)\n\n## B\n\nb\n\n## C\n\nc\n"
+    page, missing = with_sections("# P\n\n<!-- README: A; C -->\n\nend\n", readme)
+    links = "[a](a.md) [b](../configs/b.py) [c](https://c.org) [d](#a)"
+    assert page == f"# P\n\n## A\n\n{links}\n\n## C\n\nc\n\nend\n" and missing == []
+    assert with_sections("<!-- README: A; Z -->", readme)[1] == ["Z"]
+
+
 def test_pages_of_a_nested_nav_are_found():
     named_pages = loaded("hooks/links.py").named_pages
     assert named_pages(["index.md", {"A": "a.md"}, {"B": ["b/index.md", {"C": "b/c.md"}]}]) == {

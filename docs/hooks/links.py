@@ -1,4 +1,6 @@
-"""Hooks of the documentation's site: links that leave docs/, and pages that mkdocs.yml does not name."""
+"""Hooks of the documentation's site: sections of README.md, links that leave docs/, and pages that mkdocs.yml does not
+name.
+"""
 
 import logging
 import os.path
@@ -7,6 +9,7 @@ import re
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 LOG = logging.getLogger("mkdocs.hooks.links")  # a warning here fails `mkdocs build --strict`
+_SECTIONS = re.compile(r"^<!-- README: (.+) -->$", flags=re.MULTILINE)
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+[^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -30,12 +33,37 @@ def outward_links(markdown: str, page: str, repository: str) -> tuple[str, list[
     return _LINK.sub(replaced, markdown), missing
 
 
+def with_sections(markdown: str, readme: str) -> tuple[str, list[str]]:
+    """(a page right below docs/ with README's sections in place of `<!-- README: heading; heading -->`, headings that
+    README lacks).
+    """
+    missing = []
+
+    def section(heading: str) -> str:
+        found = re.search(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", readme, flags=re.MULTILINE | re.DOTALL)
+        if found is None:
+            missing.append(heading)
+            return ""
+        # README lies one folder above: its docs/x.md is x.md here, and its configs/x.py is ../configs/x.py.
+        text = re.sub(r"\]\((?!\w+:|#)", "](../", found.group())
+        return text.replace("](../docs/", "](").strip()
+
+    def sections(mark: re.Match) -> str:
+        return "\n\n".join(section(heading.strip()) for heading in mark.group(1).split(";"))
+
+    return _SECTIONS.sub(sections, markdown), missing
+
+
 def on_page_markdown(markdown, page, config, files):
-    """Rewrites a page's links out of docs/; one that leads nowhere is a warning."""
+    """Fills in README's sections and rewrites links out of docs/; what is not there is a warning."""
     del files
-    text, missing = outward_links(markdown, page.file.src_uri, config.repo_url or "")
+    name = page.file.src_uri
+    text, absent = with_sections(markdown, (ROOT / "README.md").read_text(encoding="utf-8"))
+    text, missing = outward_links(text, name, config.repo_url or "")
+    for heading in absent:
+        LOG.warning("%s: README.md has no section '## %s'", name, heading)
     for target in missing:
-        LOG.warning("%s: links to %s, which does not exist", page.file.src_uri, target)
+        LOG.warning("%s: links to %s, which does not exist", name, target)
     return text
 
 
