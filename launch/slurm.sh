@@ -44,8 +44,7 @@ inside() {
   shift "$words"
   if ((words)); then set -- "$@" "${each[${SLURM_ARRAY_TASK_ID:-0}]}"; fi
   if [[ -n "${SLURM_ARRAY_JOB_ID:-}" ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
-  # The warning before the time limit goes to the processes alone. SIGTERM to this shell means that the job is taken away:
-  # cancelled, which is final, or preempted, after which SLURM requeues it by itself.
+  # The warning before the time limit goes to the processes alone. SIGTERM to this shell means that the job is taken away.
   trap 'ended=1' TERM
   echo "$(date -u +%FT%TZ) job $job on $SLURM_JOB_NODELIST, start $((count + 1)): $(printf '%q ' "$@")"
   # srun does not take this from sbatch by itself.
@@ -54,7 +53,13 @@ inside() {
   srun --kill-on-bad-exit=0 --wait=120 "$@"
   code=$?
   echo "$(date -u +%FT%TZ) exit code $code"
-  if ((code != PREEMPTED)) || [[ -n "$ended" ]]; then exit "$code"; fi
+  if ((code != PREEMPTED)); then exit "$code"; fi
+  if [[ -n "$ended" ]]; then
+    # SLURM requeues a preempted job and not a cancelled one, and only if the job has not ended before by itself.
+    echo "the job is taken away; waiting for SLURM"
+    sleep 600
+    exit "$code"
+  fi
   if ((count >= restarts)); then
     echo "launch/slurm.sh: preempted, but it was started again $restarts times already (--restarts)" >&2
     exit "$code"

@@ -217,17 +217,18 @@ def test_each_job_of_an_array_has_its_word(tools):
     assert not [word for word in call if word.startswith("--array")]
 
 
-def test_a_cancelled_job_stays_away(tools, tmp_path):
-    """SLURM's SIGTERM reaches the job's shell only when the job is taken away."""
+def test_a_job_that_is_taken_away_waits_for_what_slurm_does_with_it(tools, tmp_path):
+    """SIGTERM reaches the job's shell only when the job is preempted, and then SLURM requeues it, or cancelled."""
     ready = tmp_path / "ready"
-    tools.make("srun", f"touch {shlex.quote(str(ready))}; sleep 1; exit 75")
+    tools.make("sleep", "")
+    tools.make("srun", f"touch {shlex.quote(str(ready))}; {sys.executable} -c 'import time; time.sleep(1)'; exit 75")
     tools.make("scontrol", "exit 0")
     arguments = ["bash", LAUNCH / "slurm.sh", "--inside", "3", "0", *COMMAND]
     process = subprocess.Popen(arguments, env={**os.environ, **tools.environment, **JOB}, stdout=subprocess.DEVNULL)
     wait_for(ready)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 75
-    assert [call[0] for call in tools.calls()] == ["srun"]
+    assert [call[:2] for call in tools.calls()] == [["srun", "--kill-on-bad-exit=0"], ["sleep", "600"]]
 
 
 def wait_for(file: pathlib.Path) -> None:
