@@ -1,7 +1,7 @@
 """A process of its own that fetches everything of a remote folder: python store_member.py STORE LOCAL NAME [KILL].
 
-It waits for LOCAL/go, and prints the names that it read from the store. KILL: it kills itself in the middle of the
-file of that name.
+Reading takes its time. It makes LOCAL/ready-<pid>, waits for LOCAL/go, and prints the names that it read from the
+store. KILL: it kills itself at the end of the file of that name, before it is in its place.
 """
 
 import json
@@ -15,6 +15,14 @@ import fake_store
 
 from kd_jax.storage import copies
 from kd_jax.storage.places import place, read_json
+
+
+def slow(chunks):
+    """The chunks, each a moment later."""
+    for chunk in chunks:
+        time.sleep(0.02)
+        yield chunk
+
 
 if __name__ == "__main__":
     store, local, name, *kill = sys.argv[1:]
@@ -33,6 +41,8 @@ if __name__ == "__main__":
             real(descriptor)
 
         copies.os.fsync = die
+    take, copies._chunks = copies._chunks, lambda source: slow(take(source))
+    (pathlib.Path(local) / f"ready-{os.getpid()}").touch()
     while not (pathlib.Path(local) / "go").exists():
         time.sleep(0.01)
     copies.LocalCopy(remote, manifest).part()

@@ -134,6 +134,9 @@ def member(tmp_path, *kill):
 def test_processes_of_one_host_fetch_each_file_once_together(store, tmp_path):
     (tmp_path / "local").mkdir()
     members = [member(tmp_path) for _ in range(2)]
+    while len(list((tmp_path / "local").glob("ready-*"))) < 2:
+        assert all(one.poll() is None for one in members)
+        copies.threading.Event().wait(0.01)
     (tmp_path / "local/go").touch()
     read = collections.Counter(name for one in members for name in json.loads(one.communicate(timeout=60)[0]))
     assert [one.returncode for one in members] == [0, 0]

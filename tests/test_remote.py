@@ -1,0 +1,140 @@
+"""Every command with everything on a store: prepared rows, teacher, cache, checkpoints, metrics and results."""
+
+import contextlib
+
+import fake_store
+import numpy as np
+import pytest
+
+from configs import quickstart
+from kd_jax.data.batches import MaskedBatches
+from kd_jax.evaluation.records import read_json_lines
+from kd_jax.main import cache_teacher, distill, evaluate, finetune_dc, prepare, pretrain
+from kd_jax.storage import copies
+from kd_jax.storage.places import names_in, place, read_json, write_whole
+from kd_jax.trainer.metrics import TIME, read_metrics
+from kd_jax.types import UserError
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """What was read from the store, on which every bucket is a folder of tmp_path/buckets."""
+    monkeypatch.setattr(copies, "_chosen_root", str(tmp_path / "local"))
+    read = fake_store.install(tmp_path)
+    with fake_store.serving(tmp_path):
+        yield read
+
+
+def small(prepared: str):
+    config = quickstart.get_config("smoke")
+    config.progress = config.tensorboard = False
+    config.nlu.max_train = 20
+    config.rows.heldout_share = 0.2
+    for name in config.sources:
+        config.sources[name].max_texts = 40
+    for job in (config.pretrain, config.distill, config.finetune):
+        job.update({"steps": 4, "checkpoint_every": 2, "batch_size": 8, "evaluate_rows": 8})
+    config.prepared = prepared
+    return config
+
+
+def rows_without_times(metrics):
+    return [{name: value for name, value in row.items() if not name.startswith(TIME)} for row in read_metrics(metrics)]
+
+
+@contextlib.contextmanager
+def stopping_at(step, monkeypatch):
+    """Batches end with an error at a step, as when a process dies."""
+    batch = MaskedBatches.batch
+
+    def stops(self, number, *place):
+        if number == step:
+            raise RuntimeError("the machine is gone")
+        return batch(self, number, *place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskedBatches, "batch", stops)
+        with pytest.raises(RuntimeError, match="the machine is gone"):
+            yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_from_text_to_results_with_everything_on_a_store(tmp_path, store, monkeypatch, scheme):
+    base = f"{scheme}://bucket/study"
+    config = small(f"{base}/prepared")
+    prepare.run(config, place(config.prepared))
+    prepare.run(config, place(config.prepared))  # finished: left as it is
+    assert (place(config.prepared) / "DONE").is_file()
+
+    # A run that dies after its checkpoint goes on from it, from another host, as one that never stopped.
+    config.tensorboard = True
+    with stopping_at(3, monkeypatch):
+        pretrain.run(config, place(f"{base}/teacher"))
+    checkpoints = names_in(place(f"{base}/teacher/checkpoints"))
+    assert "2" in checkpoints and "4" not in checkpoints
+    monkeypatch.setattr(copies, "_chosen_root", str(tmp_path / "another-host"))
+    store.clear()
+    pretrain.run(config, place(f"{base}/teacher"))
+    fetched = [name for name in store if name.startswith("bucket/study/prepared/rows")]
+    assert fetched and len(fetched) == len(set(fetched))
+    local = small(str(tmp_path / "prepared"))
+    prepare.run(local, tmp_path / "prepared")
+    pretrain.run(local, tmp_path / "teacher")
+    there, here = place(f"{base}/teacher"), tmp_path / "teacher"
+    assert rows_without_times(there / "metrics.jsonl") == rows_without_times(here / "metrics.jsonl")
+    assert read_json(there / "heldout.json") == read_json(here / "heldout.json")
+    fingerprints = {read_json(run / "DONE")["parameters_fingerprint"] for run in (there, here)}
+    assert len(fingerprints) == 1
+    assert names_in(there / "tensorboard")
+    assert not names_in(tmp_path / "another-host/copies") == []
+
+    # The same through a cache, and finetuned and scored.
+    config.tensorboard = False
+    config.teacher_checkpoint = f"{base}/teacher"
+    cache_teacher.run(config, place(f"{base}/cache"))
+    config.teacher_cache = f"{base}/cache"
+    distill.run(config, place(f"{base}/student"))
+    config.finetune.init_from = f"{base}/student"
+    finetune_dc.run(config, place(f"{base}/dc"))
+    config.evaluate.checkpoint = f"{base}/dc"
+    evaluate.run(config, place(f"{base}/scores"))
+    local.teacher_checkpoint = str(here)
+    cache_teacher.run(local, tmp_path / "cache")
+    local.teacher_cache = str(tmp_path / "cache")
+    distill.run(local, tmp_path / "student")
+    done = [
+        read_json(run / "DONE")["parameters_fingerprint"] for run in (place(f"{base}/student"), tmp_path / "student")
+    ]
+    assert done[0] == done[1]
+    scores = {row["metric"]: row["value"] for row in read_json_lines(place(f"{base}/scores/results.jsonl"))}
+    assert np.isfinite(scores["accuracy"])
+    written = {file.relative_to(tmp_path).parts[0] for file in tmp_path.rglob("*") if file.is_file()}
+    assert written <= {"buckets", "local", "another-host", "prepared", "teacher", "cache", "student"}
+
+
+@pytest.mark.slow
+def test_what_is_damaged_on_the_store_is_named_and_not_used(tmp_path, store):
+    base = "s3://bucket/damaged"
+    config = small(f"{base}/prepared")
+    prepare.run(config, place(config.prepared))
+    prepared = tmp_path / "buckets/bucket/damaged/prepared"
+    file = sorted((prepared / "rows/train").rglob("tokens.npy"))[0]
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    write_whole(file, bytes(data))
+    copies.keep_copies_in(str(tmp_path / "fresh"))
+    name = f"{base}/prepared/{file.relative_to(prepared).as_posix()}"
+    with pytest.raises(UserError, match=rf"^{name}: is damaged"):
+        pretrain.run(config, place(f"{base}/teacher"))
+    assert not (place(f"{base}/teacher") / "DONE").exists()
+
+
+def test_a_prepared_folder_without_checksums_and_one_that_is_not_there(tmp_path, store):
+    from kd_jax.data.prepared import Prepared
+
+    with pytest.raises(UserError, match=r"^config\.prepared: gs://bucket/none is no finished prepared folder"):
+        Prepared("gs://bucket/none")
+    write_whole(place("gs://bucket/old/manifest.json"), b'{"config": {}, "fingerprint": "a"}')
+    with pytest.raises(UserError, match=r"^gs://bucket/old: its manifest has no checksums"):
+        Prepared("gs://bucket/old")
