@@ -635,3 +635,23 @@ def test_flags_that_launchers_add_are_known_to_every_command():
     )
     for flag in ("--coordinator", "--processes", "--process"):
         assert flag in ran.stdout + ran.stderr
+
+
+def commands_in_docs() -> list[list[str]]:
+    """The calls of launchers in the code blocks of docs/launch.md."""
+    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "docs" / "launch.md").read_text(), re.M | re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("bash launch/")]
+
+
+@pytest.mark.parametrize("words", commands_in_docs(), ids=lambda words: words[0])
+def test_the_commands_of_the_docs_can_be_given(words, tools, planned):
+    script = words[0].removeprefix("launch/")
+    if script == "slurm_study.sh":
+        words = [*[word for word in words if not word.startswith("--workdir")], *planned]
+    ran = launch(script, "--dry-run", *words[1:], **tools.environment)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_the_docs_call_every_launcher():
+    assert {words[0].removeprefix("launch/") for words in commands_in_docs()} == set(SCRIPTS)
