@@ -11,6 +11,7 @@ from kd_jax.compile.chips import GIB
 from kd_jax.compile.hlo import Collective, Program
 from kd_jax.compile.roofline import Roofline, roofline
 from kd_jax.compile.topology import Topology
+from kd_jax.types import UserError
 
 # How a compiler says that a program is too large: by how much, if it does.
 _NEEDED = re.compile(r"(?:Used|required[^(]*\(|[Nn]eeds?) ?([\d.]+)([KMG])")
@@ -38,7 +39,7 @@ class Measurement:
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values."""
-        values = asdict(self) | {"total": self.total}
+        values: dict[str, Any] = {**asdict(self), "total": self.total}
         if self.roofline is not None:
             values["roofline"] |= {"step": self.roofline.step, "bound": self.roofline.bound}
         return values
@@ -52,7 +53,10 @@ def measure(lowered: jax.stages.Lowered, rows: int, flops: float, topology: Topo
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            raise UserError(
+                f"--topology={topology.name}: the compiler gave up ({str(error).splitlines()[0][:200]}); for a GPU, "
+                "XLA_FLAGS=--xla_gpu_enable_triton_gemm=false in the environment may help, else another mesh or batch"
+            ) from error
         found = _NEEDED.search(str(error))
         needed = int(float(found.group(1)) * _UNITS[found.group(2)]) if found else 0
         return Measurement(rows, time.perf_counter() - began, 0, 0, needed, 0, False)

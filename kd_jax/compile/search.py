@@ -42,18 +42,22 @@ def _next(known: dict[int, Measurement], grid: list[int], capacity: float) -> in
         return None
     guess = _predicted(known, capacity)
     if guess is None:
-        if high > grid[-1]:
-            guess = 4 * low
-        else:
-            guess = max(low, high // 4) if not low else (low + high) // 2
+        guess = (low + high) // 2 if low and high <= grid[-1] else high // 4
     reachable = [rows for rows in between if rows <= guess]
     return reachable[-1] if reachable else between[0]
 
 
 def _predicted(known: dict[int, Measurement], capacity: float) -> float | None:
-    """Rows at which the line through the two largest measured batches that compiled meets the capacity."""
+    """Rows at which the line through the two largest measured batches that compiled meets the capacity.
+
+    Of one alone all temporaries are taken to grow with the rows, which promises rather too little.
+    """
     points = sorted((rows, one.total) for rows, one in known.items() if one.roofline is not None)
-    if len(points) < 2:
+    if len(points) == 1:
+        ((rows, total),) = points
+        temporaries = known[rows].temporaries
+        return rows * (capacity - total + temporaries) / temporaries if temporaries else None
+    if not points:
         return None
     (fewer, less), (more, much) = points[-2:]
     slope = (much - less) / (more - fewer)

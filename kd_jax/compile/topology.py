@@ -82,11 +82,16 @@ def find_topology(name: str, slices: int = 1) -> Topology:
     return Topology(name, kind, tuple(devices))
 
 
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it is a part of
+        return False
+
+
 def _tpu_devices(name: str, kind: str, sides: tuple[int, ...], slices: int) -> list[Any]:
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            f"--topology={name}: libtpu is not installed; pip install 'jax[tpu]' brings it, no TPU is needed"
-        )
+    if not _installed("libtpu"):
+        raise UserError(f"--topology={name}: libtpu is not installed; install it with pip install 'jax[tpu]'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks for a machine's metadata until it gives up
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if kind in ("v4", "v5p"):
@@ -102,10 +107,12 @@ def _tpu_devices(name: str, kind: str, sides: tuple[int, ...], slices: int) -> l
 
 
 def _gpu_devices(name: str, sides: tuple[int, ...]) -> list[Any]:
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    if not _installed("jax_plugins.xla_cuda13"):
         raise UserError(
             f"--topology={name}: the CUDA plugin is not installed; install it with pip install 'jax[cuda13]'"
         )
+    if len(sides) > 2:
+        raise UserError(f"--topology={name}: has {len(sides)} sides; give the GPUs, or nodes x GPUs of one")
     nodes, each = sides if len(sides) == 2 else (1, *sides)
     shape = f"{nodes}x1x{each}"
     try:

@@ -98,7 +98,7 @@ def make_distill_objective(
         columns = columns_of(batch, settings)
         mine, wanted = student.student_params(params), _wanted(settings, 0)
         ours = student.student.capture(mine, batch, key, **wanted, columns_RxK=columns)
-        theirs = () if settings.once else teacher_states(frozen, batch)
+        theirs: tuple[Captured, ...] = () if settings.once else teacher_states(frozen, batch)
         total, terms = jnp.float32(0.0), {}
         if features:
             terms |= _feature_terms(student, params, ours, theirs[0], batch, settings)

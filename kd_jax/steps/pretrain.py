@@ -1,5 +1,7 @@
 """Masked language modeling: the hard loss on the masked positions."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from kd_jax.losses.blocked import block_for, blocked_losses
@@ -24,7 +26,7 @@ def masked_logits(model: Functional, params: Params, batch: Batch, key=None) -> 
 def make_pretrain_objective(model: Functional) -> Objective:
     """Cross entropy at the masked positions, whose logits are formed in blocks."""
 
-    def of_block(logits_BxV, per_position, constants):
+    def of_block(logits_BxV, per_position, constants) -> Any:
         targets, weights = per_position["targets"], per_position["weights"]
         return distill_loss(logits_BxV, (), targets, weights, 1.0, constants)
 
