@@ -55,7 +55,7 @@ PUBLIC = {
         "num_attention_heads": 12,
         "num_hidden_layers": 22,
         "vocab_size": 256000,
-        "position_embedding_type": "absolute",
+        "position_embedding_type": "sans_pos",
     },
 }
 

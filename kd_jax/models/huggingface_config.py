@@ -91,6 +91,8 @@ def encoder_values(values: Mapping[str, Any], place: str) -> dict[str, Any]:
     read = _Values(values, place)
     kind = values.get("model_type")
     for key, wanted in _REQUIRED.items():
+        if kind == "modernbert" and key == "position_embedding_type":
+            continue  # it is rotary whatever stands there; in mmBERT's file that is "sans_pos"
         if values.get(key, wanted) != wanted:
             raise read.refuse(key, f"{values[key]!r} is not supported, only {wanted!r}")
     match kind:
