@@ -5,6 +5,7 @@ import contextlib
 import fake_store
 import numpy as np
 import pytest
+import toy_training
 
 from configs import quickstart
 from kd_jax.data.batches import MaskedBatches
@@ -12,6 +13,7 @@ from kd_jax.evaluation.records import read_json_lines
 from kd_jax.main import cache_teacher, distill, evaluate, finetune_dc, prepare, pretrain
 from kd_jax.storage import copies
 from kd_jax.storage.places import names_in, place, read_json, write_whole
+from kd_jax.trainer.checkpoint import Checkpoints
 from kd_jax.trainer.metrics import TIME, read_metrics
 from kd_jax.types import UserError
 
@@ -87,7 +89,7 @@ def test_from_text_to_results_with_everything_on_a_store(tmp_path, store, monkey
     fingerprints = {read_json(run / "DONE")["parameters_fingerprint"] for run in (there, here)}
     assert len(fingerprints) == 1
     assert names_in(there / "tensorboard")
-    assert not names_in(tmp_path / "another-host/copies") == []
+    assert names_in(tmp_path / "another-host/copies")
 
     # The same through a cache, and finetuned and scored.
     config.tensorboard = False
@@ -103,14 +105,28 @@ def test_from_text_to_results_with_everything_on_a_store(tmp_path, store, monkey
     cache_teacher.run(local, tmp_path / "cache")
     local.teacher_cache = str(tmp_path / "cache")
     distill.run(local, tmp_path / "student")
-    done = [
-        read_json(run / "DONE")["parameters_fingerprint"] for run in (place(f"{base}/student"), tmp_path / "student")
-    ]
-    assert done[0] == done[1]
+    students = place(f"{base}/student"), tmp_path / "student"
+    assert len({read_json(run / "DONE")["parameters_fingerprint"] for run in students}) == 1
     scores = {row["metric"]: row["value"] for row in read_json_lines(place(f"{base}/scores/results.jsonl"))}
     assert np.isfinite(scores["accuracy"])
     written = {file.relative_to(tmp_path).parts[0] for file in tmp_path.rglob("*") if file.is_file()}
     assert written <= {"buckets", "local", "another-host", "prepared", "teacher", "cache", "student"}
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_the_rows_that_a_checkpoint_counts_are_on_the_store_before_it(store, scheme):
+    workdir = place(f"{scheme}://bucket/toy")
+    found = []
+
+    class Looking(Checkpoints):
+        def save(self, step, state, meta):
+            found.append((meta["rows"], len(read_metrics(workdir / "metrics.jsonl"))))
+            super().save(step, state, meta)
+
+    with Looking(workdir / "others", keep=2) as checkpoints:
+        toy_training.train(workdir, checkpoints=checkpoints, tensorboard=True)
+    assert len(found) == 3 and all(counted == there for counted, there in found)
+    assert found[-1][0] == 3 and len(names_in(workdir / "tensorboard")) == 1
 
 
 @pytest.mark.slow

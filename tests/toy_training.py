@@ -4,7 +4,6 @@ Run as a program it trains in the directory given as first argument, and kills i
 """
 
 import os
-import pathlib
 import signal
 import sys
 
@@ -14,6 +13,7 @@ import numpy as np
 import optax
 
 from configs.base import job as base_job
+from kd_jax.storage.places import place
 from kd_jax.trainer.checkpoint import Checkpoints
 from kd_jax.trainer.loop import Phase, fit
 from kd_jax.trainer.mesh import make_mesh, shardings
@@ -56,7 +56,7 @@ def batch_at(step: int) -> dict[str, np.ndarray]:
     }
 
 
-def make_step(optimizer):
+def make_step(optimizer, skips=False):
     def loss_of(params, batch):
         errors = batch["inputs"] @ params["layer"]["kernel"] + params["layer"]["bias"][None] - batch["targets"]
         total = jnp.sum(jnp.sum(errors**2, axis=-1) * batch["weights"])
@@ -68,6 +68,11 @@ def make_step(optimizer):
         updates, opt_state = optimizer.update(gradients, state["opt_state"], state["params"])
         metrics = {"loss": (total, jnp.sum(batch["weights"])), "grad_norm": (optax.tree.norm(gradients), 1.0)}
         params = optax.apply_updates(state["params"], updates)
+        if skips:
+            finite = jnp.isfinite(total)
+            new, old = (params, opt_state), (state["params"], state["opt_state"])
+            params, opt_state = jax.tree.map(lambda one, other: jnp.where(finite, one, other), new, old)
+            metrics["skipped_steps"] = (1.0 - finite, 1.0)
         return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, metrics
 
     return step
@@ -85,7 +90,7 @@ def train(workdir, job=None, *, mesh=None, batches=batch_at, identity=None, tens
     optimizer = make_optimizer(job)
     layout = state_shardings(ABSTRACT, optimizer, shardings(mesh, AXES, ABSTRACT))
 
-    jitted = jax.jit(make_step(optimizer), donate_argnums=0, out_shardings=(layout, None))
+    jitted = jax.jit(make_step(optimizer, job.skip_non_finite > 0), donate_argnums=0, out_shardings=(layout, None))
     writer = MetricsWriter(workdir, tensorboard=tensorboard)
     arguments = {
         "initial_state": lambda: create_state(init_params, optimizer, layout),
@@ -98,7 +103,7 @@ def train(workdir, job=None, *, mesh=None, batches=batch_at, identity=None, tens
         "identity": identity or {"config": "toy"},
     }
     try:
-        with Checkpoints(pathlib.Path(workdir) / "checkpoints", keep=2) as checkpoints:
+        with Checkpoints(place(workdir) / "checkpoints", keep=2) as checkpoints:
             return fit(**(arguments | {"checkpoints": checkpoints} | changes))
     finally:
         writer.close()
