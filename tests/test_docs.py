@@ -57,9 +57,11 @@ def unknown_names(command: str) -> list[str]:
     file = re.search(r"--config=configs/(\w+)\.py(?::(\w+))?", command)
     if file is None:
         return unknown
-    if not (ROOT / "configs" / f"{file[1]}.py").exists():
+    name = "base" if file[1] == "FILE" else file[1]  # FILE stands for any, whose keys are those of base
+    if not (ROOT / "configs" / f"{name}.py").exists():
         return [*unknown, file[0]]
-    config = importlib.import_module(f"configs.{file[1]}").get_config(file[2] or "")
+    module = importlib.import_module(f"configs.{name}")
+    config = module.get_config(file[2]) if file[2] else module.get_config()
     return unknown + [key for key in re.findall(r"--config\.([\w.]+)=", command) if not has_key(config, key)]
 
 
