@@ -213,14 +213,8 @@ def replica_groups(line: str) -> list[tuple[int, ...]]:
         order = [int(axis) for axis in found.group(3).split(",")] if found.group(3) else list(range(len(sizes)))
         flat = _transposed(sizes, order)
         return [tuple(flat[start : start + shape[-1]]) for start in range(0, len(flat), shape[-1])]
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? ?\{([^}]*)\}", line):
-        axes = [(name, int(size)) for name, size in re.findall(r"'([^']+)'=(\d+)", found.group(1))]
-        wanted = re.findall(r"'([^']+)'", found.group(2))
-        places = [number for number, (name, _) in enumerate(axes) if name in wanted]
-        others = [number for number in range(len(axes)) if number not in places]
-        flat = _transposed([size for _, size in axes], others + places)
-        each = math.prod(axes[place][1] for place in places)
-        return [tuple(flat[start : start + each]) for start in range(0, len(flat), each)]
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? ?\{([^}]*)\}", line):
+        return _mesh_groups(*found.groups())
     if found := re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", line):
         return [tuple(map(int, pair.split(","))) for pair in re.findall(r"\{(\d+,\d+)\}", found.group(1))]
     return []
@@ -233,3 +227,29 @@ def _transposed(sizes: list[int], order: list[int]) -> list[int]:
     for axis in order:
         numbers = [start + strides[axis] * step for start in numbers for step in range(sizes[axis])]
     return numbers
+
+
+def _mesh_groups(axes: str, device_ids: str | None, wanted: str) -> list[tuple[int, ...]]:
+    """Groups along axes of a mesh: "'a'=2,'b'=4", "[4,2]T(1,0)" for the devices in its order, and "'b'", or "'b':(2)2"
+    for a part of an axis, of size 2 below another part of size 2."""
+    parts = {name: (pre, size) for name, pre, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", wanted)}
+    sizes, places = [], []
+    for name, written in re.findall(r"'([^']+)'=(\d+)", axes):
+        whole = int(written)
+        pre, size = (int(number or 0) for number in parts.get(name, ("", "")))
+        if name in parts and size:
+            places.append(len(sizes) + 1)
+            sizes += [pre, size, whole // (pre * size)]
+        else:
+            if name in parts:
+                places.append(len(sizes))
+            sizes.append(whole)
+    others = [number for number in range(len(sizes)) if number not in places]
+    flat = _transposed(sizes, others + places)
+    if device_ids and (found := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", device_ids)):
+        shape = [int(size) for size in found.group(1).split(",")]
+        order = [int(axis) for axis in found.group(2).split(",")] if found.group(2) else list(range(len(shape)))
+        devices = _transposed(shape, order)
+        flat = [devices[number] for number in flat]
+    each = math.prod(sizes[place] for place in places)
+    return [tuple(flat[start : start + each]) for start in range(0, len(flat), each)]
