@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from toy_training import OUTPUTS, batch_at, make_step, toy_job, train
 
+from kd_jax.trainer.account import Account
 from kd_jax.trainer.loop import Phase
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.trainer.metrics import TIME, read_metrics
 from kd_jax.trainer.optimizer import make_optimizer
-from kd_jax.trainer.preemption import Preempted, Preemption
+from kd_jax.trainer.preemption import Preempted, Preemption, poll, watching
 from kd_jax.trainer.state import to_plain
+from kd_jax.trainer.watchdog import Watchdog
 from kd_jax.types import UserError
 
 
@@ -246,3 +248,125 @@ def test_phases_follow_one_another_and_only_the_running_one_is_loaded(tmp_path):
     assert loaded == [1]
     norms = [row["grad_norm"] for row in read_metrics(tmp_path / "metrics.jsonl") if "grad_norm" in row]
     assert [norm > 0 for norm in norms] == [True] * 4 + [False] * 4
+
+
+def test_a_preemption_during_an_evaluation_ends_it_and_it_is_made_up_for(tmp_path):
+    batches_done = []
+
+    def evaluate(params, step):
+        for number in range(4):
+            batches_done.append((step, number))
+            if len(batches_done) == 7:  # in the second evaluation
+                os.kill(os.getpid(), signal.SIGTERM)
+            poll()
+        return {"dev/step": step}
+
+    job = toy_job(evaluate_every=3)
+    with pytest.raises(Preempted, match="step 6 of 12 is saved"):
+        train(tmp_path / "stopped", job, evaluate=evaluate)
+    assert batches_done[-1] == (6, 2)
+    assert_identical(
+        train(tmp_path / "straight", job, evaluate=evaluate), train(tmp_path / "stopped", job, evaluate=evaluate)
+    )
+    assert rows_without_time(tmp_path / "straight") == rows_without_time(tmp_path / "stopped")
+    assert batches_done[7:11] != [] and (6, 3) in batches_done
+
+
+def test_before_the_first_step_a_preemption_does_not_wait_for_anything(tmp_path):
+    def terminated():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        raise AssertionError("it went on")
+
+    with watching(), pytest.raises(Preempted):
+        train(tmp_path, initial_state=terminated)
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+    assert int(train(tmp_path)["step"]) == 12
+
+
+def spoiled(*steps):
+    def batches(step):
+        batch = batch_at(step)
+        return batch | {"targets": np.full_like(batch["targets"], np.nan)} if step in steps else batch
+
+    return batches
+
+
+def test_steps_that_are_not_finite_are_skipped_counted_and_left_out_of_the_means(tmp_path, capsys):
+    """Rows of 4 steps; steps 6, 9 to 12 are spoiled (counted from 1), so that the last row has nothing to count."""
+    job, account = toy_job(skip_non_finite=5), Account()
+    state = train(tmp_path, job, batches=spoiled(5, 8, 9, 10, 11), account=account)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["params"]))
+    assert int(state["opt_state"]["adam"].count) == 7
+    rows = rows_without_time(tmp_path)
+    assert [row["skipped_steps"] for row in rows] == [0, 1, 5]
+    assert rows[1]["loss"] > 0 and rows[2]["loss"] is None and rows[2]["useful_share"] > 0
+    assert account.summary()["skipped_steps"] == [6, 9, 10, 11, 12]
+    assert "step 6: grad_norm, loss is not a finite number; its update is left out, 1 of 5" in capsys.readouterr().err
+
+
+def test_skipped_steps_are_exact_under_resume(tmp_path):
+    """Stopped between two spoiled steps, and killed after a third that is done again."""
+    job, bad = toy_job(skip_non_finite=3), (2, 6, 8)
+
+    def broken(step):
+        if step == 10:
+            raise OSError("the text is gone")
+        return spoiled(*bad)(step)
+
+    straight = train(tmp_path / "straight", job, batches=spoiled(*bad))
+    with pytest.raises(OSError, match="the text is gone"):
+        train(tmp_path / "broken", toy_job(skip_non_finite=3, checkpoint_every=8), batches=broken)
+    account = Account()
+    assert_identical(straight, train(tmp_path / "broken", job, batches=spoiled(*bad), account=account))
+    assert rows_without_time(tmp_path / "straight") == rows_without_time(tmp_path / "broken")
+    assert account.skipped == [3, 7, 9]
+
+
+def test_one_step_more_than_allowed_ends_the_run(tmp_path):
+    wanted = r"^step 9: grad_norm, loss is not a finite number, after 2 steps that were skipped \(skip_non_finite\), so"
+    with pytest.raises(UserError, match=wanted):
+        train(tmp_path, toy_job(skip_non_finite=2), batches=spoiled(1, 3, 8))
+
+
+def test_the_account_goes_on_over_restarts_and_counts_what_was_lost(tmp_path):
+    def broken(step):
+        if step == 8:
+            raise OSError("the text is gone")
+        return batch_at(step)
+
+    def evaluate(params, step):
+        time.sleep(0.05)
+        return {"dev/step": step}
+
+    job = toy_job(log_every=1, evaluate_every=4)
+    with pytest.raises(OSError, match="the text is gone"):
+        train(tmp_path, job, batches=broken, account=Account(tmp_path), evaluate=evaluate)
+    account = Account(tmp_path)
+    train(tmp_path, job, account=account, evaluate=evaluate)
+    found = account.summary()
+    assert (found["starts"], found["lost_steps"]) == (2, 3)  # saved at 5; the rows went to 8
+    assert found["evaluation_seconds"] >= 3 * 0.05  # at 4 (saved with step 5), 8 (again) and 12
+    assert found["compile_seconds"] > 0 and found["checkpoint_seconds"] > 0
+    assert 0 < found["goodput"] < 1
+    kinds = ("steps", "data_wait", "compile", "evaluation", "checkpoint", "other")
+    assert sum(found[f"{kind}_seconds"] for kind in kinds) == pytest.approx(found["wall_seconds"])
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert all(0 < row["time/goodput"] < 1 for row in rows[1:])
+    spent = [row["time/steps_seconds"] for row in rows]
+    assert spent == sorted(spent)
+
+
+def test_the_watchdog_sees_which_step_is_stalled(tmp_path):
+    file = tmp_path / "stalled-0.txt"
+
+    def slow(step):
+        end = time.monotonic() + 30
+        while step == 6 and time.monotonic() < end and not (file.exists() and "in slow" in file.read_text()):
+            time.sleep(0.02)
+        return batch_at(step)
+
+    with Watchdog(0.5, tmp_path):
+        train(tmp_path, batches=slow)
+    assert "process 0 of 1: step 7 has taken" in file.read_text()

@@ -100,3 +100,14 @@ def test_a_full_disk_is_the_users_to_mend(tmp_path, monkeypatch):
 def test_write_before_start_is_a_bug(tmp_path):
     with pytest.raises(RuntimeError, match="start comes before write"):
         MetricsWriter(tmp_path, tensorboard=False).write(1, {})
+
+
+def test_a_start_says_how_many_steps_are_done_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (5, 10, 15)))
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    assert writer.start(7) == 8
+    assert writer.start(7) == 0
+    assert writer.start(9) == 0
+    writer.close()
+    assert MetricsWriter(tmp_path / "new", tensorboard=False).start(0) == 0

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from configs.base import job as base_job
-from kd_jax.trainer.optimizer import check_job, decay_mask, make_optimizer, make_schedule
+from kd_jax.trainer.optimizer import after_skipped, check_job, decay_mask, make_optimizer, make_schedule
 from kd_jax.types import UserError
 
 PARAMS = {
@@ -102,6 +102,7 @@ def test_updates_against_adamw_in_float64(clip_norm):
         ("evaluate_every", -1),
         ("checkpoint_every", 0),
         ("keep_checkpoints", 0),
+        ("skip_non_finite", -1),
     ],
 )
 def test_a_key_out_of_range_is_named(key, value):
@@ -111,3 +112,15 @@ def test_a_key_out_of_range_is_named(key, value):
 
 def test_the_defaults_are_in_range():
     check_job(base_job(), "pretrain")
+
+
+def test_after_a_skipped_step_only_the_schedule_went_on():
+    job = base_job(steps=10, warmup_steps=2)
+    optimizer = make_optimizer(job)
+    params = {"kernel": jnp.ones((2, 2))}
+    before = optimizer.init(params)
+    _, after = optimizer.update(params, before, params)
+    skipped = after_skipped(before, after)
+    assert int(skipped["learning_rate"].count) == 1
+    assert int(skipped["adam"].count) == 0 and not skipped["adam"].mu["kernel"].any()
+    assert jax.tree.structure(skipped) == jax.tree.structure(after)

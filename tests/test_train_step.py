@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from configs.base import job as base_job
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
 from kd_jax.models.presets import PRESETS
@@ -13,6 +14,7 @@ from kd_jax.models.projection import WithProjections
 from kd_jax.steps.distill import DistillSettings, Weight, make_distill_objective
 from kd_jax.steps.pretrain import make_pretrain_objective
 from kd_jax.steps.train_step import make_train_step, split_micro_batches
+from kd_jax.trainer.optimizer import after_skipped, make_optimizer, make_schedule
 
 VOCABULARY, ROWS, LENGTH, SLOTS = 61, 8, 12, 4
 SETTINGS = DistillSettings(kl=Weight(1.0, 0.5), temperature=2.0)
@@ -136,3 +138,75 @@ def test_term_weights_follow_their_schedule():
     assert objective.coefficients(0.0) == {"kl": 1.0, "mlm": 1.0}
     assert objective.coefficients(1.0) == {"kl": 0.5, "mlm": 1.0}
     assert objective.coefficients(0.5)["kl"] == 0.75
+
+
+def broken_objective(objective, at):
+    """The same, with one row's share of the loss turned into NaN at the steps `at` (by their progress of 10 steps)."""
+
+    def loss(params, frozen, batch, key, scales, progress):
+        total, terms = objective.loss(params, frozen, batch, key, scales, progress)
+        wrong = jnp.any(jnp.abs(progress - np.array(at) / 9) < 1e-3) & jnp.any(batch["tokens"] == MARKED)
+        return total + jnp.where(wrong, jnp.nan, 0.0), terms
+
+    return dataclasses.replace(objective, loss=loss)
+
+
+MARKED = VOCABULARY - 1
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_schedule_where_it_may_be_skipped(accumulation):
+    """One bad row in one micro-batch; the reference takes the same steps without the bad one."""
+    model = tiny()
+    job = base_job(steps=10, warmup_steps=0, schedule="constant", learning_rate=0.01)
+    optimizer, schedule = make_optimizer(job), make_schedule(job)
+    whole = make_pretrain_objective(model)
+
+    def step_of(objective, skipped):
+        return jax.jit(
+            make_train_step(objective, optimizer, schedule, steps=10, accumulation=accumulation, skipped=skipped)
+        )
+
+    batches = [uneven_batch(number) for number in range(3)]
+    for batch in batches:
+        batch["tokens"][batch["tokens"] == MARKED] = 5
+        batch["tokens"][2, 3] = MARKED
+    skips, plain = step_of(broken_objective(whole, [1]), after_skipped), step_of(whole, None)
+    params = model.init(jax.random.key(0))
+    frozen = {"seed": np.int32(0)}
+    state = reference = {"step": jnp.int32(0), "params": params, "opt_state": optimizer.init(params)}
+    counts = []
+    for number, batch in enumerate(batches):
+        before = state
+        state, metrics = skips(state, frozen, batch)
+        counts.append(float(metrics["skipped_steps"][0]))
+        if number == 1:
+            assert not np.isfinite(metrics["loss"][0])
+            assert_trees_close(state["params"], before["params"], tolerance=0.0)
+            assert_trees_close(state["opt_state"]["adam"], before["opt_state"]["adam"], tolerance=0.0)
+            reference = {**reference, "step": reference["step"] + 1}
+        else:
+            reference, _ = plain(reference, frozen, batch)
+    assert counts == [0.0, 1.0, 0.0]
+    assert int(state["step"]) == 3 and int(state["opt_state"]["learning_rate"].count) == 3
+    assert int(state["opt_state"]["adam"].count) == 2
+    # The schedule is constant, so the reference, whose schedule is one behind, has the same rate.
+    assert_trees_close(state["params"], reference["params"], tolerance=1e-6)
+    assert_trees_close(state["opt_state"]["adam"], reference["opt_state"]["adam"], tolerance=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_with_a_finite_loss():
+    model = tiny()
+    whole = make_pretrain_objective(model)
+
+    def loss(params, frozen, batch, key, scales, progress):
+        total, terms = whole.loss(params, frozen, batch, key, scales, progress)
+        return total + jnp.sqrt(jnp.sum(params["encoder"]["embeddings"]["tokens"] * 0.0)), terms  # 0, gradient NaN
+
+    objective, optimizer = dataclasses.replace(whole, loss=loss), optax.sgd(1.0)
+    params = model.init(jax.random.key(0))
+    step = jax.jit(make_train_step(objective, optimizer, lambda step: 1.0, steps=10, skipped=lambda old, new: old))
+    state = {"step": jnp.int32(0), "params": params, "opt_state": optimizer.init(params)}
+    state, metrics = step(state, {"seed": np.int32(0)}, uneven_batch())
+    assert np.isfinite(metrics["loss"][0]) and float(metrics["skipped_steps"][0]) == 1.0
+    assert_trees_close(state["params"], params, tolerance=0.0)

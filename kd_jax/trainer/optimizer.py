@@ -92,7 +92,7 @@ def make_optimizer(job: ConfigDict) -> optax.GradientTransformation:
     )
 
 
-def after_skipped(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+def after_skipped(before: Any, after: Any) -> Any:
     """The state of `make_optimizer`'s optimizer after a step whose update is left out: the moments and their count as
     they were; the schedule goes on, so that the learning rate stays a function of the step."""
-    return {**before, "learning_rate": after["learning_rate"]}
+    return type(after)({**before, "learning_rate": after["learning_rate"]})
