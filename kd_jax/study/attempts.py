@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kd_jax.storage.copies import on_this_host
 from kd_jax.types import UserError
 
 FOLDER = "attempts"
@@ -41,8 +42,8 @@ class Attempt:
 
 
 def place_of(workdir: pathlib.Path, stage: str) -> pathlib.Path:
-    """Where a study notes the attempts at a stage."""
-    return workdir / FOLDER / f"{stage}.json"
+    """Where a study notes the attempts at a stage: on this host for a study on a remote store, which has no locks."""
+    return on_this_host(workdir) / FOLDER / f"{stage}.json"
 
 
 @contextlib.contextmanager

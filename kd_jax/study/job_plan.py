@@ -5,7 +5,6 @@ until then the stages after it have their name as key, and the one who runs such
 """
 
 import json
-import os
 import pathlib
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kd_jax.config import fingerprint, identity, to_dict
+from kd_jax.storage.places import make_folder, write_whole
 from kd_jax.study.plan import Planner, Recipe, Stage, Student, recipes, students
 from kd_jax.study.run import Study, best_of
 from kd_jax.types import UserError
@@ -225,7 +225,7 @@ def arrays(stages: Sequence[Planned]) -> list[dict[str, Any]]:
 
 def write_plan(workdir: pathlib.Path, values: Mapping[str, Any]) -> pathlib.Path:
     """Writes plan.json, and beside it plan.tsv for launchers: name, arrays it waits for, cpu or accelerator, keys."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir)
     rows = [
         "\t".join(
             (
@@ -237,16 +237,6 @@ def write_plan(workdir: pathlib.Path, values: Mapping[str, Any]) -> pathlib.Path
         )
         for one in values["arrays"]
     ]
-    _write(workdir / TABLE, "".join(f"{row}\n" for row in rows))
-    _write(workdir / FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    write_whole(workdir / TABLE, "".join(f"{row}\n" for row in rows).encode())
+    write_whole(workdir / FILE, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
     return workdir / FILE
-
-
-def _write(place: pathlib.Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, place)
-    finally:
-        temporary.unlink(missing_ok=True)

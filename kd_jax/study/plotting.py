@@ -4,9 +4,7 @@ Colors are Okabe and Ito's, which stay apart under the common kinds of color bli
 apart as well.
 """
 
-import contextlib
 import io
-import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,6 +17,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from kd_jax.storage import places
 from kd_jax.study.inputs import Numbers
 from kd_jax.study.plan import Student
 from kd_jax.types import UserError
@@ -82,14 +81,10 @@ def write_whole(path: pathlib.Path, data: bytes) -> None:
     """Replaces a file at once, so that a reader finds the old content or the new; UserError where it cannot be
     written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        places.make_folder(path.parent)
+        places.write_whole(path, data)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from error
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
+from kd_jax.storage.places import place
 from kd_jax.study import figures, tables
 from kd_jax.study.choosing import choosing_section
 from kd_jax.study.document import Block, Bullets, Document, Picture, Section, Text, markdown
@@ -59,7 +60,7 @@ def write_report(folder: pathlib.Path, inputs: ReportInputs) -> ReportPaths:
 
     Raises UserError where a file cannot be written. What a study did not run is said in a sentence, never an error.
     """
-    folder = pathlib.Path(folder)
+    folder = place(folder)
     paths = ReportPaths(folder / "report.md", folder / "report.html", folder / "figures")
 
     def draw(name: str, figure: Figure | None, caption: str, alternative: str, missing: str) -> Block:

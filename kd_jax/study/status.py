@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from kd_jax.storage.places import need_local
 from kd_jax.study.attempts import FAILED, RUNNING, STOPPED, Attempt, read_attempt
 from kd_jax.study.job_plan import PHASES, REPORT, Planned, is_done, planned
 from kd_jax.study.plan import Stage
@@ -56,6 +57,7 @@ class Status:
 
 def status_of(study: Study, now: float | None = None) -> Status:
     """Reads the state of every stage."""
+    need_local(study.workdir, "a study whose state can be told")
     now = time.time() if now is None else now
     stages = [one for one in planned(study) if one.phase != REPORT]
     counts = {phase: Counter() for phase in PHASES if any(one.phase == phase for one in stages)}
