@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import pathlib
 import re
+import tomllib
 
 import pytest
 from matplotlib.axes import Axes
@@ -101,6 +102,14 @@ def test_each_feature_of_ours_is_held_by_a_test():
         assert tests or not row[1].startswith("**Y"), f"{row[0]}: name the test that holds it"
         for file, name in tests:
             assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file} has no {name}"
+
+
+def test_the_lock_of_the_site_is_its_own_and_small():
+    group = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]["docs"]
+    lock = re.findall(r"^([\w.-]+)==", (ROOT / "requirements-docs.txt").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for requirement in group:
+        assert re.split(r"[\[>=]", requirement)[0] in lock, f"{requirement}: make the lock again, see its first lines"
+    assert not {"jax", "torch", "numpy"} & set(lock)  # docstrings are read, never imported
 
 
 def test_links_out_of_docs_lead_to_the_repository_or_are_bare_text():
