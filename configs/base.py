@@ -19,7 +19,7 @@ def source(kind: str, format: str, languages: tuple[str, ...], **changes) -> Con
             "languages": tuple(languages),
             "path": "",  # file, folder or glob; {language} and ${VARIABLE} are filled in
             "field": "text",  # field that holds the text (jsonl, parquet, huggingface, tfds)
-            "name": "",  # data set name on the hub or in TFDS; {language} is filled in
+            "name": "",  # data set on the hub (or NAME@REVISION) or in TFDS; {language} is filled in
             "subset": "",  # its configuration on the hub; {language} is filled in
             "split": "train",  # its split
             "streaming": False,  # huggingface: read over the network as it goes
@@ -102,7 +102,7 @@ def get_config() -> ConfigDict:
         {
             "format": "embedded",  # embedded | massive | massive_parquet | huggingface
             "path": "",  # folder of <locale>.jsonl, the official tarball, or Parquet files; ${VARIABLE} is filled in
-            "name": "",  # huggingface: data set on the hub
+            "name": "",  # huggingface: data set on the hub, or NAME@REVISION
             "locales": ("en-US",),
             "max_train": 0,  # train utterances a locale, 0 keeps all; the same ids in every locale
         }

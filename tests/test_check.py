@@ -86,6 +86,7 @@ def test_labels_that_train_does_not_have(whole):
     notes = [line for line in check(config_of(whole)).lines if line.startswith("note: ")]
     for kind, name in (("domain", "tea"), ("intent", "tea_brew"), ("slot", "kind")):
         assert any(f"{kind} {name!r} is not in train" in note and "1 in test" in note for note in notes), notes
+    assert sum("is not in train" in note for note in notes) == 3
 
 
 def test_the_same_text_in_two_partitions(whole):

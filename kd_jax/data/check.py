@@ -197,7 +197,7 @@ def texts(config: ConfigDict, utterances: Sequence[Utterance], errors: Errors) -
 def languages(stores: Sequence[Store], mix: str) -> Iterator[str]:
     """Languages of which the mix needs text of a kind that is not there."""
     found = {kind: {one.language.split("-")[0] for one in stores if one.kind == kind} for kind in ("generic", "task")}
-    if mix == "own" or not all(found.values()):
+    if not all(found.values()):
         return
     for kind, other in (("generic", "task"), ("task", "generic")):
         missing = sorted(found[other] - found[kind])
