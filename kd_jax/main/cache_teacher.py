@@ -198,7 +198,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         with dog, Count(workdir.name, "rows", total, shown=config.progress) as count:
             for number in wanted:  # every finished part is saved, whatever ends the command
                 found = predict.part(*writer.rows_of(number), count)
-                if first:
+                if found is not None:
                     writer.write(number, *found)
     manifest = writer.finish(beside) if first else None
     left = distributed.from_first(len(writer.missing(0, 1)) if manifest is None else 0)
@@ -233,30 +233,36 @@ class _Predictor:
 
     def part(
         self, store: int, rows: np.ndarray, epochs: np.ndarray, done: Count
-    ) -> tuple[np.ndarray, dict[str, float]]:
+    ) -> tuple[np.ndarray, dict[str, float]] | None:
         """(records [n], sums for the report) of rows of one store. Raises Preempted when asked to stop.
 
-        Every process takes its part of each batch to the devices; what comes of it is gathered in all of them.
+        Each of several processes takes its part of a batch to the devices; process 0 reads all rows and gets the
+        records, the others read theirs and get None.
         """
+        first = jax.process_index() == 0
         mine = slice(*process_slice(self._batch_rows, *process_share(self.mesh)))
         blocks, positions, mass = [], 0.0, 0.0
         for start in range(0, len(rows), self._batch_rows):
             inside = slice(start, start + self._batch_rows)
             count = len(rows[inside])
             fill = np.resize(np.arange(start, start + count), self._batch_rows)  # the last batch repeats its rows
-            batch = dict(self._rows(np.full(self._batch_rows, store), rows[fill], epochs[fill]))
+            if not first:
+                fill = fill[mine]
+            batch = dict(self._rows(np.full(len(fill), store), rows[fill], epochs[fill]))
             if self._form["format"] == "sampled":
                 shape = (self._layout.slots, self._form["samples"])
                 of_store = self._rows.stores[store].fingerprint
                 batch["uniforms"] = sample_uniforms(self._seed, of_store, rows[fill], epochs[fill], shape)
-            placed = global_batch(self.mesh, {name: values[mine] for name, values in batch.items()})
-            fields, held = self.gathered(self._step(self.params, self._frozen, placed))
+            local = {name: values[mine] for name, values in batch.items()} if first else batch
+            fields, held = self.gathered(self._step(self.params, self._frozen, global_batch(self.mesh, local)))
+            done.update(count)
+            if not first:
+                continue
             records = self._layout.pack(batch, fields)
             weights = batch["masked_weights"][:count]
             positions, mass = positions + float(weights.sum()), mass + float((held[:count] * weights).sum())
             blocks.append(records[:count])
-            done.update(count)
-        return np.concatenate(blocks), {"positions": positions, "mass": mass}
+        return (np.concatenate(blocks), {"positions": positions, "mass": mass}) if first else None
 
 
 @functools.cache
