@@ -13,7 +13,7 @@ from finished_runs import smoke_config, write_finetuned, write_student
 from configs import base
 from kd_jax.data.tokenizer import Tokenizer
 from kd_jax.data.vocabulary import seen_by_student
-from kd_jax.main import export, import_model, trained
+from kd_jax.main import export, import_model, predict, serving, trained
 from kd_jax.models.huggingface_files import TensorFiles
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.types import UserError
@@ -122,12 +122,60 @@ def test_what_cannot_be_exported_is_named(data, tmp_path):
         written(data, "", tmp_path / "out")
     with pytest.raises(UserError, match=r"config\.export\.checkpoint: .* is not finished"):
         written(data, tmp_path, tmp_path / "out")
-    config = data[0].copy_and_resolve_references()
-    config.vocabulary.update({"trim": True, "min_count": 2})
-    write_student(tmp_path / "trimmed", config, seen_by_student(data[1], config.vocabulary))
-    with pytest.raises(UserError, match=r"trimmed vocabulary.*no tokenizer file"):
-        written(data, tmp_path / "trimmed", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def trimmed(data, tmp_path_factory):
+    """(config, folder, prepared, and what each is) of a student and a DC model with a trimmed vocabulary."""
+    config = of_family(data[0], "bert")
+    config.vocabulary.update({"trim": True, "min_count": 2})
+    prepared = seen_by_student(data[1], config.vocabulary)
+    folder = tmp_path_factory.mktemp("trimmed")
+    found = {"mlm": write_student(folder / "mlm", config, prepared)}
+    found["dc"] = write_finetuned(folder / "dc", config, prepared, "dc")
+    return config, folder, prepared, found
+
+
+def test_a_trimmed_vocabulary_is_written_as_a_tokenizer_of_its_own(data, trimmed, tmp_path):
+    from transformers import AutoTokenizer
+
+    _, folder, prepared, found = trimmed
+    written(data, folder / "mlm", tmp_path / "out")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    texts = [one.text for one in prepared.utterances if one.partition == "train"]
+    kept, ours = 0, prepared.tokenizer
+    for text, ids in zip(texts, ours.encode(texts)):
+        if ours.unk_id not in ids:
+            assert theirs(text)["input_ids"] == [ours.cls_id, *ids.tolist(), ours.sep_id], text
+            kept += 1
+    assert kept > 10
+    _, params = found["mlm"]
+    with TensorFiles(tmp_path / "out") as files:
+        table = files.read("bert.embeddings.word_embeddings.weight")
+        bias = files.read("cls.predictions.bias")
+    size, unknown = ours.vocab_size, ours.unk_id
+    assert len(table) == len(bias) == Tokenizer.load(tmp_path / "out").vocab_size >= size
+    np.testing.assert_array_equal(table[:size], params["encoder"]["embeddings"]["tokens"])
+    assert (table[size:] == table[unknown]).all() and (bias[size:] == bias[unknown]).all()
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert values["vocab_size"] == len(table)
+
+
+def test_a_trimmed_model_answers_alike_from_its_run_and_its_export(data, trimmed, tmp_path):
+    config, folder, prepared, _ = trimmed
+    config = config.copy_and_resolve_references()
+    config.export.checkpoint = str(folder / "dc")
+    one = export.read_run(config, folder / "dc")
+    (tmp_path / "out").mkdir()
+    length = prepared.config["rows"]["length"]
+    serving.write(tmp_path / "out", one.model, one.params, one.classes, length=length, int8=False, program=False)
+    one.tokenizer.save(tmp_path / "out")
+    run = predict.Predictor([str(folder / "dc")])
+    unknown = prepared.tokenizer.unk_id
+    texts = [one.text for one in prepared.utterances[:200]]
+    texts = [text for text, ids in zip(texts, prepared.tokenizer.encode(texts)) if unknown not in ids]
+    assert predict.Predictor([str(tmp_path / "out")]).predict(texts[:20]) == run.predict(texts[:20])
 
 
 def example(folder):

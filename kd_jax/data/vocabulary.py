@@ -41,7 +41,7 @@ class TrimmedTokenizer(Tokenizer):
 
     def save(self, folder) -> None:
         """Not possible: the ids are no part of the tokenizer's file. Raises TypeError."""
-        raise TypeError("a trimmed tokenizer is derived from its prepared folder; save the full one")
+        raise TypeError("a trimmed tokenizer is derived from its prepared folder; save the full one, or `standalone`")
 
     def _ids(self, ids: list[int]) -> np.ndarray:
         return self.from_full[self.full._ids(ids)]

@@ -6,19 +6,23 @@ python -m kd_jax.main.export --config=configs/FILE.py --workdir=DIR --config.exp
 alone; --config.export.int8=True writes the weights in int8 in place of those that `transformers` loads.
 """
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
 import shutil
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 from kd_jax.config import require, to_dict
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.rows import new_folder
-from kd_jax.data.vocabulary import TrimmedPrepared
+from kd_jax.data.tokenizer import Tokenizer
+from kd_jax.data.trimmed_tokenizer import standalone
+from kd_jax.data.vocabulary import TrimmedTokenizer
 from kd_jax.main import command, finetune, masked_lm, serving, trained
 from kd_jax.main.model_card import INTENT_HEAD, model_card
 from kd_jax.main.serving import RECORD
@@ -35,12 +39,13 @@ KEY = "export.checkpoint"
 
 
 class Trained(NamedTuple):
-    """A finished run's model, the names of its classes, and its data with the model's vocabulary."""
+    """A finished run's model, the names of its classes, its data and its tokenizer."""
 
     model: Functional
     params: Params
     classes: dict[str, tuple[str, ...]]
     prepared: Prepared
+    tokenizer: Tokenizer  # with the model's vocabulary, for a file of its own
 
 
 def keys(config: ConfigDict) -> tuple[str, ...]:
@@ -62,7 +67,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     if is_exported(workdir, record):
         return
     one = read_run(config, source)
-    tokenizer, shape, block = one.prepared.tokenizer, one.model.config, config.export
+    tokenizer, shape, block = one.tokenizer, one.model.config, config.export
     if block.int8 or block.stablehlo:
         check_serving(one.model.kind, block)
     card = model_card(one.model.kind, shape, source, one.prepared, parameter_count(one.params), block)
@@ -92,7 +97,7 @@ def check_serving(kind: str, block: ConfigDict) -> None:
 
 def write_transformers(folder: pathlib.Path, one: Trained) -> None:
     """config.json, model.safetensors and, for ICNER, the intent head beside it."""
-    tokenizer, shape = one.prepared.tokenizer, one.model.config
+    tokenizer, shape = one.tokenizer, one.model.config
     found = exported(one.model, one.params, one.classes)
     ids = tokenizer_ids(shape, cls=tokenizer.cls_id, sep=tokenizer.sep_id, pad=tokenizer.pad_id)
     write(folder / CONFIG, found.config | ids)
@@ -124,22 +129,40 @@ def read_run(config: ConfigDict, source: pathlib.Path) -> Trained:
     if "finetune" in saved:
         one = finetune.load_finetuned(source, prepared, mesh, "float32", KEY)
         classes = {name: getattr(one.maps, name) for name in serving.CLASSES[one.task]}
-        found = Trained(one.model, one.params, classes, finetune.prepared_for(saved, prepared))
+        prepared = finetune.prepared_for(saved, prepared)
+        model, params = one.model, one.params
     else:
         block = trained.encoder_block(source, KEY)
         prepared = trained.run_prepared(source, prepared, KEY)
         trained.check_tokenizer(source, prepared, KEY)
         model = masked_lm.encoder_model(block, prepared, "float32", "student")
-        found = Trained(model, trained.trained_params(source, model, mesh), {}, prepared)
-    if isinstance(found.prepared, TrimmedPrepared):
-        raise UserError(
-            f"config.{KEY}: {source} has a trimmed vocabulary, for which no tokenizer file can be written yet; "
-            "train the student with config.vocabulary.trim=False to export it"
-        )
-    extra = found.model.config.vocab_size - found.prepared.tokenizer.vocab_size
+        params, classes = trained.trained_params(source, model, mesh), {}
+    extra = model.config.vocab_size - prepared.tokenizer.vocab_size
     if extra:
         raise UserError(f"config.{KEY}: {source} has {extra} rows of its token table for no piece; set vocab_size to 0")
-    return found
+    tokenizer = prepared.tokenizer
+    if isinstance(tokenizer, TrimmedTokenizer):
+        texts = dict.fromkeys(one.text for one in prepared.utterances if one.partition == "train")
+        tokenizer, helpers = standalone(tokenizer, list(texts))
+        model, params = with_helpers(model, params, helpers, prepared.tokenizer.unk_id)
+    return Trained(model, params, classes, prepared, tokenizer)
+
+
+def with_helpers(model: Functional, params: Params, count: int, unknown: int | None) -> tuple[Functional, Params]:
+    """The model with `count` more pieces, which it reads and predicts as the unknown one."""
+    assert unknown is not None, "a vocabulary is trimmed only where there is an unknown piece"
+
+    def widened(rows: Any) -> np.ndarray:
+        rows = np.asarray(rows)
+        return np.concatenate([rows, np.repeat(rows[unknown : unknown + 1], count, axis=0)])
+
+    embeddings = params["encoder"]["embeddings"]
+    embeddings = {**embeddings, "tokens": widened(embeddings["tokens"])}
+    params = {**params, "encoder": {**params["encoder"], "embeddings": embeddings}}
+    if model.kind == "mlm" and model.config.decoder_bias:
+        params["mlm_head"] = {**params["mlm_head"], "bias": widened(params["mlm_head"]["bias"])}
+    shape = dataclasses.replace(model.config, vocab_size=model.config.vocab_size + count)
+    return dataclasses.replace(model, config=shape), params
 
 
 def adapt_tokenizer_config(file: pathlib.Path, max_positions: int) -> None:
