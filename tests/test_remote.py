@@ -8,6 +8,7 @@ import pytest
 import toy_training
 
 from configs import quickstart
+from kd_jax.data import prepared as data
 from kd_jax.data.batches import MaskedBatches
 from kd_jax.evaluation.records import read_json_lines
 from kd_jax.main import cache_teacher, distill, evaluate, finetune_dc, prepare, pretrain
@@ -146,11 +147,49 @@ def test_what_is_damaged_on_the_store_is_named_and_not_used(tmp_path, store):
     assert not (place(f"{base}/teacher") / "DONE").exists()
 
 
-def test_a_prepared_folder_without_checksums_and_one_that_is_not_there(tmp_path, store):
-    from kd_jax.data.prepared import Prepared
+def test_a_prepare_that_is_killed_while_it_puts_is_made_good_by_the_next(tmp_path, store, monkeypatch):
+    config = small("gs://bucket/prepared")
+    put = data.put
 
+    def killed(folder, remote, names):
+        put(folder, remote, list(names)[:3])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "put", killed)
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare(config, config.prepared)
+    assert names_in(place(config.prepared))
+    with pytest.raises(UserError, match="is no finished prepared folder"):
+        data.Prepared(config.prepared)
+    monkeypatch.setattr(data, "put", put)
+    data.prepare(config, config.prepared)
+    store.clear()
+    prepared = data.Prepared(config.prepared)
+    data.prepare(config, tmp_path / "prepared")
+    assert prepared.fingerprint == data.Prepared(tmp_path / "prepared").fingerprint
+    rows = prepared.stores("train")[0].rows(np.arange(2))
+    np.testing.assert_array_equal(rows, data.Prepared(tmp_path / "prepared").stores("train")[0].rows(np.arange(2)))
+    assert store == ["bucket/prepared/manifest.json"]  # what was built here is not fetched
+    config.rows.length = 40
+    with pytest.raises(UserError, match=r"^gs://bucket/prepared: was prepared with another config .*rows\.length"):
+        data.prepare(config, config.prepared)
+
+
+def test_rows_are_waited_for_when_they_are_read_and_not_before(tmp_path, store, monkeypatch):
+    config = small("gs://bucket/prepared")
+    data.prepare(config, config.prepared)
+    monkeypatch.setattr(copies, "_chosen_root", str(tmp_path / "another-host"))
+    monkeypatch.setattr(copies.LocalCopy, "_fetch_waiting", lambda self: None)
+    store.clear()
+    one = data.Prepared(config.prepared).stores("train")[0]
+    assert one.num_rows > 0 and not [name for name in store if name.endswith("tokens.npy")]
+    one.rows(np.arange(1))
+    assert [name for name in store if name.endswith(f"{one.name}/tokens.npy")]
+
+
+def test_a_prepared_folder_without_checksums_and_one_that_is_not_there(tmp_path, store):
     with pytest.raises(UserError, match=r"^config\.prepared: gs://bucket/none is no finished prepared folder"):
-        Prepared("gs://bucket/none")
+        data.Prepared("gs://bucket/none")
     write_whole(place("gs://bucket/old/manifest.json"), b'{"config": {}, "fingerprint": "a"}')
     with pytest.raises(UserError, match=r"^gs://bucket/old: its manifest has no checksums"):
-        Prepared("gs://bucket/old")
+        data.Prepared("gs://bucket/old")

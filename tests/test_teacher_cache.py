@@ -1,13 +1,17 @@
 """Cached predictions: the same batches as masking gives, whole or refused, however the writing was cut up."""
 
 import json
+import shutil
 
+import fake_store
 import numpy as np
 import pytest
 from test_batches import MASKING, TOKENIZER, make, stores  # noqa: F401  a fixture
 
 from kd_jax.data.batches import MaskedRows
 from kd_jax.data.teacher_cache import BEGUN, CachedBatches, CacheWriter, Layout, TeacherCache, visited
+from kd_jax.storage import copies
+from kd_jax.storage.places import place
 from kd_jax.types import UserError
 
 STEPS, WIDTH = 5, 3
@@ -135,6 +139,37 @@ def test_a_folder_begun_with_another_config_is_refused(stores, finished):  # noq
     with pytest.raises(UserError, match="begun with another"):
         writer_of(finished, stores, rows=24)
     assert (finished / BEGUN).is_file()
+
+
+def test_a_cache_on_a_store_is_written_in_parts_and_read_from_a_copy(stores, finished, tmp_path, monkeypatch):  # noqa: F811
+    fake_store.install(tmp_path / "store")
+    monkeypatch.setattr(copies, "_chosen_root", str(tmp_path / "local"))
+    remote = place("gs://bucket/cache")
+    one, other = writer_of(remote, stores), writer_of(remote, stores)  # two machines
+    write(one, one.missing(0, 2))
+    assert one.finish() is None
+    write(other, other.missing(1, 2))
+    assert other.finish()["fingerprint"] == TeacherCache(finished).fingerprint
+    with pytest.raises(UserError, match=r"^gs://bucket/cache: holds a cache begun with another"):
+        writer_of(remote, stores, rows=24)
+    transfer_set = make(stores).transfer_set
+    near, far = (CachedBatches(TeacherCache(cache), transfer_set, MASKING, 24, STEPS) for cache in (finished, remote))
+    for step in range(STEPS):
+        for name, values in far.batch(step).items():
+            np.testing.assert_array_equal(values, near.batch(step)[name])
+
+
+def test_a_damaged_part_on_a_store_is_named(stores, finished, tmp_path, monkeypatch):  # noqa: F811
+    fake_store.install(tmp_path / "store")
+    monkeypatch.setattr(copies, "_chosen_root", str(tmp_path / "local"))
+    bucket = tmp_path / "store/buckets/bucket"
+    shutil.copytree(finished, bucket, ignore=shutil.ignore_patterns("store"))  # as a user copies a finished cache
+    part = sorted((bucket / "parts").glob("*.npy"))[0]
+    part.write_bytes(part.read_bytes()[:-1])
+    cached = CachedBatches(TeacherCache("s3://bucket"), make(stores).transfer_set, MASKING, 24, STEPS)
+    with pytest.raises(UserError, match=rf"^s3://bucket/parts/{part.name}: is damaged"):
+        for step in range(STEPS):
+            cached.batch(step)
 
 
 def test_records_are_as_small_as_their_types_allow():
