@@ -3,6 +3,7 @@
 import io
 import json
 
+import numpy as np
 import pytest
 from finished_runs import smoke_config, write_finetuned
 
@@ -79,6 +80,56 @@ def test_slots_name_their_words():
     assert one.to_json("zh-CN")["slots"][0]["text"] == "七点"
 
 
+def test_probabilities(data, runs, predictor):
+    """Held against a softmax in float64 of one text alone."""
+    prepared, text = data[1], "weck mich morgen um sieben"
+    one = predictor.predict(["play some jazz", text], probabilities=True)[1]
+    bare = predictor.predict([text])[0]
+    assert (bare.domain_probability, bare.intent_probability, bare.tag_probabilities) == (None, None, ())
+    assert one[:5] == bare[:5]
+    tokenizer = prepared.tokenizer
+    ids, words = tokenizer.encode_words([text.split()])[0]
+    tokens = np.array([[tokenizer.cls_id, *ids, tokenizer.sep_id]], np.int32)
+    batch = {
+        "tokens": tokens,
+        "segment_ids": np.ones_like(tokens),
+        "positions": np.arange(tokens.shape[1], dtype=np.int32)[None],
+        "first_positions": np.zeros((1, 1), np.int32),
+    }
+
+    def softmax(logits):
+        powers = np.exp(np.asarray(logits, np.float64))
+        return powers / powers.sum(-1, keepdims=True)
+
+    mesh = make_mesh(data[0].mesh)
+    dc, icner = (finetune.load_finetuned(runs / task, prepared, mesh, "float32", "model") for task in ("dc", "icner"))
+    assert one.domain_probability == pytest.approx(softmax(dc.model.domain_logits(dc.params, batch)).max(), abs=1e-5)
+    intents, tags = icner.model.intent_and_tag_logits(icner.params, batch)
+    assert one.intent_probability == pytest.approx(softmax(intents).max(), abs=1e-5)
+    firsts = [int(np.flatnonzero(words == word)[0]) for word in range(len(one.words))]
+    chances = [softmax(tags[0, 1 + first])[icner.maps.tag_id(tag)] for first, tag in zip(firsts, one.tags)]
+    assert one.tag_probabilities == pytest.approx(chances, abs=1e-5)
+    values = one.to_json()
+    assert values["domain_probability"] == round(one.domain_probability, 4)
+    for slot in values["slots"]:
+        assert slot["probability"] == pytest.approx(np.prod(chances[slot["start"] : slot["end"]]), abs=1e-4)
+
+
+def test_a_word_without_a_piece_has_no_probability():
+    tags, likely = ("B-time", "I-time", "O"), (0.5, None, 0.9)
+    one = predict.Prediction("a b c", ("a", "b", "c"), "x", "y", tags, 0.25, 0.75, likely)
+    assert one.to_json() == {
+        "text": "a b c",
+        "domain": "x",
+        "domain_probability": 0.25,
+        "intent": "y",
+        "intent_probability": 0.75,
+        "slots": [{"slot": "time", "text": "a b", "start": 0, "end": 2, "probability": 0.5}],
+    }
+    (text,) = predict.lines_of([one], "text", "")
+    assert text == "text:   a b c\ndomain: x (0.25)\nintent: y (0.75)\nslots:  time = a b (0.50)"
+
+
 def test_each_domain_has_its_model(data, runs, predictor, tmp_path):
     config, prepared = data
     texts = [one.text for one in prepared.utterances if one.partition == "test"][:60]
@@ -117,6 +168,7 @@ def test_forms_of_output(runs, capsys, tmp_path, monkeypatch):
 def test_mistakes_are_one_sentence(runs, capsys, tmp_path):
     for arguments, words in (
         ((f"--model={runs / 'dc'}",), "give texts, or --input"),
+        ((f"--model={runs / 'dc'}", "--probabilities", "--format=massive", "x"), "has no place for them"),
         ((f"--model={runs / 'dc'}", "--input=nowhere.txt"), "--input: there is no file nowhere.txt"),
         ((f"--model={tmp_path}", "x"), "--model: "),
         ((f"--model={runs / 'dc'},{runs / 'dc'}", "x"), "is a second run for dc"),

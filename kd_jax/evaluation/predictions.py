@@ -32,19 +32,23 @@ class Spread(NamedTuple):
 
 @functools.cache
 def compiled_predict(model: Functional) -> Predict:
-    """Jitted (params, class masks, batch) -> class ids int32 [R, S], and for ICNER tag scores float32 [R, L, T] too.
+    """Jitted (params, class masks, batch) -> class ids int32 [R, S], their probabilities float32 [R, S], and for ICNER
+    tag scores float32 [R, L, T] too.
 
     The class masks are added to the logits; they make the classes impossible that only pad a label map.
     """
 
+    def classes(logits_RxSxC, masks):
+        logits_RxSxC = logits_RxSxC + masks["utterance_classes"][None, None, :]
+        largest_RxS = jnp.max(jax.nn.softmax(logits_RxSxC.astype(jnp.float32), axis=-1), axis=-1)
+        return jnp.argmax(logits_RxSxC, axis=-1), largest_RxS
+
     def predict_dc(params, masks, batch):
-        logits_RxSxC = model.domain_logits(params, batch) + masks["utterance_classes"][None, None, :]
-        return jnp.argmax(logits_RxSxC, axis=-1), None
+        return *classes(model.domain_logits(params, batch), masks), None
 
     def predict_icner(params, masks, batch):
         intent_RxSxI, tag_RxLxT = model.intent_and_tag_logits(params, batch)
-        intents = jnp.argmax(intent_RxSxI + masks["utterance_classes"][None, None, :], axis=-1)
-        return intents, tag_RxLxT.astype(jnp.float32) + masks["tag_classes"][None, None, :]
+        return *classes(intent_RxSxI, masks), tag_RxLxT.astype(jnp.float32) + masks["tag_classes"][None, None, :]
 
     return jax.jit(predict_dc if model.kind == "dc" else predict_icner)
 
@@ -61,34 +65,43 @@ def predict_records(
     length: int,
     batch_rows: int,
     spread: Spread,
+    probabilities: bool = False,
 ) -> list[Record]:
     """Records in the order of `utterances`, the same in every process; `train` decides on test_unseen and tail.
 
-    Each process predicts and decodes its part of the rows, and all tell each other what they found.
+    Each process predicts and decodes its part of the rows, and all tell each other what they found. With
+    `probabilities` a record has "probability" too, of its domain or intent, and "tag_probabilities" as
+    `probabilities_of_tags` gives them.
     """
     labeled = LabeledSet(utterances, tokenizer, maps, model.kind, length)
     predict = compiled_predict(model)
     mine = slice(*process_slice(batch_rows, *spread.share))
-    found: list[tuple[int, int, list[str]]] = []  # number of the utterance, its class, its tags
+    # Number of the utterance, its class, its tags, and the probabilities of both.
+    found: list[tuple[int, int, list[str], float, list[float | None]]] = []
     for batch, index_RxS in packed(labeled, length, batch_rows):
         batch, index_RxS = {name: values[mine] for name, values in batch.items()}, index_RxS[mine]
-        classes_RxS, scores_RxLxT = jax.tree.map(spread.fetch, predict(params, masks, spread.place(batch)))
+        classes_RxS, largest_RxS, scores_RxLxT = jax.tree.map(spread.fetch, predict(params, masks, spread.place(batch)))
         rows, slots = np.nonzero(index_RxS >= 0)
         chosen, labels = index_RxS[rows, slots], classes_RxS[rows, slots]
         tags: Sequence[list[str]] = [[]] * len(chosen)
+        likely: Sequence[list[float | None]] = [[]] * len(chosen)
         if model.kind == "icner":
             firsts = np.asarray(batch["first_positions"])[rows, slots]
             tags = decode_rows(labeled, chosen, scores_RxLxT[rows], firsts, maps.tags)
-        found += zip(chosen.tolist(), labels.tolist(), tags)
+            if probabilities:
+                likely = probabilities_of_tags(labeled, chosen, scores_RxLxT[rows], firsts, maps, tags)
+        found += zip(chosen.tolist(), labels.tolist(), tags, largest_RxS[rows, slots].tolist(), likely, strict=True)
     records: list[Record] = [{} for _ in utterances]
     test_sets = assign_test_sets(utterances, train)
     for part in spread.from_all(json.dumps(found).encode()):
-        for number, label, one in json.loads(part):
+        for number, label, one, largest, likely in json.loads(part):
             who = (utterances[number], test_sets[number])
             if model.kind == "dc":
                 records[number] = domain_record(*who, maps.domains[label])
             else:
                 records[number] = intent_slot_record(*who, maps.intents[label], one)
+            if probabilities:
+                records[number] |= {"probability": largest, "tag_probabilities": likely}
     return records
 
 
@@ -120,3 +133,28 @@ def decode_rows(
             whole.append(by_word.get(word, f"I-{slot}" if slot else "O"))
         decoded.append(repair_bio(whole))
     return decoded
+
+
+def probabilities_of_tags(
+    labeled: LabeledSet,
+    chosen: np.ndarray,
+    scores_NxLxT: np.ndarray,
+    firsts: np.ndarray,
+    maps: LabelMaps,
+    decoded: Sequence[Sequence[str]],
+) -> list[list[float | None]]:
+    """For each word of each chosen utterance what the model gives its decoded tag, by itself: the softmax at the word's
+    first piece. None for a word without a piece of its own in the row.
+    """
+    found = []
+    for place, (number, first, tags) in enumerate(zip(chosen, firsts, decoded, strict=True)):
+        inside = slice(labeled.offsets[number], labeled.offsets[number + 1])
+        starts = np.flatnonzero(labeled.word_starts[inside])
+        words = labeled.words[inside][starts]
+        ids = np.array([maps.tag_id(str(tags[word])) for word in words], np.int64)
+        scores = scores_NxLxT[place, first + 1 + starts, : len(maps.tags)]
+        shifted = np.exp(scores - scores.max(axis=-1, keepdims=True, initial=-np.inf))
+        chances = shifted[np.arange(len(ids)), ids] / shifted.sum(axis=-1)
+        by_word = dict(zip(words.tolist(), chances.tolist()))
+        found.append([by_word.get(word) for word in range(len(tags))])
+    return found

@@ -200,6 +200,7 @@ def predict(
     mesh,
     batch_rows: int = 32,
     count: Count | None = None,
+    probabilities: bool = False,
 ) -> list[Record]:
     """Records of the utterances, in their order; count: takes them in as they come. Raises Preempted."""
     count = count or Count("prediction", "utterances", shown=False)
@@ -224,6 +225,7 @@ def predict(
             process_share(mesh),
             distributed.from_all,
         ),
+        probabilities=probabilities,
     )
 
 

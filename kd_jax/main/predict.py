@@ -8,12 +8,14 @@ model for each domain needs a DC run beside it, which chooses the model. --input
 from standard input with "-"; --output writes to a file in place of standard output. --format is text (for texts on the
 command line), json (an object a line) or massive (the schema of MASSIVE). --locale tells what a word is, which in
 ja-JP, zh-CN and zh-TW is a character; --prepared is the prepared folder, where it is no longer where the run found it.
+--probabilities adds those of domain, intent and slots.
 """
 
 import argparse
 import contextlib
 import itertools
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,6 +37,7 @@ from kd_jax.types import UserError
 CHUNK = 4096  # texts that are in memory at a time
 ROWS = 32  # rows that are computed at a time, where there are many texts
 FORMATS = ("text", "json", "massive")
+_ABOUT = {"dc": "domain", "icner": "intent"}  # what a record's probability is of
 
 
 class Prediction(NamedTuple):
@@ -45,18 +48,36 @@ class Prediction(NamedTuple):
     domain: str | None
     intent: str | None
     tags: tuple[str, ...]  # IOB2, one a word
+    # Where they were asked for: of the domain, of the intent, and of each word's tag (None where it has no piece).
+    domain_probability: float | None = None
+    intent_probability: float | None = None
+    tag_probabilities: tuple[float | None, ...] = ()
 
     def utterance(self, id: str, locale: str) -> Utterance:
         return Utterance(id, locale, "test", self.domain or "", self.intent or "", self.text, self.words, self.tags)
 
     def to_json(self, locale: str = "") -> dict[str, Any]:
-        """Text, domain, intent and slots; a slot has its name, its words, and the place of its words [start, end)."""
-        found = []
+        """Text, domain, intent and slots; a slot has its name, its words, and the place of its words [start, end).
+
+        With probabilities each has its own; a slot's is the product of those of its words' tags.
+        """
+        found: list[dict[str, Any]] = []
         joint = "" if split_words("ab", locale) == ["a", "b"] else " "
         for span in self.utterance("", locale).spans:
             words = joint.join(self.words[span.start : span.end])
             found.append({"slot": span.slot, "text": words, "start": span.start, "end": span.end})
-        return {"text": self.text, "domain": self.domain, "intent": self.intent, "slots": found}
+            if self.tag_probabilities:
+                known = [one for one in self.tag_probabilities[span.start : span.end] if one is not None]
+                found[-1]["probability"] = round(math.prod(known), 4)
+        values: dict[str, Any] = {"text": self.text}
+        for name, value, probability in (
+            ("domain", self.domain, self.domain_probability),
+            ("intent", self.intent, self.intent_probability),
+        ):
+            values[name] = value
+            if probability is not None:
+                values[f"{name}_probability"] = round(probability, 4)
+        return {**values, "slots": found}
 
 
 class Predictor:
@@ -99,7 +120,9 @@ class Predictor:
         else:
             raise UserError(f"--model: {workdir} is a second run for {one.task}; give one DC and one ICNER run")
 
-    def predict(self, texts: Sequence[str], locale: str = "", rows: int = ROWS) -> list[Prediction]:
+    def predict(
+        self, texts: Sequence[str], locale: str = "", rows: int = ROWS, probabilities: bool = False
+    ) -> list[Prediction]:
         """One for each text, in their order; texts share the rows of a batch. A text of more pieces than the rows that
         the models were trained on is cut there, and the words behind have the tag "O"."""
         utterances = []
@@ -107,31 +130,38 @@ class Predictor:
             words = tuple(split_words(text, locale))
             utterances.append(Utterance("", locale, "", "", "", text, words, ("O",) * len(words)))
         full = [number for number, one in enumerate(utterances) if one.words]
-        domains: dict[int, str] = {}
+        by_domain, found = {}, {}
         if self._dc is not None:
-            domains = {
-                number: record["predicted_domain"] for number, record in self._ask(self._dc, utterances, full, rows)
-            }
-        found: dict[int, tuple[str, tuple[str, ...]]] = {}
+            by_domain = dict(self._ask(self._dc, utterances, full, rows, probabilities))
+        domains = {number: record["predicted_domain"] for number, record in by_domain.items()}
         for domain, model in self._icner.items():
             mine = [number for number in full if domain in ("", domains.get(number))]
-            for number, record in self._ask(model, utterances, mine, rows):
-                found[number] = record["predicted_intent"], tuple(record["predicted_tags"])
+            found |= dict(self._ask(model, utterances, mine, rows, probabilities))
         predictions = []
         for number, one in enumerate(utterances):
-            intent, tags = found.get(number, (None, one.tags))
-            predictions.append(Prediction(one.text, one.words, domains.get(number), intent, tags))
+            record, intent, tags = found.get(number), None, one.tags
+            if record is not None:
+                intent, tags = record["predicted_intent"], tuple(record["predicted_tags"])
+            asked = [of[number] for of in (by_domain, found) if probabilities and number in of]
+            likely = {f"{name}_probability": of["probability"] for of in asked for name in [_ABOUT[of["task"]]]}
+            if probabilities and record is not None:
+                likely["tag_probabilities"] = tuple(record["tag_probabilities"])
+            predictions.append(Prediction(one.text, one.words, domains.get(number), intent, tags, **likely))
         return predictions
 
     def _ask(
-        self, one: finetune.Finetuned, utterances: Sequence[Utterance], chosen: Sequence[int], rows: int
+        self,
+        one: finetune.Finetuned,
+        utterances: Sequence[Utterance],
+        chosen: list[int],
+        rows: int,
+        probabilities: bool,
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         """(number, record) of the chosen utterances."""
         if chosen:
             asked = [utterances[number] for number in chosen]
-            records = finetune.predict(
-                one.model, one.params, one.masks, asked, [], one.prepared, one.maps, self._mesh, batch_rows=rows
-            )
+            which = (one.model, one.params, one.masks, asked, [], one.prepared, one.maps, self._mesh)
+            records = finetune.predict(*which, batch_rows=rows, probabilities=probabilities)
             yield from zip(chosen, records, strict=True)
 
 
@@ -139,15 +169,27 @@ def lines_of(predictions: Iterable[Prediction], form: str, locale: str, first: i
     """Each prediction in the wanted form; numbers count from `first`."""
     for number, one in enumerate(predictions, first):
         if form == "text":
-            slots = ", ".join(f"{slot['slot']} = {slot['text']}" for slot in one.to_json(locale)["slots"])
-            values = {"text": one.text, "domain": one.domain, "intent": one.intent, "slots": slots or None}
-            yield "\n".join(f"{name + ':':<8}{value}" for name, value in values.items() if value is not None)
+            yield _as_text(one.to_json(locale))
         elif form == "json":
             yield json.dumps(one.to_json(locale), ensure_ascii=False)
         else:
             it = one.utterance(str(number), locale)
             values = (it.id, locale, it.partition, it.domain, it.intent, it.text, it.annotated())
             yield json.dumps(dict(zip(FIELDS, values, strict=True)), ensure_ascii=False)
+
+
+def _as_text(values: dict[str, Any]) -> str:
+    """A line for each of text, domain, intent and slots, with probabilities in parentheses."""
+
+    def likely(holder: dict[str, Any], key: str) -> str:
+        return f" ({holder[key]:.2f})" if key in holder else ""
+
+    slots = ", ".join(f"{slot['slot']} = {slot['text']}{likely(slot, 'probability')}" for slot in values["slots"])
+    lines = {"text": values["text"], "slots": slots or None}
+    for name in ("domain", "intent"):
+        lines[name] = values[name] and values[name] + likely(values, f"{name}_probability")
+    order = ("text", "domain", "intent", "slots")
+    return "\n".join(f"{name + ':':<8}{lines[name]}" for name in order if lines[name] is not None)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -167,7 +209,8 @@ def run(options: argparse.Namespace) -> None:
         # A bar among the lines of a terminal would disturb them.
         count = stack.enter_context(Count("predict", "texts", shown=bool(options.output) or not output.isatty()))
         while chunk := list(itertools.islice(texts, CHUNK)):
-            for line in lines_of(predictor.predict(chunk, options.locale, rows), form, options.locale, done):
+            predictions = predictor.predict(chunk, options.locale, rows, options.probabilities)
+            for line in lines_of(predictions, form, options.locale, done):
                 print(line, file=output)
             done += len(chunk)
             count.update(len(chunk))
@@ -193,11 +236,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("input", "output", "locale", "prepared"):
         parser.add_argument(f"--{name}", default="")
     parser.add_argument("--format", default="", choices=("", *FORMATS))
+    parser.add_argument("--probabilities", action="store_true")
     options = parser.parse_args(arguments)
     logging.set_verbosity(logging.WARNING)
     try:
         if bool(options.texts) == bool(options.input):
             raise UserError("give texts, or --input with a file of them, and not both")
+        if options.probabilities and options.format == "massive":
+            raise UserError("--probabilities: the massive format has no place for them; use --format=json")
         run(options)
     except UserError as error:
         print(f"error: {str(error).replace('config.model:', '--model:')}", file=sys.stderr)
