@@ -40,12 +40,12 @@ def place(name: str | os.PathLike) -> pathlib.Path:
     # Without this, epath would import TensorFlow where it is installed.
     os.environ.setdefault("EPATH_USE_TF", "false")
     import fsspec
-    import fsspec.config
     from etils import epath
+    from fsspec.config import conf as fsspec_defaults
 
     package, known_as = BACKENDS[scheme]
     # Several hosts write below one folder: a listing that was true a while ago is no answer.
-    fsspec.config.conf.setdefault(known_as, {}).setdefault("use_listings_cache", False)
+    fsspec_defaults.setdefault(known_as, {}).setdefault("use_listings_cache", False)
     try:
         fsspec.get_filesystem_class(known_as)
     except ImportError:
