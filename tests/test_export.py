@@ -13,7 +13,8 @@ from finished_runs import smoke_config, write_finetuned, write_student
 from configs import base
 from kd_jax.data.tokenizer import Tokenizer
 from kd_jax.data.vocabulary import seen_by_student
-from kd_jax.main import export, import_model, predict, serving, trained
+from kd_jax.evaluation.records import read_json_lines
+from kd_jax.main import evaluate, export, import_model, predict, serving, trained
 from kd_jax.models.huggingface_files import TensorFiles
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.types import UserError
@@ -89,6 +90,34 @@ def test_card_says_what_it_is_and_where_it_comes_from(data, runs, tmp_path):
     ):
         assert words in card, words
     assert "score" not in card.split("## How well")[1].split("## How to")[0]
+
+
+def test_card_states_test_results(data, runs, tmp_path):
+    """Of the run that is named, or of one that lies beside the model's."""
+    folder, _ = runs
+    config = data[0].copy_and_resolve_references()
+    config.evaluate.checkpoint = str(folder / "dc")
+    evaluate.run(config, folder / "dc_test")
+    rows = read_json_lines(folder / "dc_test" / evaluate.RESULTS)
+    (accuracy,) = [row for row in rows if (row["scope"], row["metric"], row["test_set"]) == ("all", "accuracy", "test")]
+    written(data, folder / "dc", tmp_path / "beside")
+    card = (tmp_path / "beside" / "README.md").read_text(encoding="utf-8")
+    assert "On the test partition (`dc_test`)" in card and f"| accuracy | {accuracy['value']:.4f} | " in card
+    assert "| | test | tail | test_unseen |" in card or "| | test | test_unseen | tail |" in card
+    written(data, folder / "icner", tmp_path / "icner")
+    assert "test partition" not in (tmp_path / "icner" / "README.md").read_text(encoding="utf-8")
+    (folder / "dc_test").rename(tmp_path / "scores")
+    config.export.update({"checkpoint": str(folder / "dc"), "results": str(tmp_path / "scores")})
+    export.run(config, tmp_path / "named")
+    assert "On the test partition (`scores`)" in (tmp_path / "named" / "README.md").read_text(encoding="utf-8")
+    for checkpoint, results, message in (
+        ("icner", tmp_path / "scores", r"config\.export\.results: .* scored .*dc, not .*icner"),
+        ("dc", folder / "icner", r"config\.export\.results: .* is no finished evaluate run"),
+    ):
+        config.export.update({"checkpoint": str(folder / checkpoint), "results": str(results)})
+        with pytest.raises(UserError, match=message):
+            export.run(config, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
 
 
 def test_labels_and_heads(data, runs, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kd_jax.data.prepared import Prepared
-from kd_jax.main import trained
+from kd_jax.main import scores, trained
 from kd_jax.main.finetune import DEV
 from kd_jax.main.masked_lm import HELDOUT, summarize
 from kd_jax.models.encoder_config import EncoderConfig
@@ -47,7 +47,7 @@ def model_card(
         "## Where it comes from",
         "\n".join(f"- {line}" for line in _origin(workdir)),
         "## How well it does",
-        _metrics(workdir),
+        *_metrics(workdir, block),
         "## How to use it",
         *([_INT8] if block.int8 else [_usage(kind, shape)]),
         *([_PROGRAM_TEXT, _PROGRAM[kind]] if block.stablehlo else []),
@@ -109,15 +109,23 @@ def _transfer_set(config: ConfigDict) -> str:
     return f"a transfer set of {share}, the rest {transfer.generic}"
 
 
-def _metrics(workdir: pathlib.Path) -> str:
+def _metrics(workdir: pathlib.Path, block: ConfigDict) -> Iterator[str]:
+    """Test results where the model was scored, and what its own run measured."""
+    found = scores.results_of(workdir, block.results)
+    if found is not None:
+        folder, rows = found
+        partition = trained.run_config(folder, scores.KEY).evaluate.partition
+        weights = ", before the weights were brought to int8" if block.int8 else ""
+        yield f"On the {partition} partition (`{folder.name}`{weights}):\n\n{scores.results_table(rows)}"
     if (workdir / DEV).is_file():
-        scores = {name: value for name, value in trained.read_json(workdir / DEV).items() if name != "score"}
-        title = f"On the {scores.pop('count')} dev utterances:"
+        values = {name: value for name, value in trained.read_json(workdir / DEV).items() if name != "score"}
+        title = f"On the {values.pop('count')} dev utterances:"
     elif (workdir / HELDOUT).is_file():
-        scores, title = summarize(trained.read_json(workdir / HELDOUT)), "On held-out text, by kind:"
+        values, title = summarize(trained.read_json(workdir / HELDOUT)), "On held-out text, by kind:"
     else:
-        return "Nothing was measured in its run."
-    return title + "\n\n" + _table({name: f"{value:.4f}" for name, value in scores.items()})
+        yield "Nothing was measured in its run."
+        return
+    yield title + "\n\n" + _table({name: f"{value:.4f}" for name, value in values.items()})
 
 
 def _usage(kind: str, shape: EncoderConfig) -> str:
