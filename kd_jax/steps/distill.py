@@ -94,11 +94,14 @@ def make_distill_objective(
             for teacher, params in zip(teachers, jax.lax.stop_gradient(frozen["teachers"]), strict=True)
         )
 
+    def in_loss(frozen, batch) -> tuple[Captured, ...]:
+        return () if settings.once else teacher_states(frozen, batch)
+
     def loss(params, frozen, batch, key, scales, progress):
         columns = columns_of(batch, settings)
         mine, wanted = student.student_params(params), _wanted(settings, 0)
         ours = student.student.capture(mine, batch, key, **wanted, columns_RxK=columns)
-        theirs: tuple[Captured, ...] = () if settings.once else teacher_states(frozen, batch)
+        theirs = in_loss(frozen, batch)
         total, terms = jnp.float32(0.0), {}
         if features:
             terms |= _feature_terms(student, params, ours, theirs[0], batch, settings)
