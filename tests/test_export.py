@@ -1,10 +1,14 @@
 """An exported folder: it imports again as it was, `transformers` loads it, and its card's example runs."""
 
 import json
+import os
 import pathlib
 import re
 import runpy
+import subprocess
+import sys
 
+import hub_cache
 import jax
 import numpy as np
 import pytest
@@ -205,6 +209,27 @@ def test_a_trimmed_model_answers_alike_from_its_run_and_its_export(data, trimmed
     texts = [one.text for one in prepared.utterances[:200]]
     texts = [text for text, ids in zip(texts, prepared.tokenizer.encode(texts)) if unknown not in ids]
     assert predict.Predictor([str(tmp_path / "out")]).predict(texts[:20]) == run.predict(texts[:20])
+
+
+def test_an_export_on_the_hub_is_read_by_its_name(data, runs, tmp_path):
+    """Offline, from the cache that a download leaves: its tokenizer, and the folder that import_model reads."""
+    written(data, runs[0] / "bert", tmp_path / "out")
+    environment = hub_cache.put(tmp_path / "cache", "someone/student", tmp_path / "out")
+    code = (
+        "from kd_jax.data.tokenizer import Tokenizer; from kd_jax.main.import_model import model_folder\n"
+        "print(Tokenizer.load('someone/student').fingerprint, model_folder('someone/student'))\n"
+    )
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    fingerprint, folder = done.stdout.split()[-2:]
+    assert fingerprint == data[1].tokenizer.fingerprint == Tokenizer.load(folder).fingerprint
+    assert hub_cache.COMMIT in folder
+    config = data[0].copy_and_resolve_references()
+    config.import_model.path = folder
+    import_model.run(config, tmp_path / "back")
+    fingerprints = {trained.parameters_fingerprint(one, "x") for one in (tmp_path / "back", runs[0] / "bert")}
+    assert len(fingerprints) == 1
 
 
 def example(folder):

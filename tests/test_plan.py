@@ -218,8 +218,30 @@ def test_an_imported_teacher_with_a_head_of_its_own_is_used_as_it_is():
 def test_the_import_does_not_depend_on_how_its_head_is_trained():
     config = quickstart.get_config()
     config.study.teacher_import = "folder/of/a/model"
-    before = Planner(config, KEYS)
+    plan = Planner(config, KEYS)
+    imported, teacher = plan.imported().folder, plan.teacher().folder  # planned here: a planner reads its config late
     config.pretrain.steps += 1
     after = Planner(config, KEYS)
-    assert before.imported().folder == after.imported().folder
-    assert before.teacher().folder != after.teacher().folder
+    assert after.imported().folder == imported
+    assert after.teacher().folder != teacher
+
+
+def test_latency_is_measured_last_of_the_sizes_that_the_study_has():
+    config = quickstart.get_config()
+    last = all_stages(config)[-1]
+    assert (last.command, last.config.latency.models, last.config.latency.task) == (
+        "latency",
+        ("teacher", "student"),
+        "icner",
+    )
+    assert {"teacher", "student", "prepared"} <= set(last.config) and "intermediate" not in last.config
+    config.distill.steps += 1
+    config.latency.calls += 1
+    assert Planner(config, KEYS).latency().folder != last.folder
+    config.latency.calls -= 1
+    assert Planner(config, KEYS).latency().folder == last.folder
+    config.study.update({"chain_sets": ("task",), "tasks": ("dc",)})
+    chain = Planner(config, KEYS).latency().config.latency
+    assert (chain.models, chain.task) == (("teacher", "intermediate", "student"), "dc")
+    config.study.latency = False
+    assert "latency" not in {stage.command for stage in all_stages(config)}

@@ -50,6 +50,7 @@ def latency_table(latency: Mapping[str, Any]) -> Table:
 
 
 def utterances(count: int) -> str:
+    """The number with its noun."""
     return "1 utterance" if count == 1 else f"{count} utterances"
 
 
