@@ -87,6 +87,7 @@ def test_a_running_stage_shows_its_step_loss_and_when_it_wrote(opened):
 def test_time_left_is_that_of_finished_stages_of_the_same_kind(opened):
     for name, seconds in (("prepare", 20), ("pretrain-teacher", 100), ("adapt-teacher", 30)):
         finish(opened, name, seconds)
+    assert status.status_of(opened, NOW).left is None  # a teacher's pretraining tells nothing of a student's
     finish(opened, "mlm-task-seed0", 40)
     found = status.status_of(opened, NOW)
     assert found.left == 40  # mlm-task-seed1: a student's pretraining, unlike the teachers'
