@@ -55,6 +55,7 @@ while (($#)); do
 done
 [[ " ${study[*]} " == *" --config="* ]] || fail "--config=configs/FILE.py is missing"
 [[ -n "$workdir" ]] || fail "--workdir=DIR is missing"
+[[ "$workdir" != *://* ]] || fail "--workdir is a folder on a filesystem that all nodes share, not '$workdir'"
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 command=("$python" -m kd_jax.main.study "${study[@]}")

@@ -80,6 +80,7 @@ def test_help_is_the_comment_at_the_top(script):
         ("slurm.sh", ["--per-gpu", "python"], "--per-gpu: there are no GPUs"),
         ("slurm_study.sh", ["--workdir=x"], "--config=configs/FILE.py is missing"),
         ("slurm_study.sh", ["--config=x"], "--workdir=DIR is missing"),
+        ("slurm_study.sh", ["--config=x", "--workdir=gs://x"], "--workdir is a folder on a filesystem"),
         ("slurm_study.sh", ["--config=x", "--plan"], "--plan is given by this script"),
         ("slurm_study.sh", ["python"], "unknown option 'python'"),
         ("node.sh", [], "the command is missing"),
