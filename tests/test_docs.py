@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-COMMAND = re.compile(r"-m kd_jax\.main\.(\w+)")
+COMMAND = re.compile(r"-m kd_jax\.main\.(\w+)(?![\w{<\[$*])")
 
 
 def loaded(path: str):
