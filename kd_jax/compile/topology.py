@@ -93,6 +93,7 @@ def _tpu_devices(name: str, kind: str, sides: tuple[int, ...], slices: int) -> l
     if not _installed("libtpu"):
         raise UserError(f"--topology={name}: libtpu is not installed; install it with pip install 'jax[tpu]'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks for a machine's metadata until it gives up
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is touched, so several may compile at once
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if kind in ("v4", "v5p"):
         options["chip_config_name"] = "megacore"  # two cores are one device, as JAX uses them
