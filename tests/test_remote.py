@@ -11,7 +11,8 @@ from configs import quickstart
 from kd_jax.data import prepared as data
 from kd_jax.data.batches import MaskedBatches
 from kd_jax.evaluation.records import read_json_lines
-from kd_jax.main import cache_teacher, distill, evaluate, finetune_dc, prepare, pretrain
+from kd_jax.main import cache_teacher, distill, evaluate, finetune_dc, prepare, pretrain, study
+from kd_jax.main.command import on_storage
 from kd_jax.storage import copies
 from kd_jax.storage.places import names_in, place, read_json, write_whole
 from kd_jax.trainer.checkpoint import Checkpoints
@@ -128,6 +129,22 @@ def test_the_rows_that_a_checkpoint_counts_are_on_the_store_before_it(store, sch
         toy_training.train(workdir, checkpoints=checkpoints, tensorboard=True)
     assert len(found) == 3 and all(counted == there for counted, there in found)
     assert found[-1][0] == 3 and len(names_in(workdir / "tensorboard")) == 1
+
+
+@pytest.mark.slow
+def test_a_study_with_its_workdir_on_a_store(tmp_path, store):
+    config = small("")
+    config.storage.local = str(tmp_path / "local")
+    config.study.transfer_sets = {"mix50": 0.5}
+    config.study.update({"adapted_sets": (), "mlm_sets": ("mix50",), "tasks": ("dc",)})
+    workdir = "s3://bucket/study"
+    on_storage(study.run)(config, workdir)
+    assert names_in(place(workdir)) == ["figures", "report.html", "report.md", "results.jsonl", "stages"]
+    stages = place(workdir) / "stages"
+    assert all((stages / name / "DONE").is_file() for name in names_in(stages))
+    kinds = {row["student"] for row in read_json_lines(place(workdir) / "results.jsonl")}
+    assert {"teacher", "scratch", "mlm", "distilled"} <= kinds
+    assert {file.name for file in tmp_path.iterdir()} <= {"buckets", "uploads", "local"}
 
 
 @pytest.mark.slow
