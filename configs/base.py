@@ -257,7 +257,7 @@ def get_config() -> ConfigDict:
     config.export = ConfigDict(
         {
             "checkpoint": "",  # workdir of a pretrain, distill, import_model or finetune run
-            "int8": False,  # DC, ICNER: weights in int8 for `predict` and the program, in place of those for transformers
+            "int8": False,  # DC, ICNER: weights in int8 for `predict` and the program, not those for transformers
             "stablehlo": False,  # DC, ICNER: the compiled program too, which runs without kd_jax (needs flatbuffers)
             "results": "",  # workdir of the `evaluate` run whose test results the model card states; empty looks beside
         }
@@ -291,8 +291,8 @@ def get_config() -> ConfigDict:
     )
     # Which parameters lie where: the frozen teacher and what is trained have a table each.
     config.sharding = ConfigDict({"teacher": sharding(), "student": sharding()})
-    # With accumulation: the teacher predicts a step's whole batch before it is cut into micro-batches, so that its parts
-    # are gathered once a step; that takes the memory of its forward pass over all rows.
+    # With accumulation: the teacher predicts a step's whole batch before it is cut into micro-batches, so that its
+    # parts are gathered once a step; that takes the memory of its forward pass over all rows.
     config.sharding.teacher_once = False
     config.compute_dtype = "auto"  # auto (float32 on CPU, bfloat16 elsewhere) | float32 | bfloat16
     config.progress = True  # progress bars on a terminal

@@ -1,4 +1,4 @@
-"""Results as a table of a card; that they are found and refused is tested where the card is written (test_export.py)."""
+"""Results as a table of a card; how they are found and refused is tested with the card (test_export.py)."""
 
 from kd_jax.main import scores
 
