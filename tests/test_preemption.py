@@ -71,11 +71,14 @@ def run(program, *signals_after_ready):
         cwd=ROOT,
     )
     assert process.stdout is not None
-    first = process.stdout.readline()
-    for number in signals_after_ready:
-        process.send_signal(number)
-        time.sleep(0.5)
-    output, errors = process.communicate(timeout=60)
+    try:
+        first = process.stdout.readline()
+        for number in signals_after_ready:
+            process.send_signal(number)
+            time.sleep(0.5)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()  # a failed test leaves nothing running
     return process.returncode, first + output, errors
 
 
@@ -218,11 +221,15 @@ with module.Preemption() as preemption:
         )
         for number in range(2)
     ]
-    for process in processes:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    time.sleep(0.5)
-    processes[1].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=60)[0].split() for process in processes]
+    try:
+        for process in processes:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(0.5)
+        processes[1].send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=60)[0].split() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0]
     assert outputs[0][0] == outputs[1][0] and int(outputs[0][0]) > 10
     assert [requested for _, requested in outputs] == ["False", "True"]
