@@ -74,8 +74,8 @@ def run(program, *signals_after_ready):
     try:
         first = process.stdout.readline()
         for number in signals_after_ready:
+            time.sleep(0.5)  # after its line the program goes into the library where it is to be found
             process.send_signal(number)
-            time.sleep(0.5)
         output, errors = process.communicate(timeout=60)
     finally:
         process.kill()  # a failed test leaves nothing running
