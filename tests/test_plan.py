@@ -37,7 +37,7 @@ def test_both_baselines_are_always_compared():
     config = quickstart.get_config()
     config.study.mlm_sets = ()
     with pytest.raises(UserError, match=r"config\.study\.mlm_sets"):
-        students(config)
+        Planner(config, KEYS)
 
 
 def test_every_stage_comes_after_what_it_needs_and_folders_are_unique():

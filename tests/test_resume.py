@@ -131,7 +131,7 @@ def test_a_study_that_is_preempted_in_every_kind_of_stage_ends_with_75_each_time
     arguments = [
         *(sys.executable, "-u", "-m", "kd_jax.main.study", "--config=configs/quickstart.py:smoke"),
         *(f"--workdir={workdir}", "--config.progress=False", "--config.tensorboard=False"),
-        *("--config.study.tasks=('dc',)", "--config.study.adapted_sets=()", "--config.study.mlm_sets=()"),
+        *("--config.study.tasks=('dc',)", "--config.study.adapted_sets=()", "--config.study.latency=False"),
     ]
     for kind in ("prepare", "pretrain-teacher", "cache-generic", "distilled-task", "dc-scratch", "test-dc-scratch"):
         code, errors = terminated(arguments, kind, after=1.0)

@@ -107,6 +107,7 @@ class Planner:
         switch = study.schedule_switch
         require(0 < switch < 1, "study.schedule_switch", f"{switch} is outside (0, 1)", "0.5 switches half-way")
         require(len(config.study.seeds) > 0, "study.seeds", "there is no seed", "give at least one, better three")
+        students(config)  # refuses what cannot be compared before a teacher is trained
         self._config = config
         self._keys = dict(keys)
         self._made: dict[str, Stage] = {}  # copying a config takes milliseconds, and each stage is asked for many times
