@@ -6,7 +6,7 @@ Command:   KD_JAX_DATA=DIR python -m kd_jax.main.study --config=configs/massive_
            --config.tokenizer.path=intfloat/multilingual-e5-small
            configs/massive_me5.py:features distills hidden states and relations, with the teacher in the loop
 Hardware:  two CPU cores, 12 GB of memory
-Time:      about three hours (see docs/results/massive_me5.md for what was measured)
+Time:      about three hours by estimate; what was run so far is smaller (docs/results/massive_me5.md)
 Result:    docs/results/massive_me5.md
 """
 

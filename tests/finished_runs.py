@@ -16,14 +16,20 @@ from kd_jax.trainer.run_directory import RunDirectory
 from kd_jax.trainer.state import params_fingerprint
 
 
-def smoke_config(folder):
-    """(config, prepared folder) of the default data at a size that takes seconds."""
+def small_config():
+    """The quickstart at a size that takes seconds."""
     config = quickstart.get_config("smoke")
     config.progress = config.tensorboard = False
     config.nlu.max_train = 20
     config.rows.heldout_share = 0.2
     for name in config.sources:
         config.sources[name].max_texts = 40
+    return config
+
+
+def smoke_config(folder):
+    """(config, prepared folder) of the default data at that size."""
+    config = small_config()
     config.prepared = str(folder)
     prepare(config, folder)
     return config, Prepared(folder)

@@ -276,4 +276,5 @@ def test_examples_compile_without_torch(data, runs, tmp_path):
     for name in ("bert", "dc", "icner"):
         written(data, runs[0] / name, tmp_path / name)
         file: pathlib.Path = example(tmp_path / name)
-        compile(file.read_text(), str(file), "exec")
+        program = compile(file.read_text(), str(file), "exec")
+        assert {"transformers", "from_pretrained"} <= set(program.co_names), name

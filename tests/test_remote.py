@@ -6,8 +6,8 @@ import fake_store
 import numpy as np
 import pytest
 import toy_training
+from finished_runs import small_config
 
-from configs import quickstart
 from kd_jax.data import prepared as data
 from kd_jax.data.batches import MaskedBatches
 from kd_jax.evaluation.records import read_json_lines
@@ -30,12 +30,7 @@ def store(tmp_path, monkeypatch):
 
 
 def small(prepared: str):
-    config = quickstart.get_config("smoke")
-    config.progress = config.tensorboard = False
-    config.nlu.max_train = 20
-    config.rows.heldout_share = 0.2
-    for name in config.sources:
-        config.sources[name].max_texts = 40
+    config = small_config()
     for job in (config.pretrain, config.distill, config.finetune):
         job.update({"steps": 4, "checkpoint_every": 2, "batch_size": 8, "evaluate_rows": 8})
     config.prepared = prepared

@@ -7,9 +7,10 @@ from typing import Any
 
 from kd_jax.config import fingerprint, identity, to_dict
 from kd_jax.evaluation.records import read_json_lines, read_records, write_json_lines
+from kd_jax.storage.places import read_json
 from kd_jax.study.plan import Student, students, task_shares
 from kd_jax.study.report import ReportInputs
-from kd_jax.study.run import Study, read_json
+from kd_jax.study.run import Study
 
 
 def student_identity(student: Student, seed: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kd_jax.config import from_dict, to_dict
+from kd_jax.storage.places import read_json, write_whole
 from kd_jax.study.attempts import attempt
 from kd_jax.study.plan import STAGE, Planner, Recipe, Stage, Student, recipes, students
 from kd_jax.types import UserError
@@ -162,14 +163,9 @@ def resolve_stages(config: ConfigDict, stages: pathlib.Path) -> ConfigDict:
     return from_dict(resolve(to_dict(config)))
 
 
-def read_json(file: pathlib.Path) -> Any:
-    """The value that a JSON file holds."""
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
 def write_seconds(folder: pathlib.Path, seconds: float) -> None:
     """Keeps a stage's wall time beside it."""
-    (folder / "seconds.json").write_text(json.dumps(round(seconds, 2)), encoding="utf-8")
+    write_whole(folder / "seconds.json", json.dumps(round(seconds, 2)).encode())
 
 
 def read_seconds(folder: pathlib.Path) -> float:

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import jax
 from tqdm import tqdm
@@ -19,13 +19,27 @@ _AT_ONCE = 256  # things between two looks at the clock
 Thing = TypeVar("Thing")
 
 
-class Progress:
+class _Shown:
+    """A bar that is there on a terminal only, and goes away with the block that it belongs to."""
+
+    _bar: tqdm | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Progress(_Shown):
     """Of a training run: loss, real and padded tokens a second, the useful share, time left; on process 0 only."""
 
     def __init__(self, description: str, start: int, steps: int, lines: Sequence[str] = (), *, shown: bool = True):
         self._description, self._start, self._steps = description, start, steps
         self._shown = shown and jax.process_index() == 0
-        self._bar = None
         self._began = self._printed = time.monotonic()
         if not self._shown:
             return
@@ -64,17 +78,8 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(text)
 
-    def __enter__(self) -> "Progress":
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-class Count:
+class Count(_Shown):
     """Of a loop over many things, of which `total` may be unknown; on process 0 only.
 
     Each `update` is also a sign of life to the watchdog, and a place where a preemption may stop the command.
@@ -85,7 +90,6 @@ class Count:
         self._shown = shown and jax.process_index() == 0
         self._done = 0
         self._began = self._printed = time.monotonic()
-        self._bar = None
         if self._shown and sys.stderr.isatty():
             self._bar = tqdm(total=total, desc=description, unit=f" {unit}", dynamic_ncols=True, leave=False)
 
@@ -104,15 +108,6 @@ class Count:
                 line += f"{(self._total - self._done) / max(rate, 1e-9):.0f} s left"
             print(line, file=sys.stderr)
         poll()
-
-    def __enter__(self) -> "Count":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 def counted(things: Iterable[Thing], description: str, *, unit: str, shown: bool = True) -> Iterator[Thing]:
