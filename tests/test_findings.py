@@ -75,6 +75,23 @@ def test_heldout_loss_has_its_own_verdict():
     assert findings.task_only_is_best(numbers, findings.LOSS).status == findings.SEEN
 
 
+def test_students_no_better_than_a_unigram_are_named():
+    def heldout(student, set_name, teacher, task_loss, generic_loss):
+        rows = []
+        for kind, loss, unigram in (("task", task_loss, 7.4), ("generic", generic_loss, 8.1)):
+            place = {"task": "mlm", "test_set": f"heldout_{kind}"}
+            rows += rows_of(student, set_name, teacher, (loss, loss), metric="loss", **place)
+            rows += rows_of(student, set_name, teacher, (unigram, unigram), metric="unigram_loss", **place)
+        return rows
+
+    # The generic one is below the unigram on its own kind of text, which is enough to have learned something.
+    learned = heldout("distilled", "generic", "generic", 8.3, 7.9)
+    plateau = heldout("distilled", "task", "generic", 7.4, 9.0)
+    text = findings.unigram_text(numbers_of(learned, plateau))
+    assert text.startswith("No better than a unigram on held-out text, of the task or generic: distilled, task 100 %.")
+    assert findings.unigram_text(numbers_of(learned, SCRATCH)) is None
+
+
 def test_domain_gains_are_relative_error_reductions():
     inputs = synthetic_inputs(size=120, tasks=("dc",))
     gains = findings.domain_gains(inputs.numbers)

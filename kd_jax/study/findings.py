@@ -191,6 +191,26 @@ def loss_text(numbers: Numbers) -> str | None:
     )
 
 
+def unigram_text(numbers: Numbers) -> str | None:
+    """Names the students whose held-out loss is nowhere below a unigram's; None where every one is below it."""
+    weak = []
+    for student in numbers.students:
+        below = []
+        for kind in ("task", "generic"):
+            losses = [numbers.mean(student, "mlm", key, Place(f"heldout_{kind}")) for key in ("loss", "unigram_loss")]
+            if losses[0] is not None and losses[1] is not None:
+                below.append(losses[0].mean < losses[1].mean)
+        if below and not any(below):
+            weak.append(numbers.label(student))
+    if not weak:
+        return None
+    return (
+        f"No better than a unigram on held-out text, of the task or generic: {listed(weak)}. Such an encoder has not "
+        f"learned to use context yet, so its results after finetuning say little about its transfer set; a longer "
+        f"distillation (config.distill.steps) comes first."
+    )
+
+
 def scratch_text(numbers: Numbers) -> str | None:
     """How the best distilled student stands to the student without any distillation, for all tasks in one sentence."""
     parts = []

@@ -22,6 +22,7 @@ from kd_jax.study.findings import (
     loss_text,
     scratch_text,
     similarity_points,
+    unigram_text,
     verdict_text,
 )
 from kd_jax.study.inputs import HEADLINE, TASK_NAMES, TEST, Numbers, Place, ReportInputs
@@ -102,7 +103,7 @@ def _verdict_sentences(numbers: Numbers) -> list[str]:
     sentences = [verdict_text(numbers, task) for task in numbers.tasks()]
     if not sentences:
         sentences = ["**No verdict.** There are no downstream results."]
-    return sentences + [text for text in (scratch_text(numbers), loss_text(numbers)) if text]
+    return sentences + [text for text in (scratch_text(numbers), loss_text(numbers), unigram_text(numbers)) if text]
 
 
 def build(inputs: ReportInputs, draw: Draw) -> Document:
