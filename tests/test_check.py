@@ -10,6 +10,7 @@ import pytest
 
 from configs import base
 from kd_jax.data.check import REMOTE, SAMPLE, SHOWN, Errors, check, label_counts, padding
+from kd_jax.data.prepared import prepare
 from kd_jax.data.tokenizer import train_tokenizer
 from kd_jax.data.utterances import Utterance
 from kd_jax.types import UserError
@@ -40,6 +41,7 @@ def config_of(folder, locales=("en-US",), **generic):
     config.sources.task = base.source("task", "utterances", locales)
     config.tokenizer.vocab_size = 80
     config.rows.length = 16
+    config.rows.heldout_share = 0.3  # of few texts
     return config
 
 
@@ -80,6 +82,18 @@ def test_counts_of_a_whole_folder(whole):
     assert rows[1][:4] == ["task-en-US", "19", "0", "1"]
     # Words: 16 in each generic sentence, 4 in each utterance.
     assert rows[0][4:] == ["16.0", "16", "16"] and rows[1][4:] == ["4.0", "4", "4"]
+
+
+@pytest.mark.parametrize(("share", "problem"), [(1e-9, "was held out; raise"), (0.5, "is left to train on; give")])
+def test_text_that_is_all_on_one_side_is_an_error_as_it_is_for_prepare(whole, tmp_path, share, problem):
+    (whole / "en.txt").write_text("The kettle is quite old and nobody knows why.\n" * 5)
+    config = config_of(whole)
+    config.rows.heldout_share = share
+    findings = check(config)
+    assert findings.errors == 1 and f"config.sources.generic: no text of en {problem}" in findings.lines[-1]
+    with pytest.raises(UserError) as error:
+        prepare(config, tmp_path / "p")
+    assert findings.lines[-1].strip() == str(error.value)
 
 
 def test_labels_that_train_does_not_have(whole):
@@ -232,7 +246,7 @@ def test_command_line_ends_with_0_or_2_and_writes_nothing(whole):
     arguments = [
         f"--config.nlu.path={whole / 'nlu'}", '--config.nlu.locales=("en-US",)', "--config.tokenizer.vocab_size=80",
         f"--config.sources.generic.path={whole}/{{language}}.txt", '--config.sources.generic.languages=("en",)',
-        '--config.sources.task.languages=("en-US",)', f"--workdir={whole / 'workdir'}",
+        '--config.sources.task.languages=("en-US",)', f"--workdir={whole / 'workdir'}", "--config.rows.heldout_share=0.3",
     ]  # fmt: skip
     before = sorted(whole.rglob("*"))
     good = command(*arguments)

@@ -133,6 +133,18 @@ def test_students_of_one_teacher_share_one_cache_that_covers_them_all():
     assert distilled(config, "adapted").config.teacher_cache == f"stage:{adapted.folder}"
 
 
+def test_more_seeds_and_transfer_sets_leave_finished_students_as_they_are():
+    config = quickstart.get_config()
+    before = {stage.name: stage.folder for stage in all_stages(config)}
+    config.study.seeds = (*config.study.seeds, 77)
+    config.study.transfer_sets = {**config.study.transfer_sets, "quarter": 0.25}
+    after = {stage.name: stage.folder for stage in all_stages(config)}
+    assert {name for name in before if before[name] != after[name]} == {"cache-generic", "cache-adapted"}
+    config.cache.dtype = "float32"  # other predictions, so other students
+    other = {stage.name: stage.folder for stage in all_stages(config)}
+    assert all(other[name] != after[name] for name in after if name.startswith("distilled"))
+
+
 @pytest.mark.parametrize(
     "change",
     [

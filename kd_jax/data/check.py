@@ -14,6 +14,7 @@ from kd_jax.data.decontamination import FilterCount, text_key
 from kd_jax.data.files import fill_path
 from kd_jax.data.packing import pack_stream
 from kd_jax.data.prepared import check_settings
+from kd_jax.data.rows import no_text
 from kd_jax.data.splits import Splits
 from kd_jax.data.tokenizer import Tokenizer, train_tokenizer
 from kd_jax.data.utterances import PARTITIONS, Utterance, load_utterances
@@ -141,20 +142,25 @@ def duplicates(utterances: Sequence[Utterance]) -> Iterator[str]:
 class Store:
     """One language of a source as it was read: counts of its texts, and a random sample of them."""
 
-    name: str
+    source: str
     kind: str
     language: str
+    whole: bool  # all of its texts were read, not the first of them
     read: int = 0
     heldout: int = 0
     left_out: int = 0
     sample: list[str] = dataclasses.field(default_factory=list)
 
+    @property
+    def name(self) -> str:
+        return f"{self.source}-{self.language}"
+
 
 def read_store(config: ConfigDict, splits: Splits, name: str, language: str, errors: Errors) -> Store:
     """Reads all texts of one language of a source (the first REMOTE of a source on the hub)."""
     source = config.sources[name]
-    store, count, rng = Store(f"{name}-{language}", source.kind, language), FilterCount(), random.Random(0)
     on_hub = source.format == "huggingface" and not source.path
+    store, count, rng = Store(name, source.kind, language, whole=not on_hub), FilterCount(), random.Random(0)
     with errors:
         marked = splits.marked(name, language, count, errors.add)
         for text, is_heldout in itertools.islice(marked, REMOTE if on_hub else None):
@@ -182,11 +188,15 @@ def texts(config: ConfigDict, utterances: Sequence[Utterance], errors: Errors) -
     stores = [store for store in stores if store.read]
     if not stores:
         return
+    for one in [] if errors.count else stores:  # what is broken comes first
+        for split, count in (("train", one.read - one.heldout), ("heldout", one.heldout)):
+            if one.whole and not count and (split == "train" or one.kind == "generic"):
+                errors.add(no_text(one.source, one.language, split, {"equal to dev or test": one.left_out}))
     rows = []
     for one in stores:
         words = [len(text.split()) for text in one.sample]
         rows.append((one.name, f"{one.read:,}", f"{one.heldout:,}", f"{one.left_out:,}", *spread(words)))
-    yield from table(("texts", "kept", "held out", "left out", "words: mean", "95 %", "longest"), rows)
+    yield from table(("texts", "kept", "of them held out", "left out", "words: mean", "95 %", "longest"), rows)
     yield "left out: equal to a dev or test utterance (case, punctuation and spaces aside)"
     yield from languages(stores, config.transfer.language_mix)
     yield ""

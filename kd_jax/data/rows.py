@@ -84,6 +84,21 @@ class _ArrayFile:
         self._file.close()
 
 
+def no_text(source: str, language: str, split: str, removed: Mapping[str, int]) -> UserError:
+    """The error for one language of a source of which nothing is trained on, or nothing is held out."""
+    if split == "heldout":
+        return UserError(
+            f"config.sources.{source}: no text of {language} was held out; raise config.rows.heldout_share or give more "
+            "text (texts that begin with the same letters go together)"
+        )
+    reasons = ", ".join(f"{count} {reason}" for reason, count in removed.items() if count)
+    left_out = f" (left out: {reasons})" if reasons else ""
+    return UserError(
+        f"config.sources.{source}: no text of {language} is left to train on{left_out}; give more text, or lower "
+        "config.rows.heldout_share"
+    )
+
+
 class StoreWriter:
     """Packs texts and appends their rows to files in `folder`, an existing empty folder (see `new_folder`).
 
@@ -147,12 +162,7 @@ class StoreWriter:
         rows = self._tokens.rows
         removed = {**removed, "empty": self._empty}
         if not rows:
-            left_out = ", ".join(f"{count} {reason}" for reason, count in removed.items())
-            source, split, language = (self._identity[name] for name in ("source", "split", "language"))
-            raise UserError(
-                f"config.sources.{source}: no {split} text is left for {language} "
-                f"(removed: {left_out}); check its path, its languages and rows.heldout_share"
-            )
+            raise no_text(self._identity["source"], self._identity["language"], self._identity["split"], removed)
         self._tokens.finish()
         self._segments.finish()
         np.save(self.folder / PIECE_COUNTS, self._piece_counts)

@@ -95,9 +95,10 @@ def measured_latency(study: Study) -> dict[str, Any] | None:
 
 
 def read_curve(folder: pathlib.Path) -> list[tuple[int, dict[str, float]]]:
-    """(step, metrics) of each row of a run's metrics.jsonl."""
+    """(step, metrics) of each row of a run's metrics.jsonl; none for a teacher that was imported and not trained."""
     rows = []
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    file = folder / "metrics.jsonl"
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         values = json.loads(line)
         rows.append((values.pop("step"), values))
     return rows

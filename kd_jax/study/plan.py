@@ -19,6 +19,8 @@ FEATURE_TERMS = ("hidden", "embeddings", "relations")
 # The transfer set of teachers, and of every student unless it says otherwise.
 GENERIC = {"transfer.task_share": 0.0, "transfer.generic": "generic"}
 
+CACHED_RUNS = ("task_shares", "generic", "seeds", "steps", "batch_size")  # of config.cache: the runs that it serves
+
 STAGE = "stage:"  # a config value "stage:<folder>" stands for that stage's directory, wherever the study lies
 
 
@@ -110,6 +112,8 @@ class Planner:
         students(config)  # refuses what cannot be compared before a teacher is trained
         self._config = config
         self._keys = dict(keys)
+        # A cache -> what it predicts, whatever rows it holds: a student that is finished stays so when seeds are added.
+        self._predictions: dict[str, str] = {}
         self._made: dict[str, Stage] = {}  # copying a config takes milliseconds, and each stage is asked for many times
 
     def _stage(self, command: str, name: str, needs: Iterable[Stage], changes: Mapping[str, Any]) -> Stage:
@@ -129,7 +133,10 @@ class Planner:
                 target[last] = value
         config = ConfigDict({key: full[key] for key in (*self._keys[command](full), *EXECUTION_KEYS)})
         slug = re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-")
-        folder = f"{slug}-{fingerprint([command, identity(to_dict(config))])}"
+        values = identity(to_dict(config))
+        if values.get("teacher_cache") in self._predictions:
+            values["teacher_cache"] = self._predictions[values["teacher_cache"]]
+        folder = f"{slug}-{fingerprint([command, values])}"
         return Stage(name, command, config, tuple(need.folder for need in needs), folder)
 
     def prepare(self) -> Stage:
@@ -198,7 +205,12 @@ class Planner:
             "cache.batch_size": distill.batch_size,
             "cache.temperature": float(distill.kl.temperature) if self._config.cache.format != "hidden" else 1.0,
         }
-        return self._stage("cache_teacher", f"cache-{teacher}", (prepared, of), changes)
+        stage = self._stage("cache_teacher", f"cache-{teacher}", (prepared, of), changes)
+        values = identity(to_dict(stage.config))
+        for key in CACHED_RUNS:
+            del values["cache"][key]
+        self._predictions[STAGE + stage.folder] = fingerprint(values)
+        return stage
 
     def intermediate(self, transfer_set: str, seed: int) -> Stage:
         """The intermediate student of a chain, distilled from the generic teacher over the same transfer set."""
