@@ -144,8 +144,8 @@ def test_what_is_assumed_of_data_that_are_not_here_is_said():
     config = massive_wikipedia.get_config()
     sizes = estimate.sizes_of(config, NOWHERE)
     assert (sizes.vocabulary, sizes.train) == (64_000, 7 * 11_514)
-    assert any("11,514" in line for line in estimate.remarks(config, sizes))
+    assert any("11,514" in line for line in estimate.assumptions(sizes))
     config = massive_me5.get_config()
     config.tokenizer.path = "somebody/some-model"
     sizes = estimate.sizes_of(config, NOWHERE)
-    assert any("somebody/some-model is not here" in line for line in estimate.remarks(config, sizes))
+    assert any("somebody/some-model is not here" in line for line in estimate.assumptions(sizes))

@@ -348,7 +348,11 @@ def test_a_trained_tokenizer_reads_no_text_that_is_held_out(config, tmp_path, mo
         ("sources.web.languages", ("en", "en"), "web-en would be built twice"),
         ("sources.web.spoken_share", 1.5, r"config\.sources\.web\.spoken_share"),
         ("sources.web.path", "/nowhere/{language}.txt", r"config\.sources\.web.*nowhere/en\.txt"),
-        ("sources.web.max_texts", 1, r"config\.sources\.web: no text of en was held out; raise config\.rows\.heldout_share"),
+        (
+            "sources.web.max_texts",
+            1,
+            r"config\.sources\.web: no text of en was held out; raise config\.rows\.heldout_share",
+        ),
         ("tokenizer.kind", "guess", r"config\.tokenizer\.kind"),
         ("sources", {}, r"config\.sources: is empty"),
         ("select.share", 2.0, r"config\.select\.share: 2\.0"),

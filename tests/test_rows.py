@@ -111,7 +111,8 @@ def test_leftovers_of_a_killed_run_are_replaced(tmp_path):
 
 def test_no_text_is_an_error_and_leaves_nothing(tmp_path):
     with pytest.raises(
-        UserError, match=r"sources\.wiki: no text of de is left to train on \(left out: 4 decontaminated, 1 empty\); give"
+        UserError,
+        match=r"sources\.wiki: no text of de is left to train on \(left out: 4 decontaminated, 1 empty\); give",
     ):
         write_store(tmp_path / "s", [[np.zeros(0, np.int32)]], removed={"decontaminated": 4})
     assert not list(tmp_path.iterdir())

@@ -94,7 +94,8 @@ def json_object(line: str, place: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: broken JSON ({error}); write one JSON object on the line") from None
+        where = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise UserError(f"{place}: broken JSON ({where}); write one JSON object on the line") from None
     if not isinstance(record, dict):
         raise UserError(f"{place}: holds a JSON {type(record).__name__}; write one JSON object on the line")
     return record

@@ -88,8 +88,8 @@ def no_text(source: str, language: str, split: str, removed: Mapping[str, int]) 
     """The error for one language of a source of which nothing is trained on, or nothing is held out."""
     if split == "heldout":
         return UserError(
-            f"config.sources.{source}: no text of {language} was held out; raise config.rows.heldout_share or give more "
-            "text (texts that begin with the same letters go together)"
+            f"config.sources.{source}: no text of {language} was held out; raise config.rows.heldout_share or give "
+            "more text (texts that begin with the same letters go together)"
         )
     reasons = ", ".join(f"{count} {reason}" for reason, count in removed.items() if count)
     left_out = f" (left out: {reasons})" if reasons else ""

@@ -92,6 +92,10 @@ def _finish(texts: Iterable[str | None], source: ConfigDict, language: str, key:
     number = 0
     for number, text in enumerate(itertools.islice(kept, source.max_texts or None), 1):  # noqa: B007
         yield text
+    if not number and source.format == "utterances":
+        raise UserError(
+            f"{key}.languages: there is no train utterance of {language!r}; take it out, or see to config.nlu.locales"
+        )
     if not number:
         raise UserError(
             f"{key}: format {source.format!r} gives no text for language {language!r}; check path and field"

@@ -41,7 +41,8 @@ def main(
     processes_flag = flags.DEFINE_integer("processes", None, "How many there are; 1 keeps this one out of any job.")
     process_flag = flags.DEFINE_integer("process", None, "Which of them this is, counted from 0.")
     usage = (
-        f"{description}\n\n  python -m ... --config=configs/FILE.py[:argument] --workdir=DIR [--config.key=value ...]"
+        f"{description}\n\n"
+        f"  python -m {_module()} --config=configs/FILE.py[:argument] --workdir=DIR [--config.key=value ...]"
         "\n\nOf several processes each is started with the same command; where TPU, SLURM, Open MPI or Kubernetes do "
         "not tell\nthem their places, with --coordinator=HOST:PORT --processes=N --process=I too (docs/multi-host.md)."
     )
@@ -88,6 +89,12 @@ def main(
     app.run(execute, flags_parser=parse)
 
 
+def _module() -> str:
+    """The name of the command that runs."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec else "..."
+
+
 def on_storage(run: Callable[[ConfigDict, Any], Any]) -> Callable[[ConfigDict, Any], Any]:
     """The command as a function of the workdir's name, a local path or gs:// or s3://, instead of its path."""
 
@@ -102,7 +109,8 @@ def explain_flags(error: Exception) -> str:
     """One sentence for what went wrong while the flags and the config were read."""
     if isinstance(error, UserError):
         return str(error)
-    message = " ".join(str(error).replace("\n", " ").split())
+    told = error.args[0] if isinstance(error, KeyError) and error.args else error  # str() of a KeyError is a repr
+    message = " ".join(str(told).split())
     if isinstance(error, AttributeError | KeyError) or "config." in message:
         return f"{message}; configs/base.py declares every key"
     return message

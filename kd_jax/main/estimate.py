@@ -284,9 +284,14 @@ class _Estimator:
         return {"logits": FLOAT * copies * vocabulary * min(block or block_for(vocabulary), everything)}
 
 
+def assumptions(sizes: Sizes) -> list[str]:
+    """What of the sizes is not known before `prepare`, a sentence a line."""
+    return [f"Assumed, as the data are not prepared: {note}." for note in sizes.notes]
+
+
 def remarks(config: ConfigDict, sizes: Sizes) -> list[str]:
     """What the reader of the estimates must know, a sentence a line."""
-    lines = [f"Assumed, as the data are not prepared: {note}." for note in sizes.notes]
+    lines = []
     if config.tokenizer.kind == "train":
         lines.append("A trained tokenizer may get fewer pieces than config.tokenizer.vocab_size.")
     if config.vocabulary.trim:

@@ -84,6 +84,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         write(folder / RECORD, {**record, **provenance()})
         for file in folder.glob("*.safetensors"):  # the library makes them readable for their owner alone
             shutil.copymode(folder / RECORD, file)
+    print(f"{workdir} is written; its README.md says what it is and how to load it.")
 
 
 def check_serving(kind: str, block: ConfigDict) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -130,6 +131,13 @@ def finetune_one(config: ConfigDict, workdir: pathlib.Path, task: str, prepared:
         config = config.copy_and_resolve_references()
         config.finetune.steps = math.ceil(block.epochs * len(train) / block.batch_size)
         config.finetune.warmup_steps = min(block.warmup_steps, config.finetune.steps)
+        if config.finetune.steps < block.warmup_steps and jax.process_index() == 0:
+            print(
+                f"note: {block.epochs} epochs of {len(train)} utterances are {config.finetune.steps} steps, fewer than "
+                f"config.finetune.warmup_steps={block.warmup_steps}: the learning rate barely arrives at its peak; "
+                "raise the epochs",
+                file=sys.stderr,
+            )
     if block.init_from:
         trained.check_tokenizer(block.init_from, prepared, "finetune.init_from")
     encoder = trained.encoder_block(block.init_from, "finetune.init_from") if block.init_from else config.student

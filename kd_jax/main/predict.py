@@ -206,12 +206,13 @@ def run(options: argparse.Namespace) -> None:
         form = options.format or ("json" if options.input else "text")
         rows = ROWS if options.input else 1
         done, texts = 0, iter(texts)
+        apart = form == "text"
         # A bar among the lines of a terminal would disturb them.
         count = stack.enter_context(Count("predict", "texts", shown=bool(options.output) or not output.isatty()))
         while chunk := list(itertools.islice(texts, CHUNK)):
             predictions = predictor.predict(chunk, options.locale, rows, options.probabilities)
-            for line in lines_of(predictions, form, options.locale, done):
-                print(line, file=output)
+            for number, line in enumerate(lines_of(predictions, form, options.locale, done), done):
+                print(f"\n{line}" if apart and number else line, file=output)
             done += len(chunk)
             count.update(len(chunk))
 

@@ -94,7 +94,10 @@ def show_dry_run(study: Study) -> None:
         rows.append((f"{one.name}{mark}", one.command, *cells, parts))
         count, tokens, flops = totals[one.phase]
         totals[one.phase] = (count + 1, tokens + taken.tokens, flops + taken.flops)
-    print(f"{study.config.study.name}: {len(stages)} stages. Nothing is run; all numbers are estimates.\n")
+    print(
+        f"{study.config.study.name}: {len(rows) - 1} stages and the report. Nothing is run; all numbers are estimates."
+    )
+    print("\n".join([*estimate.assumptions(sizes), ""]))
     print(table(rows))
     print()
     largest = max(found.values(), key=lambda one: one.bytes)

@@ -79,6 +79,8 @@ def parameters_fingerprint(workdir: str | pathlib.Path, key: str) -> str:
     try:
         return read_json(place(workdir) / DONE)["parameters_fingerprint"]
     except (FileNotFoundError, NotADirectoryError):
+        if not place(workdir).exists():
+            raise UserError(f"config.{key}: {workdir} does not exist; name the workdir of a finished run") from None
         raise UserError(f"config.{key}: {workdir} is not finished; start its command again first") from None
 
 

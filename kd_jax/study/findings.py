@@ -204,10 +204,12 @@ def unigram_text(numbers: Numbers) -> str | None:
             weak.append(numbers.label(student))
     if not weak:
         return None
+    measured = [one for one in numbers.students if one.kind != "scratch"]
+    who = "every student" if len(weak) == len(measured) else "; ".join(weak)
     return (
-        f"No better than a unigram on held-out text, of the task or generic: {listed(weak)}. Such an encoder has not "
-        f"learned to use context yet, so its results after finetuning say little about its transfer set; a longer "
-        f"distillation (config.distill.steps) comes first."
+        f"No better than a unigram on held-out text, of the task or generic: {who}. Such an encoder has not learned to "
+        f"use context yet, so its results after finetuning say little about its transfer set; a longer distillation "
+        f"(config.distill.steps) comes first."
     )
 
 

@@ -318,7 +318,9 @@ def _findings_section(numbers: Numbers, gains: Sequence[DomainGain]) -> Section:
     for number, finding in enumerate(found, start=1):
         clauses = [f"{names[what]} **{answer.status}**: {answer.reason}" for what, answer in finding.answers.items()]
         details.append(f"**{number}.** " + ("; ".join(clauses) if clauses else NOT_RUN) + ".")
-    return Section("The paper's four findings", [tables.findings_table(found, FINDING_PLACES), Bullets(details)])
+    warning = [Text(f"**To be read with this in mind:** {text}")] if (text := unigram_text(numbers)) else []
+    blocks: list[Block] = [*warning, tables.findings_table(found, FINDING_PLACES), Bullets(details)]
+    return Section("The paper's four findings", blocks)
 
 
 def _method_section(numbers: Numbers) -> Section:

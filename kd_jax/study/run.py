@@ -42,7 +42,7 @@ class Study:
         self.chosen: dict[tuple[str, str], Recipe] = {}
         self.searched: list[dict[str, Any]] = []
         self.notes: list[str] = []
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}  # by folder, since recipes of one student share a name
         self._run_stage = run_stage
         self._writes, self._agree = writes, agree
 
@@ -64,7 +64,7 @@ class Study:
     def _run_all(self, stages: list[Stage], phase: str) -> None:
         for number, stage in enumerate(stages, start=1):
             self.run_one(stage, f"[{phase} {number}/{len(stages)}] {stage.name}")
-            self.seconds[stage.name] = read_seconds(self.folder(stage))
+            self.seconds[stage.folder] = read_seconds(self.folder(stage))
 
     def run_one(self, stage: Stage, title: str) -> None:
         """Runs one stage, unless it is finished. UserError when another process runs it."""

@@ -38,9 +38,10 @@ class Progress(_Shown):
     """Of a training run: loss, real and padded tokens a second, the useful share, time left; on process 0 only."""
 
     def __init__(self, description: str, start: int, steps: int, lines: Sequence[str] = (), *, shown: bool = True):
-        self._description, self._start, self._steps = description, start, steps
+        self._description, self._steps = description, steps
         self._shown = shown and jax.process_index() == 0
-        self._began = self._printed = time.monotonic()
+        self._printed = time.monotonic()
+        self._measured: tuple[float, int] | None = None  # when the first step was shown, and which it was
         if not self._shown:
             return
         for line in lines:
@@ -63,9 +64,12 @@ class Progress(_Shown):
             self._bar.update(step - self._bar.n)
             return
         now = time.monotonic()
+        self._measured = self._measured or (now, step)
         if now - self._printed >= SECONDS_BETWEEN_LINES:
-            left = (now - self._began) / max(step - self._start, 1) * (self._steps - step)
-            print(f"{self._description}: step {step}/{self._steps}, {text}, {left:.0f} s left", file=sys.stderr)
+            if self._measured and step > self._measured[1]:  # since the first step, which compiled
+                since, first = self._measured
+                text += f", {(now - since) / (step - first) * (self._steps - step):.0f} s left"
+            print(f"{self._description}: step {step}/{self._steps}, {text}", file=sys.stderr)
             self._printed = now
 
     def say(self, text: str) -> None:
@@ -124,4 +128,4 @@ def _short(number: float) -> str:
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.1f}{letter}"
-    return f"{number:.0f}"
+    return f"{number:.0f}" if number >= 10 or number == 0 else f"{number:.1f}"

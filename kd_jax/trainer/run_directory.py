@@ -95,11 +95,19 @@ def _exists(file: pathlib.Path) -> bool:
         return file.exists()
 
 
+def command_line() -> str:
+    """This command as it can be given again: python -m MODULE, without the place of the module's file."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        return shlex.join(sys.argv)
+    return shlex.join(["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]])
+
+
 def provenance() -> dict[str, Any]:
     """Command line, git commit (None outside a clone), package versions, device kind and count, Python and platform."""
     devices = jax.devices()
     return {
-        "command_line": shlex.join(sys.argv),
+        "command_line": command_line(),
         "commit": _commit(),
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
