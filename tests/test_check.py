@@ -246,7 +246,8 @@ def test_command_line_ends_with_0_or_2_and_writes_nothing(whole):
     arguments = [
         f"--config.nlu.path={whole / 'nlu'}", '--config.nlu.locales=("en-US",)', "--config.tokenizer.vocab_size=80",
         f"--config.sources.generic.path={whole}/{{language}}.txt", '--config.sources.generic.languages=("en",)',
-        '--config.sources.task.languages=("en-US",)', f"--workdir={whole / 'workdir'}", "--config.rows.heldout_share=0.3",
+        '--config.sources.task.languages=("en-US",)', f"--workdir={whole / 'workdir'}",
+        "--config.rows.heldout_share=0.3",
     ]  # fmt: skip
     before = sorted(whole.rglob("*"))
     good = command(*arguments)

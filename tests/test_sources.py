@@ -249,7 +249,7 @@ def test_utterances_give_their_train_partition():
     ]
     assert read("utterances", language="de", utterances=members) == ["eins", "servus"]
     assert read("utterances", language="de-DE", utterances=members) == ["eins"]
-    with pytest.raises(UserError, match=r"gives no text for language 'fr'"):
+    with pytest.raises(UserError, match=r"there is no train utterance of 'fr'"):
         read("utterances", language="fr", utterances=members)
 
 
