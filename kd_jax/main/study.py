@@ -7,6 +7,7 @@ python -m kd_jax.main.study --config=configs/FILE.py --workdir=DIR
 """
 
 import pathlib
+import shlex
 import time
 from typing import Any
 
@@ -35,6 +36,7 @@ from kd_jax.main import (
 )
 from kd_jax.study import job_plan
 from kd_jax.study.collect import collect
+from kd_jax.study.inputs import HEADLINE, Numbers
 from kd_jax.study.plan import may_cache
 from kd_jax.study.report import summary_text, write_report
 from kd_jax.study.run import Study
@@ -99,10 +101,30 @@ def report(study: Study, started: float) -> None:
     inputs = collect(study, domains_against_generic(prepared), about)
     paths = write_report(study.workdir, inputs)
     print(summary_text(inputs))
+    if models := best_models(study, inputs.numbers):
+        print("\nAsk the distilled students with the lowest test error (first seed):")
+        print(f"  python -m kd_jax.main.predict --model={shlex.quote(','.join(map(str, models)))} TEXT")
     print(f"\nReport: {paths.html} and {paths.markdown}")
     print(
         f"This start took {time.monotonic() - started:.0f} s; all stages together {sum(study.seconds.values()):.0f} s."
     )
+
+
+def best_models(study: Study, numbers: Numbers) -> list[pathlib.Path]:
+    """For each task the directory of the model, of the first seed, whose distilled student has the lowest mean test
+    error."""
+    found = []
+    for task in numbers.tasks():
+        means = {
+            student: mean.mean
+            for student in numbers.students
+            if student.kind == "distilled" and (mean := numbers.mean(student, task, HEADLINE[task].error)) is not None
+        }
+        if means:
+            best = min(means, key=means.__getitem__)
+            recipe = study.chosen[best.name, task]
+            found.append(study.folder(study.planner.finetune(best, study.config.study.seeds[0], task, recipe)))
+    return found
 
 
 def cached_predictions(study: Study) -> dict[str, str]:
