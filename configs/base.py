@@ -120,7 +120,7 @@ def get_config() -> ConfigDict:
     config.rows = ConfigDict(
         {
             "length": 64,  # tokens a row, special tokens included
-            "heldout_share": 0.02,  # in (0, 0.5]: of generic texts, by a hash; task text is held out by the dev partition
+            "heldout_share": 0.02,  # in (0, 0.5]: of generic texts, by hash; of the task the dev partition is held out
             "open_rows": 64,  # rows kept open while packing
         }
     )

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -53,7 +54,17 @@ def test_the_same_command_again_runs_no_stage(finished, capsys):
     before = {path: path.stat().st_mtime_ns for path in (workdir / "stages").rglob("*") if path.is_file()}
     capsys.readouterr()
     study.run(config, workdir)
-    assert not [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    said = capsys.readouterr().out
+    assert not [line for line in said.splitlines() if line.startswith("[")]
+    (models,) = re.findall(r"predict --model=(\S+) TEXT", said)
+    assert [pathlib.Path(one).name.split("-")[:2] for one in models.split(",")] == [
+        ["dc", "distilled"],
+        ["icner", "distilled"],
+    ]
+    assert all((pathlib.Path(one) / "DONE").is_file() for one in models.split(","))
+    took = sum(json.loads(file.read_text()) for file in workdir.glob("stages/*/seconds.json"))
+    (told,) = re.findall(r"all stages together (\d+) s", said)
+    assert abs(float(told) - took) <= 0.51
     after = {path: path.stat().st_mtime_ns for path in (workdir / "stages").rglob("*") if path.is_file()}
     assert before == after
 
