@@ -88,8 +88,11 @@ class Study:
 
     def check_teachers(self) -> None:
         """A finished teacher that predicts task text no better than a unigram has nothing to teach: an error, or a
-        note.
+        note. Where no logits are distilled it may have none to speak of.
         """
+        kl = self.config.distill.kl
+        if max(kl.weight, kl.final_weight) <= 0:
+            return
         for name, stage in self.planner.teachers().items():
             if not self.done(stage):
                 continue
