@@ -6,7 +6,7 @@ Command:   KD_JAX_DATA=DIR python -m kd_jax.main.study --config=configs/massive_
            --config.tokenizer.path=intfloat/multilingual-e5-small
            configs/massive_me5.py:features distills hidden states and relations, with the teacher in the loop
 Hardware:  two CPU cores, 12 GB of memory
-Time:      about two hours by logits and one by features, on a machine with other work (docs/results/massive_me5.md)
+Time:      with 5 epochs alone about two hours by logits and one by features, on a busy machine; 20 take longer
 Result:    docs/results/massive_me5.md
 """
 
@@ -37,7 +37,7 @@ def get_config(argument: str = "") -> ConfigDict:
     # The model comes without a masked-LM head: config.pretrain trains one, the body at rest.
     config.pretrain.update({"steps": 400, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 10})
     config.adapt.update({"steps": 80, "batch_size": 64, "learning_rate": 2e-4, "warmup_steps": 10})
-    # Before some 500 steps a student is no better than a unigram (docs/results/massive_me5.md).
+    # A student leaves the unigram's plateau between some 300 and 500 steps (docs/results/massive_me5.md).
     config.distill.update({"steps": 1000, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 20})
     config.distill.evaluate_every = 100
     # A tenth of the labels: unlabeled task text is plentiful here, labels are scarce.

@@ -206,10 +206,11 @@ class Planner:
             "cache.temperature": float(distill.kl.temperature) if self._config.cache.format != "hidden" else 1.0,
         }
         stage = self._stage("cache_teacher", f"cache-{teacher}", (prepared, of), changes)
-        values = identity(to_dict(stage.config))
-        for key in CACHED_RUNS:
-            del values["cache"][key]
-        self._predictions[STAGE + stage.folder] = fingerprint(values)
+        if STAGE + stage.folder not in self._predictions:
+            values = identity(to_dict(stage.config))
+            for key in CACHED_RUNS:
+                del values["cache"][key]
+            self._predictions[STAGE + stage.folder] = fingerprint(values)
         return stage
 
     def intermediate(self, transfer_set: str, seed: int) -> Stage:
