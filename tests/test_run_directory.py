@@ -1,4 +1,5 @@
 import importlib.metadata
+import importlib.util
 import json
 import shlex
 import sys
@@ -16,7 +17,14 @@ def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_writes_who_ran_what_with_what(tmp_path):
+def test_a_command_is_told_as_it_can_be_given_again(monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", importlib.util.find_spec("kd_jax.main.study"))
+    monkeypatch.setattr(sys, "argv", ["/somewhere/kd_jax/main/study.py", "--config=configs/a b.py"])
+    assert provenance()["command_line"] == "python -m kd_jax.main.study '--config=configs/a b.py'"
+
+
+def test_writes_who_ran_what_with_what(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # a script, whoever runs the tests
     run = RunDirectory(tmp_path / "deep" / "run", "distill", CONFIG)
     run.start(data_fingerprint="abc")
     assert read(run.path / "config.json") == {"command": "distill", "config": json.loads(json.dumps(CONFIG))}
