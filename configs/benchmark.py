@@ -1,6 +1,6 @@
 """Speed and memory of distillation, finetuning and prediction, against the usual ways and against PyTorch.
 
-Command:   python -m kd_jax.main.benchmark --config=configs/benchmark.py --workdir=runs/benchmark
+Command:   python -m benchmarks --config=configs/benchmark.py --workdir=runs/benchmark
            KD_JAX_DATA=DIR ahead of it takes MASSIVE and plain text from there (see configs/massive.py) instead of the
            embedded default; pip install torch==2.13.0 adds the comparison with PyTorch
 Hardware:  two CPU cores, 16 GB of memory; a machine that does nothing else
@@ -12,7 +12,7 @@ import os
 
 from ml_collections import ConfigDict
 
-from configs import base
+from kd_jax.config import base
 
 LANGUAGES = ("de", "en", "es", "fr")
 LOCALES = ("de-DE", "en-US", "es-ES", "fr-FR")

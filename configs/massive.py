@@ -10,7 +10,7 @@ Result:    docs/results/massive.md
 
 from ml_collections import ConfigDict
 
-from configs import base
+from kd_jax.config import base
 
 LANGUAGES = ("de", "en", "es", "fr")
 LOCALES = ("de-DE", "en-US", "es-ES", "fr-FR")

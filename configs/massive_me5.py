@@ -12,7 +12,7 @@ Result:    docs/results/massive_me5.md
 
 from ml_collections import ConfigDict
 
-from configs import base
+from kd_jax.config import base
 
 LANGUAGES = ("de", "en", "es", "fr")
 LOCALES = ("de-DE", "en-US", "es-ES", "fr-FR")

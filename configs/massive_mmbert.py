@@ -16,7 +16,7 @@ Result:    not run; --dry-run and the smoke run are tested, and so are the reade
 
 from ml_collections import ConfigDict
 
-from configs import base
+from kd_jax.config import base
 from kd_jax.types import UserError
 
 # MASSIVE 1.0 (FitzGerald et al., arXiv 2204.08582).

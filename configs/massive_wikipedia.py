@@ -14,7 +14,7 @@ Result:    not run; its reading of the tarball and of a streamed data set is tes
 
 from ml_collections import ConfigDict
 
-from configs import base
+from kd_jax.config import base
 
 LANGUAGES = ("de", "en", "es", "fr", "hi", "it", "pt")
 LOCALES = ("de-DE", "en-US", "es-ES", "fr-FR", "hi-IN", "it-IT", "pt-PT")

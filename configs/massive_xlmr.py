@@ -13,7 +13,8 @@ Result:    not run; --dry-run and the smoke run are tested, and so are the reade
 
 from ml_collections import ConfigDict
 
-from configs import base, massive_mmbert
+from configs import massive_mmbert
+from kd_jax.config import base
 
 MODEL = "FacebookAI/xlm-roberta-base"
 

@@ -11,7 +11,8 @@ Result:    not run
 
 from ml_collections import ConfigDict
 
-from configs import base, massive_wikipedia
+from configs import massive_wikipedia
+from kd_jax.config import base
 from kd_jax.types import UserError
 
 # XLM-R XL as published; mmBERT base; and a teacher of the size of the Alexa Teacher Model with its 150,000 pieces,

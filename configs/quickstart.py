@@ -10,7 +10,7 @@ Result:    a table of students and a report; at this size "no winner" is a fair 
 
 from ml_collections import ConfigDict
 
-from configs import base
+from kd_jax.config import base
 
 LANGUAGES = ("en", "de", "es", "fr")
 LOCALES = ("en-US", "de-DE", "es-ES", "fr-FR")

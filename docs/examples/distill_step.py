@@ -6,11 +6,11 @@ python -m docs.examples.distill_step
 import jax
 import numpy as np
 
-from configs import base
-from kd_jax.data.embedded import embedded_texts
+from kd_jax.config import base
+from kd_jax.data.embedded.utterances import embedded_texts
 from kd_jax.data.masking import mask_rows, num_slots, row_keys
 from kd_jax.data.packing import pack_stream, positions
-from kd_jax.data.tokenizer import train_tokenizer
+from kd_jax.data.text.tokenizer import train_tokenizer
 from kd_jax.models.encoder_config import encoder_config
 from kd_jax.models.functional import Functional
 from kd_jax.models.presets import PRESETS

@@ -7,7 +7,7 @@ The two "students" here are the gold labels with errors put in, one of them with
 
 import random
 
-from kd_jax.data.embedded import embedded_utterances
+from kd_jax.data.embedded.utterances import embedded_utterances
 from kd_jax.evaluation.records import assign_test_sets, intent_slot_record
 from kd_jax.evaluation.results import results
 from kd_jax.evaluation.significance import error_counts, verdict

@@ -8,11 +8,11 @@ import tempfile
 
 import numpy as np
 
-from configs import base
+from kd_jax.config import base
 from kd_jax.data.batches import MaskedBatches
-from kd_jax.data.embedded import embedded_texts, embedded_utterances
+from kd_jax.data.embedded.utterances import embedded_texts, embedded_utterances
 from kd_jax.data.rows import RowStore, StoreWriter
-from kd_jax.data.tokenizer import train_tokenizer
+from kd_jax.data.text.tokenizer import train_tokenizer
 from kd_jax.data.transfer_set import TransferSet
 
 

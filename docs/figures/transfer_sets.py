@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from kd_jax.study.plotting import (
+from kd_jax.study.report.plotting import (
     ADAPTED,
     GENERIC_ONLY,
     MLM,

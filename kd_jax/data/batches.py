@@ -10,7 +10,7 @@ from kd_jax.data.masking import mask_rows, num_slots, row_keys
 from kd_jax.data.packing import positions
 from kd_jax.data.permutation import name_key
 from kd_jax.data.rows import RowStore
-from kd_jax.data.tokenizer import Tokenizer
+from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.data.transfer_set import TransferSet
 from kd_jax.types import Batch, UserError
 

@@ -10,8 +10,8 @@ import numpy as np
 from kd_jax.data.batches import process_slice
 from kd_jax.data.packing import BestFit, positions, runs
 from kd_jax.data.permutation import counter_keys, name_key, permute
-from kd_jax.data.tokenizer import Tokenizer
-from kd_jax.data.utterances import CHARACTER_LOCALES, LabelMaps, Utterance
+from kd_jax.data.text.tokenizer import Tokenizer
+from kd_jax.data.text.utterances import CHARACTER_LOCALES, LabelMaps, Utterance
 from kd_jax.types import Batch
 
 # Utterance slots a row: one for every so many tokens. Spoken utterances take more than this on average.

@@ -7,10 +7,10 @@ from collections import Counter
 from typing import Any
 
 from kd_jax.data.rows import MANIFEST, STORE_FILES
-from kd_jax.data.tokenizer import Tokenizer
-from kd_jax.data.utterances import Utterance
-from kd_jax.storage.copies import describe
-from kd_jax.storage.places import read_json, write_whole
+from kd_jax.data.text.tokenizer import Tokenizer
+from kd_jax.data.text.utterances import Utterance
+from kd_jax.runtime.copies import describe
+from kd_jax.runtime.paths import read_json, write_whole
 from kd_jax.types import UserError
 
 

@@ -24,16 +24,16 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from kd_jax.data.decontamination import FilterCount
-from kd_jax.data.files import fill_path
 from kd_jax.data.manifest import differences, read_manifest, write_manifest
 from kd_jax.data.rows import MANIFEST, RowStore, StoreWriter, disk_of, new_folder
-from kd_jax.data.selection import check_selection, choose
-from kd_jax.data.splits import Splits
-from kd_jax.data.tokenizer import Tokenizer, train_tokenizer
-from kd_jax.data.utterances import Utterance, load_utterances, read_massive, write_massive
-from kd_jax.storage.copies import LocalCopy, copy_folder, outgoing, put
-from kd_jax.storage.places import digest, is_remote, place, read_json, write_whole
+from kd_jax.data.text.decontamination import FilterCount
+from kd_jax.data.text.files import fill_path
+from kd_jax.data.text.selection import check_selection, choose
+from kd_jax.data.text.splits import Splits
+from kd_jax.data.text.tokenizer import Tokenizer, train_tokenizer
+from kd_jax.data.text.utterances import Utterance, load_utterances, read_massive, write_massive
+from kd_jax.runtime.copies import LocalCopy, copy_folder, outgoing, put
+from kd_jax.runtime.paths import digest, is_remote, place, read_json, write_whole
 from kd_jax.types import UserError
 
 # The parts of the config that decide what is built; "select" only where it selects something.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kd_jax.data.packing import SMALLEST_SEGMENT, Packer, maskable
-from kd_jax.data.tokenizer import Tokenizer
+from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.types import UserError
 
 MANIFEST = "manifest.json"

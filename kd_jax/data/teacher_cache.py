@@ -25,8 +25,8 @@ from kd_jax.data.packing import positions
 from kd_jax.data.permutation import name_key
 from kd_jax.data.rows import MANIFEST, RowStore, disk_of
 from kd_jax.data.transfer_set import TransferSet
-from kd_jax.storage.copies import LocalCopy, sha256_of
-from kd_jax.storage.places import is_remote, make_folder, names_in, place, reaching, read_json, write_whole
+from kd_jax.runtime.copies import LocalCopy, sha256_of
+from kd_jax.runtime.paths import is_remote, make_folder, names_in, place, reaching, read_json, write_whole
 from kd_jax.types import Batch, UserError
 
 PARTS = "parts"

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.rows import RowStore
-from kd_jax.data.tokenizer import Tokenizer
+from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.types import UserError
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from kd_jax.data.batches import process_slice
 from kd_jax.data.labeled import LabeledSet, packed
-from kd_jax.data.tokenizer import Tokenizer
-from kd_jax.data.utterances import CHARACTER_LOCALES, LabelMaps, Utterance
+from kd_jax.data.text.tokenizer import Tokenizer
+from kd_jax.data.text.utterances import CHARACTER_LOCALES, LabelMaps, Utterance
 from kd_jax.evaluation.records import Record, assign_test_sets, domain_record, intent_slot_record
 from kd_jax.evaluation.slots import decode_bio_batch, repair_bio
 from kd_jax.models.functional import Functional

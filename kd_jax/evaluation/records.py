@@ -12,11 +12,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kd_jax.data import files
-from kd_jax.data.decontamination import normalize
-from kd_jax.data.utterances import Utterance
+from kd_jax.data.text import files
+from kd_jax.data.text.decontamination import normalize
+from kd_jax.data.text.utterances import Utterance
 from kd_jax.evaluation.slots import count_slots
-from kd_jax.storage.places import place, write_whole
+from kd_jax.runtime.paths import place, write_whole
 from kd_jax.types import UserError
 
 Record = dict[str, Any]

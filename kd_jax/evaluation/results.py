@@ -22,6 +22,10 @@ from kd_jax.evaluation.classification import macro_f1
 from kd_jax.evaluation.records import Record
 from kd_jax.evaluation.slots import MODES, SlotCounts, count_slots
 
+# The files of an evaluate run.
+RECORDS = "records.jsonl"
+RESULTS = "results.jsonl"
+
 Term = tuple[float, float]  # numerator, denominator of one utterance
 
 IDENTITY = ("student", "transfer_set", "teacher", "seed")

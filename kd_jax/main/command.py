@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from kd_jax.storage import places
-from kd_jax.storage.copies import keep_copies_in
-from kd_jax.trainer import cluster, distributed
-from kd_jax.trainer.preemption import EXIT_CODE, Preempted, watching
+from kd_jax.runtime import cluster, distributed
+from kd_jax.runtime import paths as places
+from kd_jax.runtime.copies import keep_copies_in
+from kd_jax.runtime.preemption import EXIT_CODE, Preempted, watching
 from kd_jax.types import UserError
 
 MISTAKE = 2  # exit code of a user's mistake
@@ -112,7 +112,7 @@ def explain_flags(error: Exception) -> str:
     told = error.args[0] if isinstance(error, KeyError) and error.args else error  # str() of a KeyError is a repr
     message = " ".join(str(told).split())
     if isinstance(error, AttributeError | KeyError) or "config." in message:
-        return f"{message}; configs/base.py declares every key"
+        return f"{message}; kd_jax/config/base.py declares every key"
     return message
 
 

@@ -10,13 +10,13 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from kd_jax.compile import topology as topologies
-from kd_jax.compile.measurement import Measurement, lines_of, measure
-from kd_jax.compile.search import largest_batch
+from kd_jax.compile_check import topology as topologies
+from kd_jax.compile_check.measurement import Measurement, lines_of, measure
+from kd_jax.compile_check.search import largest_batch
 from kd_jax.config import require
+from kd_jax.jobs.abstract_job import abstract_job
 from kd_jax.main import command
-from kd_jax.main.abstract_job import abstract_job
-from kd_jax.trainer.disk import write_json
+from kd_jax.runtime.disk import write_json
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.types import UserError
 

@@ -13,9 +13,11 @@ from kd_jax.config import require
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.teacher_cache import CachedBatches, TeacherCache
 from kd_jax.data.vocabulary import seen_by_student
-from kd_jax.main import cache_teacher, command, masked_lm
-from kd_jax.main.frozen import Frozen, placed
-from kd_jax.main.teachers import (
+from kd_jax.jobs import cache as cache_job
+from kd_jax.jobs import masked_lm
+from kd_jax.jobs.frozen import Frozen, placed
+from kd_jax.jobs.job import JobPhase
+from kd_jax.jobs.teachers import (
     KEY,
     Teacher,
     check_settings,
@@ -25,7 +27,7 @@ from kd_jax.main.teachers import (
     settings_for,
     teacher_form,
 )
-from kd_jax.main.training import JobPhase
+from kd_jax.main import command
 from kd_jax.models.functional import Functional
 from kd_jax.models.initialization import check_shapes, from_teacher, remarks
 from kd_jax.models.layer_map import initial_layers, read_layers
@@ -99,7 +101,7 @@ def from_cache(config: ConfigDict, workdir: pathlib.Path, prepared: Prepared, me
     """Trains from the predictions that cache_teacher wrote; no teacher is in memory."""
     cache = TeacherCache(config.teacher_cache)
     teacher = find_teachers(config, prepared)[0]
-    cache.check(cache_teacher.identity(config, prepared, teacher, cache.identity["form"]))
+    cache.check(cache_job.identity(config, prepared, teacher, cache.identity["form"]))
     form = cache.identity["form"]
     shape = teacher_form(config, prepared, form["format"], form["tail"])
     settings, model = settings_for(config, student, None, shape, cached=True)
@@ -116,7 +118,7 @@ def from_cache(config: ConfigDict, workdir: pathlib.Path, prepared: Prepared, me
         found: dict[str, Any] = {} if kept is None else {"kept": kept}
         if reads.decoder is not None:
             layout = reads.layout(mesh, teacher.rules)["decoder"]
-            parts = (cache.attached(name) for name in cache_teacher.DECODER)
+            parts = (cache.attached(name) for name in cache_job.DECODER)
             found["decoder"] = tuple(
                 None if values is None else placed(values, where) for values, where in zip(parts, layout, strict=True)
             )

@@ -12,16 +12,14 @@ from ml_collections import ConfigDict
 from kd_jax.config import EXECUTION_KEYS, require, to_dict
 from kd_jax.data.prepared import Prepared
 from kd_jax.evaluation.records import read_json_lines, write_json_lines, write_records
-from kd_jax.evaluation.results import results
+from kd_jax.evaluation.results import RECORDS, RESULTS, results
 from kd_jax.evaluation.slots import MODES
-from kd_jax.main import command, finetune, serving, trained
-from kd_jax.storage.places import place
+from kd_jax.jobs import finetune, serving, trained
+from kd_jax.main import command
+from kd_jax.runtime.paths import place
+from kd_jax.runtime.watchdog import Watchdog
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.trainer.run_directory import RunDirectory
-from kd_jax.trainer.watchdog import Watchdog
-
-RECORDS = "records.jsonl"
-RESULTS = "results.jsonl"
 
 
 def keys(config: ConfigDict) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 python -m kd_jax.main.export --config=configs/FILE.py --workdir=DIR --config.export.checkpoint=DIR
 
---config.export.stablehlo=True adds the compiled program and its weights (kd_jax/main/serving.py), which run with jax
+--config.export.stablehlo=True adds the compiled program and its weights (kd_jax/jobs/serving.py), which run with jax
 alone; --config.export.int8=True writes the weights in int8 in place of those that `transformers` loads.
 """
 
@@ -20,17 +20,18 @@ from safetensors.numpy import save_file
 from kd_jax.config import require, to_dict
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.rows import new_folder
-from kd_jax.data.tokenizer import Tokenizer
-from kd_jax.data.trimmed_tokenizer import standalone
+from kd_jax.data.text.tokenizer import Tokenizer
+from kd_jax.data.text.trimmed_tokenizer import standalone
 from kd_jax.data.vocabulary import TrimmedTokenizer
-from kd_jax.main import command, finetune, masked_lm, serving, trained
-from kd_jax.main.model_card import INTENT_HEAD, model_card
-from kd_jax.main.serving import RECORD
+from kd_jax.jobs import finetune, masked_lm, serving, trained
+from kd_jax.jobs.model_card import INTENT_HEAD, model_card
+from kd_jax.jobs.serving import RECORD
+from kd_jax.main import command
 from kd_jax.models.functional import Functional, parameter_count
-from kd_jax.models.huggingface_config import CONFIG
-from kd_jax.models.huggingface_export import exported, tokenizer_ids
-from kd_jax.models.huggingface_files import SINGLE
-from kd_jax.storage.places import need_local, place
+from kd_jax.models.huggingface.config import CONFIG
+from kd_jax.models.huggingface.export import exported, tokenizer_ids
+from kd_jax.models.huggingface.files import SINGLE
+from kd_jax.runtime.paths import need_local, place
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.trainer.run_directory import provenance
 from kd_jax.types import Params, UserError

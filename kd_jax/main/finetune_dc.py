@@ -6,7 +6,8 @@ python -m kd_jax.main.finetune_dc --config=configs/FILE.py --workdir=DIR \\
 
 import functools
 
-from kd_jax.main import command, finetune
+from kd_jax.jobs import finetune
+from kd_jax.main import command
 
 keys = finetune.keys
 run = functools.partial(finetune.run, task="dc")

@@ -12,17 +12,18 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from kd_jax.config import EXECUTION_KEYS, identity, require, to_dict
-from kd_jax.data.files import fill_path
 from kd_jax.data.prepared import Prepared
-from kd_jax.data.tokenizer import HUB_NAME, Tokenizer
-from kd_jax.main import command, masked_lm, trained
-from kd_jax.main.frozen import model_layout
+from kd_jax.data.text.files import fill_path
+from kd_jax.data.text.tokenizer import HUB_NAME, Tokenizer
+from kd_jax.jobs import masked_lm, trained
+from kd_jax.jobs.frozen import model_layout
+from kd_jax.main import command
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional, parameter_count
-from kd_jax.models.huggingface_config import read_config
-from kd_jax.models.huggingface_files import TensorFiles, check_files, load_params
+from kd_jax.models.huggingface.config import read_config
+from kd_jax.models.huggingface.files import TensorFiles, check_files, load_params
+from kd_jax.runtime.disk import write_json
 from kd_jax.trainer.checkpoint import FOLDER, Checkpoints
-from kd_jax.trainer.disk import write_json
 from kd_jax.trainer.mesh import make_mesh, row_multiple, rules_of
 from kd_jax.trainer.run_directory import RunDirectory
 from kd_jax.trainer.state import params_fingerprint

@@ -21,13 +21,14 @@ from ml_collections import ConfigDict
 from kd_jax.config import EXECUTION_KEYS, require, to_dict
 from kd_jax.data.labeled import LabeledSet, packed
 from kd_jax.data.prepared import Prepared
-from kd_jax.data.utterances import LabelMaps, Utterance
+from kd_jax.data.text.utterances import LabelMaps, Utterance
 from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.evaluation.predictions import compiled_predict
-from kd_jax.main import command, finetune, masked_lm, serving, trained
+from kd_jax.jobs import finetune, masked_lm, serving, trained
+from kd_jax.main import command
 from kd_jax.models.functional import Functional, parameter_count
 from kd_jax.models.int8 import weight_bytes
-from kd_jax.trainer.disk import write_json
+from kd_jax.runtime.disk import write_json
 from kd_jax.trainer.run_directory import RunDirectory
 from kd_jax.types import Batch, Params, UserError
 

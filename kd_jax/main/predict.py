@@ -24,14 +24,14 @@ from typing import Any, NamedTuple, TextIO
 from absl import logging
 from ml_collections import ConfigDict
 
-from kd_jax.data import files
 from kd_jax.data.prepared import Prepared
-from kd_jax.data.utterances import FIELDS, Utterance, split_words
-from kd_jax.main import finetune, serving, trained
+from kd_jax.data.text import files
+from kd_jax.data.text.utterances import FIELDS, Utterance, split_words
+from kd_jax.jobs import finetune, serving, trained
 from kd_jax.main.command import MISTAKE, fail
-from kd_jax.storage.places import place
+from kd_jax.runtime.paths import place
+from kd_jax.runtime.progress import Count
 from kd_jax.trainer.mesh import make_mesh
-from kd_jax.trainer.progress import Count
 from kd_jax.types import UserError
 
 CHUNK = 4096  # texts that are in memory at a time

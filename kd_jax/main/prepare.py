@@ -10,11 +10,11 @@ import pathlib
 import jax
 from ml_collections import ConfigDict
 
-from kd_jax.data.check import check
 from kd_jax.data.prepared import prepare
+from kd_jax.data.text.check import check
 from kd_jax.main import command
-from kd_jax.trainer.preemption import alone
-from kd_jax.trainer.progress import counted
+from kd_jax.runtime.preemption import alone
+from kd_jax.runtime.progress import counted
 from kd_jax.trainer.run_directory import mark_done
 from kd_jax.types import UserError
 

@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 from kd_jax.config import require
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.vocabulary import seen_by_student
-from kd_jax.main import command, masked_lm, trained
-from kd_jax.main.training import JobPhase
+from kd_jax.jobs import masked_lm, trained
+from kd_jax.jobs.job import JobPhase
+from kd_jax.main import command
 from kd_jax.models.encoder_config import EncoderConfig, encoder_config
 from kd_jax.models.functional import Functional
 from kd_jax.steps.objective import Objective

@@ -18,29 +18,27 @@ from ml_collections import ConfigDict
 
 from kd_jax.data.prepared import Prepared
 from kd_jax.evaluation.similarity import jensen_shannon, matched_jsd, vocabulary_overlap
+from kd_jax.jobs import finetune, teachers, trained
+from kd_jax.jobs.cache import SUMMARY, check_temperature
 from kd_jax.main import (
     cache_teacher,
     command,
     distill,
     evaluate,
-    finetune,
     finetune_dc,
     finetune_icner,
     import_model,
     latency,
     prepare,
     pretrain,
-    study_jobs,
-    teachers,
-    trained,
 )
-from kd_jax.study import job_plan
-from kd_jax.study.collect import collect
-from kd_jax.study.inputs import HEADLINE, Numbers
+from kd_jax.runtime import distributed
+from kd_jax.study import job_plan, study_jobs
 from kd_jax.study.plan import may_cache
-from kd_jax.study.report import summary_text, write_report
+from kd_jax.study.report.collect import collect
+from kd_jax.study.report.inputs import HEADLINE, Numbers
+from kd_jax.study.report.report import summary_text, write_report
 from kd_jax.study.run import Study
-from kd_jax.trainer import distributed
 from kd_jax.trainer.run_directory import provenance
 
 COMMANDS = {
@@ -64,7 +62,7 @@ def check(config: ConfigDict) -> None:
     distill.check_settings(config)
     teachers.check_shapes_of(config)
     if config.study.cache and may_cache(config):
-        cache_teacher.check_temperature(config)
+        check_temperature(config)
     finetune.check(config)
 
 
@@ -131,7 +129,7 @@ def cached_predictions(study: Study) -> dict[str, str]:
     """What was cached of each teacher, and how often a task row comes again with the same masks."""
     found = {}
     for stage in study.planner.cache_stages():
-        cache = trained.read_json(study.folder(stage) / cache_teacher.SUMMARY)
+        cache = trained.read_json(study.folder(stage) / SUMMARY)
         most = max(one["masks_repeat"] for one in cache["runs"])
         found[f"predictions of the {stage.name.removeprefix('cache-')} teacher"] = (
             f"{cache['rows']:,} rows, {cache['bytes'] / 2**20:.1f} MiB, {cache['bytes_per_position']:.0f} bytes a "

@@ -23,7 +23,7 @@ _FEATURES = "teacher_features_{}"  # of each teacher, where it predicts the batc
 
 @dataclass(frozen=True)
 class Weight:
-    """The factor of a term as a function of progress: see term() in configs/base.py."""
+    """The factor of a term as a function of progress: see term() in kd_jax/config/base.py."""
 
     start: float
     end: float

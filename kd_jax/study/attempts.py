@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kd_jax.storage.copies import on_this_host
+from kd_jax.runtime.copies import on_this_host
 from kd_jax.types import UserError
 
 FOLDER = "attempts"

@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kd_jax.config import fingerprint, identity, to_dict
-from kd_jax.storage.places import make_folder, write_whole
+from kd_jax.runtime.paths import make_folder, write_whole
 from kd_jax.study.plan import Planner, Recipe, Stage, Student, recipes, students
 from kd_jax.study.run import Study, best_of
 from kd_jax.types import UserError

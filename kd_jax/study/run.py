@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kd_jax.config import from_dict, to_dict
-from kd_jax.storage.places import read_json, write_whole
+from kd_jax.runtime.paths import read_json, write_whole
 from kd_jax.study.attempts import attempt
 from kd_jax.study.plan import STAGE, Planner, Recipe, Stage, Student, recipes, students
 from kd_jax.types import UserError

@@ -12,9 +12,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from kd_jax.config import differences
-from kd_jax.storage.places import is_remote, place, reaching, scheme_of, unreachable
-from kd_jax.trainer.disk import full_disk_is_user_error
-from kd_jax.trainer.mirror import Mirror, fetch_newest
+from kd_jax.runtime.disk import full_disk_is_user_error
+from kd_jax.runtime.mirror import Mirror, fetch_newest
+from kd_jax.runtime.paths import is_remote, place, reaching, scheme_of, unreachable
 from kd_jax.trainer.state import State, from_plain, to_plain
 from kd_jax.types import Params, UserError
 

@@ -13,14 +13,14 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from kd_jax.trainer.account import Account
+from kd_jax.runtime.preemption import Preempted, Preemption, watching
+from kd_jax.runtime.progress import Progress
+from kd_jax.runtime.watchdog import alive
 from kd_jax.trainer.checkpoint import Checkpoints
+from kd_jax.trainer.goodput import Account
 from kd_jax.trainer.mesh import global_batch, process_share, replicated, row_multiple
 from kd_jax.trainer.metrics import TIME, MetricsWriter, Window
-from kd_jax.trainer.preemption import Preempted, Preemption, watching
-from kd_jax.trainer.progress import Progress
 from kd_jax.trainer.state import State
-from kd_jax.trainer.watchdog import alive
 from kd_jax.types import Batch, Params, Term, UserError
 
 # A count among a step's metrics where its update is skipped if its loss is not finite; of the run, in its rows.

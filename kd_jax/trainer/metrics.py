@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from kd_jax.storage.copies import on_this_host, put
-from kd_jax.storage.places import GrowingFile, is_remote, make_folder, names_in, place, reaching
-from kd_jax.trainer.disk import full_disk_is_user_error, write_atomically
+from kd_jax.runtime.copies import on_this_host, put
+from kd_jax.runtime.disk import full_disk_is_user_error, write_atomically
+from kd_jax.runtime.paths import GrowingFile, is_remote, make_folder, names_in, place, reaching
 from kd_jax.trainer.weights_and_biases import Tracker
 from kd_jax.types import Array
 

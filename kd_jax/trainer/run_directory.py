@@ -13,9 +13,9 @@ from typing import Any
 import jax
 
 from kd_jax.config import differences, identity
-from kd_jax.storage.places import make_folder, place, reaching, read_json
-from kd_jax.trainer import distributed
-from kd_jax.trainer.disk import write_json
+from kd_jax.runtime import distributed
+from kd_jax.runtime.disk import write_json
+from kd_jax.runtime.paths import make_folder, place, reaching, read_json
 from kd_jax.types import UserError
 
 CONFIG = "config.json"

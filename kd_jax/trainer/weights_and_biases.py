@@ -10,9 +10,9 @@ import jax
 from ml_collections import ConfigDict
 
 from kd_jax.config import require
-from kd_jax.storage.copies import on_this_host
-from kd_jax.storage.places import make_folder, place, read_json
-from kd_jax.trainer.disk import write_json
+from kd_jax.runtime.copies import on_this_host
+from kd_jax.runtime.disk import write_json
+from kd_jax.runtime.paths import make_folder, place, read_json
 
 FILE = "wandb.json"  # in the run's directory: the id under which a restart goes on
 MODES = ("online", "offline")

@@ -8,7 +8,7 @@ Result:    a report in runs/own_study/report.html
 
 from ml_collections import ConfigDict
 
-from configs import base
+from kd_jax.config import base
 
 LOCALES = ("en-US", "de-DE")  # of the utterances: nlu/en-US.jsonl, ...
 LANGUAGES = ("en", "de")  # of the generic text: texts/en.txt, ...

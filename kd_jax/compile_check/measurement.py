@@ -1,0 +1,125 @@
+"""What a compiled step tells: memory by kind, collectives, roofline; and what it is worth."""
+
+import re
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+
+from kd_jax.compile_check.chips import GIB
+from kd_jax.compile_check.hlo import Collective, Program
+from kd_jax.compile_check.roofline import Roofline, roofline
+from kd_jax.compile_check.topology import Topology
+from kd_jax.types import UserError
+
+# How a compiler says that a program is too large: by how much, if it does.
+_NEEDED = re.compile(r"(?:Used|required[^(]*\(|[Nn]eeds?) ?([\d.]+)([KMG])")
+_KINDS = ("arguments", "outputs", "temporaries", "code")
+_UNITS = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A step compiled for a topology, in bytes a device; outputs that take the place of arguments are left out."""
+
+    rows: int
+    seconds: float  # of compilation
+    arguments: int
+    outputs: int
+    temporaries: int
+    code: int
+    fits: bool
+    collectives: tuple[Collective, ...] = ()
+    roofline: Roofline | None = None
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.outputs + self.temporaries + self.code
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        values: dict[str, Any] = {**asdict(self), "total": self.total}
+        if self.roofline is not None:
+            values["roofline"] |= {"step": self.roofline.step, "bound": self.roofline.bound}
+        return values
+
+
+def measure(lowered: jax.stages.Lowered, rows: int, flops: float, topology: Topology, slice_size: int) -> Measurement:
+    """Compiles; a program that the compiler finds too large does not fit, and has the memory that it would need where
+    the compiler says it."""
+    began = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise UserError(
+                f"--topology={topology.name}: the compiler gave up ({str(error).splitlines()[0][:200]}); for a GPU, "
+                "XLA_FLAGS=--xla_gpu_enable_triton_gemm=false in the environment may help, else another mesh or batch"
+            ) from error
+        found = _NEEDED.search(str(error))
+        needed = int(float(found.group(1)) * _UNITS[found.group(2)]) if found else 0
+        return Measurement(rows, time.perf_counter() - began, 0, 0, needed, 0, False)
+    seconds = time.perf_counter() - began
+    memory: Any = compiled.memory_analysis()
+    program = Program(compiled.as_text() or "")
+    sizes = (
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.generated_code_size_in_bytes,
+    )
+    return Measurement(
+        rows,
+        seconds,
+        *sizes,
+        fits=sum(sizes) <= topology.chip.usable,
+        collectives=tuple(program.collectives()),
+        roofline=roofline(program, flops, topology.chip, slice_size),
+    )
+
+
+def lines_of(one: Measurement, topology: Topology, length: int, price: float) -> list[str]:
+    """The measurement as a page of text. price: of a device for an hour, 0 for none."""
+    chip, devices = topology.chip, len(topology.devices)
+    if one.roofline is None:
+        needed = f", it needs {one.total / GIB:.1f} GiB for temporaries alone" if one.total else ""
+        return [f"{one.rows} rows do not fit: the compiler ran out of memory{needed}"]
+    found = [
+        f"{one.rows} rows of {length} tokens on {devices} x {chip.name}, compiled in {one.seconds:.0f} s",
+        "memory a device, GiB: " + ", ".join(f"{kind} {getattr(one, kind) / GIB:.2f}" for kind in _KINDS),
+        f"  together {one.total / GIB:.2f} of {chip.usable / GIB:.2f}: it {'fits' if one.fits else 'does not fit'}",
+        "collectives, what a device sends in a step:",
+    ]
+    found += [f"  {line}" for line in collective_lines(one.collectives)] or ["  none"]
+    roof = one.roofline
+    tokens = one.rows * length / roof.step
+    hours = 1e11 / tokens / 3600 * devices
+    cost = f", {hours * price:,.0f} at {price:g} each" if price else ""
+    return [
+        *found,
+        f"matrix products: {roof.flops / 1e12:.2f} TFLOP a device; memory traffic {roof.traffic / 1e9:.1f} GB; "
+        f"sent {roof.sent / 1e9:.2f} GB",
+        f"at best: compute {roof.compute:.4f} s, memory {roof.memory:.4f} s, network {roof.network:.4f} s; a step "
+        f"takes {roof.step:.4f} s, bound by {roof.bound}",
+        f"  {tokens:,.0f} tokens/s, {tokens / devices:,.0f} a device; {roof.compute / roof.step:.0%} of peak FLOPs",
+        f"  100 billion tokens: {hours:,.0f} device-hours{cost}",
+        f"  peaks of {chip.name}: {chip.source}",
+    ]
+
+
+def collective_lines(collectives: tuple[Collective, ...], most: int = 8) -> list[str]:
+    """A line for each kind with its number and bytes, and below them where the largest come from."""
+    kinds: dict[str, list[float]] = {}
+    for one in collectives:
+        count_and_sent = kinds.setdefault(one.kind, [0, 0.0])
+        count_and_sent[0] += one.count
+        count_and_sent[1] += one.sent
+    lines = [f"{kind:<20} {int(count):>6} x  {sent / 1e9:>9.3f} GB" for kind, (count, sent) in sorted(kinds.items())]
+    for one in collectives[:most]:
+        source = re.sub(r"^jit\(\w+\)/|jvp\(\)/|closed_call/|body/", "", one.source.split(":")[0])
+        lines.append(
+            f"  {one.kind} of {one.size / 1e6:.1f} MB over {one.group} devices, {one.count} x: {one.sent / 1e9:.3f} GB"
+            f"{f' ({source})' if source else ''}"
+        )
+    return lines

@@ -1,0 +1,64 @@
+"""The largest batch that fits, in few compilations."""
+
+from collections.abc import Callable
+
+from kd_jax.compile_check.measurement import Measurement
+
+
+def steps_up_to(most: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, ...: each at most one and a half times the one before, from 2 on."""
+    found = [1]
+    power = 2
+    while power <= most:
+        found += [power] + ([power * 3 // 2] if power * 3 // 2 <= most else [])
+        power *= 2
+    return found
+
+
+def largest_batch(
+    first: Measurement, multiple: int, capacity: float, measure: Callable[[int], Measurement], tries: int
+) -> list[Measurement]:
+    """All that was measured, `first` included, until the largest batch is known or `tries` are used up.
+
+    Batches are `multiple` times 1, 2, 3, 4, 6, 8, 12, ... rows. Memory grows about linearly with the rows, so two
+    measurements tell where to look; capacity: bytes of a device.
+    """
+    known = {first.rows: first}
+    grid = [multiple * step for step in steps_up_to(2**16)]
+    while len(known) <= tries:
+        rows = _next(known, grid, capacity)
+        if rows is None:
+            break
+        known[rows] = measure(rows)
+    return [known[rows] for rows in sorted(known)]
+
+
+def _next(known: dict[int, Measurement], grid: list[int], capacity: float) -> int | None:
+    """The batch to try next; None when there is nothing left to learn."""
+    low = max((rows for rows, one in known.items() if one.fits), default=0)
+    high = min((rows for rows, one in known.items() if not one.fits and rows > low), default=2 * grid[-1])
+    between = [rows for rows in grid if low < rows < high]
+    if not between:
+        return None
+    guess = _predicted(known, capacity)
+    if guess is None:
+        guess = (low + high) // 2 if low and high <= grid[-1] else high // 4
+    reachable = [rows for rows in between if rows <= guess]
+    return reachable[-1] if reachable else between[0]
+
+
+def _predicted(known: dict[int, Measurement], capacity: float) -> float | None:
+    """Rows at which the line through the two largest measured batches that compiled meets the capacity.
+
+    Of one alone all temporaries are taken to grow with the rows, which promises rather too little.
+    """
+    points = sorted((rows, one.total) for rows, one in known.items() if one.roofline is not None)
+    if len(points) == 1:
+        ((rows, total),) = points
+        temporaries = known[rows].temporaries
+        return rows * (capacity - total + temporaries) / temporaries if temporaries else None
+    if not points:
+        return None
+    (fewer, less), (more, much) = points[-2:]
+    slope = (much - less) / (more - fewer)
+    return more + (capacity - much) / slope if slope > 0 else None

@@ -1,0 +1,194 @@
+"""Generic texts chosen for their likeness to the task's text: importance resampling on hashed n-grams.
+
+DSIR: Xie, Santurkar, Ma and Liang 2023, "Data Selection for Language Models via Importance Resampling", arXiv
+2302.03169. Two bags of hashed n-grams are estimated, one of the target (the task's text) and one of all raw texts; a
+text's log importance weight is the sum of log p_target - log p_raw over its n-grams; and the texts are resampled
+without replacement in proportion to these weights, by adding Gumbel noise to each and keeping the largest.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from kd_jax.data.permutation import counter_keys, name_key, splitmix64
+from kd_jax.data.text.decontamination import normalize
+from kd_jax.types import UserError
+
+_CHUNK_TEXTS = 4096
+
+# First code points of scripts written without spaces between words, each with the first after it: Thai to Tibetan,
+# Myanmar, Khmer, Japanese kana, Chinese characters (three times). Their characters stand for words.
+_UNSPACED = np.array(
+    [0x0E00, 0x1000, 0x1000, 0x10A0, 0x1780, 0x1800, 0x3040, 0x3100, 0x3400, 0xA000, 0xF900, 0xFB00, 0x20000, 0x40000]
+)
+
+
+def check_selection(config: ConfigDict) -> None:
+    """Raises a UserError for values of config.select that make no sense, or not with config.sources and config.nlu."""
+    select = config.select
+    if not 0 <= select.share <= 1:
+        raise UserError(f"config.select.share: {select.share} is outside 0 to 1; 0.05 chooses a twentieth of the texts")
+    if select.target not in ("language", "all"):
+        raise UserError(f"config.select.target: {select.target!r} is unknown; use 'language' or 'all'")
+    if select.ngrams < 1:
+        raise UserError(f"config.select.ngrams: {select.ngrams} is below 1; 2 counts words and pairs of words")
+    if select.buckets < 2:
+        raise UserError(f"config.select.buckets: {select.buckets} is below 2; 10000 is usual")
+    if not select.smoothing > 0:
+        raise UserError(f"config.select.smoothing: {select.smoothing} is not above 0; 0.1 is usual")
+    if select.share == 0:
+        return
+    generic = {name: source for name, source in config.sources.items() if source.kind == "generic"}
+    if not generic:
+        raise UserError("config.select.share: there is no generic source to select from; add one or set it to 0")
+    spoken = {locale.split("-")[0] for locale in config.nlu.locales}
+    for name, source in generic.items():
+        unspoken = [language for language in source.languages if language.split("-")[0] not in spoken]
+        if unspoken and select.target == "language":
+            raise UserError(
+                f"config.select.target: {name} has text in {', '.join(unspoken)}, which no locale of config.nlu "
+                "speaks; use 'all' or leave the language out"
+            )
+
+
+class Chosen(NamedTuple):
+    """Which of the texts of a stream were chosen: their places, ascending int64 [chosen], and how many texts it has."""
+
+    places: np.ndarray
+    texts: int
+
+    def of(self, texts: Iterable[str]) -> Iterator[str]:
+        """The chosen ones of the same stream, in its order. Raises UserError where the stream has become another."""
+        number = 0
+        places = iter(self.places.tolist())
+        wanted = next(places, None)
+        for number, text in enumerate(texts, 1):
+            if number - 1 == wanted:
+                yield text
+                wanted = next(places, None)
+        _same_number(number, self.texts)
+
+
+def choose(read: Callable[[], Iterable[str]], target: Iterable[str], select: ConfigDict) -> Chosen:
+    """Resamples round(share * texts) of the texts, at least one; `select` is config.select.
+
+    `read` gives the texts and is called twice, to count their n-grams and to weigh them. Memory is a chunk of texts
+    and 32 bytes for each chosen one. A pure function of texts, target and settings: a text's noise is a hash of the
+    text, so reading the texts in another order chooses the same (but for ties between equal texts).
+    Raises UserError where there is no target text.
+    """
+    target_counts, target_texts = ngram_counts(target, select)
+    if not target_texts:
+        raise UserError("config.select: there is no train utterance to be like; check config.nlu or set share to 0")
+    raw_counts, total = ngram_counts(read(), select)
+    ratios = log_ratios(target_counts, raw_counts, select.smoothing)
+    wanted = min(max(round(select.share * total), 1), total)
+    scores, places, seen = [np.empty(0)], [np.empty(0, np.int64)], 0
+    for texts in _chunks(read()):
+        scores.append(log_weights(texts, ratios, select) + gumbel(texts, select.seed))
+        places.append(np.arange(seen, seen + len(texts)))
+        seen += len(texts)
+        if sum(map(len, scores)) >= 2 * wanted + _CHUNK_TEXTS:
+            scores, places = ([kept] for kept in _largest(np.concatenate(scores), np.concatenate(places), wanted))
+    _same_number(seen, total)
+    return Chosen(_largest(np.concatenate(scores), np.concatenate(places), wanted)[1], total)
+
+
+def ngram_counts(texts: Iterable[str], select: ConfigDict) -> tuple[np.ndarray, int]:
+    """(how often each bucket's n-grams occur, int64 [buckets]; how many texts were read)."""
+    counts, number = np.zeros(select.buckets, np.int64), 0
+    for chunk in _chunks(texts):
+        counts += np.bincount(hashed_ngrams(chunk, select.ngrams, select.buckets)[0], minlength=select.buckets)
+        number += len(chunk)
+    return counts, number
+
+
+def log_ratios(target_counts: np.ndarray, raw_counts: np.ndarray, smoothing: float) -> np.ndarray:
+    """float64 [buckets]: log p_target - log p_raw, where p is the share of a bucket plus smoothing / buckets.
+
+    As in DSIR, both probabilities get the same constant. Added to the counts it would weigh more in the smaller text,
+    and n-grams that are rare in the raw text and absent from the task's would seem task-like.
+    """
+    constant = smoothing / len(raw_counts)
+    target, raw = (np.log(counts / max(counts.sum(), 1) + constant) for counts in (target_counts, raw_counts))
+    return target - raw
+
+
+def log_weights(texts: list[str], ratios: np.ndarray, select: ConfigDict) -> np.ndarray:
+    """float64 [texts]: the log importance weight of each text, `ratios` (float64 [buckets]) summed over its n-grams.
+
+    The sum is not divided by the text's length, as in DSIR: it is the log likelihood ratio of the whole text. Generic
+    n-grams lie below 0 on average, so of two texts that are alike in kind the shorter one weighs more.
+    """
+    buckets, text = hashed_ngrams(texts, select.ngrams, select.buckets)
+    return np.bincount(text, weights=ratios[buckets], minlength=len(texts))
+
+
+def gumbel(texts: list[str], seed: int) -> np.ndarray:
+    """float64 [texts]: standard Gumbel noise, a hash of the text and the seed.
+
+    The k largest of log w + Gumbel noise are k draws without replacement in proportion to w (Vieira 2014; Kool, van
+    Hoof and Welling 2019, arXiv 1903.06059).
+    """
+    digests = b"".join(hashlib.blake2b(text.encode(), digest_size=8, person=b"selection").digest() for text in texts)
+    hashes = counter_keys(name_key("selection", seed), np.frombuffer(digests, "<u8"))
+    uniform = ((hashes >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return -np.log(-np.log(uniform))
+
+
+def hashed_ngrams(texts: list[str], ngrams: int, buckets: int) -> tuple[np.ndarray, np.ndarray]:
+    """(bucket int64 [n], text int64 [n]) of every n-gram of 1 to `ngrams` words inside a text.
+
+    Words are those of the normalized text, without case and punctuation: utterances have neither, and n-grams of
+    punctuation would tell written from spoken form rather than one subject from another.
+    """
+    words, text = _hashed_words([normalize(text) for text in texts])
+    grams, of_text = words, text
+    found = [(grams, of_text)]
+    for size in range(2, ngrams + 1):
+        grams = counter_keys(grams[:-1], words[size - 1 :])
+        inside = text[: len(grams)] == text[size - 1 :]
+        found.append((grams[inside], text[size - 1 :][inside]))
+    grams, of_text = (np.concatenate(parts) for parts in zip(*found))
+    return (grams % np.uint64(buckets)).astype(np.int64), of_text
+
+
+def _hashed_words(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(hash uint64 [words], text int64 [words]) of the words of normalized texts, over all their characters at once."""
+    codes = np.frombuffer("\n".join(texts).encode("utf-32-le"), np.uint32)
+    ends = codes == ord("\n")
+    blank = ends | (codes == ord(" "))
+    alone = np.searchsorted(_UNSPACED, codes, side="right") % 2 == 1 if codes.size and codes.max() >= 0x0E00 else blank
+    starts_here = ~blank
+    starts_here[1:] &= blank[:-1] | alone[:-1] | alone[1:]
+    starts = np.flatnonzero(starts_here)
+    if not starts.size:
+        return np.empty(0, np.uint64), np.empty(0, np.int64)
+    place = np.arange(len(codes)) - starts[np.cumsum(starts_here) - 1]
+    # A word's hash is the mixed sum of the hashes of its (character, place) pairs.
+    pairs = splitmix64(codes.astype(np.uint64) | (place.astype(np.uint64) << np.uint64(32)))
+    pairs[blank] = 0
+    return splitmix64(np.add.reduceat(pairs, starts)), np.cumsum(ends)[starts]
+
+
+def _largest(values: np.ndarray, places: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `number` largest values and their places, in ascending places; of equal values the first."""
+    kept = np.sort(np.argsort(-values, kind="stable")[:number])
+    return values[kept], places[kept]
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    texts = iter(texts)
+    while chunk := list(itertools.islice(texts, _CHUNK_TEXTS)):
+        yield chunk
+
+
+def _same_number(number: int, expected: int) -> None:
+    if number != expected:
+        raise UserError(
+            f"config.sources: gave {expected} texts and then {number}; leave their files alone while prepare runs"
+        )

@@ -1,0 +1,173 @@
+"""What pretrain and distill share: masked-LM rows in, a trained encoder and its held-out losses out."""
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from kd_jax.config import require
+from kd_jax.data.batches import MaskedBatches, heldout_batches, process_slice
+from kd_jax.data.prepared import Prepared
+from kd_jax.data.teacher_cache import CachedBatches
+from kd_jax.data.transfer_set import TransferSet
+from kd_jax.jobs import job as training
+from kd_jax.models.encoder_config import encoder_config
+from kd_jax.models.functional import Functional
+from kd_jax.models.projection import WithProjections
+from kd_jax.runtime.disk import write_json
+from kd_jax.runtime.progress import Count
+from kd_jax.steps.pretrain import make_heldout_step
+from kd_jax.trainer.mesh import global_batch, process_share
+from kd_jax.types import Params
+
+HELDOUT = "heldout.json"
+
+
+def encoder_model(encoder: ConfigDict, prepared: Prepared, compute_dtype: str, key: str) -> Functional:
+    """The masked LM of one encoder block of the config (config.<key>), with the tokenizer's vocabulary filled in."""
+    values = encoder_config(encoder.to_dict(), prepared.tokenizer.vocab_size)
+    length = prepared.config["rows"]["length"]
+    require(
+        length <= values.max_positions,
+        "rows.length",
+        f"rows of {length} tokens do not fit config.{key}.max_positions = {values.max_positions}",
+        "shorten the rows and prepare again, or choose a model with more positions",
+    )
+    return Functional("mlm", values, compute_dtype=resolve_dtype(compute_dtype))
+
+
+def resolve_dtype(name: str) -> Any:
+    """float32 on CPU and bfloat16 elsewhere for "auto"; bfloat16 is slower on CPU."""
+    known = name in ("auto", "float32", "bfloat16")
+    require(known, "compute_dtype", f"{name!r} is unknown", "use auto, float32 or bfloat16")
+    if name != "auto":
+        return name
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def transfer_set_of(config: ConfigDict, prepared: Prepared, seed: int) -> TransferSet:
+    """The transfer set that config.transfer describes, in the order of a seed."""
+    weights = {name: source.weight for name, source in prepared.config["sources"].items()}
+    return TransferSet(prepared.stores("train"), transfer=config.transfer, seed=seed, weights=weights)
+
+
+def train(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    prepared: Prepared,
+    mesh,
+    *,
+    command: str,
+    keys: tuple[str, ...],
+    model: Functional | WithProjections,
+    phases: tuple[training.JobPhase, ...],
+    init: Callable[[Params], Params] | None = None,
+    batches: Callable[[TransferSet, ConfigDict], MaskedBatches | CachedBatches] | None = None,
+    notes: dict[str, Any] | None = None,
+    table: str = "student",
+) -> None:
+    """Trains on the transfer set that config.transfer describes; config.<command> is the job's block, and
+    config.sharding.<table> says where the model lies.
+
+    batches(transfer_set, block): where the batches come from when they are not masked here.
+    """
+    block = config[command]
+    transfer_set = transfer_set_of(config, prepared, config.seed)
+    if batches is None:
+        source = MaskedBatches(transfer_set.stores, transfer_set, config.masking, prepared.tokenizer, block.batch_size)
+    else:
+        source = batches(transfer_set, block)
+
+    encoder = model.student if isinstance(model, WithProjections) else model
+
+    def evaluate(params: Params, step: int) -> dict[str, float]:
+        del step
+        own = model.student_params(params) if isinstance(model, WithProjections) else params
+        rows = heldout_rows(encoder, own, prepared, config, mesh, block.batch_size, block.evaluate_rows)
+        if jax.process_index() == 0:
+            write_json(workdir / HELDOUT, rows)
+        return summarize(rows)
+
+    job = training.Job(
+        command=command,
+        block=command,
+        keys=keys,
+        model=model,
+        phases=phases,
+        batch_at=lambda step: source.batch(step, *process_share(mesh)),
+        data_fingerprint=source.fingerprint,
+        evaluate=evaluate,
+        init=init,
+        notes={"realized": transfer_set.describe(block.steps * block.batch_size), **(notes or {})},
+        table=table,
+    )
+    training.train(config, workdir, job, prepared, mesh)
+
+
+@functools.cache
+def compiled_heldout_step(model: Functional):
+    """The jitted held-out step of a model, the same function for all runs of a study."""
+    return jax.jit(make_heldout_step(model))
+
+
+def heldout_rows(
+    model: Functional, params: Params, prepared: Prepared, config: ConfigDict, mesh, batch_size: int, most_rows: int
+) -> list[dict[str, Any]]:
+    """One entry a held-out store: loss and unigram loss (nats a masked token), accuracy, number of masked tokens.
+
+    Raises Preempted.
+    """
+    step = compiled_heldout_step(model)
+    unigrams = unigram_log_probabilities(prepared)
+    done = Count("the held-out loss", "rows", shown=False)  # a preemption may come
+    entries = []
+    for store in prepared.stores("heldout"):
+        sums = np.zeros(4)
+        first, last = process_slice(batch_size, *process_share(mesh))
+        for batch in heldout_batches(store, config.masking, prepared.tokenizer, batch_size, most_rows):
+            whole = {**batch, "unigram": unigrams[store.kind][batch["masked_targets"]]}
+            mine = {name: values[first:last] for name, values in whole.items()}
+            terms = jax.device_get(step(params, global_batch(mesh, mine)))
+            sums += [terms["loss"][0], terms["accuracy"][0], terms["unigram_loss"][0], terms["loss"][1]]
+            done.update(batch_size)
+        loss, hits, unigram, count = (float(value) for value in sums)
+        if count:
+            entries.append(
+                {
+                    "store": store.name,
+                    "kind": store.kind,
+                    "language": store.language,
+                    "loss": loss / count,
+                    "accuracy": hits / count,
+                    "unigram_loss": unigram / count,
+                    "count": int(count),
+                }
+            )
+    return entries
+
+
+def unigram_log_probabilities(prepared: Prepared) -> dict[str, np.ndarray]:
+    """log p of each piece by its count (plus one) in the train text of each kind, float32 [vocabulary]."""
+    vocabulary = prepared.tokenizer.vocab_size
+    counts = {"generic": np.ones(vocabulary), "task": np.ones(vocabulary)}
+    for store in prepared.stores("train"):
+        if store.kind in counts:  # selected text is a part of the generic text
+            counts[store.kind] += store.token_counts(vocabulary)
+    for values in counts.values():
+        values[list(prepared.tokenizer.special_ids)] = 1e-9  # special tokens are never masked
+    return {kind: np.log(values / values.sum()).astype(np.float32) for kind, values in counts.items()}
+
+
+def summarize(entries: list[dict[str, Any]]) -> dict[str, float]:
+    """Held-out loss and accuracy by kind of text over all masked tokens, under the names that metrics.jsonl uses."""
+    summary = {}
+    for kind in sorted({entry["kind"] for entry in entries}):
+        of_kind = [entry for entry in entries if entry["kind"] == kind]
+        count = sum(entry["count"] for entry in of_kind)
+        for name in ("loss", "accuracy"):
+            summary[f"heldout_{kind}/{name}"] = sum(entry[name] * entry["count"] for entry in of_kind) / count
+    return summary

@@ -1,0 +1,161 @@
+"""A finetuned model in a folder of its own, for programs that answer: weights, label names and compiled program.
+
+predictor.json holds the shape and the names of the classes, predictor.safetensors the weights in float32 or int8 under
+the names of our parameters, and predictor.stablehlo, where it is wanted, the program: `jax.export` for cpu, cuda and
+tpu, of any number of texts up to any length that the model takes. `predict` reads the folder without the prepared data.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from kd_jax.data.text.tokenizer import Tokenizer
+from kd_jax.data.text.utterances import LabelMaps
+from kd_jax.jobs import trained
+from kd_jax.models.encoder_config import EncoderConfig
+from kd_jax.models.functional import Functional
+from kd_jax.models.int8 import dequantized, flat_names, quantized
+from kd_jax.runtime.disk import write_json
+from kd_jax.runtime.paths import need_local, place
+from kd_jax.types import Array, Params, UserError
+
+ABOUT = "predictor.json"
+WEIGHTS = "predictor.safetensors"
+PROGRAM = "predictor.stablehlo"
+RECORD = "export.json"  # of an export, in place of a run's config.json, whose name `transformers` takes
+PLATFORMS = ("cpu", "cuda", "tpu")
+CLASSES = {"dc": ("domains",), "icner": ("intents", "tags")}
+
+
+class Reader(NamedTuple):
+    """What predicting takes of a prepared folder: its tokenizer, and of its config {"rows": {"length": tokens}}."""
+
+    tokenizer: Tokenizer
+    config: dict[str, Any]
+
+
+class Served(NamedTuple):
+    """What `read` gives: a model with its parameters in float32, the names of its classes, and how it reads text."""
+
+    model: Functional
+    params: Params
+    maps: LabelMaps
+    reader: Reader
+
+
+def without_padding(model: Functional, params: Params, classes: Mapping[str, tuple[str, ...]]) -> tuple[Any, Params]:
+    """The model and parameters without the classes that only pad a label map, which are the last of a head."""
+    sizes = {name: len(names) for name, names in classes.items()}
+    heads = {"domains": "domain_head", "intents": "intent_head", "tags": "tag_head"}
+    cut = dict(params)
+    for name, size in sizes.items():
+        head = cut[heads[name]]
+        last = {key: leaf[..., :size] for key, leaf in head["classifier"].items()}
+        cut[heads[name]] = {**head, "classifier": last}
+    return dataclasses.replace(model, **sizes), cut
+
+
+def write(
+    folder: pathlib.Path,
+    model: Functional,
+    params: Params,
+    classes: Mapping[str, tuple[str, ...]],
+    *,
+    length: int,
+    int8: bool,
+    program: bool,
+) -> None:
+    """Writes the files of a DC or ICNER model whose classes are not padded; its tokenizer is the caller's to write."""
+    about = {
+        "task": model.kind,
+        "weights": "int8" if int8 else "float32",
+        "length": length,
+        "encoder": dataclasses.asdict(model.config),
+        **{name: list(classes[name]) for name in CLASSES[model.kind]},
+    }
+    tensors = quantized(params) if int8 else {name: np.asarray(leaf) for name, leaf in flat_names(params).items()}
+    write_json(folder / ABOUT, about)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "np"})
+    if program:
+        (folder / PROGRAM).write_bytes(exported_program(model, tensors))
+
+
+def is_served(folder: str | pathlib.Path) -> bool:
+    """Whether a folder holds what `write` wrote. Raises UserError for an export for `transformers` alone."""
+    folder = place(folder)
+    if (folder / RECORD).is_file() and not (folder / ABOUT).is_file():
+        raise UserError(
+            f"{folder}: holds a model for `transformers` alone; name the run that it was exported from, or export that "
+            "again with --config.export.int8=True or --config.export.stablehlo=True"
+        )
+    return (folder / ABOUT).is_file()
+
+
+def read(folder: pathlib.Path) -> Served:
+    """The model of a folder that `write` wrote. Raises UserError where a file is missing or is of another model."""
+    need_local(folder, "an exported model")
+    about = trained.read_json(folder / ABOUT)
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder}: holds {ABOUT} without {WEIGHTS}; export the model again")
+    names = CLASSES[about["task"]]
+    maps = LabelMaps(**{name: tuple(about[name]) if name in names else () for name in ("domains", "intents", "tags")})
+    sizes: dict[str, Any] = {name: len(about[name]) for name in names}
+    model = Functional(about["task"], EncoderConfig(**about["encoder"]), **sizes)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except Exception as error:  # the library raises an exception of its own
+        raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}); export the model again") from error
+    params = dequantized(tensors)
+    found, wanted = (
+        {name: leaf.shape for name, leaf in flat_names(tree).items()} for tree in (params, model.abstract())
+    )
+    if found != wanted:
+        wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        raise UserError(f"{folder / WEIGHTS}: {wrong[0]} is not as {ABOUT} says; export the model again")
+    return Served(model, params, maps, Reader(Tokenizer.load(folder), {"rows": {"length": about["length"]}}))
+
+
+def answers(model: Functional, weights: Mapping[str, Array], input_ids: Array, attention_mask: Array) -> dict[str, Any]:
+    """What the program computes of texts, one a row, int32 [B, L] each as a tokenizer of `transformers` gives them.
+
+    DC: {"domain": logits [B, domains]}. ICNER: {"intent": logits [B, intents], "tags": logits [B, L, tags]}.
+    """
+    tokens_BxL, mask_BxL = jnp.asarray(input_ids), jnp.asarray(attention_mask)
+    positions_BxL = jnp.arange(tokens_BxL.shape[1], dtype=jnp.int32)[None, :] * mask_BxL
+    batch = {
+        "tokens": tokens_BxL,
+        "segment_ids": mask_BxL,
+        "positions": positions_BxL,
+        "first_positions": jnp.zeros((tokens_BxL.shape[0], 1), jnp.int32),
+    }
+    params = dequantized(weights)
+    if model.kind == "dc":
+        return {"domain": model.domain_logits(params, batch)[:, 0]}
+    intents_Bx1xI, tags_BxLxT = model.intent_and_tag_logits(params, batch)
+    return {"intent": intents_Bx1xI[:, 0], "tags": tags_BxLxT}
+
+
+def exported_program(model: Functional, tensors: Mapping[str, np.ndarray]) -> bytes:
+    """`answers` of (weights, input_ids, attention_mask) as a serialized jax.export.Exported, in float32.
+
+    The weights are an argument, so that the program stays small and weights can lie in int8 on the device.
+    """
+    longest = model.config.max_positions
+    batch, length = jax.export.symbolic_shape(
+        "batch, length", constraints=["batch >= 1", "length >= 1", f"length <= {longest}"]
+    )
+    text = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    weights = {name: jax.ShapeDtypeStruct(one.shape, one.dtype) for name, one in tensors.items()}
+
+    def predictor(weights, input_ids, attention_mask):
+        return answers(model, weights, input_ids, attention_mask)
+
+    program = jax.export.export(jax.jit(predictor), platforms=PLATFORMS)(weights, text, text)
+    return bytes(program.serialize())

@@ -1,0 +1,98 @@
+"""Reading back what another run trained: its encoder's config and its parameters."""
+
+import itertools
+import pathlib
+
+from ml_collections import ConfigDict
+
+from kd_jax.config import from_dict
+from kd_jax.data.prepared import Prepared
+from kd_jax.data.rows import MANIFEST
+from kd_jax.data.text.tokenizer import Tokenizer
+from kd_jax.data.vocabulary import seen_by_student
+from kd_jax.models.functional import Functional
+from kd_jax.runtime.paths import place, read_json
+from kd_jax.trainer.checkpoint import load_params
+from kd_jax.trainer.mesh import DEFAULT, Rules, shardings
+from kd_jax.trainer.run_directory import DONE
+from kd_jax.trainer.state import with_shardings
+from kd_jax.types import Params, UserError
+
+
+def run_config(workdir: str | pathlib.Path, key: str) -> ConfigDict:
+    """The resolved config of a run; `key` is the config key that named its directory."""
+    try:
+        return from_dict(read_json(place(workdir) / "config.json")["config"])
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"config.{key}: {workdir} holds no config.json; give the workdir of a finished run") from None
+
+
+def encoder_block(workdir: str | pathlib.Path, key: str) -> ConfigDict:
+    """The encoder keys of the model that a pretrain or distill run trained, or that import_model read."""
+    config = run_config(workdir, key)
+    which = config.pretrain.model if "pretrain" in config else "teacher" if "import_model" in config else "student"
+    if which not in config:
+        raise UserError(f"config.{key}: {workdir} is no pretrain, distill or import_model run; give the workdir of one")
+    return config[which]
+
+
+def tokenizer_fingerprint(workdir: str | pathlib.Path) -> str:
+    """Of the tokenizer, trimmed or not, that a run's rows were made with."""
+    return read_json(place(workdir) / "run.json")["tokenizer_fingerprint"]
+
+
+def check_tokenizer(workdir: str | pathlib.Path, prepared: Prepared, key: str) -> None:
+    """Raises when the run was trained on rows of another tokenizer than `prepared` has, naming the first difference."""
+    recorded = tokenizer_fingerprint(workdir)
+    if recorded != prepared.tokenizer.fingerprint:
+        raise UserError(
+            f"config.{key}: {workdir} was trained with another tokenizer ({recorded[:12]}) than config.prepared has "
+            f"({prepared.tokenizer.fingerprint[:12]}){_first_difference(workdir, prepared, key)}; prepare the data "
+            "with that run's tokenizer (config.tokenizer.kind=load)"
+        )
+
+
+def _first_difference(workdir: str | pathlib.Path, prepared: Prepared, key: str) -> str:
+    """Where the two token maps part, as far as the run's own prepared folder is still there to be read."""
+    folder = place(run_config(workdir, key).prepared)
+    return first_difference(Prepared(folder).tokenizer, prepared.tokenizer) if (folder / MANIFEST).is_file() else ""
+
+
+def first_difference(theirs: Tokenizer, ours: Tokenizer) -> str:
+    """The first id that two tokenizers read differently, as the end of a message."""
+    pieces = theirs.tokens(), ours.tokens()
+    for i, (one, other) in enumerate(itertools.zip_longest(*pieces)):
+        if one != other:
+            names = " and ".join("nothing" if token is None else repr(token) for token in (one, other))
+            return f": id {i} stands for {names} ({len(pieces[0])} and {len(pieces[1])} pieces)"
+    return ": the pieces are the same, but text is normalized or split in another way"
+
+
+def run_prepared(workdir: str | pathlib.Path, prepared: Prepared, key: str) -> Prepared:
+    """The prepared folder as the model of a run saw it: with its vocabulary, trimmed or not."""
+    config = run_config(workdir, key)
+    return seen_by_student(prepared, config.vocabulary) if "vocabulary" in config else prepared
+
+
+def parameters_fingerprint(workdir: str | pathlib.Path, key: str) -> str:
+    """Of the parameters that a finished run ended with."""
+    try:
+        return read_json(place(workdir) / DONE)["parameters_fingerprint"]
+    except (FileNotFoundError, NotADirectoryError):
+        if not place(workdir).exists():
+            raise UserError(f"config.{key}: {workdir} does not exist; name the workdir of a finished run") from None
+        raise UserError(f"config.{key}: {workdir} is not finished; start its command again first") from None
+
+
+def trained_params(
+    workdir: str | pathlib.Path,
+    model: Functional,
+    mesh,
+    subtree: str | None = None,
+    rules: Rules = DEFAULT,
+) -> Params:
+    """The parameters (or one subtree) of a run's newest checkpoint, placed on the mesh by the rules."""
+    abstract, axes = model.abstract(), model.logical_axes()
+    if subtree:
+        abstract, axes = {subtree: abstract[subtree]}, {subtree: axes[subtree]}
+    return load_params(workdir, with_shardings(abstract, shardings(mesh, axes, abstract, rules)))

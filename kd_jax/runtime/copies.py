@@ -1,0 +1,201 @@
+"""Copies of remote files on this host: fetched once, checked against their checksums, and the way back.
+
+    <local root>/copies/<digest of the manifest>/   files of one remote folder, each there only when it is whole
+    <local root>/outgoing/<digest of the address>/  what is made here and then put on a remote store
+
+The manifest of a remote folder names its files, {name: {"bytes": int, "sha256": hex}}, so that equal content is fetched
+once whatever its address, and other content never mixes with it.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import pathlib
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from kd_jax.runtime.paths import digest, is_remote, reaching, write_whole
+from kd_jax.types import UserError
+
+Files = Mapping[str, Mapping[str, Any]]  # name, with / between folders -> {"bytes": size, "sha256": hex}
+
+_CHUNK = 8 * 2**20  # bytes read or written at a time
+_STREAMS = 4  # files on their way at the same time
+
+_chosen_root = ""
+
+
+def keep_copies_in(folder: str) -> None:
+    """Sets the local root for this process (config.storage.local); "" takes the user's cache folder."""
+    global _chosen_root
+    _chosen_root = folder
+
+
+def local_root() -> pathlib.Path:
+    """The folder of this host that holds copies: as set, or kd_jax in $XDG_CACHE_HOME or ~/.cache."""
+    if _chosen_root:
+        return pathlib.Path(_chosen_root).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    return (pathlib.Path(cache) if cache else pathlib.Path.home() / ".cache") / "kd_jax"
+
+
+def outgoing(remote: pathlib.Path) -> pathlib.Path:
+    """The local folder for what is made here before it goes to `remote`; the same for the same address."""
+    return local_root() / "outgoing" / digest(os.fspath(remote))[:24]
+
+
+def on_this_host(path: pathlib.Path) -> pathlib.Path:
+    """A local path as it is; for a remote one the local folder for what goes there."""
+    return outgoing(path) if is_remote(path) else path
+
+
+def describe(folder: pathlib.Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size and checksum of files of a local folder, for a manifest."""
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names}
+
+
+def sha256_of(path: pathlib.Path) -> str:
+    """SHA-256 (hex) of a local file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch(source: pathlib.Path, target: pathlib.Path, expected: Mapping[str, Any]) -> None:
+    """Copies a remote file to a local place, where it appears only when its size and checksum are as expected.
+
+    One of several processes or threads fetches, the others wait for it; the lock of a killed one ends with it. Raises
+    UserError for a file that is missing, changed or unreachable, and for a full disk.
+    """
+    if _is_there(target, expected):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.with_name(f".{target.name}.lock")):
+        if _is_there(target, expected):
+            return
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            _copy_checked(source, partial, expected)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _is_there(target: pathlib.Path, expected: Mapping[str, Any]) -> bool:
+    try:
+        return target.stat().st_size == expected["bytes"]
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    with open(path, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _copy_checked(source: pathlib.Path, partial: pathlib.Path, expected: Mapping[str, Any]) -> None:
+    content, size = hashlib.sha256(), 0
+    try:
+        with open(partial, "wb") as file:
+            for chunk in _chunks(source):
+                content.update(chunk)
+                size += len(chunk)
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileNotFoundError:
+        raise UserError(f"{source}: is missing, though the manifest names it; upload the folder again") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{partial.parent}: the disk is full; free some space, or set config.storage.local to another disk"
+        ) from error
+    if size != expected["bytes"] or content.hexdigest() != expected["sha256"]:
+        raise UserError(
+            f"{source}: is damaged: {size} bytes with SHA-256 {content.hexdigest()[:12]}, the manifest says "
+            f"{expected['bytes']} and {expected['sha256'][:12]}; upload the folder again"
+        )
+
+
+def _chunks(source: pathlib.Path) -> Iterator[bytes]:
+    with reaching(source), source.open("rb") as incoming:
+        while chunk := incoming.read(_CHUNK):
+            yield chunk
+
+
+def check_names(files: Files, where: object) -> None:
+    """Raises UserError for a manifest whose names lead out of its folder."""
+    for name in files:
+        parts = pathlib.PurePosixPath(name).parts
+        if not parts or parts[0] == "/" or ".." in parts:
+            raise UserError(f"{where}: its manifest names {name!r}, which lies outside the folder; do not use it")
+
+
+class LocalCopy:
+    """The files of one remote folder on this host, each fetched when it is asked for, the others in the background.
+
+    manifest: identifies the content; it has the key "files". What fails in the background is tried again, and told,
+    when the file is asked for.
+    """
+
+    def __init__(self, remote: pathlib.Path, manifest: Mapping[str, Any], background: bool = True):
+        self._remote: pathlib.Path = remote
+        self._files: Files = manifest["files"]
+        check_names(self._files, remote)
+        self.folder = copy_folder(manifest)
+        self._waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+        if background and not all(_is_there(self.folder / name, entry) for name, entry in self._files.items()):
+            for name in self._files:
+                self._waiting.put(name)
+            for number in range(min(_STREAMS, len(self._files))):
+                # Daemons, so that a command that is done does not wait for files it never needed.
+                threading.Thread(target=self._fetch_waiting, name=f"fetch-{number}", daemon=True).start()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def file(self, name: str) -> pathlib.Path:
+        """The local place of a file, when it is there; UserError as for `fetch`."""
+        if name not in self._files:
+            raise UserError(f"{self._remote / name}: its manifest names no such file; upload the folder again")
+        fetch(self._remote / name, self.folder / name, self._files[name])
+        return self.folder / name
+
+    def part(self, prefix: str = "") -> pathlib.Path:
+        """The local place of a folder of it ("" is the whole), when all its files are there."""
+        names = [name for name in self._files if not prefix or name.startswith(f"{prefix}/")]
+        with ThreadPoolExecutor(_STREAMS) as pool:
+            list(pool.map(self.file, names))
+        return self.folder / prefix
+
+    def _fetch_waiting(self) -> None:
+        with contextlib.suppress(queue.Empty, UserError, OSError):
+            while True:
+                self.file(self._waiting.get_nowait())
+
+
+def copy_folder(manifest: Mapping[str, Any]) -> pathlib.Path:
+    """The local folder for the files of a manifest."""
+    return local_root() / "copies" / digest(manifest)[:24]
+
+
+def put(folder: pathlib.Path, remote: pathlib.Path, names: Iterable[str]) -> None:
+    """Puts files of a local folder on a remote store, several at a time; each appears whole or not at all."""
+    with ThreadPoolExecutor(_STREAMS) as pool:
+        list(pool.map(lambda name: _put_file(folder / name, remote / name), names))
+
+
+def _put_file(source: pathlib.Path, target: pathlib.Path) -> None:
+    if source.stat().st_size <= _CHUNK:
+        write_whole(target, source.read_bytes())
+        return
+    with reaching(target), open(source, "rb") as file, target.open("wb") as out:
+        while chunk := file.read(_CHUNK):
+            out.write(chunk)

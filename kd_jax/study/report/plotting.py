@@ -1,0 +1,117 @@
+"""The look that all figures of a report share: one color and marker for each student everywhere, SVG and PNG of each.
+
+Colors are Okabe and Ito's, which stay apart under the common kinds of color blindness; markers tell kinds of student
+apart as well.
+"""
+
+import io
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from kd_jax.runtime import paths as places
+from kd_jax.study.plan import Student
+from kd_jax.study.report.inputs import Numbers
+from kd_jax.types import UserError
+
+INK, SOFT, GRID = "#1c2430", "#5b6675", "#e3e7ec"
+SCRATCH, MLM, ADAPTED = "#7a7a7a", "#e69f00", "#d55e00"
+GENERIC_ONLY, TASK_ONLY = "#56b4e9", "#003f73"  # ends of the blue scale of task shares
+MARKERS = {"scratch": "X", "mlm": "s", "distilled": "o", "teacher": "v"}
+WIDTH = 7.4  # inches; figures are shown at most about as wide
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "font.family": "DejaVu Sans",
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": "#9aa4b0",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "text.color": INK,
+    "grid.color": GRID,
+    "legend.frameon": False,
+    "svg.hashsalt": "kd_jax",
+    "savefig.facecolor": "white",
+}
+
+
+def color(numbers: Numbers, student: Student) -> str:
+    """The student's color in every figure."""
+    if student.kind == "scratch":
+        return SCRATCH
+    if student.kind == "mlm":
+        return MLM
+    if student.teacher == "adapted":
+        return ADAPTED
+    if student.kind == "teacher":
+        return TASK_ONLY
+    share = numbers.share(student) or 0.0
+    low, high = np.array(to_rgb(GENERIC_ONLY)), np.array(to_rgb(TASK_ONLY))
+    return to_hex(tuple(low + share * (high - low)))
+
+
+def marker(student: Student) -> str:
+    """The student's marker in every figure."""
+    return "D" if student.kind == "distilled" and student.teacher == "adapted" else MARKERS[student.kind]
+
+
+def write_figure(figure: Figure, folder: pathlib.Path, name: str) -> None:
+    """Writes <name>.svg and <name>.png, each whole or not at all; the same figure gives the same bytes."""
+    for kind, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
+        buffer = io.BytesIO()
+        with rc_context(STYLE):
+            figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
+        write_whole(folder / f"{name}.{kind}", buffer.getvalue())
+
+
+def write_whole(path: pathlib.Path, data: bytes) -> None:
+    """Replaces a file at once, so that a reader finds the old content or the new; UserError where it cannot be
+    written.
+    """
+    try:
+        places.make_folder(path.parent)
+        places.write_whole(path, data)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from error
+
+
+def panel_grid(rows: int, columns: int, height: float, **options) -> tuple[Figure, np.ndarray]:
+    """A figure of the common width, `height` inches high, with Axes [rows, columns]."""
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, wspace=0.05, hspace=0.05)
+    figure = Figure(figsize=(WIDTH, height), layout=layout)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    return figure, axes
+
+
+def rows_axis(axes: Axes, names: Sequence[str]) -> None:
+    """Names down the left side, the first on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(axis="x")
+    axes.spines["left"].set_visible(False)
+
+
+def seed_points(axes: Axes, values: Iterable[float], row: float, style: tuple[str, str]) -> None:
+    """A point for each seed and a larger one for their mean."""
+    values = list(values)
+    if not values:
+        return
+    shade, shape = style
+    if len(values) > 1:
+        axes.plot(values, [row] * len(values), shape, color=shade, alpha=0.4, markersize=4, markeredgewidth=0)
+    axes.plot([np.mean(values)], [row], shape, color=shade, markersize=8, markeredgecolor="white", markeredgewidth=0.8)

@@ -1,0 +1,109 @@
+"""compile_check on CPU devices, on every command; and on a TPU slice where libtpu is installed."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from kd_jax.compile_check import topology
+from kd_jax.config import base
+from kd_jax.main import compile_check
+from kd_jax.types import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+VOCABULARY = 64
+
+
+def config_of(command: str, **changes):
+    config = base.get_config()
+    config.teacher = base.encoder("tiny", vocab_size=VOCABULARY)
+    config.student = base.encoder("tiny", vocab_size=VOCABULARY, num_layers=1)
+    config.rows.length = 16
+    config.compile_check.update({"command": command, "rows": 8, "tries": 0})
+    config.mesh.update({"data": 2, "fsdp": 2, "tensor": 2})
+    config.cache.format = "hidden"
+    config.cache.update(changes)
+    return config
+
+
+def one(values):
+    (measurement,) = values["measurements"]
+    return measurement
+
+
+def test_a_distillation_step_is_compiled_and_read():
+    lines, values = compile_check.check(config_of("distill"), "cpu:8")
+    measurement = one(values)
+    assert measurement["fits"] and values["largest"] == 8 and values["devices"] == 8
+    assert measurement["total"] == sum(measurement[kind] for kind in ("arguments", "outputs", "temporaries", "code"))
+    kinds = {one["kind"] for one in measurement["collectives"]}
+    assert "all-gather" in kinds  # of the teacher, which lies along fsdp
+    assert measurement["roofline"]["flops"] > 0 and measurement["roofline"]["bound"] in ("compute", "memory", "network")
+    text = "\n".join(lines)
+    for part in ("memory a device, GiB", "it fits", "collectives", "100 billion tokens", "largest batch"):
+        assert part in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["pretrain", "cached"])
+def test_the_other_commands_are_compiled_too(command):
+    alone = one(compile_check.check(config_of(command), "cpu:8")[1])
+    beside = one(compile_check.check(config_of("distill"), "cpu:8")[1])
+    assert alone["fits"]
+    if command == "cached":  # no more of the teacher than its decoder
+        assert alone["arguments"] < beside["arguments"]
+        assert alone["roofline"]["flops"] < beside["roofline"]["flops"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5e", "is not known"),
+        ("v9x:4x4", "is not known"),
+        ("cpu:64", "CPU devices"),
+        ("h100:0x8", "is not known"),
+    ],
+)
+def test_a_topology_that_cannot_be_had_is_one_sentence(name, message):
+    with pytest.raises(UserError, match=message):
+        compile_check.check(config_of("distill"), name)
+
+
+@pytest.mark.parametrize(("name", "module"), [("v5e:4x4", "libtpu"), ("h100:8", "cuda13")])
+def test_what_is_not_installed_is_named_with_the_command_that_installs_it(name, module, monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda *_: None)
+    with pytest.raises(UserError, match=r"install it with pip install 'jax\[") as raised:
+        topology.find_topology(name)
+    assert module[-6:] in str(raised.value)
+
+
+def test_rows_that_the_mesh_does_not_divide_and_an_unknown_vocabulary_are_refused():
+    config = config_of("distill")
+    config.compile_check.rows = 6
+    with pytest.raises(UserError, match=r"config\.compile_check\.rows: 6 rows are no multiple"):
+        compile_check.check(config, "cpu:8")
+    config = config_of("distill")
+    config.teacher.vocab_size = 0
+    with pytest.raises(UserError, match=r"config\.teacher\.vocab_size: "):
+        compile_check.check(config, "cpu:8")
+    config.compile_check.command = "finetune"
+    with pytest.raises(UserError, match=r"config\.compile_check\.command: 'finetune' is unknown"):
+        compile_check.check(config, "cpu:8")
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_a_report_for_a_tpu_slice(tmp_path):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed, so nothing can be compiled for a TPU; pip install 'jax[tpu]' brings it")
+    words = ["--config=configs/quickstart.py:smoke", "--topology=v5e:2x2", f"--workdir={tmp_path}"]
+    words += ["--config.teacher.vocab_size=64", "--config.student.vocab_size=64", "--config.compile_check.tries=0"]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "kd_jax.main.compile_check", *words]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    values = json.loads((tmp_path / compile_check.RESULT).read_text(encoding="utf-8"))
+    assert values["devices"] == 4 and values["measurements"][0]["fits"]

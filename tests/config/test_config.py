@@ -1,0 +1,45 @@
+import pytest
+
+from kd_jax import config as config_module
+from kd_jax.config import base
+from kd_jax.types import UserError
+
+
+def test_dict_round_trip_keeps_every_key_and_value():
+    config = base.get_config()
+    config.sources.generic = base.source("generic", "text", ("de", "en"), path="texts/{language}.txt")
+    again = config_module.from_dict(config_module.to_dict(config))
+    assert config_module.to_dict(again) == config_module.to_dict(config)
+    assert again.sources.generic.languages == ("de", "en")
+
+
+def test_fingerprint_ignores_key_order_and_sees_every_value():
+    assert config_module.fingerprint({"a": 1, "b": [2]}) == config_module.fingerprint({"b": [2], "a": 1})
+    assert config_module.fingerprint({"a": 1, "b": [2]}) != config_module.fingerprint({"a": 1, "b": [3]})
+
+
+def test_differences_name_the_nested_key():
+    old = {"distill": {"steps": 10, "temperature": 2.0}, "gone": 1}
+    new = {"distill": {"steps": 20, "temperature": 2.0}, "fresh": 2}
+    assert config_module.differences(old, new) == [
+        "distill.steps: 10 -> 20",
+        "fresh: (absent) -> 2",
+        "gone: 1 -> (absent)",
+    ]
+
+
+def test_identity_leaves_out_what_a_resume_may_change():
+    one = {"mesh": {"data": 8}, "distill": {"steps": 5, "accumulation": 2, "log_every": 1}, "seed": 0}
+    assert config_module.identity(one) == {"distill": {"steps": 5}, "seed": 0}
+
+
+def test_require_names_the_key_and_the_remedy():
+    with pytest.raises(UserError, match=r"^config\.distill\.temperature: -1 is not positive; 2\.0 is usual$"):
+        config_module.require(False, "distill.temperature", "-1 is not positive", "2.0 is usual")
+
+
+def test_an_unknown_key_is_refused_by_the_locked_config():
+    config = base.get_config()
+    config.lock()
+    with pytest.raises((AttributeError, KeyError)):
+        config.distill.temprature = 3.0

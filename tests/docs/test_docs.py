@@ -1,0 +1,190 @@
+"""README.md and docs/: what they name exists, and the helpers of the site and of the README's picture."""
+
+import importlib
+import importlib.util
+import pathlib
+import re
+import tomllib
+
+import pytest
+from matplotlib.axes import Axes
+from ml_collections import ConfigDict
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+COMMAND = re.compile(r"-m kd_jax\.main\.(\w+)(?![\w{<\[$*])")
+
+
+def loaded(path: str):
+    """A Python file of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, ROOT / "docs" / path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def dead_links(text: str, folder: pathlib.Path) -> list[str]:
+    """Relative links of a Markdown page that lead to nothing; code is left out."""
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)(?: \"[^\"]*\")?\)", prose)
+    relative = [link.split("#")[0] for link in links if not re.match(r"\w+:|#", link)]
+    return [link for link in relative if not (folder / link).exists()]
+
+
+def shell_commands(text: str) -> list[str]:
+    """The commands in a page's code blocks, continued lines joined."""
+    fences = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    blocks = [block for language, block in fences if language in ("", "bash", "sh", "shell", "console")]
+    return [line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
+
+
+def has_key(config: ConfigDict, key: str) -> bool:
+    """Whether a dotted key is there; what lies below an empty block, as config.sources is, is for the user to name."""
+    value = config
+    for part in key.split("."):
+        if not isinstance(value, ConfigDict):
+            return False
+        if part not in value:
+            return len(value) == 0
+        value = value[part]
+    return True
+
+
+def unknown_names(command: str) -> list[str]:
+    """What a shell command of the documentation names that does not exist: modules, configs, keys, scripts."""
+    unknown = [name for name in COMMAND.findall(command) if not (ROOT / "kd_jax" / "main" / f"{name}.py").exists()]
+    unknown += [name for name in re.findall(r"\blaunch/[\w.-]+", command) if not (ROOT / name).exists()]
+    file = re.search(r"--config=configs/(\w+)\.py(?::(\w+))?", command)
+    if file is None:
+        return unknown
+    name = "base" if file[1] == "FILE" else file[1]  # FILE stands for any, whose keys are those of base
+    if not (ROOT / "configs" / f"{name}.py").exists():
+        return [*unknown, file[0]]
+    module = importlib.import_module(f"configs.{name}")
+    config = module.get_config(file[2]) if file[2] else module.get_config()
+    return unknown + [key for key in re.findall(r"--config\.([\w.]+)=", command) if not has_key(config, key)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_and_commands_name_what_exists(page):
+    text = page.read_text(encoding="utf-8")
+    assert dead_links(text, page.parent) == []
+    assert [name for command in shell_commands(text) for name in unknown_names(command)] == []
+
+
+def test_what_does_not_exist_is_seen():
+    text = "[a](kd_jax/nowhere.py) [b](#here) [c](https://x.org) `[d](code)`\n![e](docs/none.png) [f](README.md#start)"
+    assert dead_links(text, ROOT) == ["kd_jax/nowhere.py", "docs/none.png"]
+    command = "python -m kd_jax.main.distil --config=configs/quickstart.py \\\n    --config.distill.stepz=1"
+    page = f"```python\nx = 1\n```\n```\n{command}\n```\n"
+    (command,) = shell_commands(page)
+    assert unknown_names(command) == ["distil", "distill.stepz"]
+    assert unknown_names("bash launch/start.sh") == ["launch/start.sh"]
+    assert unknown_names("python -m kd_jax.main.study --config=configs/none.py --config.a=1") == [
+        "--config=configs/none.py"
+    ]
+
+
+def feature_table() -> list[list[str]]:
+    """The rows of the README's comparison, its first column the feature and its second ours."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## How it compares", 1)[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_each_feature_of_ours_is_held_by_a_test():
+    header, _, *rows = feature_table()
+    assert rows and header[1] == "kd_jax"
+    for row in rows:
+        assert len(row) == len(header), row
+        tests = re.findall(r'\((tests/\w+\.py) "(\w+)"\)', row[1])
+        assert tests or not row[1].startswith("**Y"), f"{row[0]}: name the test that holds it"
+        for file, name in tests:
+            assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file} has no {name}"
+
+
+def test_the_lock_of_the_site_is_its_own_and_small():
+    group = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]["docs"]
+    lock = re.findall(r"^([\w.-]+)==", (ROOT / "requirements-docs.txt").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for requirement in group:
+        assert re.split(r"[\[>=]", requirement)[0] in lock, f"{requirement}: make the lock again, see its first lines"
+    assert not {"jax", "torch", "numpy"} & set(lock)  # docstrings are read, never imported
+
+
+def test_links_out_of_docs_lead_to_the_repository_or_are_bare_text():
+    outward_links = loaded("hooks/links.py").outward_links
+    text = "See [keys](../configs/base.py), [page](distillation.md), [none](../gone.py) and ![x](../y.png)."
+    bare, missing = outward_links(text, "selection.md", "")
+    assert bare == "See keys, [page](distillation.md), none and ![x](../y.png)." and missing == ["../gone.py"]
+    linked, _ = outward_links(text, "selection.md", "https://example.org/kd/")
+    assert "[keys](https://example.org/kd/blob/main/configs/base.py)" in linked
+    inside = "[up](../distillation.md)"
+    assert outward_links(inside, "results/massive.md", "") == (inside, [])
+
+
+def test_sections_of_the_readme_stand_in_the_page_with_links_from_there():
+    with_sections = loaded("hooks/links.py").with_sections
+    readme = "# X\n\n## A\n\n[a](docs/a.md) [b](configs/b.py) [c](https://c.org) [d](#a)\n\n## B\n\nb\n\n## C\n\nc\n"
+    page, missing = with_sections("# P\n\n<!-- README: A; C -->\n\nend\n", readme)
+    links = "[a](a.md) [b](../configs/b.py) [c](https://c.org) [d](#a)"
+    assert page == f"# P\n\n## A\n\n{links}\n\n## C\n\nc\n\nend\n" and missing == []
+    assert with_sections("<!-- README: A; Z -->", readme)[1] == ["Z"]
+
+
+def test_pages_of_a_nested_nav_are_found():
+    named_pages = loaded("hooks/links.py").named_pages
+    assert named_pages(["index.md", {"A": "a.md"}, {"B": ["b/index.md", {"C": "b/c.md"}]}]) == {
+        "index.md",
+        "a.md",
+        "b/index.md",
+        "b/c.md",
+    }
+
+
+PAGE = """# Results
+
+## Held-out masked-LM loss (nats)
+
+| model | task text | generic text |
+|---|--:|--:|
+| generic teacher | 6.37 (accuracy 13.5 %) | 5.27 |
+| MLM only, task text (no teacher) | 7.25 ± 0.01 | |
+| distilled, generic only | 8.25 ± 0.01 | |
+| distilled, task 30 % | 7.75 | |
+| distilled, task text only, adapted teacher | 7.5 ± 0.03 | |
+
+## Test set: mean ± standard deviation
+
+| student | DC error | SemER |
+|---|--:|--:|
+| from scratch | 26.5 ± 0.11 | 61.25 ± 0.14 |
+| MLM only, task text | 33.5 ± 1.66 | 60.5 ± 0.95 |
+| distilled, generic only | 39.75 ± 3.47 | 64.0 ± 0.64 |
+| distilled, task 30 % | 33.25 | 61.75 |
+| distilled, task text only, adapted teacher | 42.5 ± 13.33 | – |
+"""
+
+
+def drawn(panel: Axes) -> dict[float, float]:
+    """Row of the panel -> its marker's place."""
+    return {line.get_ydata()[0]: line.get_xdata()[0] for line in panel.lines if line.get_marker() not in ("None", "")}
+
+
+def test_the_picture_shows_the_numbers_of_the_page():
+    figure = loaded("figures/transfer_sets.py").draw(PAGE)
+    shares, loss, domains, slots = figure.axes
+    kinds = [label.get_text() for label in shares.get_yticklabels()]
+    assert kinds == ["from scratch", "no teacher", "distilled", "distilled", "adapted teacher"]
+    assert drawn(loss) == {1: 7.25, 2: 8.25, 3: 7.75, 4: 7.5}  # none from scratch, none of a teacher
+    assert drawn(domains) == {0: 26.5, 1: 33.5, 2: 39.75, 3: 33.25, 4: 42.5}
+    assert drawn(slots) == {0: 61.25, 1: 60.5, 2: 64.0, 3: 61.75}
+    task_text = {
+        round(bar.get_y() + bar.get_height() / 2): bar.get_width() for bar in shares.patches if bar.get_x() > 0
+    }
+    assert task_text[3] == pytest.approx(30) and task_text.get(2, 0) == 0
+
+
+def test_a_page_without_its_table_is_named():
+    with pytest.raises(SystemExit, match="no section '## Test set'"):
+        loaded("figures/transfer_sets.py").draw("# Results\n")

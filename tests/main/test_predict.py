@@ -1,0 +1,183 @@
+"""Predictions from the command line are those that evaluation scores, whatever texts stand together."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+
+from kd_jax.data.text.utterances import read_massive, split_words
+from kd_jax.jobs import finetune
+from kd_jax.main import predict
+from kd_jax.trainer.mesh import make_mesh
+from kd_jax.types import UserError
+from tests.support.finished_runs import smoke_config, write_finetuned
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return smoke_config(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """The folder of a DC run and an ICNER run."""
+    config, prepared = data
+    folder = tmp_path_factory.mktemp("runs")
+    for task in ("dc", "icner"):
+        write_finetuned(folder / task, config, prepared, task)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def predictor(runs):
+    return predict.Predictor([str(runs / "dc"), str(runs / "icner")])
+
+
+def run(capsys, *arguments):
+    code = predict.main([str(one) for one in arguments])
+    return code, capsys.readouterr()
+
+
+def test_equal_to_what_evaluation_scores(data, runs, predictor):
+    config, prepared = data
+    mesh = make_mesh(config.mesh)
+    test = [one for one in prepared.utterances if one.partition == "test"][:60]
+    found = predictor.predict([one.text for one in test])
+    ask = {one.text: prediction for one, prediction in zip(test, found)}
+    checked = 0
+    for task, names in (("dc", ("predicted_domain",)), ("icner", ("predicted_intent", "predicted_tags"))):
+        records = finetune.predict_partition(runs / task, prepared, mesh, "test", "float32")
+        for record, one in zip(records, [one for one in prepared.utterances if one.partition == "test"], strict=True):
+            if one.text in ask:
+                mine = ask[one.text]
+                values = {
+                    "predicted_domain": mine.domain,
+                    "predicted_intent": mine.intent,
+                    "predicted_tags": list(mine.tags),
+                }
+                assert {name: record[name] for name in names} == {name: values[name] for name in names}
+                checked += 1
+    assert checked >= 2 * len(ask)
+    assert any(tag != "O" for one in found for tag in one.tags)
+
+
+def test_a_text_alone_and_among_others(predictor):
+    texts = ["weck mich um sieben", "", "play some jazz", "   ", "quelle heure est-il"]
+    together = predictor.predict(texts)
+    assert [one.text for one in together] == texts
+    assert together[1].to_json() == {"text": "", "domain": None, "intent": None, "slots": []}
+    for text, one in zip(texts, together):
+        assert predictor.predict([text], rows=1) == [one]
+
+
+def test_slots_name_their_words():
+    one = predict.Prediction(
+        "wake me at seven", ("wake", "me", "at", "seven"), "alarm", "set", ("O", "O", "B-time", "I-time")
+    )
+    assert one.to_json()["slots"] == [{"slot": "time", "text": "at seven", "start": 2, "end": 4}]
+    words = tuple(split_words("七点", "zh-CN"))
+    one = predict.Prediction("七点", words, None, None, ("B-time", "I-time"))
+    assert one.to_json("zh-CN")["slots"][0]["text"] == "七点"
+
+
+def test_probabilities(data, runs, predictor):
+    """Held against a softmax in float64 of one text alone."""
+    prepared, text = data[1], "weck mich morgen um sieben"
+    one = predictor.predict(["play some jazz", text], probabilities=True)[1]
+    bare = predictor.predict([text])[0]
+    assert (bare.domain_probability, bare.intent_probability, bare.tag_probabilities) == (None, None, ())
+    assert one[:5] == bare[:5]
+    tokenizer = prepared.tokenizer
+    ids, words = tokenizer.encode_words([text.split()])[0]
+    tokens = np.array([[tokenizer.cls_id, *ids, tokenizer.sep_id]], np.int32)
+    batch = {
+        "tokens": tokens,
+        "segment_ids": np.ones_like(tokens),
+        "positions": np.arange(tokens.shape[1], dtype=np.int32)[None],
+        "first_positions": np.zeros((1, 1), np.int32),
+    }
+
+    def softmax(logits):
+        powers = np.exp(np.asarray(logits, np.float64))
+        return powers / powers.sum(-1, keepdims=True)
+
+    mesh = make_mesh(data[0].mesh)
+    dc, icner = (finetune.load_finetuned(runs / task, prepared, mesh, "float32", "model") for task in ("dc", "icner"))
+    assert one.domain_probability == pytest.approx(softmax(dc.model.domain_logits(dc.params, batch)).max(), abs=1e-5)
+    intents, tags = icner.model.intent_and_tag_logits(icner.params, batch)
+    assert one.intent_probability == pytest.approx(softmax(intents).max(), abs=1e-5)
+    firsts = [int(np.flatnonzero(words == word)[0]) for word in range(len(one.words))]
+    chances = [softmax(tags[0, 1 + first])[icner.maps.tag_id(tag)] for first, tag in zip(firsts, one.tags)]
+    assert one.tag_probabilities == pytest.approx(chances, abs=1e-5)
+    values = one.to_json()
+    assert values["domain_probability"] == round(one.domain_probability, 4)
+    for slot in values["slots"]:
+        assert slot["probability"] == pytest.approx(np.prod(chances[slot["start"] : slot["end"]]), abs=1e-4)
+
+
+def test_a_word_without_a_piece_has_no_probability():
+    tags, likely = ("B-time", "I-time", "O"), (0.5, None, 0.9)
+    one = predict.Prediction("a b c", ("a", "b", "c"), "x", "y", tags, 0.25, 0.75, likely)
+    assert one.to_json() == {
+        "text": "a b c",
+        "domain": "x",
+        "domain_probability": 0.25,
+        "intent": "y",
+        "intent_probability": 0.75,
+        "slots": [{"slot": "time", "text": "a b", "start": 0, "end": 2, "probability": 0.5}],
+    }
+    (text,) = predict.lines_of([one], "text", "")
+    assert text == "text:   a b c\ndomain: x (0.25)\nintent: y (0.75)\nslots:  time = a b (0.50)"
+
+
+def test_each_domain_has_its_model(data, runs, predictor, tmp_path):
+    config, prepared = data
+    texts = [one.text for one in prepared.utterances if one.partition == "test"][:60]
+    domains = [one.domain for one in predictor.predict(texts)]
+    with_model = domains[0]
+    assert set(domains) != {with_model}
+    write_finetuned(tmp_path / "each" / "domains" / with_model, config, prepared, "icner", with_model)
+    routed = predict.Predictor([str(runs / "dc"), str(tmp_path / "each")]).predict(texts)
+    assert [one.domain for one in routed] == domains
+    assert [one.intent is not None for one in routed] == [domain == with_model for domain in domains]
+    with pytest.raises(UserError, match="a model for each domain; give a DC run too"):
+        predict.Predictor([str(tmp_path / "each")])
+
+
+def test_forms_of_output(runs, capsys, tmp_path, monkeypatch):
+    model = f"--model={runs / 'dc'},{runs / 'icner'}"
+    code, printed = run(capsys, model, "weck mich um sieben")
+    assert code == 0 and printed.out.startswith("text:   weck mich um sieben\ndomain: ")
+    (tmp_path / "lines.txt").write_text("weck mich um sieben\n\nplay some jazz\n", encoding="utf-8")
+    code, printed = run(capsys, model, f"--input={tmp_path / 'lines.txt'}")
+    rows = [json.loads(line) for line in printed.out.splitlines()]
+    assert [row["text"] for row in rows] == ["weck mich um sieben", "", "play some jazz"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("play some jazz\nweck mich um sieben\n"))
+    monkeypatch.setattr(predict, "CHUNK", 1)
+    output = tmp_path / "new" / "de-DE.jsonl"
+    code, printed = run(capsys, model, "--input=-", "--format=massive", "--locale=de-DE", f"--output={output}")
+    assert code == 0 and printed.out == ""
+    lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert [(line["id"], line["scenario"]) for line in lines] == [("0", rows[2]["domain"]), ("1", rows[0]["domain"])]
+    with output.open("a", encoding="utf-8") as more:  # a reader of MASSIVE asks for a train partition
+        more.write(json.dumps(lines[0] | {"id": "x", "partition": "train"}) + "\n")
+    back = read_massive(output.parent, ["de-DE"])
+    assert [one.intent for one in back[:2]] == [rows[2]["intent"], rows[0]["intent"]]
+
+
+def test_mistakes_are_one_sentence(runs, capsys, tmp_path):
+    for arguments, words in (
+        ((f"--model={runs / 'dc'}",), "give texts, or --input"),
+        ((f"--model={runs / 'dc'}", "--probabilities", "--format=massive", "x"), "has no place for them"),
+        ((f"--model={runs / 'dc'}", "--input=nowhere.txt"), "--input: there is no file nowhere.txt"),
+        ((f"--model={tmp_path}", "x"), "--model: "),
+        ((f"--model={runs / 'dc'},{runs / 'dc'}", "x"), "is a second run for dc"),
+        (("--model=,", "x"), "--model: it is empty"),
+    ):
+        code, printed = run(capsys, *arguments)
+        assert code == 2 and printed.err.startswith("error: ") and words in printed.err, printed.err
+        assert len(printed.err.splitlines()) == 1
+    with pytest.raises(SystemExit) as stop:
+        predict.main(["x"])
+    assert stop.value.code == 2

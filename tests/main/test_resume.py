@@ -1,0 +1,179 @@
+"""Killing a real command and starting it again: the same parameters, moments, metrics and rows, bit for bit."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from configs import quickstart
+from kd_jax.main import prepare
+from tests.support import several_processes
+
+pytestmark = pytest.mark.slow
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS = 14
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("prepared")
+    config = quickstart.get_config("smoke")
+    config.progress = False
+    prepare.run(config, workdir)
+    return workdir
+
+
+def command(prepared, workdir, *more):
+    return [
+        *(sys.executable, "-m", "kd_jax.main.pretrain", "--config=configs/quickstart.py:smoke"),
+        *(f"--workdir={workdir}", f"--config.prepared={prepared}", f"--config.pretrain.steps={STEPS}"),
+        *("--config.pretrain.checkpoint_every=3", "--config.progress=False", "--config.tensorboard=False", *more),
+    ]
+
+
+def environment():
+    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+def run(arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def rows_of(workdir, timed=False):
+    lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [{name: value for name, value in row.items() if timed or not name.startswith("time/")} for row in rows]
+
+
+def leaves_of(workdir):
+    handlers = {"state": ocp.StandardCheckpointHandler()}
+    with ocp.CheckpointManager(workdir / "checkpoints", item_handlers=handlers) as saved:
+        assert saved.latest_step() == STEPS
+        tree = saved.restore(STEPS, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+    found = {}
+
+    def walk(node, path):
+        if isinstance(node, dict):
+            for name, child in node.items():
+                walk(child, (*path, name))
+        else:
+            found[path] = np.asarray(node)
+
+    walk(tree, ())
+    return found
+
+
+def test_kill_and_resume_is_bit_identical(prepared, tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    finished = run(command(prepared, straight))
+    assert finished.returncode == 0, finished.stderr
+
+    process = subprocess.Popen(command(prepared, killed), cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 240
+    metrics = killed / "metrics.jsonl"
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and len(metrics.read_text(encoding="utf-8").splitlines()) >= 5:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "DONE").exists()
+    assert (killed / "checkpoints").is_dir()
+
+    finished = run(command(prepared, killed))
+    assert finished.returncode == 0, finished.stderr
+    assert rows_of(straight) == rows_of(killed)
+    one, other = leaves_of(straight), leaves_of(killed)
+    assert one.keys() == other.keys()
+    assert any("opt_state" in path for path in one)
+    for path in one:
+        np.testing.assert_array_equal(one[path], other[path], err_msg=str(path))
+
+
+def test_another_config_on_resume_is_refused_with_the_difference(prepared, tmp_path):
+    workdir = tmp_path / "run"
+    assert run(command(prepared, workdir)).returncode == 0
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    refused = run(command(prepared, workdir, "--config.pretrain.learning_rate=0.5"))
+    assert refused.returncode == 2
+    assert "config.pretrain.learning_rate: 0.002 -> 0.5" in refused.stderr
+    assert refused.stderr.startswith("error: ")
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+    allowed = run(command(prepared, workdir, "--config.pretrain.log_every=7"))
+    assert allowed.returncode == 0, allowed.stderr
+
+
+def terminated(arguments, seen, after=0.0):
+    """(exit code, standard error) of a command that gets SIGTERM when a line of its output has the word `seen`."""
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if seen in line:
+            time.sleep(after)
+            process.send_signal(signal.SIGTERM)
+            break
+    _, errors = process.communicate(timeout=240)
+    return process.returncode, errors
+
+
+def test_a_study_that_is_preempted_in_every_kind_of_stage_ends_with_75_each_time_and_finishes(tmp_path):
+    workdir = tmp_path / "study"
+    arguments = [
+        *(sys.executable, "-u", "-m", "kd_jax.main.study", "--config=configs/quickstart.py:smoke"),
+        *(f"--workdir={workdir}", "--config.progress=False", "--config.tensorboard=False"),
+        *("--config.study.tasks=('dc',)", "--config.study.adapted_sets=()", "--config.study.latency=False"),
+    ]
+    for kind in ("prepare", "pretrain-teacher", "cache-generic", "distilled-task", "dc-scratch", "test-dc-scratch"):
+        code, errors = terminated(arguments, kind, after=1.0)
+        assert code == 75, (kind, errors)
+        assert errors.strip().splitlines()[-1].endswith("the same command resumes the run"), errors
+    assert run(arguments).returncode == 0
+    assert (workdir / "report.md").is_file()
+    assert all((folder / "DONE").is_file() for folder in (workdir / "stages").iterdir())
+
+
+def test_sigterm_to_one_of_two_processes_is_saved_by_both_and_the_run_is_the_same(prepared, tmp_path):
+    """Stopped together at some step, and then exactly the run that was never stopped."""
+
+    def start(workdir):
+        settings = command(prepared, workdir, "--config.pretrain.log_every=1", "--config.pretrain.evaluate_every=2")
+        return several_processes.start(2, settings[1:])
+
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert [code for code, *_ in several_processes.ended(start(straight))] == [0, 0]
+    processes = start(stopped)
+    metrics = stopped / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)
+    found = several_processes.ended(processes)
+    assert [code for code, *_ in found] == [75, 75], found
+    assert not (stopped / "DONE").exists() and "is saved" in found[0][2] + found[1][2]
+    assert [code for code, *_ in several_processes.ended(start(stopped))] == [0, 0]
+    assert rows_of(straight) == rows_of(stopped)
+    summary, wanted = (json.loads((one / "DONE").read_text(encoding="utf-8")) for one in (stopped, straight))
+    assert summary["parameters_fingerprint"] == wanted["parameters_fingerprint"]
+    assert summary["starts"] == 2 and summary["lost_steps"] == 0 and 0 < summary["goodput"] < 1
+
+
+def test_skipping_may_be_allowed_when_a_run_is_started_again(prepared, tmp_path):
+    """A key that may change on resume, and with it the compiled step, which computes the same."""
+    straight, changed = tmp_path / "straight", tmp_path / "changed"
+    assert run(command(prepared, straight)).returncode == 0
+    assert run(command(prepared, changed, "--config.pretrain.skip_non_finite=2")).returncode == 0
+    again = run(command(prepared, changed))
+    assert again.returncode == 0, again.stderr
+    for path, leaf in leaves_of(straight).items():
+        np.testing.assert_array_equal(leaf, leaves_of(changed)[path], err_msg=str(path))
+    assert {row["skipped_steps"] for row in rows_of(changed) if "loss" in row} == {0}

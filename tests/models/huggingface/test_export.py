@@ -1,0 +1,104 @@
+"""Models of each kind and family in the form of `transformers`: they read back, and torch computes the same."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from kd_jax.models.functional import Functional
+from kd_jax.models.huggingface.config import encoder_values
+from kd_jax.models.huggingface.export import exported, tokenizer_ids
+from kd_jax.models.huggingface.names import from_huggingface
+from kd_jax.types import UserError
+from tests.support.small_models import packed_batch, parameters, small_config
+
+FAMILIES = ("bert", "distilbert", "roberta", "xlmr_xl", "modernbert")
+CLASSES = {"domains": ("alarm", "music", "news"), "intents": ("play", "stop"), "tags": ("O", "B-time", "I-time")}
+LENGTHS = (12, 5)
+
+
+def model_of(family, kind):
+    shape = small_config("bert", type_vocab_size=0) if family == "distilbert" else small_config(family)
+    # Two more of each class than there are names, as in a model of one domain among several.
+    sizes = {"dc": {"domains": 5}, "icner": {"intents": 4, "tags": 5}, "mlm": {}}[kind]
+    return Functional(kind, shape, **sizes)
+
+
+def test_a_masked_lm_reads_back_exactly():
+    for family in FAMILIES:
+        model = model_of(family, "mlm")
+        params = parameters(model)
+        found = exported(model, params, {})
+        back = from_huggingface(found.tensors, model.config)
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), back, params)
+        assert encoder_values(found.config, "x")["hidden_size"] == model.config.hidden_size
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_classes_that_only_pad_are_left_out(family):
+    dc = exported(model_of(family, "dc"), parameters(model_of(family, "dc")), CLASSES)
+    assert dc.config["id2label"] == {"0": "alarm", "1": "music", "2": "news"}
+    assert dc.config["label2id"]["news"] == 2
+    classifiers = [
+        tensor for name, tensor in dc.tensors.items() if name in ("classifier.weight", "classifier.out_proj.weight")
+    ]
+    assert [len(one) for one in classifiers] == [3]
+    icner = exported(model_of(family, "icner"), parameters(model_of(family, "icner")), CLASSES)
+    assert icner.config["intents"] == ["play", "stop"]
+    assert len(icner.tensors["classifier.weight"]) == 3
+    assert len(icner.beside["classifier.weight"]) == len(icner.beside["classifier.bias"]) == 2
+
+
+def test_padding_that_positions_are_counted_by():
+    roberta = small_config("roberta")
+    assert tokenizer_ids(roberta, cls=0, sep=2, pad=1)["pad_token_id"] == 1
+    with pytest.raises(UserError, match=r"encoder\.position_offset: .* padding id of 1, and the tokenizer's is 0"):
+        tokenizer_ids(roberta, cls=2, sep=3, pad=0)
+    assert tokenizer_ids(small_config("bert"), cls=2, sep=3, pad=0)["pad_token_id"] == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["mlm", "dc", "icner"])
+def test_torch_computes_the_same(family, kind, tmp_path):
+    torch = pytest.importorskip("torch", reason="parity needs PyTorch")
+    transformers = pytest.importorskip("transformers")
+    model = model_of(family, kind)
+    params = far_from_initial(parameters(model))
+    found = exported(model, params, CLASSES)
+    values = found.config | tokenizer_ids(model.config, cls=0, sep=2, pad=1)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    save_file(found.tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    auto = {"mlm": "MaskedLM", "dc": "SequenceClassification", "icner": "TokenClassification"}[kind]
+    theirs, info = getattr(transformers, f"AutoModelFor{auto}").from_pretrained(tmp_path, output_loading_info=True)
+    assert type(theirs).__name__ == found.config["architectures"][0]
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+
+    batch = packed_batch([[length] for length in LENGTHS], max(LENGTHS))
+    batch["tokens"] = np.where(batch["segment_ids"] > 0, np.maximum(batch["tokens"], 3), 1)
+    with torch.no_grad():
+        logits = theirs.eval()(
+            input_ids=torch.tensor(batch["tokens"]), attention_mask=torch.tensor(batch["segment_ids"])
+        ).logits.numpy()
+    batch["first_positions"] = np.zeros((len(LENGTHS), 1), np.int32)
+    if kind == "mlm":
+        ours = jax.jit(lambda p: model.mlm_logits(p, model.hidden(p, batch)))(params)
+    elif kind == "dc":
+        ours = jax.jit(lambda p: model.domain_logits(p, batch))(params)[:, 0, :3]
+    else:
+        ours = jax.jit(lambda p: model.intent_and_tag_logits(p, batch)[1])(params)[..., :3]
+    mask = batch["segment_ids"] > 0 if kind != "dc" else np.ones(len(LENGTHS), bool)
+    error = np.abs(np.asarray(ours) - logits)[mask].max()
+    print(f"{family} {kind}: largest error {error:.1e} among logits up to {np.abs(logits[mask]).max():.1f}")
+    assert np.abs(logits[mask]).max() > 0.1
+    assert error < 1e-5 * max(1.0, np.abs(logits[mask]).max())
+
+
+def far_from_initial(params):
+    """Norms and biases are ones and zeros at first, which would hide a swapped or missing one."""
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(0)
+    return jax.tree.unflatten(
+        tree, [np.asarray(leaf) + 0.1 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]
+    )

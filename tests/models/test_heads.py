@@ -1,0 +1,111 @@
+"""Classification heads on packed rows, against NumPy and against the same utterances unpacked."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kd_jax.models.functional import Functional
+from kd_jax.models.heads import gather_positions
+from tests.support.small_models import FAMILIES, packed_batch, parameters, small_config, with_alone
+
+ROWS = [[7, 12, 3], [20], [5, 5]]
+
+
+def first_positions(batch, slots):
+    """Column of each text's first token, 0 where there is none."""
+    result = np.zeros((len(batch["tokens"]), slots), np.int32)
+    for row, segments in enumerate(batch["segment_ids"]):
+        for segment in range(1, segments.max() + 1):
+            result[row, segment - 1] = np.flatnonzero(segments == segment)[0]
+    return result
+
+
+def test_gather_positions():
+    hidden = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
+    positions = np.array([[4, 0, 0, 2], [1, 1, 3, 0]], np.int32)
+    expected = np.stack([hidden[row, positions[row]] for row in range(2)])
+    np.testing.assert_array_equal(gather_positions(jnp.asarray(hidden), jnp.asarray(positions)), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_utterances_equal_single_ones(family):
+    model = Functional("icner", small_config(family), intents=4, tags=5)
+    params = parameters(model)
+    batch, places = with_alone(packed_batch(ROWS, 24))
+    batch["first_positions"] = first_positions(batch, 3)
+    intents, tags = map(np.asarray, jax.jit(model.intent_and_tag_logits)(params, batch))
+    assert intents.shape == (9, 3, 4) and tags.shape == (9, 24, 5)
+    intents_alone, tags_alone = intents[3:], tags[3:]
+    for index, (row, columns) in enumerate(places):
+        slot = batch["segment_ids"][row, columns.start] - 1
+        size = columns.stop - columns.start
+        np.testing.assert_allclose(intents[row, slot], intents_alone[index, 0], atol=1e-5)
+        np.testing.assert_allclose(tags[row, columns], tags_alone[index, :size], atol=1e-5)
+
+
+def numpy_head(params, x, style):
+    """The head of `transformers` in that style, in float64; token heads are the same without a dense layer."""
+    x = np.asarray(x, np.float64)
+    if "dense" in params:
+        x = x @ np.asarray(params["dense"]["kernel"], np.float64) + np.asarray(params["dense"].get("bias", 0.0))
+        if style == "modernbert":
+            x = np.asarray(jax.nn.gelu(x, approximate=False), np.float64)
+            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * params["norm"]["scale"]
+        else:
+            x = np.tanh(x)
+    return x @ np.asarray(params["classifier"]["kernel"], np.float64) + np.asarray(params["classifier"]["bias"])
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
+def test_heads_match_numpy(family):
+    batch = packed_batch(ROWS, 24)
+    batch["first_positions"] = first_positions(batch, 3)
+    rng = np.random.default_rng(0)
+
+    def shaken(params):
+        # Biases and norms start at 0 and 1; random ones show whether they are used.
+        return jax.tree.map(lambda leaf: np.asarray(leaf) + rng.normal(0, 0.1, leaf.shape).astype(np.float32), params)
+
+    model = Functional("icner", small_config(family), intents=4, tags=5)
+    params = shaken(parameters(model))
+    run = jax.jit(
+        lambda params, model=model: (model.hidden(params, batch), *model.intent_and_tag_logits(params, batch))
+    )
+    hidden, intents, tags = run(params)
+    first = np.take_along_axis(np.asarray(hidden), batch["first_positions"][..., None], 1)
+    np.testing.assert_allclose(intents, numpy_head(params["intent_head"], first, family), atol=1e-4)
+    np.testing.assert_allclose(tags, numpy_head(params["tag_head"], hidden, family), atol=1e-4)
+    model = Functional("dc", model.config, domains=3)
+    params = shaken(parameters(model)) | {"encoder": params["encoder"]}
+    domains = jax.jit(model.domain_logits)(params, batch)
+    np.testing.assert_allclose(domains, numpy_head(params["domain_head"], first, family), atol=1e-4)
+
+
+def test_unused_slots_get_no_gradient_and_change_nothing():
+    model = Functional("dc", small_config("roberta"), domains=3)
+    params = parameters(model)
+    batch = packed_batch(ROWS, 24)
+    batch["first_positions"] = first_positions(batch, 3)
+    used = np.array([[1, 1, 1], [1, 0, 0], [1, 1, 0]], np.float32)
+    wider = dict(batch, first_positions=np.pad(batch["first_positions"], ((0, 0), (0, 2))))
+
+    def loss(params, batch, used):
+        return jnp.sum(model.domain_logits(params, batch) ** 2 * used[..., None])
+
+    run = jax.jit(jax.grad(loss))
+    gradient = run(params, batch, used)
+    other = run(params, wider, np.pad(used, ((0, 0), (0, 2))))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), gradient, other)
+
+
+def test_head_dropout_follows_the_key():
+    model = Functional("icner", small_config("roberta", dropout=0.5), intents=4, tags=5)
+    params = parameters(model)
+    batch = packed_batch(ROWS, 24)
+    batch["first_positions"] = first_positions(batch, 3)
+    run = jax.jit(model.intent_and_tag_logits)
+    first, again, other = (run(params, batch, jax.random.key(seed)) for seed in (0, 0, 1))
+    for part in range(2):
+        np.testing.assert_array_equal(first[part], again[part])
+        assert np.abs(first[part] - other[part]).max() > 0.01

@@ -1,0 +1,223 @@
+"""The distillation step: every term by itself, teachers averaged, trimmed vocabularies, and cached predictions."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kd_jax.losses.features import hidden_distance, relation_divergence
+from kd_jax.models.projection import WithProjections
+from kd_jax.steps.distill import DistillSettings, Weight, make_cached_objective, make_distill_objective, real_tokens
+from kd_jax.steps.teacher_logits import TeacherForm, on_kept
+from kd_jax.steps.teacher_predictions import make_prediction_step
+from tests.steps.test_train_step import VOCABULARY, distillation, one_step, tiny, uneven_batch
+
+NONE, FULL = Weight(0.0, 0.0), Weight(1.0, 1.0)
+KL = DistillSettings(kl=FULL, mlm=NONE, temperature=2.0, final_temperature=2.0)
+
+
+def softmax(logits, temperature=1.0):
+    scaled = np.asarray(logits, np.float64) / temperature
+    p = np.exp(scaled - scaled.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
+
+
+def masked_logits(model, params, batch):
+    hidden = model.hidden(params, batch)
+    places = jnp.asarray(batch["masked_positions"])[:, :, None]
+    return np.asarray(model.mlm_logits(params, jnp.take_along_axis(hidden, places, axis=1)))
+
+
+def kl_of(p, q, weights):
+    return float((np.where(p > 0, p * np.log(np.maximum(p, 1e-300) / q), 0).sum(-1) * weights).sum())
+
+
+@pytest.fixture(scope="module")
+def models():
+    """(student, its parameters, teacher, its parameters, batch)."""
+    student, teacher = tiny(initializer_range=0.3), tiny(num_layers=3, initializer_range=0.3)
+    return student, student.init(jax.random.key(0)), teacher, teacher.init(jax.random.key(1)), uneven_batch()
+
+
+def test_kl_is_that_of_the_two_models_logits(models):
+    student, params, teacher, theirs, batch = models
+    _, metrics = one_step(distillation(student, teacher, KL), params, {"teachers": (theirs,)}, batch)
+    p, q = softmax(masked_logits(teacher, theirs, batch), 2.0), softmax(masked_logits(student, params, batch), 2.0)
+    np.testing.assert_allclose(metrics["kl"][0], 4 * kl_of(p, q, batch["masked_weights"]), rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss"][0], metrics["kl"][0] / batch["masked_weights"].sum(), rtol=1e-6)
+
+
+def test_several_teachers_average_their_probabilities(models):
+    student, params, teacher, theirs, batch = models
+    other = teacher.init(jax.random.key(2))
+    objective = make_distill_objective(WithProjections(student, ()), (teacher, teacher), KL)
+    _, metrics = one_step(objective, params, {"teachers": (theirs, other)}, batch)
+    p = (softmax(masked_logits(teacher, theirs, batch), 2.0) + softmax(masked_logits(teacher, other, batch), 2.0)) / 2
+    q = softmax(masked_logits(student, params, batch), 2.0)
+    np.testing.assert_allclose(metrics["kl"][0], 4 * kl_of(p, q, batch["masked_weights"]), rtol=1e-4)
+
+
+def test_temperature_moves_linearly(models):
+    student, params, teacher, theirs, batch = models
+    moving = dataclasses.replace(KL, temperature=1.0, final_temperature=3.0)
+    objective = distillation(student, teacher, moving)
+    frozen, scales = {"teachers": (theirs,)}, {"kl": jnp.float32(1.0)}
+    for progress, temperature in ((0.0, 1.0), (0.5, 2.0), (1.0, 3.0)):
+        _, terms = objective.loss(params, frozen, batch, None, scales, jnp.float32(progress))
+        p, q = (softmax(masked_logits(*one, batch), temperature) for one in ((teacher, theirs), (student, params)))
+        expected = temperature**2 * kl_of(p, q, batch["masked_weights"])
+        np.testing.assert_allclose(terms["kl"][0], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "mse"])
+def test_hidden_states_go_through_their_projections(models, distance):
+    _, _, _, _, batch = models
+    student, teacher = tiny(hidden_size=16, initializer_range=0.3), tiny(num_layers=3, initializer_range=0.3)
+    wider = WithProjections(student, (("hidden_0", 16, 32), ("hidden_1", 16, 32), ("embeddings", 16, 32)))
+    params, theirs = wider.init(jax.random.key(0)), teacher.init(jax.random.key(1))
+    settings = DistillSettings(
+        kl=NONE,
+        mlm=NONE,
+        hidden=FULL,
+        embeddings=FULL,
+        hidden_distance=distance,
+        hidden_layers=((0, 0), (1, 2)),
+        embeddings_distance="mse",
+    )
+    objective = make_distill_objective(wider, (teacher,), settings)
+    state, metrics = one_step(objective, params, {"teachers": (theirs,)}, batch)
+    ours = student.capture(wider.student_params(params), batch, layers=(0, 1), embeddings=True)
+    goal = teacher.capture(theirs, batch, layers=(0, 2), embeddings=True)
+    weights = real_tokens(batch)
+    expected = sum(
+        float(
+            hidden_distance(wider.project(params, f"hidden_{n}", ours.layers[a]), goal.layers[b], weights, distance)[0]
+        )
+        for n, (a, b) in enumerate(((0, 0), (1, 2)))
+    )
+    np.testing.assert_allclose(metrics["hidden"][0], expected / 2, rtol=1e-4)
+    assert float(metrics["hidden"][1]) == weights.sum()
+    mse, _ = hidden_distance(wider.project(params, "embeddings", ours.embeddings), goal.embeddings, weights, "mse")
+    np.testing.assert_allclose(metrics["embeddings"][0], mse, rtol=1e-4)
+    moved = [
+        np.abs(a - b).max()
+        for a, b in zip(jax.tree.leaves(state["params"]["projections"]), jax.tree.leaves(params["projections"]))
+    ]
+    assert min(moved) > 0
+
+
+def test_relations_with_other_head_counts(models):
+    student, params, _, _, batch = models
+    teacher = tiny(num_layers=3, hidden_size=48, num_heads=3, initializer_range=0.3)
+    theirs = teacher.init(jax.random.key(1))
+    settings = DistillSettings(
+        kl=NONE,
+        mlm=NONE,
+        relations=FULL,
+        relation_heads=8,
+        relation_layers=((1, 2),),
+        relation_parts=("query", "value"),
+    )
+    _, metrics = one_step(distillation(student, teacher, settings), params, {"teachers": (theirs,)}, batch)
+    ours = student.capture(params, batch, projections=(1,)).projections[1]
+    goal = teacher.capture(theirs, batch, projections=(2,)).projections[2]
+    expected = [float(relation_divergence(ours[n], goal[n], batch["segment_ids"], 8)[0]) for n in (0, 2)]
+    np.testing.assert_allclose(metrics["relations"][0], sum(expected) / 2, rtol=1e-4)
+
+
+def test_terms_of_weight_zero_leave_no_trace_in_the_program(models):
+    student, params, teacher, theirs, batch = models
+    frozen = {"teachers": (theirs,), "seed": np.int32(0)}
+
+    def operations(settings, frozen=frozen):
+        objective = distillation(student, teacher, settings)
+        scales = {name: jnp.float32(1.0) for name in settings.used()}
+        traced = jax.jit(lambda params, frozen: objective.loss(params, frozen, batch, None, scales, 0.5))
+        return str(traced.trace(params, frozen).jaxpr).count("dot_general")
+
+    plain = operations(KL)
+    with_relations = operations(dataclasses.replace(KL, relations=FULL, relation_heads=2, relation_layers=((1, 2),)))
+    unused = operations(dataclasses.replace(KL, relations=NONE, relation_heads=2, relation_layers=((1, 2),)))
+    assert plain == unused < with_relations
+    # Without any term on the teacher it is not run either, so its parameters may be absent.
+    assert operations(DistillSettings(kl=NONE, mlm=FULL), {"teachers": ()}) < plain
+
+
+def test_mass_on_dropped_pieces_goes_where_the_config_says():
+    logits = np.random.default_rng(0).normal(size=(3, 7)).astype(np.float32)
+    kept = np.array([0, 2, 3, 6], np.int32)
+    for temperature in (1.0, 2.0):
+        p = softmax(logits, temperature)
+        renormalized = on_kept(jnp.asarray(logits), kept, jnp.float32(temperature), TeacherForm())
+        np.testing.assert_allclose(
+            softmax(renormalized, temperature), p[:, kept] / p[:, kept].sum(-1, keepdims=True), rtol=1e-5
+        )
+        form = TeacherForm(dropped="unknown", unknown=1)
+        expected = p[:, kept].copy()
+        expected[:, 1] += p[:, [1, 4, 5]].sum(-1)
+        found = softmax(on_kept(jnp.asarray(logits), kept, jnp.float32(temperature), form), temperature)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dropped", ["renormalize", "unknown"])
+def test_a_trimmed_student_sees_the_teacher_on_its_own_pieces(models, dropped):
+    _, _, teacher, theirs, batch = models
+    kept = np.sort(np.random.default_rng(3).permutation(VOCABULARY)[:40]).astype(np.int32)
+    student = tiny(vocab_size=40, initializer_range=0.3)
+    params = student.init(jax.random.key(0))
+    ours = {**batch, "tokens": batch["tokens"] % 40, "masked_targets": batch["masked_targets"] % 40}
+    form = TeacherForm(dropped=dropped, unknown=3)
+    settings = dataclasses.replace(KL, form=form)
+    _, metrics = one_step(distillation(student, teacher, settings), params, {"teachers": (theirs,), "kept": kept}, ours)
+    logits = masked_logits(teacher, theirs, {**ours, "tokens": kept[ours["tokens"]]})
+    p = softmax(on_kept(jnp.asarray(logits), kept, jnp.float32(2.0), form), 2.0)
+    q = softmax(masked_logits(student, params, ours), 2.0)
+    np.testing.assert_allclose(metrics["kl"][0], 4 * kl_of(p, q, batch["masked_weights"]), rtol=1e-4)
+
+
+def cached(teacher, theirs, batch, **settings):
+    """The batch with the teacher's values beside it, and the frozen part, as the cache gives them."""
+    values = {"dtype": "float32", "temperature": 2.0, **settings}
+    uniforms = np.random.default_rng(5).random((*batch["masked_positions"].shape, 64)).astype(np.float32)
+    step = make_prediction_step(teacher, TeacherForm(), values)
+    fields, mass = step(theirs, {}, {**batch, "uniforms": uniforms})
+    return {**batch, **{f"teacher_{name}": value for name, value in fields.items()}}, mass
+
+
+@pytest.mark.parametrize("kind", ["hidden", "top_k"])
+def test_training_from_float32_hidden_or_all_pieces_equals_the_teacher_in_the_loop(models, kind):
+    student, params, teacher, theirs, batch = models
+    settings = dataclasses.replace(KL, mlm=FULL)
+    expected, in_the_loop = one_step(distillation(student, teacher, settings), params, {"teachers": (theirs,)}, batch)
+    with_values, mass = cached(teacher, theirs, batch, format=kind, k=VOCABULARY)
+    np.testing.assert_allclose(mass, 1.0, rtol=1e-5)
+    for tail in ("renormalize", "bucket", "zero") if kind == "top_k" else ("",):
+        form = TeacherForm(kind, tail)
+        objective = make_cached_objective(WithProjections(student, ()), dataclasses.replace(settings, form=form))
+        frozen = {"decoder": teacher.decoder(theirs)} if kind == "hidden" else {}
+        state, metrics = one_step(objective, params, frozen, with_values)
+        for name in ("loss", "kl", "mlm", "accuracy"):
+            np.testing.assert_allclose(metrics[name][0], in_the_loop[name][0], rtol=2e-5, err_msg=f"{name} {tail}")
+        for one, other in zip(jax.tree.leaves(state["params"]), jax.tree.leaves(expected["params"])):
+            np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+def test_top_k_tells_how_much_mass_it_holds(models):
+    _, _, teacher, theirs, batch = models
+    p = np.sort(softmax(masked_logits(teacher, theirs, batch), 2.0))[..., ::-1]
+    _, mass = cached(teacher, theirs, batch, format="top_k", k=4)
+    np.testing.assert_allclose(mass, p[..., :4].sum(-1), rtol=1e-4)
+
+
+def test_sampled_predictions_estimate_the_same_loss(models):
+    student, params, teacher, theirs, batch = models
+    _, metrics = one_step(distillation(student, teacher, KL), params, {"teachers": (theirs,)}, batch)
+    with_values, _ = cached(teacher, theirs, batch, format="sampled", samples=64, power=1.0)
+    form = TeacherForm("sampled")
+    objective = make_cached_objective(WithProjections(student, ()), dataclasses.replace(KL, form=form))
+    _, found = one_step(objective, params, {}, with_values)
+    exact, estimate = float(metrics["kl"][0]), float(found["kl"][0])
+    assert estimate != exact
+    assert abs(estimate - exact) < 0.5 * abs(exact)

@@ -1,0 +1,116 @@
+"""What the figures draw is what the results say, and their files are whole, stable and of known kinds."""
+
+import io
+
+import numpy as np
+import pytest
+
+from kd_jax.study.plan import Student
+from kd_jax.study.report import figures, findings, plotting
+from kd_jax.study.report.inputs import Place, ReportInputs
+from tests.support.report_inputs import STUDENTS, synthetic_inputs
+
+
+@pytest.fixture(scope="module")
+def inputs() -> ReportInputs:
+    return synthetic_inputs(size=60)
+
+
+def drawn(axes) -> set[tuple[float, float]]:
+    """Every point of every line in a panel, rounded."""
+    points = set()
+    for line in axes.get_lines():
+        points |= {(round(float(x), 6), round(float(y), 6)) for x, y in zip(line.get_xdata(), line.get_ydata())}
+    return points
+
+
+def test_the_share_curve_goes_through_the_means_over_seeds(inputs):
+    numbers = inputs.numbers
+    panel = figures.share_curves(numbers).axes[0]
+    line = next(line for line in panel.get_lines() if len(line.get_xdata()) == 3 and line.get_linestyle() == "-")
+    expected = []
+    for set_name in ("generic", "mix50", "task"):
+        student = Student("distilled", set_name, "generic")
+        expected.append(100 * np.mean(list(numbers.values(student, "dc", "error_rate").values())))
+    assert list(line.get_xdata()) == [0, 50, 100]
+    np.testing.assert_allclose(line.get_ydata(), expected)
+
+
+def test_every_seed_has_a_point_in_the_curve(inputs):
+    panel = figures.share_curves(inputs.numbers).axes[4]
+    values = inputs.numbers.values(Student("distilled", "mix50", "generic"), "icner", "semer")
+    assert len(values) == 3
+    assert {(50.0, round(100 * value, 6)) for value in values.values()} <= drawn(panel)
+
+
+def test_heldout_loss_shows_means_and_the_unigram(inputs):
+    panel = figures.heldout_loss(inputs.numbers).axes[0]
+    models = [label.get_text() for label in panel.get_yticklabels()]
+    assert "from scratch" not in models and models[-2:] == ["generic teacher", "adapted teacher"]
+    student = Student("distilled", "task", "generic")
+    mean = np.mean(list(inputs.numbers.values(student, "mlm", "loss", Place("heldout_task")).values()))
+    points = drawn(panel)
+    assert (round(float(mean), 6), float(models.index("distilled, task 100 %"))) in points
+    assert any(x == 6.7 for x, _ in points)
+
+
+def test_scatter_has_one_named_point_a_domain(inputs):
+    rows = findings.domain_gains(inputs.numbers)
+    panel = figures.similarity_scatter(inputs.numbers, rows).axes[0]
+    points = findings.similarity_points(rows, "dc")
+    assert {text.get_text() for text in panel.texts} == {domain for domain, _, _ in points}
+    assert {(round(x, 6), round(100 * y, 6)) for _, x, y in points} <= drawn(panel)
+
+
+def test_training_curves_prefer_the_masked_lm_part():
+    rows = [(0, {"mlm": 5.0, "loss": 9.0}), (10, {"loss": 4.0}), (20, {"heldout_task/loss": 1.0}), (30, {"loss": None})]
+    assert figures.curve_points(rows) == [(0, 5.0), (10, 4.0)]
+
+
+def test_a_run_without_losses_draws_no_curve():
+    curves = {"teacher, generic": [(10, {"heldout_task/loss": 3.0})]}
+    assert figures.training_curves(ReportInputs(name="x", curves=curves).numbers) is None
+
+
+def test_students_of_one_figure_have_different_colors_or_markers(inputs):
+    numbers = inputs.numbers
+    looks = [(plotting.color(numbers, student), plotting.marker(student)) for student in numbers.students]
+    assert len(set(looks)) == len(STUDENTS)
+
+
+def test_nothing_to_show_is_none():
+    numbers = ReportInputs(name="x").numbers
+    assert figures.heldout_loss(numbers) is None
+    assert figures.share_curves(numbers) is None
+    assert figures.by_locale(numbers) is None
+    assert figures.by_test_set(numbers) is None
+    assert figures.teacher_noise(numbers) is None
+    assert figures.similarity_scatter(numbers, []) is None
+    assert figures.training_curves(numbers) is None
+
+
+def test_files_are_whole_images_and_the_same_each_time(inputs, tmp_path):
+    plotting.write_figure(figures.teacher_noise(inputs.numbers), tmp_path, "noise")
+    first = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
+    plotting.write_figure(figures.teacher_noise(inputs.numbers), tmp_path, "noise")
+    assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == first
+    assert (tmp_path / "noise.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "noise.svg").read_text(encoding="utf-8").rstrip().endswith("</svg>")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["noise.png", "noise.svg"]
+
+
+def test_names_stay_inside_the_scatter_where_domains_crowd(inputs):
+    """Eighteen domains close together: no name may be cut off at the frame's left or right."""
+    names = [f"domain number {index}" for index in range(18)]
+    figure, axes = plotting.panel_grid(1, 1, 3.3)
+    panel = axes[0, 0]
+    rng = np.random.default_rng(0)
+    x, y = 0.3 + 0.01 * rng.random(18), 10 * rng.random(18)
+    panel.plot(x, y, "o")
+    panel.margins(0.1, 0.15)
+    figures._place_names(panel, names, x, y)
+    figure.savefig(io.BytesIO(), format="png")
+    frame = panel.get_window_extent()
+    for text in panel.texts:
+        box = text.get_window_extent()
+        assert box.x0 > frame.x0 - 5 and box.x1 < frame.x1 + 5
