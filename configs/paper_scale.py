@@ -23,7 +23,7 @@ TEACHERS = {
     "9b": {"preset": "teacher_9b", "vocab_size": 150_016},
 }
 STUDENTS = {"170m": "student_170m", "17m": "student_17m"}
-WHOLE = dict.fromkeys(base.sharding(), "")
+WHOLE = dict.fromkeys(["vocab", "embed", "heads", "mlp", "layers", "positions"], "")
 
 
 def get_config(argument: str = "") -> ConfigDict:

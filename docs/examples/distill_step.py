@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from kd_jax.config import base
+from kd_jax.config.training import Training
 from kd_jax.data.embedded.utterances import embedded_texts
 from kd_jax.data.masking import mask_rows, num_slots, row_keys
 from kd_jax.data.packing import pack_stream, positions
@@ -48,7 +49,7 @@ def batches(tokenizer, texts):
 
 def train(objective, params, frozen, batch, name):
     """Parameters after STEPS steps of an objective; `frozen` is handed to it and never trained."""
-    job = base.job(steps=STEPS, learning_rate=5e-3, warmup_steps=10)
+    job = Training(steps=STEPS, learning_rate=5e-3, warmup_steps=10)
     optimizer = make_optimizer(job)
     step = jax.jit(make_train_step(objective, optimizer, make_schedule(job), steps=STEPS), donate_argnums=0)
     state = new_state(params, optimizer)

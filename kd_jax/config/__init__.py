@@ -1,4 +1,7 @@
-"""Load, resolve, compare and fingerprint configs."""
+"""Configs as plain values: compared, fingerprinted, and divided into what decides results and what does not.
+
+`base.py` has all keys with their defaults; `data`, `training`, `execution` and `commands` document and check them.
+"""
 
 import hashlib
 import json

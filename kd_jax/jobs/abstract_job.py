@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from kd_jax.config import require
+from kd_jax.config.settings import read
+from kd_jax.config.training import Training
 from kd_jax.data.masking import num_slots
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.vocabulary import TrimmedPrepared, kept_ids, seen_by_student
@@ -23,7 +25,6 @@ from kd_jax.models.functional import Functional, flops_per_row
 from kd_jax.steps.distill import make_cached_objective, make_distill_objective
 from kd_jax.steps.pretrain import make_pretrain_objective
 from kd_jax.trainer.mesh import batch_sharding, describe_shardings, row_multiple, rules_of
-from kd_jax.trainer.optimizer import check_job
 from kd_jax.trainer.state import with_shardings
 
 COMMANDS = ("pretrain", "distill", "cached")
@@ -72,7 +73,7 @@ def abstract_job(config: ConfigDict, mesh: jax.sharding.Mesh) -> AbstractJob:
 
     which = config.pretrain.model if what == "pretrain" else "student"
     block = config.pretrain if what == "pretrain" else config.distill
-    check_job(block, "pretrain" if what == "pretrain" else "distill")
+    read(Training, block, "pretrain" if what == "pretrain" else "distill")
     rules = rules_of(config.sharding[which], f"sharding.{which}")
     teacher_rules = rules_of(config.sharding.teacher, "sharding.teacher")
     student, teacher = model_of(which), None if what == "pretrain" else model_of("teacher")

@@ -12,6 +12,8 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from kd_jax.config import EXECUTION_KEYS, identity, to_dict
+from kd_jax.config.settings import read
+from kd_jax.config.training import Training
 from kd_jax.data.prepared import Prepared
 from kd_jax.jobs.frozen import Frozen, model_layout
 from kd_jax.models.functional import Functional, parameter_count
@@ -24,7 +26,7 @@ from kd_jax.trainer.goodput import Account
 from kd_jax.trainer.loop import Phase, fit
 from kd_jax.trainer.mesh import DEFAULT, Rules, batch_sharding, describe_shardings, rules_of
 from kd_jax.trainer.metrics import MetricsWriter
-from kd_jax.trainer.optimizer import after_skipped, check_job, make_optimizer, make_schedule
+from kd_jax.trainer.optimizer import after_skipped, make_optimizer, make_schedule
 from kd_jax.trainer.run_directory import RunDirectory
 from kd_jax.trainer.state import State, abstract_state, new_state, params_fingerprint, state_shardings
 from kd_jax.trainer.weights_and_biases import tracker
@@ -125,7 +127,7 @@ def programs(
 def train(config: ConfigDict, workdir: pathlib.Path, job: Job, prepared: Prepared, mesh) -> None:
     """Runs one job to its end, or resumes it; a finished one is left as it is."""
     block = config[job.block]
-    check_job(block, job.block)
+    read(Training, block, job.block)
     values = to_dict(config)
     resolved = {key: values[key] for key in (*job.keys, *EXECUTION_KEYS)}
     dog = Watchdog(config.watchdog_seconds, workdir, exits=config.watchdog_exit)

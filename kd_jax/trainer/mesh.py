@@ -2,39 +2,26 @@
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
+from kd_jax.config import execution
+from kd_jax.config.execution import AXES, Rules
+from kd_jax.config.settings import read
 from kd_jax.types import ROW_AXES, Batch, UserError
 
-AXES = ("data", "fsdp", "tensor")
-
-# Logical name of a parameter's dimension -> mesh axis, or several joined by commas; "" keeps it whole on every device.
-# These are the defaults of config.sharding, where teacher and student have a table each.
-RULES: Mapping[str, str] = {
-    "vocab": "tensor",
-    "embed": "fsdp",
-    "heads": "tensor",
-    "mlp": "tensor",
-    "layers": "",
-    "positions": "",
-}
-
-# The same as pairs, so that it can be a key of what is compiled.
-Rules = tuple[tuple[str, str], ...]
-DEFAULT: Rules = tuple(RULES.items())
+DEFAULT = Rules()
 
 # A parameter of so many elements (16 MiB in float32) or more must not stay whole because a rule cannot be applied.
 LARGE = 2**22
 
 
-def make_mesh(mesh: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(mesh: execution.Mesh, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh with the axes ("data", "fsdp", "tensor") of `config.mesh`; -1 on one axis takes the devices that are left.
 
     Devices are ordered so that neighbors on an axis are neighbors in the hardware: `tensor`, which communicates most,
@@ -43,7 +30,7 @@ def make_mesh(mesh: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
     multiply to the number of devices, or do not suit the hardware.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = {axis: int(mesh[axis]) for axis in AXES}
+    sizes = {axis: getattr(mesh, axis) for axis in AXES}
     written = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
         raise UserError(f"config.mesh: {written}; each size is at least 1, or -1 on one axis for the devices left")
@@ -54,8 +41,7 @@ def make_mesh(mesh: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
             f"config.mesh: {written} do not multiply to the {len(devices)} devices here; change the sizes, or leave "
             "one axis at -1"
         )
-    wanted = int(mesh["slices"]) if "slices" in mesh else 0  # a caller of one's own may give the three sizes alone
-    slices = split_slices(devices, wanted)
+    slices = split_slices(devices, mesh.slices)
     outer = slice_shape(shape, len(slices))
     inner = tuple(size // across for size, across in zip(shape, outer, strict=True))
     blocks = np.empty(len(slices), object)
@@ -114,26 +100,12 @@ def _ordered(shape: tuple[int, ...], devices: list[Any], written: str) -> np.nda
         ) from None
 
 
-def rules_of(table: ConfigDict, key: str) -> Rules:
-    """The rules of a table of the config, config.<key>; UserError for an axis that does not exist or stands twice."""
-    pairs = tuple((name, table[name]) for name in sorted(table))
-    for name, axes in pairs:
-        named = _axes(axes)
-        if len(set(named)) < len(named) or not set(named) <= set(AXES):
-            raise UserError(
-                f"config.{key}.{name}: {axes!r} is no mesh axis; give one of {', '.join(AXES)}, several joined by "
-                "commas, or '' to keep the dimension whole"
-            )
-    return pairs
+def rules_of(table: Any, key: str) -> Rules:
+    """config.<key> as rules."""
+    return read(Rules, table, key)
 
 
-def _axes(written: str) -> tuple[str, ...]:
-    return tuple(axis.strip() for axis in written.split(",") if axis.strip())
-
-
-def shardings(
-    mesh: Mesh, logical_axes: Any, abstract: Any, rules: Mapping[str, str] | Iterable[tuple[str, str]] = RULES
-) -> Any:
+def shardings(mesh: Mesh, logical_axes: Any, abstract: Any, rules: Rules = DEFAULT) -> Any:
     """The NamedSharding of every parameter, as a tree like `abstract`.
 
     logical_axes: the same tree with a tuple of names (or None) for each array, one a dimension. A mesh axis serves only
@@ -141,7 +113,6 @@ def shardings(
     the parameter has `LARGE` elements or more: then UserError, so that memory is not lost silently. ValueError for a
     logical name without a rule.
     """
-    table = dict(rules)
 
     def one(path, names: tuple[str | None, ...], array) -> NamedSharding:
         place = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -149,9 +120,9 @@ def shardings(
             raise ValueError(f"{place}: {len(names)} logical axes {names} for the shape {array.shape}")
         spec, used = [], set()
         for name, size in zip(names, array.shape, strict=True):
-            if name is not None and name not in table:
+            if name is not None and not hasattr(rules, name):
                 raise ValueError(f"{place}: no rule for the logical axis {name!r} of {names}")
-            wanted = () if name is None else _axes(table[name])
+            wanted = () if name is None else rules.axes(name)
             axes = tuple(axis for axis in wanted if axis not in used and mesh.shape[axis] > 1)
             count = math.prod(mesh.shape[axis] for axis in axes)
             if not axes:

@@ -5,48 +5,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
-from kd_jax.types import Array, Params, UserError
-
-SCHEDULES = ("linear", "cosine", "constant")
+from kd_jax.config.training import Training
+from kd_jax.types import Array, Params
 
 # Substrings of a parameter's path that keep it out of weight decay.
 _NOT_DECAYED = ("norm", "bias")
 
 
-def check_job(job: ConfigDict, name: str) -> None:
-    """Raises UserError, with the place `config.<name>.<key>`, for the first key of a job that is out of its range."""
-
-    def require(condition: bool, key: str, wanted: str) -> None:
-        if not condition:
-            raise UserError(f"config.{name}.{key}: {job[key]!r} is out of range; give {wanted}")
-
-    require(job.steps > 0, "steps", "a number of steps of at least 1")
-    require(job.accumulation > 0, "accumulation", "a number of micro-batches of at least 1")
-    require(job.batch_size > 0, "batch_size", "at least 1")
-    require(job.batch_size % job.accumulation == 0, "accumulation", f"a divisor of batch_size = {job.batch_size}")
-    require(job.learning_rate > 0, "learning_rate", "a rate above 0")
-    require(0 <= job.warmup_steps <= job.steps, "warmup_steps", f"0 to steps = {job.steps}")
-    require(job.schedule in SCHEDULES, "schedule", " or ".join(SCHEDULES))
-    require(
-        0 <= job.final_learning_rate <= job.learning_rate,
-        "final_learning_rate",
-        f"0 to learning_rate = {job.learning_rate}",
-    )
-    require(job.weight_decay >= 0, "weight_decay", "0 or more")
-    require(job.clip_norm >= 0, "clip_norm", "a norm above 0, or 0 to turn clipping off")
-    require(0 <= job.beta1 < 1, "beta1", "0 to below 1")
-    require(0 <= job.beta2 < 1, "beta2", "0 to below 1")
-    require(job.epsilon > 0, "epsilon", "a number above 0")
-    require(job.log_every > 0, "log_every", "a number of steps of at least 1")
-    require(job.evaluate_every >= 0, "evaluate_every", "a number of steps, or 0 to evaluate at the end only")
-    require(job.checkpoint_every > 0, "checkpoint_every", "a number of steps of at least 1")
-    require(job.keep_checkpoints > 0, "keep_checkpoints", "at least 1")
-    require(job.skip_non_finite >= 0, "skip_non_finite", "a number of steps, or 0 to stop at the first")
-
-
-def make_schedule(job: ConfigDict) -> optax.Schedule:
+def make_schedule(job: Training) -> optax.Schedule:
     """Learning rate of the update after `count` updates: count int -> float32.
 
     0 at count 0, linear to the peak at count `warmup_steps`, then to `final_learning_rate` at count `steps` (linear or
@@ -78,7 +45,7 @@ def decay_mask(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(decayed, params)
 
 
-def make_optimizer(job: ConfigDict) -> optax.GradientTransformation:
+def make_optimizer(job: Training) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW (Loshchilov and Hutter 2019): the decay follows the schedule.
 
     The state is a dict with the keys "clip", "adam", "decay" and "learning_rate", so checkpoints have readable names.

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
+from kd_jax.config.execution import Mesh
 from kd_jax.losses.blocked import block_parts, blocked_losses, logits_of, with_bias_inside
 from kd_jax.losses.logits import distill_loss, kl_divergence, masked_cross_entropy
 from kd_jax.trainer.mesh import make_mesh
@@ -296,7 +296,7 @@ def test_memory_does_not_grow_with_the_number_of_positions():
     ],
 )
 def test_on_a_mesh(sizes, block):
-    mesh = make_mesh(ConfigDict(sizes))
+    mesh = make_mesh(Mesh(**sizes))
     values = case(6, rows=16)
 
     def place(leaf, *spec):
@@ -324,7 +324,7 @@ def test_on_a_mesh(sizes, block):
 
 
 def test_the_gradient_of_the_table_is_summed_over_devices_after_the_blocks_and_not_in_each():
-    mesh = make_mesh(ConfigDict({"data": 8, "fsdp": 1, "tensor": 1}))
+    mesh = make_mesh(Mesh(8, 1, 1))
     values = case(6, rows=16)
     rows = NamedSharding(mesh, PartitionSpec("data"))
     sharded = {**values, "features": jax.device_put(values["features"], rows)}

@@ -9,8 +9,8 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
+from kd_jax.config.execution import Mesh
 from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
@@ -37,9 +37,7 @@ def folder(request):
 def test_hidden_states_padded_and_packed(folder):
     config = EncoderConfig(**read_config(folder))
     model, tokenizer = Functional("mlm", config), Tokenizer.load(folder)
-    layout = shardings(
-        make_mesh(ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})), model.logical_axes(), model.abstract()
-    )
+    layout = shardings(make_mesh(Mesh(-1, 1, 1)), model.logical_axes(), model.abstract())
     with TensorFiles(folder) as files:
         assert not check_files(files, config, stored_vocab_size=config.vocab_size)
         params = load_params(files, config, layout, stored_vocab_size=config.vocab_size, head_key=jax.random.key(0))

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from kd_jax.config.base import job as base_job
+from kd_jax.config.training import Training
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
 from kd_jax.models.presets import PRESETS
@@ -158,7 +158,7 @@ MARKED = VOCABULARY - 1
 def test_a_step_that_is_not_finite_changes_nothing_but_the_schedule_where_it_may_be_skipped(accumulation):
     """One bad row in one micro-batch; the reference takes the same steps without the bad one."""
     model = tiny()
-    job = base_job(steps=10, warmup_steps=0, schedule="constant", learning_rate=0.01)
+    job = Training(steps=10, warmup_steps=0, schedule="constant", learning_rate=0.01)
     optimizer, schedule = make_optimizer(job), make_schedule(job)
     whole = make_pretrain_objective(model)
 

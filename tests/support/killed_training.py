@@ -16,6 +16,7 @@ import time
 
 import jax
 
+from kd_jax.config.execution import Mesh
 from kd_jax.main.command import outcome
 from kd_jax.runtime import distributed
 from kd_jax.runtime.cluster import Place
@@ -39,7 +40,7 @@ def goes_on(workdir: pathlib.Path, steps: int, digests: dict[int, str] | None = 
     """Trains up to `steps`; digests: takes in what there is after each step."""
     settings = job(steps)
     settings.checkpoint_every = every
-    number, count = process_share(make_mesh({"data": -1, "fsdp": 1, "tensor": 1}))
+    number, count = process_share(make_mesh(Mesh(-1, 1, 1)))
     jitted = jax.jit(make_step(make_optimizer(settings)))
     begun = False
 

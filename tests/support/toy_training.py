@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kd_jax.config.base import job as base_job
+from kd_jax.config.execution import Mesh
+from kd_jax.config.training import Training
 from kd_jax.runtime.paths import place
 from kd_jax.trainer.checkpoint import Checkpoints
 from kd_jax.trainer.loop import Phase, fit
@@ -40,7 +41,7 @@ def toy_job(**changes):
         "checkpoint_every": 5,
         "beta2": 0.9,
     }
-    return base_job(**(values | changes))
+    return Training(**(values | changes))
 
 
 def batch_at(step: int) -> dict[str, np.ndarray]:
@@ -86,7 +87,7 @@ def init_params():
 def train(workdir, job=None, *, mesh=None, batches=batch_at, identity=None, tensorboard=False, **changes):
     """A run of the toy in `workdir`; the keywords of `fit` may be replaced."""
     job = job or toy_job()
-    mesh = mesh or make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    mesh = mesh or make_mesh(Mesh(-1, 1, 1))
     optimizer = make_optimizer(job)
     layout = state_shardings(ABSTRACT, optimizer, shardings(mesh, AXES, ABSTRACT))
 

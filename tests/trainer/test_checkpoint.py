@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kd_jax.config.execution import Mesh
 from kd_jax.trainer.checkpoint import FOLDER, Checkpoints, load_params
 from kd_jax.trainer.mesh import make_mesh, shardings
 from kd_jax.trainer.optimizer import make_optimizer
@@ -16,7 +17,7 @@ from tests.support.toy_training import ABSTRACT, AXES, init_params, toy_job
 
 def parts(data=2, fsdp=2, tensor=2):
     """(state, abstract state) of the toy on a mesh."""
-    mesh = make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, devices=jax.devices()[: data * fsdp * tensor])
+    mesh = make_mesh(Mesh(data, fsdp, tensor), devices=jax.devices()[: data * fsdp * tensor])
     optimizer = make_optimizer(toy_job())
     layout = state_shardings(ABSTRACT, optimizer, shardings(mesh, AXES, ABSTRACT))
     return create_state(init_params, optimizer, layout), abstract_state(ABSTRACT, optimizer, layout)
@@ -52,7 +53,7 @@ def test_restores_exactly_and_onto_another_mesh(tmp_path):
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_state_may_be_donated_while_it_is_being_written(tmp_path, devices):
     """The next step overwrites the buffers in place; 8 MB, so that writing takes longer than the step."""
-    mesh = make_mesh({"data": devices, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:devices])
+    mesh = make_mesh(Mesh(devices, 1, 1), devices=jax.devices()[:devices])
     layout = shardings(mesh, {"w": (None,)}, {"w": jax.ShapeDtypeStruct((2_000_000,), jnp.float32)})["w"]
     negate = jax.jit(lambda tree: jax.tree.map(jnp.negative, tree), donate_argnums=0)
     state = {"w": jax.device_put(jnp.arange(2_000_000.0), layout)}
@@ -111,7 +112,7 @@ def saved_run(tmp_path):
 
 
 def wanted(params):
-    mesh = make_mesh({"data": -1, "fsdp": 2, "tensor": 1})
+    mesh = make_mesh(Mesh(-1, 2, 1))
     abstract = jax.eval_shape(lambda: params)
     axes = jax.tree.map(lambda leaf: ("embed",) + (None,) * (len(leaf.shape) - 1), abstract)
     return with_shardings(abstract, shardings(mesh, axes, abstract))

@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from kd_jax.config.execution import Mesh
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.trainer.metrics import TIME, read_metrics
 from tests.support.elastic_training import SAVED_AT, STEPS, goes_on
@@ -113,7 +114,7 @@ def test_another_layout_goes_on_with_the_same_rows_and_losses(
     workdir = tmp_path / "on"
     shutil.copytree(stopped, workdir, ignore=shutil.ignore_patterns("rows-*"))
     if processes == 1:
-        goes_on(workdir, make_mesh(mesh, devices=jax.devices()[:devices]))
+        goes_on(workdir, make_mesh(Mesh(**mesh), devices=jax.devices()[:devices]))
     else:
         run(processes, arguments(workdir, mesh), devices=devices, compiled=compiled)
     new, old = losses(workdir), losses(straight)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from kd_jax.config.execution import Mesh
 from kd_jax.runtime.preemption import Preempted, Preemption, poll, watching
 from kd_jax.runtime.watchdog import Watchdog
 from kd_jax.trainer.goodput import Account
@@ -65,7 +66,7 @@ def test_the_first_loss_row_is_the_weighted_mean_of_its_window(tmp_path):
 def test_the_mesh_does_not_change_the_losses(tmp_path, shape):
     train(tmp_path / "eight", toy_job(steps=6, log_every=1))
     data, fsdp, tensor = shape
-    mesh = make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, devices=jax.devices()[: data * fsdp * tensor])
+    mesh = make_mesh(Mesh(data, fsdp, tensor), devices=jax.devices()[: data * fsdp * tensor])
     state = train(tmp_path / "other", toy_job(steps=6, log_every=1), mesh=mesh)
     assert state["params"]["layer"]["kernel"].sharding.shard_shape((8, 4)) == (8 // fsdp, OUTPUTS // tensor)
     assert state["opt_state"]["adam"].mu["layer"]["kernel"].sharding.shard_shape((8, 4)) == (
@@ -97,8 +98,7 @@ def test_resume_is_exact_even_between_two_logged_steps(tmp_path):
 def test_a_killed_process_resumes_exactly(tmp_path):
     """kill -9 at step 11, then the same command again; the reference never stops."""
     program = pathlib.Path(__file__).parents[1] / "support" / "toy_training.py"
-    root = program.parent.parent
-    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{program.parent}"}
+    environment = os.environ | {"PYTHONPATH": str(program.parents[2])}
 
     def run(folder, kill_at):
         command = [sys.executable, str(program), str(tmp_path / folder), str(kill_at)]

@@ -6,18 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from ml_collections import ConfigDict
 
 from kd_jax.config import base
+from kd_jax.config.execution import Mesh, Rules, Sharding
+from kd_jax.config.settings import block, read
 from kd_jax.trainer.mesh import (
     LARGE,
-    RULES,
     describe_shardings,
     global_batch,
     make_mesh,
     process_share,
     row_multiple,
-    rules_of,
     shardings,
     slice_shape,
     split_slices,
@@ -26,7 +25,7 @@ from kd_jax.types import UserError
 
 
 def mesh_of(data, fsdp, tensor):
-    return make_mesh(ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor}))
+    return make_mesh(Mesh(data, fsdp, tensor))
 
 
 def shape(*sizes):
@@ -87,7 +86,7 @@ def test_the_slower_network_is_crossed_by_data_then_fsdp_and_never_by_tensor():
 
 def test_each_slice_holds_a_whole_block_of_the_mesh():
     for sizes, outer in (((4, 1, 2), (2, 1, 1)), ((1, 4, 2), (1, 2, 1)), ((1, 2, 4), (1, 2, 1))):
-        mesh = make_mesh(ConfigDict({**dict(zip(("data", "fsdp", "tensor"), sizes)), "slices": 2}))
+        mesh = make_mesh(Mesh(*sizes, slices=2))
         assert mesh.devices.shape == sizes
         halves = np.split(mesh.devices, 2, axis=outer.index(2))
         assert [{one.id // 4 for one in half.flat} for half in halves] == [{0}, {1}]
@@ -95,18 +94,17 @@ def test_each_slice_holds_a_whole_block_of_the_mesh():
 
 def test_tables_of_the_config_begin_as_the_default_rules():
     sharding = base.get_config().sharding
-    assert dict(sharding.teacher) == dict(sharding.student) == dict(RULES)
-    assert dict(rules_of(sharding.teacher, "sharding.teacher")) == dict(RULES)
+    assert read(Sharding, sharding, "sharding") == Sharding(Rules(), Rules())
 
 
 @pytest.mark.parametrize("axes", ["model", "fsdp,fsdp", "tensor,rows"])
 def test_an_axis_that_does_not_exist_is_refused(axes):
     with pytest.raises(UserError, match=r"^config\.sharding\.teacher\.embed: "):
-        rules_of(base.sharding(embed=axes), "sharding.teacher")
+        read(Rules, block(Rules, embed=axes), "sharding.teacher")
 
 
 def test_a_dimension_may_lie_along_several_axes():
-    mesh, rules = mesh_of(2, 2, 2), rules_of(base.sharding(embed="data, fsdp", mlp="fsdp,tensor"), "sharding.teacher")
+    mesh, rules = mesh_of(2, 2, 2), Rules(embed="data, fsdp", mlp="fsdp,tensor")
     layout = shardings(mesh, {"one": ("embed", "mlp")}, {"one": shape(8, 8)}, rules)["one"]
     assert layout.spec == PartitionSpec(("data", "fsdp"), "tensor")
     assert describe_shardings({"one": shape(8, 8)}, {"one": layout}, "teacher:")[:2] == [

@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd_jax.config.base import job as base_job
-from kd_jax.trainer.optimizer import after_skipped, check_job, decay_mask, make_optimizer, make_schedule
+from kd_jax.config.settings import block, read
+from kd_jax.config.training import Training
+from kd_jax.trainer.optimizer import after_skipped, decay_mask, make_optimizer, make_schedule
 from kd_jax.types import UserError
 
 PARAMS = {
@@ -27,7 +28,7 @@ def test_matrices_are_decayed_and_stacked_norms_and_biases_are_not():
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_schedule_against_its_formula(schedule):
-    job = base_job(steps=20, warmup_steps=5, learning_rate=2e-3, final_learning_rate=5e-4, schedule=schedule)
+    job = Training(steps=20, warmup_steps=5, learning_rate=2e-3, final_learning_rate=5e-4, schedule=schedule)
     rate = make_schedule(job)
     for count in range(21):
         share = (count - 5) / 15
@@ -40,12 +41,12 @@ def test_schedule_against_its_formula(schedule):
 
 
 def test_without_warmup_the_first_update_is_at_the_peak():
-    assert float(make_schedule(base_job(warmup_steps=0, learning_rate=0.5))(0)) == 0.5
+    assert float(make_schedule(Training(warmup_steps=0, learning_rate=0.5))(0)) == 0.5
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.7])
 def test_updates_against_adamw_in_float64(clip_norm):
-    job = base_job(
+    job = Training(
         steps=10,
         warmup_steps=2,
         learning_rate=0.1,
@@ -107,15 +108,15 @@ def test_updates_against_adamw_in_float64(clip_norm):
 )
 def test_a_key_out_of_range_is_named(key, value):
     with pytest.raises(UserError, match=rf"^config\.distill\.{key}: "):
-        check_job(base_job(**{key: value}), "distill")
+        read(Training, block(Training, **{key: value}), "distill")
 
 
 def test_the_defaults_are_in_range():
-    check_job(base_job(), "pretrain")
+    assert read(Training, block(Training), "pretrain") == Training()
 
 
 def test_after_a_skipped_step_only_the_schedule_went_on():
-    job = base_job(steps=10, warmup_steps=2)
+    job = Training(steps=10, warmup_steps=2)
     optimizer = make_optimizer(job)
     params = {"kernel": jnp.ones((2, 2))}
     before = optimizer.init(params)

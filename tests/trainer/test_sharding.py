@@ -6,25 +6,27 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import FrozenConfigDict
 
-from kd_jax.config import base
+from kd_jax.config.execution import Mesh, Rules
+from kd_jax.config.training import Training
 from kd_jax.jobs.frozen import Frozen, model_layout
 from kd_jax.jobs.job import STEP_KEYS, programs
 from kd_jax.models.projection import WithProjections
 from kd_jax.steps.distill import make_distill_objective
 from kd_jax.steps.pretrain import make_pretrain_objective
-from kd_jax.trainer.mesh import global_batch, make_mesh, rules_of, shardings
+from kd_jax.trainer.mesh import global_batch, make_mesh, shardings
 from tests.steps.test_train_step import SETTINGS, tiny, uneven_batch
 
 STEPS = 3
+WHOLE = Rules("", "", "", "", "", "")
 
 
 def train(objective, arguments, model, frozen, mesh, tables=(), **changes):
     """(losses of STEPS steps, final parameters as NumPy). tables: the rules of what is trained, the entries of frozen
     and the rules of the teachers in it."""
-    job = base.job(steps=10, warmup_steps=2, learning_rate=1e-2, **changes)
-    settings = FrozenConfigDict({key: job[key] for key in STEP_KEYS})
+    job = Training(steps=10, warmup_steps=2, learning_rate=1e-2, **changes)
+    settings = FrozenConfigDict({key: getattr(job, key) for key in STEP_KEYS})
     compiled = programs(objective, arguments, model, settings, mesh, *tables)
     state = compiled.from_seed(np.int32(0))
     losses = []
@@ -38,8 +40,8 @@ def train(objective, arguments, model, frozen, mesh, tables=(), **changes):
 def test_distillation_on_eight_devices_equals_one(shape, accumulation):
     student, teacher = tiny(), tiny(num_layers=1)
     arguments = (WithProjections(student, ()), (teacher,), SETTINGS)
-    one = make_mesh(ConfigDict({"data": 1, "fsdp": 1, "tensor": 1}), devices=jax.devices()[:1])
-    mesh = make_mesh(ConfigDict(dict(zip(("data", "fsdp", "tensor"), shape))))
+    one = make_mesh(Mesh(1, 1, 1), devices=jax.devices()[:1])
+    mesh = make_mesh(Mesh(*shape))
     params = jax.device_get(teacher.init(jax.random.key(7)))
     layout = shardings(mesh, teacher.logical_axes(), teacher.abstract())
     losses, alone = train(make_distill_objective, arguments, student, {"teachers": (params,)}, one)
@@ -53,13 +55,13 @@ def test_distillation_on_eight_devices_equals_one(shape, accumulation):
 def test_a_sharded_teacher_and_a_replicated_student_equal_one_device():
     student, teacher = tiny(), tiny(num_layers=1)
     arguments = (WithProjections(student, ()), (teacher,), SETTINGS)
-    one = make_mesh(ConfigDict({"data": 1, "fsdp": 1, "tensor": 1}), devices=jax.devices()[:1])
-    mesh = make_mesh(ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
+    one = make_mesh(Mesh(1, 1, 1), devices=jax.devices()[:1])
+    mesh = make_mesh(Mesh(2, 2, 2))
     params = jax.device_get(teacher.init(jax.random.key(7)))
     losses, alone = train(make_distill_objective, arguments, student, {"teachers": (params,)}, one)
 
-    whole = rules_of(ConfigDict(dict.fromkeys(base.sharding(), "")), "sharding.student")
-    cut = rules_of(base.sharding(embed="data,fsdp"), "sharding.teacher")
+    whole = WHOLE
+    cut = Rules(embed="data,fsdp")
     reads = Frozen(teachers=(teacher,))
     layout = model_layout(teacher, mesh, cut)
     placed = {"teachers": (jax.device_put(params, layout),)}
@@ -79,11 +81,11 @@ def test_a_sharded_teacher_and_a_replicated_student_equal_one_device():
 
 def test_the_step_states_where_state_teacher_and_batch_lie():
     student, teacher = tiny(), tiny(num_layers=1)
-    mesh = make_mesh(ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
-    whole = rules_of(ConfigDict(dict.fromkeys(base.sharding(), "")), "sharding.student")
-    cut = rules_of(base.sharding(), "sharding.teacher")
+    mesh = make_mesh(Mesh(2, 2, 2))
+    whole = WHOLE
+    cut = Rules()
     reads = Frozen(teachers=(teacher,), whole=("kept",))
-    settings = FrozenConfigDict({key: base.job()[key] for key in STEP_KEYS})
+    settings = FrozenConfigDict({key: Training()[key] for key in STEP_KEYS})
     arguments = (WithProjections(student, ()), (teacher,), SETTINGS)
     compiled = programs(make_distill_objective, arguments, student, settings, mesh, whole, (reads, cut))
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(compiled.layout))
@@ -103,19 +105,19 @@ def test_the_step_states_where_state_teacher_and_batch_lie():
 
 def test_the_printed_table_has_the_teacher_as_well():
     teacher = tiny(num_layers=1)
-    mesh = make_mesh(ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
-    lines = Frozen(teachers=(teacher,)).describe(mesh, rules_of(base.sharding(mlp=""), "sharding.teacher"))
+    mesh = make_mesh(Mesh(2, 2, 2))
+    lines = Frozen(teachers=(teacher,)).describe(mesh, Rules(mlp=""))
     assert lines[0] == "teacher, frozen:"
     assert any(line.split()[:4] == ["encoder/embeddings/tokens", "61", "x", "32/fsdp"] for line in lines)
     assert any(line.split()[0] == "encoder/layers/mlp/output/kernel" and "/tensor" not in line for line in lines)
-    beside = Frozen(decoder=tiny(decoder_bias=True)).describe(mesh, rules_of(base.sharding(), "sharding.teacher"))
+    beside = Frozen(decoder=tiny(decoder_bias=True)).describe(mesh, Rules())
     assert beside[0] == "teacher's decoder, frozen:" and "61 x 32/fsdp" in beside[1]
 
 
 def test_parameters_are_really_spread_over_fsdp_and_tensor():
     model = tiny()
-    mesh = make_mesh(ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
-    settings = FrozenConfigDict({key: base.job()[key] for key in STEP_KEYS})
+    mesh = make_mesh(Mesh(2, 2, 2))
+    settings = FrozenConfigDict({key: Training()[key] for key in STEP_KEYS})
     compiled = programs(make_pretrain_objective, (model,), model, settings, mesh)
     state = compiled.from_seed(np.int32(0))
     shares = [leaf.addressable_shards[0].data.size / leaf.size for leaf in jax.tree.leaves(state["params"])]
@@ -126,10 +128,10 @@ def test_parameters_are_really_spread_over_fsdp_and_tensor():
 
 def test_teacher_is_neither_changed_nor_part_of_the_state():
     student, teacher = tiny(), tiny(num_layers=1)
-    mesh = make_mesh(ConfigDict({"data": -1, "fsdp": 1, "tensor": 1}))
+    mesh = make_mesh(Mesh(-1, 1, 1))
     params = teacher.init(jax.random.key(7))
     before = jax.device_get(params)
-    settings = FrozenConfigDict({key: base.job()[key] for key in STEP_KEYS})
+    settings = FrozenConfigDict({key: Training()[key] for key in STEP_KEYS})
     arguments = (WithProjections(student, ()), (teacher,), SETTINGS)
     compiled = programs(make_distill_objective, arguments, student, settings, mesh)
     batch = global_batch(mesh, uneven_batch())

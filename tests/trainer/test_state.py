@@ -5,6 +5,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+from kd_jax.config.execution import Mesh
 from kd_jax.trainer.mesh import make_mesh, shardings
 from kd_jax.trainer.optimizer import make_optimizer
 from kd_jax.trainer.state import abstract_state, create_state, from_plain, state_from_params, state_shardings, to_plain
@@ -14,9 +15,7 @@ from tests.support.toy_training import ABSTRACT, AXES, init_params, toy_job
 @pytest.fixture
 def parts():
     optimizer = make_optimizer(toy_job())
-    layout = state_shardings(
-        ABSTRACT, optimizer, shardings(make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), AXES, ABSTRACT)
-    )
+    layout = state_shardings(ABSTRACT, optimizer, shardings(make_mesh(Mesh(2, 2, 2)), AXES, ABSTRACT))
     return optimizer, layout
 
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
+from kd_jax.config.execution import Mesh
 from kd_jax.models.functional import Functional
 from kd_jax.models.huggingface import files as huggingface_files
 from kd_jax.models.huggingface.config import read_config
@@ -39,7 +39,7 @@ def case(request):
 
 def layout(config, **axes):
     model = Functional("mlm", config)
-    mesh = make_mesh(ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, **axes}))
+    mesh = make_mesh(Mesh(-1, 1, 1, **axes))
     return shardings(mesh, model.logical_axes(), model.abstract())
 
 

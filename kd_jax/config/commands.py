@@ -1,0 +1,164 @@
+"""Settings of the remaining commands: import, evaluation, export, latency, compile check, and the study."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kd_jax.config.settings import check, one_of
+
+
+@dataclass(frozen=True)
+class ImportModel:
+    """A model of `transformers`, whose tokenizer config.prepared was made with: `config.import_model`.
+
+    path: folder with config.json and safetensors, or a name on the hub; ${VARIABLE} is filled in.
+    revision: of a model on the hub: branch, tag or commit; empty takes its main branch.
+    evaluate_rows: held-out rows per store for the loss that the model comes with; 0 measures none.
+    """
+
+    path: str = ""
+    revision: str = ""
+    evaluate_rows: int = 256
+
+    def __post_init__(self):
+        remedy = "name a folder that `save_pretrained` wrote, or a model of the hub"
+        check(bool(self.path), "path", "it is empty", remedy)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Scoring of a finetuned model: `config.evaluate`.
+
+    checkpoint: workdir of a finetune run.
+    partition: dev | test.
+    mode: strict (IOB2 after repair) | massive (the official score).
+    batch_rows: rows predicted at a time.
+    """
+
+    checkpoint: str = ""
+    partition: str = "test"
+    mode: str = "strict"
+    batch_rows: int = 32
+
+    def __post_init__(self):
+        check(
+            self.partition in ("dev", "test"),
+            "partition",
+            f"{self.partition!r} is no partition to score",
+            "use dev or test",
+        )
+        check(self.mode in ("strict", "massive"), "mode", f"{self.mode!r} is unknown", "use strict or massive")
+        check(bool(self.checkpoint), "checkpoint", "it is empty", "give the workdir of a finetune run")
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `export` writes for `transformers`: `config.export`.
+
+    checkpoint: workdir of a pretrain, distill, import_model or finetune run.
+    int8: DC and ICNER: weights in int8 for `predict` and the program, not those for transformers.
+    stablehlo: DC and ICNER: the compiled program too, which runs without kd_jax (needs flatbuffers).
+    results: workdir of the `evaluate` run whose test results the model card states; empty looks for one next to it.
+    """
+
+    checkpoint: str = ""
+    int8: bool = False
+    stablehlo: bool = False
+    results: str = ""
+
+    def __post_init__(self):
+        check(bool(self.checkpoint), "checkpoint", "it is empty", "give the workdir of a finished run")
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Size, and the time of one and of 64 utterances, for choosing a student: `config.latency`.
+
+    models: encoder blocks of this config: some of teacher, intermediate, student.
+    task: dc | icner: whose heads they have.
+    calls: timed calls of each, >= 5.
+    seconds: most seconds for each model and number of utterances.
+    """
+
+    models: tuple[str, ...] = ("teacher", "student")
+    task: str = "icner"
+    calls: int = 200
+    seconds: float = 20.0
+
+    def __post_init__(self):
+        one_of(self.task, ("dc", "icner"), "task")
+        check(self.calls >= 5, "calls", f"{self.calls} is too few", "use 5 or more")
+
+
+@dataclass(frozen=True)
+class CompileCheck:
+    """What `compile_check` compiles, without the hardware: `config.compile_check`.
+
+    command: pretrain | distill (teacher in the loop) | cached (config.cache.format).
+    rows: of a batch; 0 takes the job's batch_size.
+    tries: compilations to spend on the largest batch that fits, >= 0.
+    price: of a device per hour, in any currency; 0 reports hours only.
+    """
+
+    command: str = "distill"
+    rows: int = 0
+    tries: int = 5
+    price: float = 0.0
+
+    def __post_init__(self):
+        one_of(self.command, ("pretrain", "distill", "cached"), "command")
+        check(self.tries >= 0, "tries", f"{self.tries} is negative", "give the compilations to spend on the search")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Which students are compared, and how: `config.study`.
+
+    name: title of the report.
+    teacher_import: a model of `transformers` as generic teacher (folder or name on the hub, as import_model.path, which
+        the study sets); config.tokenizer and config.teacher must match it. Empty pretrains config.teacher.
+    train_head: imported teacher: train its masked-LM head first, with the encoder frozen and config.pretrain as job.
+    transfer_sets: name -> task_share.
+    selected_sets: the same with selected generic text (config.select) in place of all generic text.
+    adapted_sets: transfer sets also distilled from the adapted teacher,
+    schedule_sets: from the generic teacher and, from schedule_switch on, from the adapted one,
+    average_sets: from both, their probabilities averaged,
+    chain_sets: from config.intermediate, itself distilled from the generic teacher (config.chain).
+    schedule_switch: progress, in (0, 1).
+    cache: students that share a teacher read its cached predictions, where the terms allow it.
+    mlm_sets: transfer sets also learned by MLM alone, without a teacher.
+    seeds: of the students.
+    tasks: dc, icner or both.
+    latency: measure size and latency of teacher and students, with config.latency.
+    recipe_learning_rates, recipe_epochs: finetuning recipes, searched on dev for each student with the first seed.
+    require_teacher_better_than_unigram: stop before distilling from a teacher whose loss on task text is no better
+        than a unigram's.
+    """
+
+    name: str = "study"
+    teacher_import: str = ""
+    train_head: bool = True
+    transfer_sets: Mapping[str, float] = field(default_factory=lambda: {"generic": 0.0, "mix50": 0.5, "task": 1.0})
+    selected_sets: Mapping[str, float] = field(default_factory=dict)
+    adapted_sets: tuple[str, ...] = ("task",)
+    schedule_sets: tuple[str, ...] = ()
+    average_sets: tuple[str, ...] = ()
+    chain_sets: tuple[str, ...] = ()
+    schedule_switch: float = 0.5
+    cache: bool = True
+    mlm_sets: tuple[str, ...] = ("task",)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tasks: tuple[str, ...] = ("dc", "icner")
+    latency: bool = True
+    recipe_learning_rates: tuple[float, ...] = (1e-3,)
+    recipe_epochs: tuple[int, ...] = (10,)
+    require_teacher_better_than_unigram: bool = True
+
+    def __post_init__(self):
+        for key in ("transfer_sets", "selected_sets"):
+            for name, share in getattr(self, key).items():
+                check(0.0 <= share <= 1.0, f"{key}.{name}", f"{share} is no share", "give a number from 0 to 1")
+        twice = sorted(set(self.transfer_sets) & set(self.selected_sets))
+        check(not twice, "selected_sets", f"{', '.join(twice)} is a transfer set too", "choose another name")
+        switch = self.schedule_switch
+        check(0 < switch < 1, "schedule_switch", f"{switch} is outside (0, 1)", "0.5 switches half-way")
+        check(len(self.seeds) > 0, "seeds", "there is no seed", "give at least one, better three")

@@ -1,0 +1,68 @@
+"""From a block of the config to a frozen dataclass that states and checks what the code below the commands reads."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+
+from kd_jax.types import UserError
+
+Settings = TypeVar("Settings")
+
+
+class Invalid(ValueError):
+    """A setting that makes no sense; `read` turns it into a UserError that names the config key."""
+
+    def __init__(self, field: str, problem: str, remedy: str):
+        super().__init__(f"{field}: {problem}; {remedy}")
+        self.field, self.problem, self.remedy = field, problem, remedy
+
+
+def check(condition: bool, field: str, problem: str, remedy: str) -> None:
+    """Raises Invalid unless the condition holds; for `__post_init__` of the dataclasses in this package."""
+    if not condition:
+        raise Invalid(field, problem, remedy)
+
+
+def one_of(value: str, choices: Iterable[str], field: str) -> None:
+    """Raises Invalid unless the value is one of the choices."""
+    check(value in (known := tuple(choices)), field, f"{value!r} is unknown", f"use {', '.join(known)}")
+
+
+def read(kind: type[Settings], block: ConfigDict | Mapping[str, Any], key: str) -> Settings:
+    """config.<key> as a frozen dataclass; raises UserError, naming config.<key>.<field>, for what makes no sense."""
+    values = {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        value, name = block[field.name], f"{key}.{field.name}" if key else field.name
+        if dataclasses.is_dataclass(field.type):
+            value = read(field.type, value, name)  # type: ignore[arg-type]
+        elif isinstance(value, list):  # JSON has no tuples
+            value = tuple(value)
+        elif isinstance(value, ConfigDict):  # names of the user's own choice, such as transfer sets
+            value = value.to_dict()
+        elif field.type is float:
+            value = float(value)
+        values[field.name] = value
+    try:
+        return kind(**values)
+    except Invalid as error:
+        name = ".".join(part for part in ("config", key, error.field) if part)
+        raise UserError(f"{name}: {error.problem}; {error.remedy}") from None
+
+
+def block(kind: Any, /, **changes: Any) -> ConfigDict:
+    """The defaults of a dataclass, with changes, as a block of the config; the inverse of `read`."""
+    values = {}
+    for field in dataclasses.fields(kind):  # without an instance, which would check defaults that the user must change
+        value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        values[field.name] = _plain(changes.pop(field.name, value))
+    if changes:
+        raise KeyError(f"{kind.__name__} has no field {next(iter(changes))!r}")
+    return ConfigDict(values)
+
+
+def _plain(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value):
+        return value
+    return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}

@@ -1,0 +1,266 @@
+"""Settings of the training jobs: steps and optimizer, the terms of the distillation loss, finetuning."""
+
+from dataclasses import dataclass, field
+
+from kd_jax.config.settings import check, one_of
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+@dataclass(frozen=True)
+class Training:
+    """Length, optimizer and logging of one training job: `config.adapt`, `config.chain`, and part of every other job.
+
+    steps: optimizer steps, >= 1.
+    batch_size: rows (utterances when finetuning) per step over all devices, >= 1.
+    accumulation: micro-batches per step; divides batch_size.
+    learning_rate: peak, > 0.
+    warmup_steps: linear from 0; in [0, steps].
+    schedule: after warm-up: linear | cosine | constant.
+    final_learning_rate: what linear and cosine end at, in [0, learning_rate].
+    weight_decay: >= 0, on matrices only, never on norms and biases.
+    clip_norm: global gradient norm, >= 0; 0 turns clipping off.
+    beta1, beta2, epsilon: AdamW's.
+    log_every: steps, >= 1.
+    evaluate_every: steps; 0 evaluates at the end only.
+    evaluate_rows: masked-LM jobs: most held-out rows per store.
+    checkpoint_every: steps, >= 1; a checkpoint is always written at the end.
+    keep_checkpoints: >= 1, newest ones kept.
+    skip_non_finite: steps of a run whose loss is not finite and whose update is therefore skipped; one more ends the
+        run, and 0 allows none.
+    """
+
+    steps: int = 1000
+    batch_size: int = 64
+    accumulation: int = 1
+    learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    schedule: str = "linear"
+    final_learning_rate: float = 0.0
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.98
+    epsilon: float = 1e-6
+    log_every: int = 20
+    evaluate_every: int = 0
+    evaluate_rows: int = 256
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    skip_non_finite: int = 0
+
+    def __post_init__(self):
+        def require(condition: bool, name: str, wanted: str) -> None:
+            check(condition, name, f"{getattr(self, name)!r} is out of range", f"give {wanted}")
+
+        require(self.steps > 0, "steps", "a number of steps of at least 1")
+        require(self.accumulation > 0, "accumulation", "a number of micro-batches of at least 1")
+        require(self.batch_size > 0, "batch_size", "at least 1")
+        divides = self.batch_size % self.accumulation == 0
+        require(divides, "accumulation", f"a divisor of batch_size = {self.batch_size}")
+        require(self.learning_rate > 0, "learning_rate", "a rate above 0")
+        require(0 <= self.warmup_steps <= self.steps, "warmup_steps", f"0 to steps = {self.steps}")
+        require(self.schedule in SCHEDULES, "schedule", " or ".join(SCHEDULES))
+        below = 0 <= self.final_learning_rate <= self.learning_rate
+        require(below, "final_learning_rate", f"0 to learning_rate = {self.learning_rate}")
+        require(self.weight_decay >= 0, "weight_decay", "0 or more")
+        require(self.clip_norm >= 0, "clip_norm", "a norm above 0, or 0 to turn clipping off")
+        require(0 <= self.beta1 < 1, "beta1", "0 to below 1")
+        require(0 <= self.beta2 < 1, "beta2", "0 to below 1")
+        require(self.epsilon > 0, "epsilon", "a number above 0")
+        require(self.log_every > 0, "log_every", "a number of steps of at least 1")
+        require(self.evaluate_every >= 0, "evaluate_every", "a number of steps, or 0 to evaluate at the end only")
+        require(self.checkpoint_every > 0, "checkpoint_every", "a number of steps of at least 1")
+        require(self.keep_checkpoints > 0, "keep_checkpoints", "at least 1")
+        require(self.skip_non_finite >= 0, "skip_non_finite", "a number of steps, or 0 to stop at the first")
+
+
+@dataclass(frozen=True)
+class Pretrain(Training):
+    """Masked-LM pretraining: `config.pretrain`.
+
+    model: teacher | student: which encoder is trained.
+    init_from: workdir of a run to continue from, with a fresh optimizer; empty trains from scratch.
+    """
+
+    model: str = "teacher"
+    init_from: str = ""
+
+    def __post_init__(self):
+        super().__post_init__()
+        one_of(self.model, ("teacher", "student"), "model")
+
+
+@dataclass(frozen=True)
+class Term:
+    """A term of the distillation loss: its weight as a function of progress, which runs from 0 to 1.
+
+    weight: >= 0; a term whose weight is 0 throughout is not computed.
+    final_weight: the weight moves linearly to this; below 0 it stays as it is.
+    begin: progress at which the weight starts to move.
+    end: progress at which it arrives; the same as `begin` makes it a switch.
+    """
+
+    weight: float = 0.0
+    final_weight: float = -1.0
+    begin: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self):
+        check(self.weight >= 0, "weight", f"{self.weight} is negative", "give 0 or more")
+        ordered = 0 <= self.begin <= self.end <= 1
+        check(ordered, "begin", f"{self.begin} to {self.end} is no span of progress", "0 <= begin <= end <= 1")
+
+    @property
+    def last(self) -> float:
+        """The weight at the end of training."""
+        return self.final_weight if self.final_weight >= 0 else self.weight
+
+    @property
+    def used(self) -> bool:
+        return self.weight > 0 or self.last > 0
+
+
+@dataclass(frozen=True)
+class KL(Term):
+    """KL(teacher || student) * temperature ** 2 (Hinton et al. 2015).
+
+    temperature: > 0, of both softmaxes.
+    final_temperature: the temperature moves linearly to this at the last step; 0 keeps it.
+    """
+
+    weight: float = 1.0
+    temperature: float = 2.0
+    final_temperature: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.temperature > 0, "temperature", f"{self.temperature} is not positive", "2.0 is usual")
+        final = self.final_temperature
+        check(final >= 0, "final_temperature", f"{final} is negative", "0 keeps the temperature")
+
+
+@dataclass(frozen=True)
+class Hidden(Term):
+    """Distance of hidden states after matched layers, at every real token.
+
+    distance: cosine | mse.
+    layers: uniform | last | "0:3,1:7": pairs student:teacher, counted from 0 (-1 is the last).
+    projection: auto (where the widths differ) | always | never: a learned map to the teacher's width.
+    """
+
+    distance: str = "cosine"
+    layers: str = "uniform"
+    projection: str = "auto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        one_of(self.distance, ("cosine", "mse"), "distance")
+
+
+@dataclass(frozen=True)
+class Embeddings(Term):
+    """Distance of the states before layer 0; see Hidden."""
+
+    distance: str = "mse"
+    projection: str = "auto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        one_of(self.distance, ("cosine", "mse"), "distance")
+
+
+@dataclass(frozen=True)
+class Relations(Term):
+    """KL between scaled dot products among queries, among keys and among values (MiniLMv2, Wang et al. 2021).
+
+    heads: relation heads, which must divide both widths; 0 takes the student's attention heads.
+    layers: as for Hidden.
+    parts: some of query, key and value.
+    """
+
+    heads: int = 0
+    layers: str = "last"
+    parts: tuple[str, ...] = ("query", "key", "value")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for part in self.parts:
+            check(part in ("query", "key", "value"), "parts", f"{part!r} is unknown", "use query, key and value")
+        check(bool(self.parts), "parts", "it is empty", "use query, key and value")
+
+
+@dataclass(frozen=True)
+class Distill(Training):
+    """Distillation of a student: `config.distill`.
+
+    kl, mlm, hidden, embeddings, relations: the terms of the loss; mlm is the hard masked-LM cross entropy.
+    kd_positions: masked | all: where the KL term is taken.
+    block_positions: positions whose logits are formed at a time; 0 chooses.
+    init: random | teacher: the student starts from layers of the (first) teacher.
+    init_layers: init=teacher: uniform | first | last | "0,3": a teacher layer for each of the student's.
+    teacher_steps: several teachers: () averages them; (0, n, ...) uses each from its step on.
+    """
+
+    kl: KL = field(default_factory=KL)
+    mlm: Term = field(default_factory=lambda: Term(1.0))
+    hidden: Hidden = field(default_factory=Hidden)
+    embeddings: Embeddings = field(default_factory=Embeddings)
+    relations: Relations = field(default_factory=Relations)
+    kd_positions: str = "masked"
+    block_positions: int = 0
+    init: str = "random"
+    init_layers: str = "uniform"
+    teacher_steps: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        some = any(term.used for term in self.terms.values())
+        check(some, "", "every term has weight 0", "give kl, mlm, hidden, embeddings or relations a weight")
+        one_of(self.kd_positions, ("masked", "all"), "kd_positions")
+        one_of(self.init, ("random", "teacher"), "init")
+        check(self.block_positions >= 0, "block_positions", f"{self.block_positions} is negative", "0 chooses")
+
+    @property
+    def terms(self) -> dict[str, Term]:
+        names = ("kl", "mlm", *FEATURE_TERMS)
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The terms on inner states that are used; they need the teacher in the loop."""
+        return tuple(name for name in FEATURE_TERMS if getattr(self, name).used)
+
+
+FEATURE_TERMS = ("hidden", "embeddings", "relations")
+
+
+@dataclass(frozen=True)
+class Finetune(Training):
+    """Finetuning on labeled utterances: `config.finetune`.
+
+    init_from: workdir of a distill or pretrain run; empty trains from scratch.
+    epochs: > 0 replaces steps: passes over the train utterances.
+    domain: ICNER: one domain's model; empty takes all domains together; "each" trains one after the other.
+    max_train: labeled train utterances per locale, the same ids in each; 0 takes all.
+    label_smoothing: in [0, 1).
+    tag_weight: ICNER: weight of the tag loss; the intent loss has weight 1.
+    dropout: in [0, 1), in the heads and the encoder.
+    """
+
+    batch_size: int = 32
+    init_from: str = ""
+    epochs: int = 0
+    domain: str = ""
+    max_train: int = 0
+    label_smoothing: float = 0.0
+    tag_weight: float = 1.0
+    dropout: float = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        smoothing = self.label_smoothing
+        check(0 <= smoothing < 1, "label_smoothing", f"{smoothing} is outside [0, 1)", "0.1 is usual")
+        check(0 <= self.dropout < 1, "dropout", f"{self.dropout} is outside [0, 1)", "0.1 is usual")
+        check(self.max_train >= 0, "max_train", f"{self.max_train} is negative", "0 takes all")
+        check(self.epochs >= 0, "epochs", f"{self.epochs} is negative", "0 uses config.finetune.steps")
