@@ -10,7 +10,7 @@ from kd_jax.data.rows import MANIFEST, STORE_FILES
 from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.data.text.utterances import Utterance
 from kd_jax.runtime.copies import describe
-from kd_jax.runtime.paths import read_json, write_whole
+from kd_jax.runtime.files import read_json, write_atomically
 from kd_jax.types import UserError
 
 
@@ -66,7 +66,7 @@ def write_manifest(
         "stores": manifests,
         "files": describe(folder, _file_names(folder, values, manifests)),
     }
-    write_whole(folder / MANIFEST, json.dumps(whole, indent=1).encode())
+    write_atomically(folder / MANIFEST, json.dumps(whole, indent=1).encode())
 
 
 def _file_names(folder: pathlib.Path, values: dict, manifests: list[dict[str, Any]]) -> list[str]:

@@ -26,7 +26,8 @@ from kd_jax.data.permutation import name_key
 from kd_jax.data.rows import MANIFEST, RowStore, disk_of
 from kd_jax.data.transfer_set import TransferSet
 from kd_jax.runtime.copies import LocalCopy, sha256_of
-from kd_jax.runtime.paths import is_remote, make_folder, names_in, place, reaching, read_json, write_whole
+from kd_jax.runtime.files import read_json, write_atomically
+from kd_jax.runtime.paths import as_path, is_remote, make_folder, names_in, reaching
 from kd_jax.types import Batch, UserError
 
 PARTS = "parts"
@@ -132,7 +133,7 @@ class CacheWriter:
         identity: Mapping[str, Any],
         rows_per_part: int,
     ):
-        self.folder, self.stores, self.layout = place(folder), stores, layout
+        self.folder, self.stores, self.layout = as_path(folder), stores, layout
         self._sums: dict[str, dict[str, Any]] = {}  # of the arrays that this object wrote
         self._visits = [np.nonzero(seen) for seen in visits]
         self._parts = [
@@ -222,7 +223,7 @@ class CacheWriter:
         buffer = io.BytesIO()
         np.save(buffer, values, allow_pickle=False)
         data = buffer.getvalue()
-        write_whole(self.folder / name, data)
+        write_atomically(self.folder / name, data)
         self._sums[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         return self._sums[name]
 
@@ -234,7 +235,7 @@ class CacheWriter:
         return self._sums[name]
 
     def _write_json(self, name: str, values: Any) -> None:
-        write_whole(self.folder / name, json.dumps(values, indent=1).encode())
+        write_atomically(self.folder / name, json.dumps(values, indent=1).encode())
 
 
 class TeacherCache:
@@ -245,7 +246,7 @@ class TeacherCache:
     """
 
     def __init__(self, folder: str | os.PathLike, key: str = "teacher_cache"):
-        self.folder, self._key = place(folder), key
+        self.folder, self._key = as_path(folder), key
         try:
             self.manifest: dict[str, Any] = read_json(self.folder / MANIFEST)
         except FileNotFoundError:

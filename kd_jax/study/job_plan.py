@@ -14,7 +14,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kd_jax.config import fingerprint, identity, to_dict
-from kd_jax.runtime.paths import make_folder, write_whole
+from kd_jax.runtime.files import write_atomically
+from kd_jax.runtime.paths import make_folder
 from kd_jax.study.plan import Planner, Recipe, Stage, Student, recipes, students
 from kd_jax.study.run import Study, best_of
 from kd_jax.types import UserError
@@ -237,6 +238,6 @@ def write_plan(workdir: pathlib.Path, values: Mapping[str, Any]) -> pathlib.Path
         )
         for one in values["arrays"]
     ]
-    write_whole(workdir / TABLE, "".join(f"{row}\n" for row in rows).encode())
-    write_whole(workdir / FILE, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomically(workdir / TABLE, "".join(f"{row}\n" for row in rows).encode())
+    write_atomically(workdir / FILE, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
     return workdir / FILE

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kd_jax.config import from_dict, to_dict
-from kd_jax.runtime.paths import read_json, write_whole
+from kd_jax.runtime.files import read_json, write_atomically
 from kd_jax.study.attempts import attempt
 from kd_jax.study.plan import STAGE, Planner, Recipe, Stage, Student, recipes, students
 from kd_jax.types import UserError
@@ -168,7 +168,7 @@ def resolve_stages(config: ConfigDict, stages: pathlib.Path) -> ConfigDict:
 
 def write_seconds(folder: pathlib.Path, seconds: float) -> None:
     """Keeps a stage's wall time beside it."""
-    write_whole(folder / "seconds.json", json.dumps(round(seconds, 2)).encode())
+    write_atomically(folder / "seconds.json", json.dumps(round(seconds, 2)).encode())
 
 
 def read_seconds(folder: pathlib.Path) -> float:

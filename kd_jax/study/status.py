@@ -8,7 +8,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from kd_jax.runtime.paths import need_local, read_json
+from kd_jax.runtime.files import read_json
+from kd_jax.runtime.paths import need_local
 from kd_jax.study.attempts import FAILED, RUNNING, STOPPED, Attempt, read_attempt
 from kd_jax.study.job_plan import PHASES, REPORT, Planned, is_done, planned
 from kd_jax.study.plan import Stage

@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from kd_jax.runtime.disk import write_json
-from kd_jax.runtime.paths import make_folder, place
+from kd_jax.runtime.files import write_json
+from kd_jax.runtime.paths import as_path, make_folder
 from kd_jax.trainer.metrics import TIME
 
 FILE = "goodput.json"
@@ -26,7 +26,7 @@ class Account:
     """
 
     def __init__(self, folder: str | os.PathLike | None = None):
-        self._file = None if folder is None else place(folder) / FILE
+        self._file = None if folder is None else as_path(folder) / FILE
         self._seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
         self._kind: str | None = None
         self._since = time.monotonic()

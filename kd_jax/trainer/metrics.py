@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from kd_jax.runtime.copies import on_this_host, put
-from kd_jax.runtime.disk import full_disk_is_user_error, write_atomically
-from kd_jax.runtime.paths import GrowingFile, is_remote, make_folder, names_in, place, reaching
+from kd_jax.runtime.files import GrowingFile, full_disk_is_user_error, write_atomically
+from kd_jax.runtime.paths import as_path, is_remote, make_folder, names_in, reaching
 from kd_jax.trainer.weights_and_biases import Tracker
 from kd_jax.types import Array
 
@@ -51,7 +51,7 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: str | pathlib.Path, tensorboard: bool, tracker: Tracker | None = None):
-        self._path = place(workdir) / FILE
+        self._path = as_path(workdir) / FILE
         self._events = on_this_host(self._path.parent) / "tensorboard"
         self._wants_tensorboard, self._tracker = tensorboard, tracker
         self._writes = jax.process_index() == 0
@@ -128,7 +128,7 @@ class MetricsWriter:
 
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, [] if there is none; a last line without its newline is torn and left out."""
-    path = place(path)
+    path = as_path(path)
     try:
         with reaching(path):
             lines = path.read_bytes().split(b"\n")[:-1]

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from kd_jax.config.base import job as base_job
-from kd_jax.runtime.paths import place
+from kd_jax.runtime.paths import as_path
 from kd_jax.trainer.checkpoint import Checkpoints
 from kd_jax.trainer.loop import Phase, fit
 from kd_jax.trainer.mesh import make_mesh, shardings
@@ -103,7 +103,7 @@ def train(workdir, job=None, *, mesh=None, batches=batch_at, identity=None, tens
         "identity": identity or {"config": "toy"},
     }
     try:
-        with Checkpoints(place(workdir) / "checkpoints", keep=2) as checkpoints:
+        with Checkpoints(as_path(workdir) / "checkpoints", keep=2) as checkpoints:
             return fit(**(arguments | {"checkpoints": checkpoints} | changes))
     finally:
         writer.close()

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from kd_jax.config import fingerprint, identity, to_dict
-from kd_jax.evaluation.records import read_json_lines, read_records, write_json_lines
-from kd_jax.runtime.paths import read_json
+from kd_jax.evaluation.records import read_records
+from kd_jax.runtime.files import read_json, read_json_lines, write_json_lines
 from kd_jax.study.plan import Student, students, task_shares
 from kd_jax.study.report.report import ReportInputs
 from kd_jax.study.run import Study
