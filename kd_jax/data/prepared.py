@@ -25,7 +25,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kd_jax.data.manifest import differences, read_manifest, write_manifest
-from kd_jax.data.rows import MANIFEST, RowStore, StoreWriter, disk_of, new_folder
+from kd_jax.data.rows import MANIFEST, RowStore, StoreWriter, new_folder
 from kd_jax.data.text.decontamination import FilterCount
 from kd_jax.data.text.files import fill_path
 from kd_jax.data.text.selection import check_selection, choose
@@ -33,7 +33,7 @@ from kd_jax.data.text.splits import Splits
 from kd_jax.data.text.tokenizer import Tokenizer, train_tokenizer
 from kd_jax.data.text.utterances import Utterance, load_utterances, read_massive, write_massive
 from kd_jax.runtime.copies import LocalCopy, copy_folder, outgoing, put
-from kd_jax.runtime.files import read_json, write_atomically
+from kd_jax.runtime.files import full_disk_is_user_error, read_json, write_atomically
 from kd_jax.runtime.paths import as_path, digest, is_remote
 from kd_jax.types import UserError
 
@@ -146,7 +146,7 @@ def prepare(config: ConfigDict, folder: str | os.PathLike, watch: Watch = lambda
 
 def _build(config: ConfigDict, values: dict[str, Any], folder: pathlib.Path, watch: Watch) -> None:
     """Writes a prepared folder on a local disk, the manifest last."""
-    with disk_of(folder):
+    with full_disk_is_user_error(folder):
         utterances = load_utterances(config.nlu)
         with new_folder(folder / "utterances") as temporary:
             write_massive(utterances, temporary)

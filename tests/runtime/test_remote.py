@@ -13,7 +13,7 @@ from kd_jax.runtime import copies
 from kd_jax.runtime.files import read_json, read_json_lines, write_atomically
 from kd_jax.runtime.paths import as_path, names_in
 from kd_jax.trainer.checkpoint import Checkpoints
-from kd_jax.trainer.metrics import TIME, read_metrics
+from kd_jax.trainer.metrics import TIME
 from kd_jax.types import UserError
 from tests.support import fake_store, toy_training
 from tests.support.finished_runs import small_config
@@ -37,7 +37,10 @@ def small(prepared: str):
 
 
 def rows_without_times(metrics):
-    return [{name: value for name, value in row.items() if not name.startswith(TIME)} for row in read_metrics(metrics)]
+    return [
+        {name: value for name, value in row.items() if not name.startswith(TIME)}
+        for row in read_json_lines(metrics, growing=True)
+    ]
 
 
 @contextlib.contextmanager
@@ -116,7 +119,7 @@ def test_the_rows_that_a_checkpoint_counts_are_on_the_store_before_it(store, sch
 
     class Looking(Checkpoints):
         def save(self, step, state, meta):
-            found.append((meta["rows"], len(read_metrics(workdir / "metrics.jsonl"))))
+            found.append((meta["rows"], len(read_json_lines(workdir / "metrics.jsonl", growing=True))))
             super().save(step, state, meta)
 
     with Looking(workdir / "others", keep=2) as checkpoints:
