@@ -18,7 +18,7 @@ from benchmarks.tables import tables
 from kd_jax.config import require, to_dict
 from kd_jax.data.prepared import Prepared, prepare
 from kd_jax.main import command
-from kd_jax.runtime.disk import write_json
+from kd_jax.runtime.files import write_json
 from kd_jax.runtime.progress import counted
 from kd_jax.study.report.plotting import STYLE, panel_grid, write_figure
 from kd_jax.trainer.run_directory import RunDirectory, provenance

@@ -1,7 +1,6 @@
 """manifest.json of a prepared folder, written last: what was built, and from which config."""
 
 import hashlib
-import json
 import pathlib
 from collections import Counter
 from typing import Any
@@ -10,7 +9,7 @@ from kd_jax.data.rows import MANIFEST, STORE_FILES
 from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.data.text.utterances import Utterance
 from kd_jax.runtime.copies import describe
-from kd_jax.runtime.paths import read_json, write_whole
+from kd_jax.runtime.files import read_json, write_json
 from kd_jax.types import UserError
 
 
@@ -66,7 +65,7 @@ def write_manifest(
         "stores": manifests,
         "files": describe(folder, _file_names(folder, values, manifests)),
     }
-    write_whole(folder / MANIFEST, json.dumps(whole, indent=1).encode())
+    write_json(folder / MANIFEST, whole)
 
 
 def _file_names(folder: pathlib.Path, values: dict, manifests: list[dict[str, Any]]) -> list[str]:

@@ -25,7 +25,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kd_jax.data.manifest import differences, read_manifest, write_manifest
-from kd_jax.data.rows import MANIFEST, RowStore, StoreWriter, disk_of, new_folder
+from kd_jax.data.rows import MANIFEST, RowStore, StoreWriter, new_folder
 from kd_jax.data.text.decontamination import FilterCount
 from kd_jax.data.text.files import fill_path
 from kd_jax.data.text.selection import check_selection, choose
@@ -33,7 +33,8 @@ from kd_jax.data.text.splits import Splits
 from kd_jax.data.text.tokenizer import Tokenizer, train_tokenizer
 from kd_jax.data.text.utterances import Utterance, load_utterances, read_massive, write_massive
 from kd_jax.runtime.copies import LocalCopy, copy_folder, outgoing, put
-from kd_jax.runtime.paths import digest, is_remote, place, read_json, write_whole
+from kd_jax.runtime.files import full_disk_is_user_error, read_json, write_atomically
+from kd_jax.runtime.paths import as_path, digest, is_remote
 from kd_jax.types import UserError
 
 # The parts of the config that decide what is built; "select" only where it selects something.
@@ -55,7 +56,7 @@ class Prepared:
     def __init__(self, folder: str | os.PathLike):
         if not str(folder):
             raise UserError("config.prepared: is empty; set it to the folder that prepare wrote")
-        self.folder = place(folder)
+        self.folder = as_path(folder)
         manifest = read_manifest(self.folder)
         if manifest is None:
             raise UserError(f"config.prepared: {self.folder} is no finished prepared folder; run prepare into it first")
@@ -114,7 +115,7 @@ def prepare(config: ConfigDict, folder: str | os.PathLike, watch: Watch = lambda
     is bounded but for the utterances. A remote folder is built on this host, where what was built is kept as its copy,
     and then put. Raises UserError for mistakes in the config or the data, and for a full disk.
     """
-    folder = place(folder)
+    folder = as_path(folder)
     parts = [part for part in PARTS if part != "select" or config.select.share != 0]
     values = {part: json.loads(json.dumps(config[part].to_dict())) for part in parts}
     finished = read_manifest(folder)
@@ -134,7 +135,7 @@ def prepare(config: ConfigDict, folder: str | os.PathLike, watch: Watch = lambda
     _build(config, values, home, watch)
     manifest = read_json(home / MANIFEST)
     put(home, folder, manifest["files"])
-    write_whole(folder / MANIFEST, (home / MANIFEST).read_bytes())
+    write_atomically(folder / MANIFEST, (home / MANIFEST).read_bytes())
     copy = copy_folder(manifest)
     copy.parent.mkdir(parents=True, exist_ok=True)
     if copy.exists():
@@ -145,7 +146,7 @@ def prepare(config: ConfigDict, folder: str | os.PathLike, watch: Watch = lambda
 
 def _build(config: ConfigDict, values: dict[str, Any], folder: pathlib.Path, watch: Watch) -> None:
     """Writes a prepared folder on a local disk, the manifest last."""
-    with disk_of(folder):
+    with full_disk_is_user_error(folder):
         utterances = load_utterances(config.nlu)
         with new_folder(folder / "utterances") as temporary:
             write_massive(utterances, temporary)

@@ -1,7 +1,6 @@
 """Stores of packed rows on disk: written once, streaming, and read through memory maps."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -14,22 +13,12 @@ import numpy as np
 
 from kd_jax.data.packing import SMALLEST_SEGMENT, Packer, maskable
 from kd_jax.data.text.tokenizer import Tokenizer
+from kd_jax.runtime.files import full_disk_is_user_error
 from kd_jax.types import UserError
 
 MANIFEST = "manifest.json"
 TOKENS, SEGMENTS, PIECE_COUNTS = "tokens.npy", "segments.npy", "piece_counts.npy"
 STORE_FILES = (MANIFEST, PIECE_COUNTS, TOKENS, SEGMENTS)
-
-
-@contextlib.contextmanager
-def disk_of(folder: pathlib.Path) -> Iterator[None]:
-    """Makes a full disk while writing below `folder` a UserError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(f"{folder}: the disk is full; free some space or choose another folder") from error
 
 
 @contextlib.contextmanager
@@ -41,7 +30,7 @@ def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with disk_of(folder):
+        with full_disk_is_user_error(folder):
             temporary.mkdir(parents=True)
             yield temporary
             shutil.rmtree(folder, ignore_errors=True)

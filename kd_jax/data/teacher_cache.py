@@ -23,10 +23,11 @@ from ml_collections import ConfigDict
 from kd_jax.data.batches import process_slice
 from kd_jax.data.packing import positions
 from kd_jax.data.permutation import name_key
-from kd_jax.data.rows import MANIFEST, RowStore, disk_of
+from kd_jax.data.rows import MANIFEST, RowStore
 from kd_jax.data.transfer_set import TransferSet
 from kd_jax.runtime.copies import LocalCopy, sha256_of
-from kd_jax.runtime.paths import is_remote, make_folder, names_in, place, reaching, read_json, write_whole
+from kd_jax.runtime.files import full_disk_is_user_error, read_json, write_atomically, write_json
+from kd_jax.runtime.paths import as_path, is_remote, make_folder, names_in, reaching
 from kd_jax.types import Batch, UserError
 
 PARTS = "parts"
@@ -132,7 +133,7 @@ class CacheWriter:
         identity: Mapping[str, Any],
         rows_per_part: int,
     ):
-        self.folder, self.stores, self.layout = place(folder), stores, layout
+        self.folder, self.stores, self.layout = as_path(folder), stores, layout
         self._sums: dict[str, dict[str, Any]] = {}  # of the arrays that this object wrote
         self._visits = [np.nonzero(seen) for seen in visits]
         self._parts = [
@@ -140,7 +141,7 @@ class CacheWriter:
             for number, (store, (_, rows)) in enumerate(zip(stores, self._visits, strict=True))
             for index, first in enumerate(range(0, len(rows), rows_per_part))
         ]
-        with disk_of(self.folder):
+        with full_disk_is_user_error(self.folder):
             make_folder(self.folder / PARTS)
             self._claim(visits, json.loads(json.dumps(identity)), rows_per_part)
 
@@ -159,7 +160,7 @@ class CacheWriter:
         if BEGUN not in names_in(self.folder):
             for name, bits in packed.items():
                 self._write_array(visits_file(name), bits)
-            self._write_json(BEGUN, self._begun)
+            write_json(self.folder / BEGUN, self._begun)
         elif read_json(self.folder / BEGUN) != self._begun:
             raise UserError(
                 f"{self.folder}: holds a cache begun with another teacher, data or config; remove it or choose another "
@@ -183,15 +184,15 @@ class CacheWriter:
     def write(self, number: int, records: np.ndarray, statistics: Mapping[str, float]) -> None:
         """Writes the records of a part, and with its checksum the sums that the report is made from."""
         part = self._parts[number]
-        with disk_of(self.folder):
+        with full_disk_is_user_error(self.folder):
             written = self._write_array(part_file(part.name), records)
             note = {"name": part.name, "store": self.stores[part.store].name, "records": len(records)}
-            self._write_json(f"{PARTS}/{part.name}.json", {**note, **written, **statistics})
+            write_json(self.folder / f"{PARTS}/{part.name}.json", {**note, **written, **statistics})
 
     def attach(self, name: str, values: np.ndarray) -> None:
         """Writes an array that all parts need beside them; one that is there already is left as it is."""
         if not self.attached(name):
-            with disk_of(self.folder):
+            with full_disk_is_user_error(self.folder):
                 self._write_array(f"{name}.npy", values)
 
     def attached(self, name: str) -> bool:
@@ -215,14 +216,14 @@ class CacheWriter:
         }
         beside = {name: files[f"{name}.npy"]["sha256"] for name in attached}
         manifest = {**self._begun, "parts": notes, "attached": beside, "fingerprint": content, "files": files}
-        self._write_json(MANIFEST, manifest)
+        write_json(self.folder / MANIFEST, manifest)
         return manifest
 
     def _write_array(self, name: str, values: np.ndarray) -> dict[str, Any]:
         buffer = io.BytesIO()
         np.save(buffer, values, allow_pickle=False)
         data = buffer.getvalue()
-        write_whole(self.folder / name, data)
+        write_atomically(self.folder / name, data)
         self._sums[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         return self._sums[name]
 
@@ -233,9 +234,6 @@ class CacheWriter:
             self._sums[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         return self._sums[name]
 
-    def _write_json(self, name: str, values: Any) -> None:
-        write_whole(self.folder / name, json.dumps(values, indent=1).encode())
-
 
 class TeacherCache:
     """A finished cache, memory-mapped. A part's checksum is verified when it is first read.
@@ -245,7 +243,7 @@ class TeacherCache:
     """
 
     def __init__(self, folder: str | os.PathLike, key: str = "teacher_cache"):
-        self.folder, self._key = place(folder), key
+        self.folder, self._key = as_path(folder), key
         try:
             self.manifest: dict[str, Any] = read_json(self.folder / MANIFEST)
         except FileNotFoundError:

@@ -6,17 +6,15 @@ word), the counts of strict scoring (gold_slots, correct, substitutions, inserti
 all spans right).
 """
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kd_jax.data.text import files
 from kd_jax.data.text.decontamination import normalize
 from kd_jax.data.text.utterances import Utterance
 from kd_jax.evaluation.slots import count_slots
-from kd_jax.runtime.paths import place, write_whole
+from kd_jax.runtime.files import read_json_lines, write_json_lines
 from kd_jax.types import UserError
 
 Record = dict[str, Any]
@@ -91,22 +89,6 @@ def read_records(path: str | os.PathLike) -> list[Record]:
         if missing:
             raise UserError(f"{path}:{number}: field {missing[0]!r} is missing; write the records again")
     return records
-
-
-def write_json_lines(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes one JSON object a line, the file whole or not at all; UserError when it cannot be written."""
-    path = place(path)
-    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    try:
-        write_whole(path, text.encode())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from error
-
-
-def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Reads one JSON object a line; raises UserError with file and line."""
-    lines = files.numbered_lines(place(path))
-    return [files.json_object(line, f"{path}:{number}") for number, line in lines]
 
 
 def _common(utterance: Utterance, test_sets: Sequence[str], task: str) -> Record:

@@ -19,7 +19,7 @@ from kd_jax.jobs import masked_lm, trained
 from kd_jax.jobs.teachers import KEY, Teacher, find_teachers, kept_of, teacher_form
 from kd_jax.losses.sparse import Tail
 from kd_jax.runtime import distributed
-from kd_jax.runtime.disk import write_json
+from kd_jax.runtime.files import write_json
 from kd_jax.runtime.progress import Count
 from kd_jax.runtime.watchdog import Watchdog
 from kd_jax.steps.teacher_predictions import make_prediction_step

@@ -25,7 +25,7 @@ from kd_jax.jobs import masked_lm, serving, trained
 from kd_jax.jobs.frozen import Frozen
 from kd_jax.models.functional import Functional
 from kd_jax.runtime import distributed
-from kd_jax.runtime.disk import write_json
+from kd_jax.runtime.files import read_json, write_json
 from kd_jax.runtime.progress import Count
 from kd_jax.steps.finetune import ABSENT, make_dc_objective, make_icner_objective
 from kd_jax.trainer.mesh import global_batch, local_rows, make_mesh, process_share, row_multiple, rules_of
@@ -74,7 +74,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, task: str) -> None:
             one.finetune.domain = domain
             folder = workdir / "domains" / domain
             finetune_one(one, folder, task, prepared, sizes)
-            scores[domain] = trained.read_json(folder / DEV)
+            scores[domain] = read_json(folder / DEV)
         total = max(sum(score["count"] for score in scores.values()), 1)
         mean = sum(score["score"] * score["count"] for score in scores.values()) / total
         if jax.process_index() == 0:
@@ -291,8 +291,8 @@ def load_finetuned(folder: pathlib.Path, prepared: Prepared, mesh, compute_dtype
         raise UserError(f"config.{key}: {folder} is no finetuning run; give the workdir of one")
     prepared = prepared_for(config, prepared)
     trained.check_tokenizer(folder, prepared, key)
-    run: dict[str, Any] = trained.read_json(folder / "run.json")
-    task = trained.read_json(folder / "config.json")["command"].removeprefix("finetune_")
+    run: dict[str, Any] = read_json(folder / "run.json")
+    task = read_json(folder / "config.json")["command"].removeprefix("finetune_")
     maps = LabelMaps.from_json(run["labels"])
     start = config.finetune.init_from
     encoder = trained.encoder_block(start, "finetune.init_from") if start else config.student

@@ -18,7 +18,7 @@ from kd_jax.jobs import job as training
 from kd_jax.models.encoder_config import encoder_config
 from kd_jax.models.functional import Functional
 from kd_jax.models.projection import WithProjections
-from kd_jax.runtime.disk import write_json
+from kd_jax.runtime.files import write_json
 from kd_jax.runtime.progress import Count
 from kd_jax.steps.pretrain import make_heldout_step
 from kd_jax.trainer.mesh import global_batch, process_share

@@ -12,7 +12,8 @@ from kd_jax.jobs import scores, trained
 from kd_jax.jobs.finetune import DEV
 from kd_jax.jobs.masked_lm import HELDOUT, summarize
 from kd_jax.models.encoder_config import EncoderConfig
-from kd_jax.runtime.paths import place
+from kd_jax.runtime.files import read_json
+from kd_jax.runtime.paths import as_path
 
 _KINDS = {
     "mlm": ("fill-mask", "A masked language model."),
@@ -77,11 +78,11 @@ def _origin(workdir: pathlib.Path) -> Iterator[str]:
     """A line for each run that the model went through, the last first."""
     key = "export.checkpoint"
     config = trained.run_config(workdir, key)
-    run = trained.read_json(workdir / "run.json")
+    run = read_json(workdir / "run.json")
     if "finetune" in config:
         yield f"Finetuned on {run['train_utterances']} labeled utterances{_job(config.finetune)}, seed {config.seed}."
         start = config.finetune.init_from
-        yield from _origin(place(start)) if start else ["Its encoder was trained from scratch there."]
+        yield from _origin(as_path(start)) if start else ["Its encoder was trained from scratch there."]
     elif "import_model" in config:
         yield f"Imported from {config.import_model.path} ({run['masked_lm_head']} masked-LM head)."
     elif "distill" in config:
@@ -95,7 +96,7 @@ def _origin(workdir: pathlib.Path) -> Iterator[str]:
         alone = " of the head alone" if "train_body" in config and not config.train_body else ""
         yield f"Masked-LM pretraining{alone}{_job(job)}, seed {config.seed}, on {_transfer_set(config)}."
         if job.init_from:
-            yield from _origin(place(job.init_from))
+            yield from _origin(as_path(job.init_from))
     yield f"Command: `{run['command_line']}` (commit {run['commit']})."
 
 
@@ -118,10 +119,10 @@ def _metrics(workdir: pathlib.Path, block: ConfigDict) -> Iterator[str]:
         weights = ", before the weights were brought to int8" if block.int8 else ""
         yield f"On the {partition} partition (`{folder.name}`{weights}):\n\n{scores.results_table(rows)}"
     if (workdir / DEV).is_file():
-        values = {name: value for name, value in trained.read_json(workdir / DEV).items() if name != "score"}
+        values = {name: value for name, value in read_json(workdir / DEV).items() if name != "score"}
         title = f"On the {values.pop('count')} dev utterances:"
     elif (workdir / HELDOUT).is_file():
-        values, title = summarize(trained.read_json(workdir / HELDOUT)), "On held-out text, by kind:"
+        values, title = summarize(read_json(workdir / HELDOUT)), "On held-out text, by kind:"
     else:
         yield "Nothing was measured in its run."
         return

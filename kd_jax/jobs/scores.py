@@ -4,10 +4,9 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from kd_jax.evaluation.records import read_json_lines
 from kd_jax.evaluation.results import RESULTS
-from kd_jax.jobs import trained
-from kd_jax.runtime.paths import place
+from kd_jax.runtime.files import read_json, read_json_lines
+from kd_jax.runtime.paths import as_path
 from kd_jax.trainer.run_directory import is_done
 from kd_jax.types import UserError
 
@@ -21,7 +20,7 @@ def results_of(workdir: pathlib.Path, named: str) -> tuple[pathlib.Path, list[di
     Raises UserError when the named one is no finished evaluate run of this model.
     """
     if named:
-        folder = place(named)
+        folder = as_path(named)
         if not is_done(folder) or not (folder / RESULTS).is_file():
             raise UserError(f"config.{KEY}: {named} is no finished evaluate run; give the workdir of one")
         scored = _scored(folder)
@@ -37,12 +36,12 @@ def results_of(workdir: pathlib.Path, named: str) -> tuple[pathlib.Path, list[di
 
 
 def _scored(folder: pathlib.Path) -> str:
-    config = trained.read_json(folder / "config.json")["config"]
+    config = read_json(folder / "config.json")["config"]
     return config["evaluate"]["checkpoint"] if "evaluate" in config else ""
 
 
 def _same(scored: str, workdir: pathlib.Path) -> bool:
-    return bool(scored) and place(scored).resolve() == workdir.resolve()
+    return bool(scored) and as_path(scored).resolve() == workdir.resolve()
 
 
 def _whole(folder: pathlib.Path) -> Iterator[dict[str, Any]]:

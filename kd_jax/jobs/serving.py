@@ -18,12 +18,11 @@ from safetensors.numpy import load_file, save_file
 
 from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.data.text.utterances import LabelMaps
-from kd_jax.jobs import trained
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
 from kd_jax.models.int8 import dequantized, flat_names, quantized
-from kd_jax.runtime.disk import write_json
-from kd_jax.runtime.paths import need_local, place
+from kd_jax.runtime.files import read_json, write_json
+from kd_jax.runtime.paths import as_path, need_local
 from kd_jax.types import Array, Params, UserError
 
 ABOUT = "predictor.json"
@@ -89,7 +88,7 @@ def write(
 
 def is_served(folder: str | pathlib.Path) -> bool:
     """Whether a folder holds what `write` wrote. Raises UserError for an export for `transformers` alone."""
-    folder = place(folder)
+    folder = as_path(folder)
     if (folder / RECORD).is_file() and not (folder / ABOUT).is_file():
         raise UserError(
             f"{folder}: holds a model for `transformers` alone; name the run that it was exported from, or export that "
@@ -101,7 +100,7 @@ def is_served(folder: str | pathlib.Path) -> bool:
 def read(folder: pathlib.Path) -> Served:
     """The model of a folder that `write` wrote. Raises UserError where a file is missing or is of another model."""
     need_local(folder, "an exported model")
-    about = trained.read_json(folder / ABOUT)
+    about = read_json(folder / ABOUT)
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: holds {ABOUT} without {WEIGHTS}; export the model again")
     names = CLASSES[about["task"]]

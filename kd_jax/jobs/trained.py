@@ -11,7 +11,8 @@ from kd_jax.data.rows import MANIFEST
 from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.models.functional import Functional
-from kd_jax.runtime.paths import place, read_json
+from kd_jax.runtime.files import read_json
+from kd_jax.runtime.paths import as_path
 from kd_jax.trainer.checkpoint import load_params
 from kd_jax.trainer.mesh import DEFAULT, Rules, shardings
 from kd_jax.trainer.run_directory import DONE
@@ -22,7 +23,7 @@ from kd_jax.types import Params, UserError
 def run_config(workdir: str | pathlib.Path, key: str) -> ConfigDict:
     """The resolved config of a run; `key` is the config key that named its directory."""
     try:
-        return from_dict(read_json(place(workdir) / "config.json")["config"])
+        return from_dict(read_json(as_path(workdir) / "config.json")["config"])
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"config.{key}: {workdir} holds no config.json; give the workdir of a finished run") from None
 
@@ -38,7 +39,7 @@ def encoder_block(workdir: str | pathlib.Path, key: str) -> ConfigDict:
 
 def tokenizer_fingerprint(workdir: str | pathlib.Path) -> str:
     """Of the tokenizer, trimmed or not, that a run's rows were made with."""
-    return read_json(place(workdir) / "run.json")["tokenizer_fingerprint"]
+    return read_json(as_path(workdir) / "run.json")["tokenizer_fingerprint"]
 
 
 def check_tokenizer(workdir: str | pathlib.Path, prepared: Prepared, key: str) -> None:
@@ -54,7 +55,7 @@ def check_tokenizer(workdir: str | pathlib.Path, prepared: Prepared, key: str) -
 
 def _first_difference(workdir: str | pathlib.Path, prepared: Prepared, key: str) -> str:
     """Where the two token maps part, as far as the run's own prepared folder is still there to be read."""
-    folder = place(run_config(workdir, key).prepared)
+    folder = as_path(run_config(workdir, key).prepared)
     return first_difference(Prepared(folder).tokenizer, prepared.tokenizer) if (folder / MANIFEST).is_file() else ""
 
 
@@ -77,9 +78,9 @@ def run_prepared(workdir: str | pathlib.Path, prepared: Prepared, key: str) -> P
 def parameters_fingerprint(workdir: str | pathlib.Path, key: str) -> str:
     """Of the parameters that a finished run ended with."""
     try:
-        return read_json(place(workdir) / DONE)["parameters_fingerprint"]
+        return read_json(as_path(workdir) / DONE)["parameters_fingerprint"]
     except (FileNotFoundError, NotADirectoryError):
-        if not place(workdir).exists():
+        if not as_path(workdir).exists():
             raise UserError(f"config.{key}: {workdir} does not exist; name the workdir of a finished run") from None
         raise UserError(f"config.{key}: {workdir} is not finished; start its command again first") from None
 

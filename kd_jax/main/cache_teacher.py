@@ -9,9 +9,9 @@ import pathlib
 import jax
 from ml_collections import ConfigDict
 
-from kd_jax.jobs import trained
 from kd_jax.jobs.cache import SUMMARY, keys, run
 from kd_jax.main import command
+from kd_jax.runtime.files import read_json
 
 __all__ = ["keys", "run", "run_and_print"]
 
@@ -20,7 +20,7 @@ def run_and_print(config: ConfigDict, workdir: pathlib.Path) -> None:
     """`run`, and then what the cache holds."""
     run(config, workdir)
     if jax.process_index() == 0 and (workdir / SUMMARY).is_file():
-        found = trained.read_json(workdir / SUMMARY)
+        found = read_json(workdir / SUMMARY)
         print(
             f"{found['rows']:,} rows, {found['positions']:,.0f} masked positions, {found['bytes'] / 2**20:.1f} MiB "
             f"({found['bytes_per_position']:.0f} bytes a position), {found['mass_kept']:.1%} of the teacher's mass"

@@ -10,8 +10,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from kd_jax.runtime import cluster, distributed
-from kd_jax.runtime import paths as places
 from kd_jax.runtime.copies import keep_copies_in
+from kd_jax.runtime.paths import as_path
 from kd_jax.runtime.preemption import EXIT_CODE, Preempted, watching
 from kd_jax.types import UserError
 
@@ -100,7 +100,7 @@ def on_storage(run: Callable[[ConfigDict, Any], Any]) -> Callable[[ConfigDict, A
 
     def run_there(config: ConfigDict, workdir: str | None) -> Any:
         keep_copies_in(config.storage.local)
-        return run(config, None if workdir is None else places.place(workdir))
+        return run(config, None if workdir is None else as_path(workdir))
 
     return run_there
 

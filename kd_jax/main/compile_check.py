@@ -16,7 +16,7 @@ from kd_jax.compile_check.search import largest_batch
 from kd_jax.config import require
 from kd_jax.jobs.abstract_job import abstract_job
 from kd_jax.main import command
-from kd_jax.runtime.disk import write_json
+from kd_jax.runtime.files import write_json
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.types import UserError
 

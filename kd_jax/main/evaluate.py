@@ -11,12 +11,13 @@ from ml_collections import ConfigDict
 
 from kd_jax.config import EXECUTION_KEYS, require, to_dict
 from kd_jax.data.prepared import Prepared
-from kd_jax.evaluation.records import read_json_lines, write_json_lines, write_records
+from kd_jax.evaluation.records import write_records
 from kd_jax.evaluation.results import RECORDS, RESULTS, results
 from kd_jax.evaluation.slots import MODES
 from kd_jax.jobs import finetune, serving, trained
 from kd_jax.main import command
-from kd_jax.runtime.paths import place
+from kd_jax.runtime.files import read_json, read_json_lines, write_json_lines
+from kd_jax.runtime.paths import as_path
 from kd_jax.runtime.watchdog import Watchdog
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.trainer.run_directory import RunDirectory
@@ -44,7 +45,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     directory.start()
     which = (make_mesh(config.mesh), block.partition, config.compute_dtype, config.progress)
     with dog:
-        records = finetune.predict_partition(place(block.checkpoint), prepared, *which)
+        records = finetune.predict_partition(as_path(block.checkpoint), prepared, *which)
     if jax.process_index() == 0:
         write_records(workdir / RECORDS, records)
         rows = results(records, identity=lineage(block.checkpoint), mode=block.mode)
@@ -65,7 +66,7 @@ def run_and_print(config: ConfigDict, workdir: pathlib.Path) -> None:
 def lineage(checkpoint: str) -> dict:
     """Whose results these are, read from the configs of the runs that the finetuned model came from."""
     if serving.is_served(checkpoint):
-        record = trained.read_json(place(checkpoint) / serving.RECORD)
+        record = read_json(as_path(checkpoint) / serving.RECORD)
         return lineage(record["config"]["export"]["checkpoint"])
     config = trained.run_config(checkpoint, "evaluate.checkpoint")
     start = config.finetune.init_from

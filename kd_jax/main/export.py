@@ -31,7 +31,8 @@ from kd_jax.models.functional import Functional, parameter_count
 from kd_jax.models.huggingface.config import CONFIG
 from kd_jax.models.huggingface.export import exported, tokenizer_ids
 from kd_jax.models.huggingface.files import SINGLE
-from kd_jax.runtime.paths import need_local, place
+from kd_jax.runtime.files import read_json
+from kd_jax.runtime.paths import as_path, need_local
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.trainer.run_directory import provenance
 from kd_jax.types import Params, UserError
@@ -59,7 +60,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Writes the whole folder at once; the same command again leaves it as it is."""
     require(bool(config.export.checkpoint), KEY, "it is empty", "give the workdir of a finished run")
     need_local(workdir, "an export")
-    source = place(config.export.checkpoint)
+    source = as_path(config.export.checkpoint)
     record = {
         "command": "export",
         "config": {"export": to_dict(config.export)},
@@ -113,7 +114,7 @@ def is_exported(workdir: pathlib.Path, record: dict[str, Any]) -> bool:
     if not workdir.exists() or not any(workdir.iterdir()):
         return False
     if (workdir / RECORD).is_file():
-        old = trained.read_json(workdir / RECORD)
+        old = read_json(workdir / RECORD)
         if all(old[key] == value for key, value in record.items()):
             return True
     raise UserError(f"{workdir}: holds something else than this export; choose a new --workdir")

@@ -22,7 +22,7 @@ from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional, parameter_count
 from kd_jax.models.huggingface.config import read_config
 from kd_jax.models.huggingface.files import TensorFiles, check_files, load_params
-from kd_jax.runtime.disk import write_json
+from kd_jax.runtime.files import write_json
 from kd_jax.trainer.checkpoint import FOLDER, Checkpoints
 from kd_jax.trainer.mesh import make_mesh, row_multiple, rules_of
 from kd_jax.trainer.run_directory import RunDirectory

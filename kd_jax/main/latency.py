@@ -24,11 +24,11 @@ from kd_jax.data.prepared import Prepared
 from kd_jax.data.text.utterances import LabelMaps, Utterance
 from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.evaluation.predictions import compiled_predict
-from kd_jax.jobs import finetune, masked_lm, serving, trained
+from kd_jax.jobs import finetune, masked_lm, serving
 from kd_jax.main import command
 from kd_jax.models.functional import Functional, parameter_count
 from kd_jax.models.int8 import weight_bytes
-from kd_jax.runtime.disk import write_json
+from kd_jax.runtime.files import read_json, write_json
 from kd_jax.trainer.run_directory import RunDirectory
 from kd_jax.types import Batch, Params, UserError
 
@@ -201,7 +201,7 @@ def run_and_print(config: ConfigDict, workdir: pathlib.Path) -> None:
     run(config, workdir)
     if jax.process_index() != 0:
         return
-    for one in trained.read_json(workdir / LATENCY)["models"]:
+    for one in read_json(workdir / LATENCY)["models"]:
         times = ", ".join(
             f"{batch['utterances']} at a time {batch['p50_ms']:.2f} ms (p95 {batch['p95_ms']:.2f})"
             for batch in one["batches"]

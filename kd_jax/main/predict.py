@@ -29,7 +29,7 @@ from kd_jax.data.text import files
 from kd_jax.data.text.utterances import FIELDS, Utterance, split_words
 from kd_jax.jobs import finetune, serving, trained
 from kd_jax.main.command import MISTAKE, fail
-from kd_jax.runtime.paths import place
+from kd_jax.runtime.paths import as_path
 from kd_jax.runtime.progress import Count
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.types import UserError
@@ -90,7 +90,7 @@ class Predictor:
         self._dc: finetune.Finetuned | None = None
         self._icner: dict[str, finetune.Finetuned] = {}  # by domain; "" is the model of all
         for workdir in workdirs:
-            self._add(place(workdir))
+            self._add(as_path(workdir))
         if not self._icner and self._dc is None:
             raise UserError("--model: it is empty; give the workdir of a finetune run, or two joined by a comma")
         if "" not in self._icner and self._icner and self._dc is None:

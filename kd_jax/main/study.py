@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from kd_jax.data.prepared import Prepared
 from kd_jax.evaluation.similarity import jensen_shannon, matched_jsd, vocabulary_overlap
-from kd_jax.jobs import finetune, teachers, trained
+from kd_jax.jobs import finetune, teachers
 from kd_jax.jobs.cache import SUMMARY, check_temperature
 from kd_jax.main import (
     cache_teacher,
@@ -33,6 +33,7 @@ from kd_jax.main import (
     pretrain,
 )
 from kd_jax.runtime import distributed
+from kd_jax.runtime.files import read_json
 from kd_jax.study import job_plan, study_jobs
 from kd_jax.study.plan import may_cache
 from kd_jax.study.report.collect import collect
@@ -129,7 +130,7 @@ def cached_predictions(study: Study) -> dict[str, str]:
     """What was cached of each teacher, and how often a task row comes again with the same masks."""
     found = {}
     for stage in study.planner.cache_stages():
-        cache = trained.read_json(study.folder(stage) / SUMMARY)
+        cache = read_json(study.folder(stage) / SUMMARY)
         most = max(one["masks_repeat"] for one in cache["runs"])
         found[f"predictions of the {stage.name.removeprefix('cache-')} teacher"] = (
             f"{cache['rows']:,} rows, {cache['bytes'] / 2**20:.1f} MiB, {cache['bytes_per_position']:.0f} bytes a "

@@ -19,7 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from kd_jax.runtime.paths import digest, is_remote, reaching, write_whole
+from kd_jax.runtime.files import write_atomically
+from kd_jax.runtime.paths import digest, is_remote, reaching
 from kd_jax.types import UserError
 
 Files = Mapping[str, Mapping[str, Any]]  # name, with / between folders -> {"bytes": size, "sha256": hex}
@@ -194,7 +195,7 @@ def put(folder: pathlib.Path, remote: pathlib.Path, names: Iterable[str]) -> Non
 
 def _put_file(source: pathlib.Path, target: pathlib.Path) -> None:
     if source.stat().st_size <= _CHUNK:
-        write_whole(target, source.read_bytes())
+        write_atomically(target, source.read_bytes())
         return
     with reaching(target), open(source, "rb") as file, target.open("wb") as out:
         while chunk := file.read(_CHUNK):

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 
 from kd_jax.runtime.copies import LocalCopy, describe, outgoing, put
-from kd_jax.runtime.disk import full_disk_is_user_error, write_json
-from kd_jax.runtime.paths import make_folder, names_in, reaching, read_json
+from kd_jax.runtime.files import full_disk_is_user_error, read_json, write_json
+from kd_jax.runtime.paths import make_folder, names_in, reaching
 from kd_jax.types import UserError
 
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import pathlib
-import threading
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -18,11 +17,8 @@ from kd_jax.types import UserError
 # The package that fsspec needs to reach a store, and the name that epath asks it for.
 BACKENDS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 
-# A growing file is put again after so many seconds at the earliest; stores refuse more than about one put a second.
-_SECONDS_BETWEEN_PUTS = 10.0
 
-
-def place(name: str | os.PathLike) -> pathlib.Path:
+def as_path(name: str | os.PathLike) -> pathlib.Path:
     """The path of a name: pathlib's for a local one, epath's for gs://bucket/key and s3://bucket/key.
 
     Raises UserError for another scheme, for a name without a bucket, and when the store's package is not installed.
@@ -94,40 +90,14 @@ def unreachable(path: str | os.PathLike, error: Exception) -> UserError:
 
 
 def make_folder(path: pathlib.Path) -> None:
-    """Makes a local folder with its parents; on a remote store there is nothing to make."""
+    """Creates a local folder and its parents, UserError when it cannot; a remote store has no folders to create."""
     if not is_remote(path):
-        path.mkdir(parents=True, exist_ok=True)
-
-
-def write_whole(path: pathlib.Path, data: bytes) -> None:
-    """Replaces a file so that a reader finds the old content or the new, never a part.
-
-    A local one is written under another name, made safe on the disk, and renamed. Raises OSError for a local path and
-    UserError for a remote one.
-    """
-    if is_remote(path):
         try:
-            with reaching(path):
-                path.write_bytes(data)
-        except FileNotFoundError as error:  # a bucket that is not there
-            raise unreachable(path, error) from error
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_json(path: pathlib.Path) -> Any:
-    """The value that a JSON file holds; FileNotFoundError where there is none, UserError for an unreachable store."""
-    with reaching(path):
-        text = path.read_text(encoding="utf-8")
-    return json.loads(text)
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}); free space or choose another folder"
+            ) from error
 
 
 def names_in(folder: pathlib.Path) -> list[str]:
@@ -142,61 +112,3 @@ def names_in(folder: pathlib.Path) -> list[str]:
 def digest(values: Any) -> str:
     """SHA-256 (hex) of a JSON value."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-class GrowingFile:
-    """A text file that lines are appended to: a local one is flushed at once, a remote one is put whole again.
-
-    The puts are made by a thread of their own, every ten seconds at the most, and by `sync` and `close`. One that fails
-    is tried again with the next; `sync` and `close` raise UserError.
-    """
-
-    def __init__(self, path: pathlib.Path):
-        self._path = path
-        self._file = None if is_remote(path) else open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
-        self._lines: list[str] = []
-        self._written = 0  # lines that are in the store
-        self._changed, self._closed = threading.Event(), threading.Event()
-        self._lock = threading.Lock()
-        if self._file is None:
-            with contextlib.suppress(FileNotFoundError), reaching(path):
-                self._lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            self._written = len(self._lines)
-            threading.Thread(target=self._put_now_and_then, name="growing file", daemon=True).start()
-
-    def write(self, line: str) -> None:
-        """Appends a line, which ends in a newline."""
-        if self._file is not None:
-            self._file.write(line)
-            self._file.flush()
-        else:
-            self._lines.append(line)
-            self._changed.set()
-
-    def sync(self) -> None:
-        """Returns when every line so far is in the store."""
-        if self._file is None:
-            self._put()
-
-    def close(self) -> None:
-        """`sync`, and the end."""
-        self._closed.set()
-        self._changed.set()
-        if self._file is not None:
-            self._file.close()
-        else:
-            self._put()
-
-    def _put(self) -> None:
-        with self._lock:
-            count = len(self._lines)
-            if count > self._written:
-                write_whole(self._path, "".join(self._lines[:count]).encode())
-                self._written = count
-
-    def _put_now_and_then(self) -> None:
-        while self._changed.wait() and not self._closed.is_set():
-            self._changed.clear()
-            with contextlib.suppress(UserError):
-                self._put()
-            self._closed.wait(_SECONDS_BETWEEN_PUTS)

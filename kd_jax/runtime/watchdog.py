@@ -13,7 +13,7 @@ import jax
 
 from kd_jax.config import require
 from kd_jax.runtime.copies import on_this_host
-from kd_jax.runtime.paths import place
+from kd_jax.runtime.paths import as_path
 from kd_jax.runtime.preemption import EXIT_CODE
 
 _TICK = 5.0  # seconds between two looks, at the most
@@ -30,7 +30,7 @@ class Watchdog:
     def __init__(self, seconds: float, folder: str | os.PathLike, *, exits: bool = False):
         require(seconds >= 0, "watchdog_seconds", f"{seconds} is negative", "1800 is usual, 0 turns it off")
         self._seconds, self._exits = float(seconds), exits
-        self._file = on_this_host(place(folder)) / f"stalled-{jax.process_index()}.txt"
+        self._file = on_this_host(as_path(folder)) / f"stalled-{jax.process_index()}.txt"
         self._doing, self._since, self._reported = "the start", time.monotonic(), False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None

@@ -4,7 +4,6 @@ A stage's key is its folder. Which recipe a student is finetuned with is known o
 until then the stages after it have their name as key, and the one who runs such a stage chooses the recipe first.
 """
 
-import json
 import pathlib
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +13,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kd_jax.config import fingerprint, identity, to_dict
-from kd_jax.runtime.paths import make_folder, write_whole
+from kd_jax.runtime.files import write_atomically, write_json
+from kd_jax.runtime.paths import make_folder
 from kd_jax.study.plan import Planner, Recipe, Stage, Student, recipes, students
 from kd_jax.study.run import Study, best_of
 from kd_jax.types import UserError
@@ -237,6 +237,6 @@ def write_plan(workdir: pathlib.Path, values: Mapping[str, Any]) -> pathlib.Path
         )
         for one in values["arrays"]
     ]
-    write_whole(workdir / TABLE, "".join(f"{row}\n" for row in rows).encode())
-    write_whole(workdir / FILE, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomically(workdir / TABLE, "".join(f"{row}\n" for row in rows))
+    write_json(workdir / FILE, values)
     return workdir / FILE

@@ -1,6 +1,5 @@
 """Running a study: finished stages are skipped, broken ones resume, recipes are chosen on dev, and all is collected."""
 
-import json
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -9,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kd_jax.config import from_dict, to_dict
-from kd_jax.runtime.paths import read_json, write_whole
+from kd_jax.runtime.files import read_json, write_json
 from kd_jax.study.attempts import attempt
 from kd_jax.study.plan import STAGE, Planner, Recipe, Stage, Student, recipes, students
 from kd_jax.types import UserError
@@ -168,7 +167,7 @@ def resolve_stages(config: ConfigDict, stages: pathlib.Path) -> ConfigDict:
 
 def write_seconds(folder: pathlib.Path, seconds: float) -> None:
     """Keeps a stage's wall time beside it."""
-    write_whole(folder / "seconds.json", json.dumps(round(seconds, 2)).encode())
+    write_json(folder / "seconds.json", round(seconds, 2))
 
 
 def read_seconds(folder: pathlib.Path) -> float:

@@ -1,6 +1,5 @@
 """The state of a study in one line, from its files alone: whoever runs it, wherever it runs."""
 
-import json
 import math
 import pathlib
 import time
@@ -8,7 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from kd_jax.runtime.paths import need_local, read_json
+from kd_jax.runtime.files import read_json, read_json_lines
+from kd_jax.runtime.paths import need_local
 from kd_jax.study.attempts import FAILED, RUNNING, STOPPED, Attempt, read_attempt
 from kd_jax.study.job_plan import PHASES, REPORT, Planned, is_done, planned
 from kd_jax.study.plan import Stage
@@ -107,7 +107,7 @@ def _running(folder: pathlib.Path, one: Planned, attempt: Attempt) -> Running:
     files = [file.stat().st_mtime for file in _newest_first(folder)]
     wrote = max([attempt.started, *files])
     places = [folder, *sorted((folder / "domains").glob("*"), key=lambda place: place.stat().st_mtime)]
-    rows = next((rows for place in reversed(places) if (rows := _last_rows(place / METRICS))), [])
+    rows = next((rows for place in reversed(places) if (rows := read_json_lines(place / METRICS, growing=True))), [])
     steps = _steps(folder, one.stage)
     if not rows:
         return Running(one, attempt, wrote, steps=steps)
@@ -127,19 +127,6 @@ def _newest_first(folder: pathlib.Path) -> list[pathlib.Path]:
     except FileNotFoundError:  # not begun, or renamed just now
         return []
     return [file for file in (*inside, *below) if file.exists()]
-
-
-def _last_rows(file: pathlib.Path) -> list[dict[str, Any]]:
-    """The last rows of metrics.jsonl; a torn last line is left out."""
-    try:
-        with open(file, "rb") as opened:
-            size = opened.seek(0, 2)
-            opened.seek(max(size - 2**16, 0))
-            lines = opened.read().split(b"\n")
-    except FileNotFoundError:
-        return []
-    whole = lines[1:-1] if size > 2**16 else lines[:-1]
-    return [json.loads(line) for line in whole if line]
 
 
 def _block(stage: Stage) -> Any:

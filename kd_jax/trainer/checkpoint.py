@@ -12,9 +12,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from kd_jax.config import differences
-from kd_jax.runtime.disk import full_disk_is_user_error
+from kd_jax.runtime.files import full_disk_is_user_error
 from kd_jax.runtime.mirror import Mirror, fetch_newest
-from kd_jax.runtime.paths import is_remote, place, reaching, scheme_of, unreachable
+from kd_jax.runtime.paths import as_path, is_remote, reaching, scheme_of, unreachable
 from kd_jax.trainer.state import State, from_plain, to_plain
 from kd_jax.types import Params, UserError
 
@@ -47,7 +47,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | pathlib.Path, keep: int):
-        self._folder = absolute(place(folder))
+        self._folder = absolute(as_path(folder))
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         with self._writing():
             self._mirror = Mirror(self._folder) if needs_mirror(self._folder) else None
@@ -131,7 +131,7 @@ def load_params(workdir: str | pathlib.Path, abstract: Params) -> Params:
     abstract: all of the parameters or some of their top-level entries, as ShapeDtypeStructs with shardings. Raises
     UserError when the directory holds no checkpoint, or one of another model; it names the first difference.
     """
-    folder = absolute(place(workdir) / FOLDER)
+    folder = absolute(as_path(workdir) / FOLDER)
     if needs_mirror(folder):
         folder = fetch_newest(folder)
     if folder is None or not folder.is_dir():

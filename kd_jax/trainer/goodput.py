@@ -1,7 +1,6 @@
 """What the wall time of a run went to, since its first start, and which of its steps were lost or skipped."""
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -9,8 +8,8 @@ from typing import Any
 
 import jax
 
-from kd_jax.runtime.disk import write_json
-from kd_jax.runtime.paths import make_folder, place
+from kd_jax.runtime.files import read_json, write_json
+from kd_jax.runtime.paths import as_path, make_folder
 from kd_jax.trainer.metrics import TIME
 
 FILE = "goodput.json"
@@ -26,14 +25,14 @@ class Account:
     """
 
     def __init__(self, folder: str | os.PathLike | None = None):
-        self._file = None if folder is None else place(folder) / FILE
+        self._file = None if folder is None else as_path(folder) / FILE
         self._seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
         self._kind: str | None = None
         self._since = time.monotonic()
         self.skipped: list[int] = []  # steps whose update was left out, since their loss was not finite
         before: dict[str, Any] = {"first_start": time.time(), "starts": 0, "lost_steps": 0}
         if self._file is not None and self._file.exists():
-            before = json.loads(self._file.read_text(encoding="utf-8"))
+            before = read_json(self._file)
         self._began, self._starts, self._lost = before["first_start"], before["starts"], before["lost_steps"]
 
     def start(self, saved: Mapping[str, Any] | None, lost_steps: int) -> None:

@@ -14,8 +14,8 @@ import jax
 
 from kd_jax.config import differences, identity
 from kd_jax.runtime import distributed
-from kd_jax.runtime.disk import write_json
-from kd_jax.runtime.paths import make_folder, place, reaching, read_json
+from kd_jax.runtime.files import read_json, write_json
+from kd_jax.runtime.paths import as_path, make_folder, reaching
 from kd_jax.types import UserError
 
 CONFIG = "config.json"
@@ -33,7 +33,7 @@ class RunDirectory:
     """
 
     def __init__(self, workdir: str | pathlib.Path, command: str, config: dict[str, Any]):
-        self.path = place(workdir)
+        self.path = as_path(workdir)
         if jax.process_index() == 0:
             self._claim(json.loads(json.dumps({"command": command, "config": config})))
         distributed.barrier("run directory")
@@ -81,13 +81,13 @@ def mark_done(workdir: str | pathlib.Path, **notes: Any) -> None:
     """Writes the DONE marker (JSON: the time and the notes) into a directory, when all processes are through."""
     distributed.barrier("all through")
     if jax.process_index() == 0:
-        write_json(place(workdir) / DONE, {"finished": _now(), **notes})
+        write_json(as_path(workdir) / DONE, {"finished": _now(), **notes})
     distributed.barrier("done")
 
 
 def is_done(workdir: str | pathlib.Path) -> bool:
     """Whether a directory holds the DONE marker."""
-    return _exists(place(workdir) / DONE)
+    return _exists(as_path(workdir) / DONE)
 
 
 def _exists(file: pathlib.Path) -> bool:

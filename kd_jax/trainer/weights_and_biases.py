@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from kd_jax.config import require
 from kd_jax.runtime.copies import on_this_host
-from kd_jax.runtime.disk import write_json
-from kd_jax.runtime.paths import make_folder, place, read_json
+from kd_jax.runtime.files import read_json, write_json
+from kd_jax.runtime.paths import as_path, make_folder
 
 FILE = "wandb.json"  # in the run's directory: the id under which a restart goes on
 MODES = ("online", "offline")
@@ -34,7 +34,7 @@ class Tracker:
         found = hasattr(self._package, "init")
         remedy = "install it with `pip install wandb`, or empty the key"
         require(found, "wandb.project", "it is set, and the package wandb is not installed", remedy)
-        self._settings, self._folder, self._config = settings, place(workdir), dict(config)
+        self._settings, self._folder, self._config = settings, as_path(workdir), dict(config)
         self._run: Any = None
 
     def start(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 from kd_jax.data.batches import MaskedRows
 from kd_jax.data.teacher_cache import BEGUN, CachedBatches, CacheWriter, Layout, TeacherCache, visited
 from kd_jax.runtime import copies
-from kd_jax.runtime.paths import place
+from kd_jax.runtime.paths import as_path
 from kd_jax.types import UserError
 from tests.data.test_batches import MASKING, TOKENIZER, make, stores  # noqa: F401  a fixture
 from tests.support import fake_store
@@ -144,7 +144,7 @@ def test_a_folder_begun_with_another_config_is_refused(stores, finished):  # noq
 def test_a_cache_on_a_store_is_written_in_parts_and_read_from_a_copy(stores, finished, tmp_path, monkeypatch):  # noqa: F811
     fake_store.install(tmp_path / "store")
     monkeypatch.setattr(copies, "_chosen_root", str(tmp_path / "local"))
-    remote = place("gs://bucket/cache")
+    remote = as_path("gs://bucket/cache")
     one, other = writer_of(remote, stores), writer_of(remote, stores)  # two machines
     write(one, one.missing(0, 2))
     assert one.finish() is None

@@ -3,13 +3,7 @@ import json
 import pytest
 
 from kd_jax.data.text.utterances import Utterance, read_massive
-from kd_jax.evaluation.records import (
-    assign_test_sets,
-    domain_record,
-    intent_slot_record,
-    read_records,
-    write_records,
-)
+from kd_jax.evaluation.records import assign_test_sets, domain_record, intent_slot_record, read_records, write_records
 from kd_jax.types import UserError
 
 
@@ -104,7 +98,7 @@ def test_errors_name_file_and_line(tmp_path):
         with pytest.raises(UserError, match=rf"records\.jsonl:2: .*{problem}"):
             read_records(path)
     path.write_bytes(b'{"id": "\xff"}\n')
-    with pytest.raises(UserError, match=r"records\.jsonl:1: byte 0xff"):
+    with pytest.raises(UserError, match=r"records\.jsonl:1: broken JSON .*byte 0xff"):
         read_records(path)
     with pytest.raises(UserError, match="No such file"):
         read_records(tmp_path / "absent.jsonl")

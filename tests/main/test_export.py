@@ -15,10 +15,10 @@ import pytest
 from kd_jax.config import base
 from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.data.vocabulary import seen_by_student
-from kd_jax.evaluation.records import read_json_lines
 from kd_jax.jobs import serving, trained
 from kd_jax.main import evaluate, export, import_model, predict
 from kd_jax.models.huggingface.files import TensorFiles
+from kd_jax.runtime.files import read_json_lines
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.types import UserError
 from tests.support import hub_cache

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from kd_jax.data.text.utterances import LabelMaps
-from kd_jax.jobs import serving, trained
+from kd_jax.jobs import serving
 from kd_jax.main import latency
+from kd_jax.runtime.files import read_json
 from kd_jax.types import UserError
 from tests.support.finished_runs import smoke_config
 
@@ -25,7 +26,7 @@ def data(tmp_path_factory):
 def measured(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("latency") / "run"
     latency.run(data[0], workdir)
-    return workdir, trained.read_json(workdir / latency.LATENCY)
+    return workdir, read_json(workdir / latency.LATENCY)
 
 
 def test_sizes(data, measured):

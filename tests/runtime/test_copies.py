@@ -11,7 +11,8 @@ import pytest
 
 from kd_jax.runtime import copies
 from kd_jax.runtime.copies import LocalCopy, describe, fetch, on_this_host, outgoing, put
-from kd_jax.runtime.paths import place, write_whole
+from kd_jax.runtime.files import write_atomically
+from kd_jax.runtime.paths import as_path
 from kd_jax.types import UserError
 from tests.support import fake_store
 
@@ -24,11 +25,11 @@ def store(tmp_path, monkeypatch):
     """(what was read, remote folder, manifest) of a folder on the store; copies go to tmp_path/local."""
     read = fake_store.install(tmp_path)
     monkeypatch.setattr(copies, "_chosen_root", str(tmp_path / "local"))
-    remote = place(NAME)
+    remote = as_path(NAME)
     for name, data in CONTENT.items():
-        write_whole(remote / name, data)
+        write_atomically(remote / name, data)
     manifest = {"files": describe(tmp_path / "buckets/bucket/prepared", CONTENT)}
-    write_whole(remote / "manifest.json", json.dumps(manifest).encode())
+    write_atomically(remote / "manifest.json", json.dumps(manifest).encode())
     return read, remote, manifest
 
 
@@ -44,7 +45,7 @@ def test_files_are_fetched_when_asked_for_and_only_once(store):
     assert read == ["bucket/prepared/rows/3.npy"]
     assert copy.part("rows") == copy.folder / "rows"
     assert sorted(read) == sorted(f"bucket/prepared/{name}" for name in CONTENT)
-    again = LocalCopy(place(NAME), manifest)
+    again = LocalCopy(as_path(NAME), manifest)
     again.part()
     assert len(read) == len(CONTENT) and names_below(again.folder) == {"rows", *CONTENT}
 
@@ -61,7 +62,7 @@ def test_the_background_fetches_what_nobody_asked_for(store):
 def test_other_content_at_the_same_address_is_another_copy(store):
     _, remote, manifest = store
     old = LocalCopy(remote, manifest, background=False).file("rows/0.npy")
-    write_whole(remote / "rows/0.npy", b"new")
+    write_atomically(remote / "rows/0.npy", b"new")
     newer = {"files": manifest["files"] | describe(remote_folder(old, "prepared"), ["rows/0.npy"])}
     assert LocalCopy(remote, newer, background=False).file("rows/0.npy").read_bytes() == b"new"
     assert old.read_bytes() == CONTENT["rows/0.npy"]
@@ -74,7 +75,7 @@ def remote_folder(copied: pathlib.Path, name: str) -> pathlib.Path:
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data + b"x", lambda data: b"x" + data[1:]])
 def test_a_damaged_file_is_refused_by_name_and_leaves_nothing(store, damage):
     _, remote, manifest = store
-    write_whole(remote / "rows/2.npy", damage(CONTENT["rows/2.npy"]))
+    write_atomically(remote / "rows/2.npy", damage(CONTENT["rows/2.npy"]))
     copy = LocalCopy(remote, manifest)
     with pytest.raises(UserError, match=rf"^{NAME}/rows/2\.npy: is damaged: .* upload the folder again"):
         copy.part()
@@ -83,7 +84,7 @@ def test_a_damaged_file_is_refused_by_name_and_leaves_nothing(store, damage):
             thread.join()
     assert "rows/2.npy" not in names_below(copy.folder)
     assert not [name for name in names_below(copy.folder) if "partial" in name]
-    write_whole(remote / "rows/2.npy", CONTENT["rows/2.npy"])
+    write_atomically(remote / "rows/2.npy", CONTENT["rows/2.npy"])
     assert copy.file("rows/2.npy").read_bytes() == CONTENT["rows/2.npy"]
 
 
@@ -159,13 +160,13 @@ def test_a_killed_fetch_leaves_no_file_and_its_successor_starts_cleanly(store, t
 
 def test_what_is_put_can_be_fetched(store, tmp_path, monkeypatch):
     monkeypatch.setattr(copies, "_CHUNK", 64)  # the larger ones in several pieces
-    home = outgoing(place("s3://bucket/new"))
+    home = outgoing(as_path("s3://bucket/new"))
     for name, data in CONTENT.items():
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_bytes(data)
     files = describe(home, CONTENT)
-    put(home, place("s3://bucket/new"), files)
-    copy = LocalCopy(place("s3://bucket/new"), {"files": files, "about": "new"})
+    put(home, as_path("s3://bucket/new"), files)
+    copy = LocalCopy(as_path("s3://bucket/new"), {"files": files, "about": "new"})
     assert {name: copy.file(name).read_bytes() for name in CONTENT} == CONTENT
 
 
@@ -177,6 +178,6 @@ def test_the_folder_of_this_host(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert copies.local_root() == pathlib.Path.home() / ".cache/kd_jax"
     monkeypatch.setattr(copies, "_chosen_root", str(tmp_path / "chosen"))
-    assert on_this_host(place("gs://bucket/a")).parent == tmp_path / "chosen/outgoing"
+    assert on_this_host(as_path("gs://bucket/a")).parent == tmp_path / "chosen/outgoing"
     assert on_this_host(tmp_path) == tmp_path
-    assert outgoing(place("gs://bucket/a")) != outgoing(place("gs://bucket/b"))
+    assert outgoing(as_path("gs://bucket/a")) != outgoing(as_path("gs://bucket/b"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kd_jax.runtime import copies, mirror
-from kd_jax.runtime.paths import names_in, place
+from kd_jax.runtime.paths import as_path, names_in
 from kd_jax.trainer.checkpoint import Checkpoints, load_params
 from kd_jax.types import UserError
 from tests.support import fake_store
@@ -50,7 +50,7 @@ def test_the_newest_checkpoints_are_kept_and_come_back(run, store, tmp_path, mon
     assert newest(run) is None
     save(run, 1, 2)
     save(run, 3)
-    assert {name for name in names_in(place(run) / "checkpoints") if name.isdecimal()} == {"2", "3"}
+    assert {name for name in names_in(as_path(run) / "checkpoints") if name.isdecimal()} == {"2", "3"}
     monkeypatch.setattr(copies, "_chosen_root", str(tmp_path / "another-host"))
     assert newest(run) == (3, 3)
     np.testing.assert_array_equal(load_params(run, abstract()["params"])["a"], np.arange(6) + 3)
@@ -105,11 +105,11 @@ def test_a_store_that_refuses_a_checkpoint_stops_the_run(store, monkeypatch):
 def test_several_processes_are_refused_where_each_would_write_a_part(monkeypatch):
     monkeypatch.setattr(mirror.jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match=r"2 processes cannot write one checkpoint to s3://; use gs://"):
-        mirror.Mirror(place(f"{RUN}/checkpoints"))
+        mirror.Mirror(as_path(f"{RUN}/checkpoints"))
 
 
 def test_a_checkpoint_that_vanishes_while_it_is_looked_for(store, monkeypatch):
     save(RUN, 1)
     monkeypatch.setattr(mirror, "steps_in", lambda remote: [1, 2])
-    found = mirror.fetch_newest(place(f"{RUN}/checkpoints"))
+    found = mirror.fetch_newest(as_path(f"{RUN}/checkpoints"))
     assert found is not None and (found / "1").is_dir()

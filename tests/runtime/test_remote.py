@@ -7,13 +7,13 @@ import pytest
 
 from kd_jax.data import prepared as data
 from kd_jax.data.batches import MaskedBatches
-from kd_jax.evaluation.records import read_json_lines
 from kd_jax.main import cache_teacher, distill, evaluate, finetune_dc, prepare, pretrain, study
 from kd_jax.main.command import on_storage
 from kd_jax.runtime import copies
-from kd_jax.runtime.paths import names_in, place, read_json, write_whole
+from kd_jax.runtime.files import read_json, read_json_lines, write_atomically
+from kd_jax.runtime.paths import as_path, names_in
 from kd_jax.trainer.checkpoint import Checkpoints
-from kd_jax.trainer.metrics import TIME, read_metrics
+from kd_jax.trainer.metrics import TIME
 from kd_jax.types import UserError
 from tests.support import fake_store, toy_training
 from tests.support.finished_runs import small_config
@@ -37,7 +37,10 @@ def small(prepared: str):
 
 
 def rows_without_times(metrics):
-    return [{name: value for name, value in row.items() if not name.startswith(TIME)} for row in read_metrics(metrics)]
+    return [
+        {name: value for name, value in row.items() if not name.startswith(TIME)}
+        for row in read_json_lines(metrics, growing=True)
+    ]
 
 
 @contextlib.contextmanager
@@ -61,25 +64,25 @@ def stopping_at(step, monkeypatch):
 def test_from_text_to_results_with_everything_on_a_store(tmp_path, store, monkeypatch, scheme):
     base = f"{scheme}://bucket/study"
     config = small(f"{base}/prepared")
-    prepare.run(config, place(config.prepared))
-    prepare.run(config, place(config.prepared))  # finished: left as it is
-    assert (place(config.prepared) / "DONE").is_file()
+    prepare.run(config, as_path(config.prepared))
+    prepare.run(config, as_path(config.prepared))  # finished: left as it is
+    assert (as_path(config.prepared) / "DONE").is_file()
 
     # A run that dies after its checkpoint goes on from it, from another host, as one that never stopped.
     config.tensorboard = True
     with stopping_at(3, monkeypatch):
-        pretrain.run(config, place(f"{base}/teacher"))
-    checkpoints = names_in(place(f"{base}/teacher/checkpoints"))
+        pretrain.run(config, as_path(f"{base}/teacher"))
+    checkpoints = names_in(as_path(f"{base}/teacher/checkpoints"))
     assert "2" in checkpoints and "4" not in checkpoints
     monkeypatch.setattr(copies, "_chosen_root", str(tmp_path / "another-host"))
     store.clear()
-    pretrain.run(config, place(f"{base}/teacher"))
+    pretrain.run(config, as_path(f"{base}/teacher"))
     fetched = [name for name in store if name.startswith("bucket/study/prepared/rows")]
     assert fetched and len(fetched) == len(set(fetched))
     local = small(str(tmp_path / "prepared"))
     prepare.run(local, tmp_path / "prepared")
     pretrain.run(local, tmp_path / "teacher")
-    there, here = place(f"{base}/teacher"), tmp_path / "teacher"
+    there, here = as_path(f"{base}/teacher"), tmp_path / "teacher"
     assert rows_without_times(there / "metrics.jsonl") == rows_without_times(here / "metrics.jsonl")
     assert read_json(there / "heldout.json") == read_json(here / "heldout.json")
     fingerprints = {read_json(run / "DONE")["parameters_fingerprint"] for run in (there, here)}
@@ -90,20 +93,20 @@ def test_from_text_to_results_with_everything_on_a_store(tmp_path, store, monkey
     # The same through a cache, and finetuned and scored.
     config.tensorboard = False
     config.teacher_checkpoint = f"{base}/teacher"
-    cache_teacher.run(config, place(f"{base}/cache"))
+    cache_teacher.run(config, as_path(f"{base}/cache"))
     config.teacher_cache = f"{base}/cache"
-    distill.run(config, place(f"{base}/student"))
+    distill.run(config, as_path(f"{base}/student"))
     config.finetune.init_from = f"{base}/student"
-    finetune_dc.run(config, place(f"{base}/dc"))
+    finetune_dc.run(config, as_path(f"{base}/dc"))
     config.evaluate.checkpoint = f"{base}/dc"
-    evaluate.run(config, place(f"{base}/scores"))
+    evaluate.run(config, as_path(f"{base}/scores"))
     local.teacher_checkpoint = str(here)
     cache_teacher.run(local, tmp_path / "cache")
     local.teacher_cache = str(tmp_path / "cache")
     distill.run(local, tmp_path / "student")
-    students = place(f"{base}/student"), tmp_path / "student"
+    students = as_path(f"{base}/student"), tmp_path / "student"
     assert len({read_json(run / "DONE")["parameters_fingerprint"] for run in students}) == 1
-    scores = {row["metric"]: row["value"] for row in read_json_lines(place(f"{base}/scores/results.jsonl"))}
+    scores = {row["metric"]: row["value"] for row in read_json_lines(as_path(f"{base}/scores/results.jsonl"))}
     assert np.isfinite(scores["accuracy"])
     written = {file.relative_to(tmp_path).parts[0] for file in tmp_path.rglob("*") if file.is_file()}
     assert written <= {"buckets", "local", "another-host", "prepared", "teacher", "cache", "student"}
@@ -111,12 +114,12 @@ def test_from_text_to_results_with_everything_on_a_store(tmp_path, store, monkey
 
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
 def test_the_rows_that_a_checkpoint_counts_are_on_the_store_before_it(store, scheme):
-    workdir = place(f"{scheme}://bucket/toy")
+    workdir = as_path(f"{scheme}://bucket/toy")
     found = []
 
     class Looking(Checkpoints):
         def save(self, step, state, meta):
-            found.append((meta["rows"], len(read_metrics(workdir / "metrics.jsonl"))))
+            found.append((meta["rows"], len(read_json_lines(workdir / "metrics.jsonl", growing=True))))
             super().save(step, state, meta)
 
     with Looking(workdir / "others", keep=2) as checkpoints:
@@ -133,10 +136,10 @@ def test_a_study_with_its_workdir_on_a_store(tmp_path, store):
     config.study.update({"adapted_sets": (), "mlm_sets": ("mix50",), "tasks": ("dc",)})
     workdir = "s3://bucket/study"
     on_storage(study.run)(config, workdir)
-    assert names_in(place(workdir)) == ["figures", "report.html", "report.md", "results.jsonl", "stages"]
-    stages = place(workdir) / "stages"
+    assert names_in(as_path(workdir)) == ["figures", "report.html", "report.md", "results.jsonl", "stages"]
+    stages = as_path(workdir) / "stages"
     assert all((stages / name / "DONE").is_file() for name in names_in(stages))
-    kinds = {row["student"] for row in read_json_lines(place(workdir) / "results.jsonl")}
+    kinds = {row["student"] for row in read_json_lines(as_path(workdir) / "results.jsonl")}
     assert {"teacher", "scratch", "mlm", "distilled"} <= kinds
     assert {file.name for file in tmp_path.iterdir()} <= {"buckets", "uploads", "local"}
 
@@ -145,17 +148,17 @@ def test_a_study_with_its_workdir_on_a_store(tmp_path, store):
 def test_what_is_damaged_on_the_store_is_named_and_not_used(tmp_path, store):
     base = "s3://bucket/damaged"
     config = small(f"{base}/prepared")
-    prepare.run(config, place(config.prepared))
+    prepare.run(config, as_path(config.prepared))
     prepared = tmp_path / "buckets/bucket/damaged/prepared"
     file = sorted((prepared / "rows/train").rglob("tokens.npy"))[0]
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
-    write_whole(file, bytes(data))
+    write_atomically(file, bytes(data))
     copies.keep_copies_in(str(tmp_path / "fresh"))
     name = f"{base}/prepared/{file.relative_to(prepared).as_posix()}"
     with pytest.raises(UserError, match=rf"^{name}: is damaged"):
-        pretrain.run(config, place(f"{base}/teacher"))
-    assert not (place(f"{base}/teacher") / "DONE").exists()
+        pretrain.run(config, as_path(f"{base}/teacher"))
+    assert not (as_path(f"{base}/teacher") / "DONE").exists()
 
 
 def test_a_prepare_that_is_killed_while_it_puts_is_made_good_by_the_next(tmp_path, store, monkeypatch):
@@ -169,7 +172,7 @@ def test_a_prepare_that_is_killed_while_it_puts_is_made_good_by_the_next(tmp_pat
     monkeypatch.setattr(data, "put", killed)
     with pytest.raises(KeyboardInterrupt):
         data.prepare(config, config.prepared)
-    assert names_in(place(config.prepared))
+    assert names_in(as_path(config.prepared))
     with pytest.raises(UserError, match="is no finished prepared folder"):
         data.Prepared(config.prepared)
     monkeypatch.setattr(data, "put", put)
@@ -201,6 +204,6 @@ def test_rows_are_waited_for_when_they_are_read_and_not_before(tmp_path, store, 
 def test_a_prepared_folder_without_checksums_and_one_that_is_not_there(tmp_path, store):
     with pytest.raises(UserError, match=r"^config\.prepared: gs://bucket/none is no finished prepared folder"):
         data.Prepared("gs://bucket/none")
-    write_whole(place("gs://bucket/old/manifest.json"), b'{"config": {}, "fingerprint": "a"}')
+    write_atomically(as_path("gs://bucket/old/manifest.json"), b'{"config": {}, "fingerprint": "a"}')
     with pytest.raises(UserError, match=r"^gs://bucket/old: its manifest has no checksums"):
         data.Prepared("gs://bucket/old")

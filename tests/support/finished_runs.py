@@ -10,7 +10,7 @@ from kd_jax.data.prepared import Prepared, prepare
 from kd_jax.data.text.utterances import LabelMaps
 from kd_jax.jobs import finetune, masked_lm
 from kd_jax.models.functional import Functional
-from kd_jax.runtime.disk import write_json
+from kd_jax.runtime.files import write_json
 from kd_jax.trainer.checkpoint import FOLDER, Checkpoints
 from kd_jax.trainer.run_directory import RunDirectory
 from kd_jax.trainer.state import params_fingerprint

@@ -12,7 +12,8 @@ import sys
 import time
 
 from kd_jax.runtime import copies
-from kd_jax.runtime.paths import place, read_json
+from kd_jax.runtime.files import read_json
+from kd_jax.runtime.paths import as_path
 from tests.support import fake_store
 
 
@@ -28,7 +29,7 @@ if __name__ == "__main__":
     read = fake_store.install(pathlib.Path(store))
     copies.keep_copies_in(local)
     copies._CHUNK = 16
-    remote = place(name)
+    remote = as_path(name)
     manifest = read_json(remote / "manifest.json")
     read.clear()
     real = copies.os.fsync

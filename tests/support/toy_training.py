@@ -14,7 +14,7 @@ import optax
 
 from kd_jax.config.execution import Mesh
 from kd_jax.config.training import Training
-from kd_jax.runtime.paths import place
+from kd_jax.runtime.paths import as_path
 from kd_jax.trainer.checkpoint import Checkpoints
 from kd_jax.trainer.loop import Phase, fit
 from kd_jax.trainer.mesh import make_mesh, shardings
@@ -104,7 +104,7 @@ def train(workdir, job=None, *, mesh=None, batches=batch_at, identity=None, tens
         "identity": identity or {"config": "toy"},
     }
     try:
-        with Checkpoints(place(workdir) / "checkpoints", keep=2) as checkpoints:
+        with Checkpoints(as_path(workdir) / "checkpoints", keep=2) as checkpoints:
             return fit(**(arguments | {"checkpoints": checkpoints} | changes))
     finally:
         writer.close()

@@ -13,8 +13,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from kd_jax.config.execution import Mesh
+from kd_jax.runtime.files import read_json_lines
 from kd_jax.trainer.mesh import make_mesh
-from kd_jax.trainer.metrics import TIME, read_metrics
+from kd_jax.trainer.metrics import TIME
 from tests.support.elastic_training import SAVED_AT, STEPS, goes_on
 from tests.support.several_processes import ended, environment, run, start
 from tests.support.toy_training import ROWS
@@ -32,11 +33,11 @@ def arguments(workdir, mesh, stop_at=None) -> list[str]:
 
 
 def losses(workdir) -> list[tuple[int, float]]:
-    return [(row["step"], row["loss"]) for row in read_metrics(workdir / "metrics.jsonl")]
+    return [(row["step"], row["loss"]) for row in read_json_lines(workdir / "metrics.jsonl", growing=True)]
 
 
 def rows_without_time(workdir) -> list[dict]:
-    rows = read_metrics(workdir / "metrics.jsonl")
+    rows = read_json_lines(workdir / "metrics.jsonl", growing=True)
     return [{name: value for name, value in row.items() if not name.startswith(TIME)} for row in rows]
 
 

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from kd_jax.config.execution import Mesh
+from kd_jax.runtime.files import read_json_lines
 from kd_jax.runtime.preemption import Preempted, Preemption, poll, watching
 from kd_jax.runtime.watchdog import Watchdog
 from kd_jax.trainer.goodput import Account
 from kd_jax.trainer.loop import Phase
 from kd_jax.trainer.mesh import make_mesh
-from kd_jax.trainer.metrics import TIME, read_metrics
+from kd_jax.trainer.metrics import TIME
 from kd_jax.trainer.optimizer import make_optimizer
 from kd_jax.trainer.state import to_plain
 from kd_jax.types import UserError
@@ -25,7 +26,7 @@ from tests.support.toy_training import OUTPUTS, batch_at, make_step, toy_job, tr
 
 
 def rows_without_time(workdir):
-    rows = read_metrics(workdir / "metrics.jsonl")
+    rows = read_json_lines(workdir / "metrics.jsonl", growing=True)
     return [{name: value for name, value in row.items() if not name.startswith(TIME)} for row in rows]
 
 
@@ -45,7 +46,7 @@ def test_trains_the_toy_and_logs_sums_divided_once(tmp_path):
     assert rows[-1]["loss"] < rows[0]["loss"]
     segments = np.concatenate([batch_at(step)["segment_ids"] for step in range(4)])
     assert rows[0]["useful_share"] == np.count_nonzero(segments) / segments.size
-    timed = read_metrics(tmp_path / "metrics.jsonl")[0]
+    timed = read_json_lines(tmp_path / "metrics.jsonl", growing=True)[0]
     assert timed["time/padded_tokens_per_second"] > timed["time/tokens_per_second"] > 0
 
 
@@ -135,7 +136,7 @@ def test_a_preempted_run_saves_and_goes_on_with_the_evaluation_that_was_due(tmp_
 
     with pytest.raises(Preempted, match="step 3 of 12 is saved"):
         train(tmp_path / "stopped", job, preemption=AtStepThree(), evaluate=evaluate)
-    assert read_metrics(tmp_path / "stopped" / "metrics.jsonl") == []
+    assert read_json_lines(tmp_path / "stopped" / "metrics.jsonl", growing=True) == []
     assert_identical(straight, train(tmp_path / "stopped", job, evaluate=evaluate))
     rows = rows_without_time(tmp_path / "straight")
     assert rows == rows_without_time(tmp_path / "stopped")
@@ -246,7 +247,9 @@ def test_phases_follow_one_another_and_only_the_running_one_is_loaded(tmp_path):
     loaded.clear()
     train(tmp_path, job, phases=phases())
     assert loaded == [1]
-    norms = [row["grad_norm"] for row in read_metrics(tmp_path / "metrics.jsonl") if "grad_norm" in row]
+    norms = [
+        row["grad_norm"] for row in read_json_lines(tmp_path / "metrics.jsonl", growing=True) if "grad_norm" in row
+    ]
     assert [norm > 0 for norm in norms] == [True] * 4 + [False] * 4
 
 
@@ -351,7 +354,7 @@ def test_the_account_goes_on_over_restarts_and_counts_what_was_lost(tmp_path):
     assert 0 < found["goodput"] < 1
     kinds = ("steps", "data_wait", "compile", "evaluation", "checkpoint", "other")
     assert sum(found[f"{kind}_seconds"] for kind in kinds) == pytest.approx(found["wall_seconds"])
-    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row]
+    rows = [row for row in read_json_lines(tmp_path / "metrics.jsonl", growing=True) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert all(0 < row["time/goodput"] < 1 for row in rows[1:])
     spent = [row["time/steps_seconds"] for row in rows]

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from kd_jax.trainer.metrics import MetricsWriter, Window, read_metrics
+from kd_jax.runtime.files import read_json_lines
+from kd_jax.trainer.metrics import MetricsWriter, Window
 from kd_jax.types import UserError
 
 
@@ -32,7 +33,9 @@ def test_rows_are_json_with_null_for_the_undefined(tmp_path):
     writer = MetricsWriter(tmp_path, tensorboard=False)
     writer.start(0)
     writer.write(10, {"loss": 0.1, "kl": None, "bad": float("nan")})
-    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 10, "loss": 0.1, "kl": None, "bad": None}]
+    assert read_json_lines(tmp_path / "metrics.jsonl", growing=True) == [
+        {"step": 10, "loss": 0.1, "kl": None, "bad": None}
+    ]
     writer.close()
 
 
@@ -41,7 +44,7 @@ def test_a_resume_drops_later_rows_and_a_torn_line(tmp_path):
     path.write_text(
         '{"step": 5, "loss": 0.5}\n{"step": 10, "loss": 0.25}\n{"step": 15, "loss": 0.125}\n{"step": 20, "lo'
     )
-    assert [row["step"] for row in read_metrics(path)] == [5, 10, 15]
+    assert [row["step"] for row in read_json_lines(path, growing=True)] == [5, 10, 15]
     writer = MetricsWriter(tmp_path, tensorboard=False)
     writer.start(10)
     writer.write(15, {"loss": 1.0})
@@ -57,7 +60,7 @@ def test_a_resume_keeps_as_many_rows_as_the_checkpoint_knew(tmp_path):
         if rows is None:
             writer.write(5, {"loss": 0.5})
             writer.write(5, {"dev/accuracy": 0.25})
-        assert writer.rows == kept == len(read_metrics(tmp_path / "metrics.jsonl"))
+        assert writer.rows == kept == len(read_json_lines(tmp_path / "metrics.jsonl", growing=True))
         writer.close()
 
 

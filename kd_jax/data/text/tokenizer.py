@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from kd_jax.data.text.unigram import train_unigram
+from kd_jax.runtime.files import write_atomically
 from kd_jax.types import UserError
 
 # Ids 0 to 4 of a tokenizer trained here: the first four as XLM-R has them; its <mask> comes last in the vocabulary,
@@ -87,8 +88,8 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config |= {f"{role}_token": name for role, name in self._names.items() if name is not None}
-        _write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2))
-        _write_whole(folder / "tokenizer.json", self.backend.to_str())
+        write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=2))
+        write_atomically(folder / "tokenizer.json", self.backend.to_str())
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -290,10 +291,3 @@ def _from_hub(name: str) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
             f"{name}: there is no such folder here, and the hub gave no tokenizer of that name "
             f"({type(error).__name__}); check the name and the network, or download it and name its folder"
         ) from error
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """The file is either there whole or not there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -1,13 +1,12 @@
 """Gathers what the stages left behind into results.jsonl and the inputs of the report."""
 
-import json
 import pathlib
 from collections.abc import Iterable
 from typing import Any
 
 from kd_jax.config import fingerprint, identity, to_dict
-from kd_jax.evaluation.records import read_json_lines, read_records, write_json_lines
-from kd_jax.runtime.paths import read_json
+from kd_jax.evaluation.records import read_records
+from kd_jax.runtime.files import read_json, read_json_lines, write_json_lines
 from kd_jax.study.plan import Student, students, task_shares
 from kd_jax.study.report.report import ReportInputs
 from kd_jax.study.run import Study
@@ -96,9 +95,5 @@ def measured_latency(study: Study) -> dict[str, Any] | None:
 
 def read_curve(folder: pathlib.Path) -> list[tuple[int, dict[str, float]]]:
     """(step, metrics) of each row of a run's metrics.jsonl; none for a teacher that was imported and not trained."""
-    rows = []
-    file = folder / "metrics.jsonl"
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        values = json.loads(line)
-        rows.append((values.pop("step"), values))
-    return rows
+    rows = read_json_lines(folder / "metrics.jsonl", growing=True)
+    return [(row.pop("step"), row) for row in rows]

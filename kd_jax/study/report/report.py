@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from kd_jax.runtime.paths import place
+from kd_jax.runtime.files import write_atomically
+from kd_jax.runtime.paths import as_path, make_folder
 from kd_jax.study.report import figures, tables
 from kd_jax.study.report.choosing import choosing_section
 from kd_jax.study.report.document import Block, Bullets, Document, Picture, Section, Text, markdown
@@ -27,7 +28,7 @@ from kd_jax.study.report.findings import (
 )
 from kd_jax.study.report.html import page
 from kd_jax.study.report.inputs import HEADLINE, TASK_NAMES, TEST, Numbers, Place, ReportInputs
-from kd_jax.study.report.plotting import write_figure, write_whole
+from kd_jax.study.report.plotting import write_figure
 
 __all__ = ["ReportInputs", "ReportPaths", "summary_text", "write_report"]
 
@@ -61,7 +62,7 @@ def write_report(folder: pathlib.Path, inputs: ReportInputs) -> ReportPaths:
 
     Raises UserError where a file cannot be written. What a study did not run is said in a sentence, never an error.
     """
-    folder = place(folder)
+    folder = as_path(folder)
     paths = ReportPaths(folder / "report.md", folder / "report.html", folder / "figures")
 
     def draw(name: str, figure: Figure | None, caption: str, alternative: str, missing: str) -> Block:
@@ -70,9 +71,10 @@ def write_report(folder: pathlib.Path, inputs: ReportInputs) -> ReportPaths:
         write_figure(figure, paths.figures, name)
         return Picture(name, caption, alternative)
 
+    make_folder(paths.figures)
     document = build(inputs, draw)
-    write_whole(paths.markdown, markdown(document).encode())
-    write_whole(paths.html, page(document, paths.figures).encode())
+    write_atomically(paths.markdown, markdown(document))
+    write_atomically(paths.html, page(document, paths.figures))
     return paths
 
 

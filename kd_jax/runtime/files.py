@@ -1,0 +1,170 @@
+"""Small files written atomically, JSON and JSON Lines, and one sentence for a full disk; local or on gs:// and s3://."""
+
+import contextlib
+import errno
+import json
+import os
+import pathlib
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from kd_jax.runtime.paths import as_path, is_remote, reaching, unreachable
+from kd_jax.types import UserError
+
+# orbax and tensorstore wrap the system's error in their own exceptions, so its message is searched for as well.
+_FULL = tuple(os.strerror(number).lower() for number in (errno.ENOSPC, errno.EDQUOT))
+
+# Object stores refuse more than about one put of the same object per second.
+_SECONDS_BETWEEN_PUTS = 10.0
+
+
+@contextlib.contextmanager
+def full_disk_is_user_error(path: str | os.PathLike, remedy: str = "or choose another folder") -> Iterator[None]:
+    """Turns "no space left" and "quota exceeded", from the system or from a storage library, into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or any(message in str(error).lower() for message in _FULL):
+            raise UserError(
+                f"{os.fspath(path)}: the disk is full or over its quota; free some space, {remedy}, and start the "
+                "same command again"
+            ) from error
+        raise
+
+
+def write_atomically(path: pathlib.Path, data: bytes | str) -> None:
+    """Replaces a file so that a reader finds the old content or the new, never a part.
+
+    Raises UserError when the disk is full, the folder cannot be written to, or the store cannot be reached.
+    """
+    data = data.encode() if isinstance(data, str) else data
+    if is_remote(path):  # a single put is atomic
+        try:
+            with reaching(path):
+                path.write_bytes(data)
+        except FileNotFoundError as error:  # the bucket does not exist
+            raise unreachable(path, error) from error
+        return
+    # The process id keeps two processes that write the same file apart.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with full_disk_is_user_error(path):
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                # Without fsync, a power cut after the rename can leave an empty file under the final name.
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({reason}); free space or choose another folder") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_json(path: pathlib.Path, values: Any) -> None:
+    """`write_atomically` of indented JSON; NaN and infinity are a ValueError, since they are not JSON."""
+    write_atomically(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The value of a JSON file; FileNotFoundError if it is missing, UserError if the store cannot be reached."""
+    with reaching(path):
+        text = path.read_text(encoding="utf-8")
+    return json.loads(text)
+
+
+def write_json_lines(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
+    """`write_atomically` of one JSON object per line."""
+    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    write_atomically(as_path(path), text)
+
+
+def read_json_lines(path: str | os.PathLike, *, growing: bool = False) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one per line; UserError names file and line.
+
+    growing: the file may be missing (no rows) or still be written to, so a last line without a newline is left out.
+    """
+    path = as_path(path)
+    try:
+        with reaching(path):
+            content = path.read_bytes()
+    except OSError as error:
+        if growing and isinstance(error, FileNotFoundError):
+            return []
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path and its rights") from None
+    if growing:
+        content = content[: content.rfind(b"\n") + 1]
+    rows = []
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # a UnicodeDecodeError is one, too
+            raise UserError(f"{path}:{number}: broken JSON ({error}); write one JSON object on the line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: holds a JSON {type(row).__name__}; write one JSON object on the line")
+        rows.append(row)
+    return rows
+
+
+class GrowingFile:
+    """A text file that lines are appended to: a local one is flushed at once, a remote one is put whole again.
+
+    The puts are made by a thread of their own, every ten seconds at the most, and by `sync` and `close`. One that fails
+    is tried again with the next; `sync` and `close` raise UserError.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self._file = None if is_remote(path) else open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+        self._lines: list[str] = []
+        self._written = 0  # lines that are in the store
+        self._changed, self._closed = threading.Event(), threading.Event()
+        self._lock = threading.Lock()
+        if self._file is None:
+            with contextlib.suppress(FileNotFoundError), reaching(path):
+                self._lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            self._written = len(self._lines)
+            threading.Thread(target=self._put_now_and_then, name="growing file", daemon=True).start()
+
+    def write(self, line: str) -> None:
+        """Appends a line, which ends in a newline."""
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
+        else:
+            self._lines.append(line)
+            self._changed.set()
+
+    def sync(self) -> None:
+        """Returns when every line so far is in the store."""
+        if self._file is None:
+            self._put()
+
+    def close(self) -> None:
+        """`sync`, and the end."""
+        self._closed.set()
+        self._changed.set()
+        if self._file is not None:
+            self._file.close()
+        else:
+            self._put()
+
+    def _put(self) -> None:
+        with self._lock:
+            count = len(self._lines)
+            if count > self._written:
+                write_atomically(self._path, "".join(self._lines[:count]))
+                self._written = count
+
+    def _put_now_and_then(self) -> None:
+        while self._changed.wait() and not self._closed.is_set():
+            self._changed.clear()
+            with contextlib.suppress(UserError):
+                self._put()
+            self._closed.wait(_SECONDS_BETWEEN_PUTS)
