@@ -11,13 +11,15 @@ from ml_collections import ConfigDict
 from benchmarks.flops import cached_flops, distill_flops
 from benchmarks.handover import read_arrays, read_batches, read_tree
 from benchmarks.layouts import one_text_a_row, same_shape
+from kd_jax.config.training import KL, Term
 from kd_jax.losses.logits import kl_divergence, masked_cross_entropy
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
 from kd_jax.models.heads import gather_positions
 from kd_jax.models.projection import WithProjections
-from kd_jax.steps.distill import DistillSettings, Weight, make_cached_objective, make_distill_objective
+from kd_jax.steps.distill import DistillSettings, make_distill_objective
 from kd_jax.steps.objective import Objective, scaled_sum
+from kd_jax.steps.teacher_logits import TeacherForm
 from kd_jax.steps.train_step import make_train_step
 from kd_jax.trainer.mesh import global_batch, replicated
 from kd_jax.trainer.optimizer import make_optimizer, make_schedule
@@ -138,7 +140,7 @@ class CachedDistill(JaxDistill):
         """See JaxDistill."""
         decoder = read_arrays(f"{self.spec['weights']}/decoder.npz")
         frozen = {"decoder": (decoder["table"], decoder.get("bias"))}
-        return make_cached_objective(WithProjections(self.student), settings_of(self.spec)), frozen
+        return objective_of(self.spec, self.student, (), cached=True), frozen
 
     def flops(self, batch):
         """See JaxDistill."""
@@ -161,16 +163,20 @@ def model(spec: Spec, name: str) -> Functional:
     return Functional("mlm", EncoderConfig(**spec["models"][name]), compute_dtype="float32")
 
 
-def settings_of(spec: Spec) -> DistillSettings:
-    """What kd_jax.main.distill makes of the same config: KL and cross entropy with constant weights."""
-    kl, mlm = (Weight(spec[f"{name}_weight"], spec[f"{name}_weight"]) for name in ("kl", "mlm"))
-    temperature = spec["temperature"]
-    return DistillSettings(kl, mlm, temperature=temperature, final_temperature=temperature, block=spec["block"])
+def objective_of(spec: Spec, student: Functional, teachers: tuple[Functional, ...], cached: bool) -> Objective:
+    """The objective of kd_jax.main.distill for the same config: KL and cross entropy with constant weights."""
+    settings = DistillSettings(
+        KL(spec["kl_weight"], temperature=spec["temperature"]),
+        Term(spec["mlm_weight"]),
+        block_positions=spec["block"],
+        form=TeacherForm(cached=cached),
+    )
+    return make_distill_objective(WithProjections(student), teachers, settings)
 
 
 def masked_objective(student: Functional, teacher: Functional, spec: Spec, params) -> tuple[Objective, dict[str, Any]]:
     """The objective that kd_jax.main.distill trains with, and its frozen arrays; `params` are the teacher's."""
-    return make_distill_objective(WithProjections(student), (teacher,), settings_of(spec)), {"teachers": (params,)}
+    return objective_of(spec, student, (teacher,), cached=False), {"teachers": (params,)}
 
 
 def everywhere_objective(student: Functional, teacher: Functional, spec: Spec) -> Objective:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from kd_jax.config import base
-from kd_jax.config.training import Training
+from kd_jax.config.training import KL, Term, Training
 from kd_jax.data.embedded.utterances import embedded_texts
 from kd_jax.data.masking import mask_rows, num_slots, row_keys
 from kd_jax.data.packing import pack_stream, positions
@@ -16,7 +16,7 @@ from kd_jax.models.encoder_config import encoder_config
 from kd_jax.models.functional import Functional
 from kd_jax.models.presets import PRESETS
 from kd_jax.models.projection import WithProjections
-from kd_jax.steps.distill import DistillSettings, Weight, make_distill_objective
+from kd_jax.steps.distill import DistillSettings, make_distill_objective
 from kd_jax.steps.pretrain import make_pretrain_objective
 from kd_jax.steps.train_step import make_train_step
 from kd_jax.trainer.optimizer import make_optimizer, make_schedule
@@ -69,7 +69,7 @@ def main() -> None:
     teacher = Functional("mlm", encoder_config(wider, tokenizer.vocab_size))
     student = Functional("mlm", encoder_config(PRESETS["tiny"], tokenizer.vocab_size))
     theirs = train(make_pretrain_objective(teacher), teacher.init(jax.random.key(0)), {}, batch, "teacher")
-    settings = DistillSettings(kl=Weight(1.0, 1.0), mlm=Weight(1.0, 0.0), temperature=2.0)  # the hard loss fades out
+    settings = DistillSettings(kl=KL(1.0, temperature=2.0), mlm=Term(1.0, final_weight=0.0))  # the hard loss fades out
     objective = make_distill_objective(WithProjections(student), (teacher,), settings)
     train(objective, student.init(jax.random.key(1)), {"teachers": (theirs,)}, batch, "student")
 

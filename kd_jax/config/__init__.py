@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -69,6 +70,12 @@ def identity(values: Any) -> Any:
     if isinstance(values, dict):
         return {key: identity(value) for key, value in values.items() if key not in MAY_CHANGE}
     return values
+
+
+def resolved(config: ConfigDict, keys: Iterable[str]) -> dict[str, Any]:
+    """The part of a config that a command reads, as plain values: what its config.json holds."""
+    values = to_dict(config)
+    return {key: values[key] for key in (*keys, *EXECUTION_KEYS)}
 
 
 def require(condition: bool, key: str, problem: str, remedy: str) -> None:

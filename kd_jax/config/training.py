@@ -1,6 +1,6 @@
 """Settings of the training jobs: steps and optimizer, the terms of the distillation loss, finetuning."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from kd_jax.config.settings import check, one_of
 
@@ -48,6 +48,13 @@ class Training:
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     skip_non_finite: int = 0
+
+    @property
+    def of_step(self) -> "Training":
+        """Only what the compiled step depends on, so that jobs that differ in the rest share one compilation."""
+        ignored = ("batch_size", "log_every", "evaluate_every", "evaluate_rows", "checkpoint_every", "keep_checkpoints")
+        values = {one.name: getattr(self, one.name) for one in fields(Training) if one.name not in ignored}
+        return Training(**values, batch_size=self.accumulation)
 
     def __post_init__(self):
         def require(condition: bool, name: str, wanted: str) -> None:
@@ -139,6 +146,11 @@ class KL(Term):
         final = self.final_temperature
         check(final >= 0, "final_temperature", f"{final} is negative", "0 keeps the temperature")
 
+    @property
+    def last_temperature(self) -> float:
+        """The temperature at the end of training."""
+        return self.final_temperature or self.temperature
+
 
 @dataclass(frozen=True)
 class Hidden(Term):
@@ -190,16 +202,17 @@ class Relations(Term):
         check(bool(self.parts), "parts", "it is empty", "use query, key and value")
 
 
-@dataclass(frozen=True)
-class Distill(Training):
-    """Distillation of a student: `config.distill`.
+FEATURE_TERMS = ("hidden", "embeddings", "relations")  # on inner states: they need the teacher in the loop
+TERMS = ("kl", "mlm", *FEATURE_TERMS)
 
-    kl, mlm, hidden, embeddings, relations: the terms of the loss; mlm is the hard masked-LM cross entropy.
+
+@dataclass(frozen=True)
+class Loss:
+    """The distillation loss, a weighted sum of terms; part of `config.distill`.
+
+    kl, mlm, hidden, embeddings, relations: the terms; mlm is the hard masked-LM cross entropy.
     kd_positions: masked | all: where the KL term is taken.
     block_positions: positions whose logits are formed at a time; 0 chooses.
-    init: random | teacher: the student starts from layers of the (first) teacher.
-    init_layers: init=teacher: uniform | first | last | "0,3": a teacher layer for each of the student's.
-    teacher_steps: several teachers: () averages them; (0, n, ...) uses each from its step on.
     """
 
     kl: KL = field(default_factory=KL)
@@ -209,30 +222,40 @@ class Distill(Training):
     relations: Relations = field(default_factory=Relations)
     kd_positions: str = "masked"
     block_positions: int = 0
+
+    def __post_init__(self):
+        check(bool(self.used), "", "every term has weight 0", f"give {', '.join(TERMS)} a weight")
+        one_of(self.kd_positions, ("masked", "all"), "kd_positions")
+        check(self.block_positions >= 0, "block_positions", f"{self.block_positions} is negative", "0 chooses")
+
+    @property
+    def used(self) -> dict[str, Term]:
+        """The terms that are part of the loss, by name."""
+        return {name: term for name in TERMS if (term := getattr(self, name)).used}
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The names of the used terms on inner states."""
+        return tuple(name for name in FEATURE_TERMS if name in self.used)
+
+
+@dataclass(frozen=True)
+class Distill(Loss, Training):
+    """Distillation of a student: `config.distill`.
+
+    init: random | teacher: the student starts from layers of the (first) teacher.
+    init_layers: init=teacher: uniform | first | last | "0,3": a teacher layer for each of the student's.
+    teacher_steps: several teachers: () averages them; (0, n, ...) uses each from its step on.
+    """
+
     init: str = "random"
     init_layers: str = "uniform"
     teacher_steps: tuple[int, ...] = ()
 
     def __post_init__(self):
-        super().__post_init__()
-        some = any(term.used for term in self.terms.values())
-        check(some, "", "every term has weight 0", "give kl, mlm, hidden, embeddings or relations a weight")
-        one_of(self.kd_positions, ("masked", "all"), "kd_positions")
+        Training.__post_init__(self)
+        Loss.__post_init__(self)
         one_of(self.init, ("random", "teacher"), "init")
-        check(self.block_positions >= 0, "block_positions", f"{self.block_positions} is negative", "0 chooses")
-
-    @property
-    def terms(self) -> dict[str, Term]:
-        names = ("kl", "mlm", *FEATURE_TERMS)
-        return {name: getattr(self, name) for name in names}
-
-    @property
-    def features(self) -> tuple[str, ...]:
-        """The terms on inner states that are used; they need the teacher in the loop."""
-        return tuple(name for name in FEATURE_TERMS if getattr(self, name).used)
-
-
-FEATURE_TERMS = ("hidden", "embeddings", "relations")
 
 
 @dataclass(frozen=True)

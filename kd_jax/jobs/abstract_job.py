@@ -7,159 +7,176 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict, FrozenConfigDict
+import numpy as np
+from ml_collections import ConfigDict
 
 from kd_jax.config import require
+from kd_jax.config.commands import CompileCheck
+from kd_jax.config.data import Cache, Masking, Rows, Vocabulary
+from kd_jax.config.execution import Execution, Rules, read_execution
 from kd_jax.config.settings import read
-from kd_jax.config.training import Training
+from kd_jax.config.training import Distill, Pretrain, Training
 from kd_jax.data.masking import num_slots
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.vocabulary import TrimmedPrepared, kept_ids, seen_by_student
-from kd_jax.jobs import masked_lm
-from kd_jax.jobs.cache import check as check_cache
-from kd_jax.jobs.cache import resolved
-from kd_jax.jobs.frozen import Frozen
-from kd_jax.jobs.job import STEP_KEYS, Programs, programs
-from kd_jax.jobs.teachers import check_settings, settings_for, teacher_form
+from kd_jax.jobs.cache import check_tokens
+from kd_jax.jobs.job import compiled_step, sharding_lines, state_functions
+from kd_jax.jobs.masked_lm import encoder_model
+from kd_jax.jobs.teachers import Teacher, check, placed_shapes, step_settings, teacher_form, teacher_tables
 from kd_jax.models.functional import Functional, flops_per_row
-from kd_jax.steps.distill import make_cached_objective, make_distill_objective
+from kd_jax.steps.distill import make_distill_objective
 from kd_jax.steps.pretrain import make_pretrain_objective
-from kd_jax.trainer.mesh import batch_sharding, describe_shardings, row_multiple, rules_of
-from kd_jax.trainer.state import with_shardings
-
-COMMANDS = ("pretrain", "distill", "cached")
+from kd_jax.trainer.mesh import batch_sharding, replicated, row_multiple
+from kd_jax.trainer.state import State
 
 
 @dataclass(frozen=True)
 class AbstractJob:
-    """A compiled step's inputs as shapes that say where they lie.
+    """A step and its inputs as shapes with shardings.
 
-    flops: (rows) -> those of the matrix products of a step on one device, under the sharding of the job.
+    flops(rows): floating-point operations of the matrix products of a step on one device. fields: of a batch, name ->
+    (shape of a row, dtype). multiple: a batch has a multiple of this many rows. tables: sharding tables, as lines.
     """
 
-    block: ConfigDict  # the job's, with batch size and accumulation
-    programs: Programs
-    frozen: dict[str, Any]
-    fields: dict[str, tuple[tuple[int, ...], Any]]  # of a batch: shape of a row, dtype
+    settings: Training
+    step: Callable[..., Any]
+    state: State
+    constants: dict[str, Any]
+    fields: dict[str, tuple[tuple[int, ...], Any]]
     length: int
-    multiple: int  # a batch has a multiple of so many rows
+    multiple: int
     flops: Callable[[int], float]
     mesh: jax.sharding.Mesh
-    tables: list[str]  # what of whom lies where
+    tables: list[str]
 
     def lower(self, rows: int) -> jax.stages.Lowered:
-        """The step on a batch of so many rows."""
+        """The step on a batch of this many rows."""
         sharding = batch_sharding(self.mesh)
         batch = {
             name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
             for name, (shape, dtype) in self.fields.items()
         }
-        return self.programs.step.lower(self.programs.abstract, self.frozen, batch)
+        return cast(Any, self.step).lower(self.state, self.constants, batch)
 
 
 def abstract_job(config: ConfigDict, mesh: jax.sharding.Mesh) -> AbstractJob:
-    """The step of config.compile_check.command on a mesh of devices that may not be here. Raises UserError."""
-    what = config.compile_check.command
-    require(what in COMMANDS, "compile_check.command", f"{what!r} is unknown", f"use {', '.join(COMMANDS)}")
-    prepared = _prepared(config)
-    length = prepared.config["rows"]["length"]
-    slots = num_slots(length, config.masking.rate)
+    """The step of config.compile_check.command on a mesh of devices that need not exist here. Raises UserError."""
+    what = read(CompileCheck, config.compile_check, "compile_check").command
+    execution, masking = read_execution(config), read(Masking, config.masking, "masking")
+    settings = read(Pretrain, config.pretrain, "pretrain") if what == "pretrain" else None
+    distill = read(Distill, config.distill, "distill") if what != "pretrain" else None
+    vocabulary = read(Vocabulary, config.vocabulary, "vocabulary")
+    which = settings.model if settings else "student"
+    prepared = _prepared(config, "teacher" if distill else which, vocabulary)
+    length = prepared.settings.rows.length
+    slots = num_slots(length, masking.rate)
     fields: dict[str, Any] = dict.fromkeys(("tokens", "segment_ids", "positions"), ((length,), jnp.int32))
     fields |= dict.fromkeys(("masked_positions", "masked_targets"), ((slots,), jnp.int32))
     fields["masked_weights"] = ((slots,), jnp.float32)
 
     def model_of(name: str) -> Functional:
-        return masked_lm.encoder_model(config[name], prepared, config.compute_dtype, name)
+        return encoder_model(config[name], prepared, config.compute_dtype, name)
 
-    which = config.pretrain.model if what == "pretrain" else "student"
-    block = config.pretrain if what == "pretrain" else config.distill
-    read(Training, block, "pretrain" if what == "pretrain" else "distill")
-    rules = rules_of(config.sharding[which], f"sharding.{which}")
-    teacher_rules = rules_of(config.sharding.teacher, "sharding.teacher")
-    student, teacher = model_of(which), None if what == "pretrain" else model_of("teacher")
-    kept = kept_ids(prepared) if isinstance(prepared, TrimmedPrepared) and what != "pretrain" else None
-    whole = () if kept is None else ("kept",)
-    reads, model = Frozen(), student
-    if teacher is None:
-        objective, arguments = make_pretrain_objective, (student,)
-    elif what == "distill":
-        check_settings(config)
-        settings, model = settings_for(config, student, teacher.config, teacher_form(config, prepared), cached=False)
-        objective, arguments = make_distill_objective, (model, (teacher,), settings)
-        reads = Frozen(teachers=(teacher,), whole=whole)
+    student = model_of(which)
+    whole = {"seed": jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh))}
+    constants: dict[str, Any] = dict(whole)
+    tables: list[str] = []
+    model, teacher, cache = student, None, None
+    if distill is None:
+        objective = make_pretrain_objective(student)
     else:
-        config = resolved(config)
-        check_cache(config, prepared.tokenizer.vocab_size)
-        form = teacher_form(config, prepared, config.cache.format, config.cache.tail)
-        settings, model = settings_for(config, student, None, form, cached=True)
-        objective, arguments = make_cached_objective, (model, settings)
-        reads = Frozen(decoder=teacher if form.kind == "hidden" else None, whole=whole)
-        fields |= _cached_fields(config, teacher, slots)
-    steps = FrozenConfigDict({key: block[key] for key in STEP_KEYS})
-    compiled = programs(objective, arguments, model, steps, mesh, rules, (reads, teacher_rules))
-    layout = reads.layout(mesh, teacher_rules)
-    shapes = reads.abstract(whole={} if kept is None else {"kept": kept.shape})
+        kept = kept_ids(prepared) if isinstance(prepared, TrimmedPrepared) else None
+        teacher = Teacher("", model_of("teacher"), execution.sharding.teacher, kept)
+        if kept is not None:
+            constants["kept"] = jax.ShapeDtypeStruct(kept.shape, np.int32, sharding=replicated(mesh))
+        if what == "distill":
+            check(distill, execution, "", "")
+            models, shape, once = (teacher.model,), teacher.model.config, execution.sharding.teacher_once
+            form = teacher_form(vocabulary, prepared)
+            constants["teachers"] = (placed_shapes(teacher, mesh),)
+            tables = teacher_tables([teacher], mesh)
+        else:
+            cache = read(Cache, config.cache, "cache")
+            check_tokens(cache, prepared.tokenizer.vocab_size)
+            models, shape, once = (), None, False
+            form = teacher_form(vocabulary, prepared, cache.format, tail=cache.tail, cached=True)
+            if form.kind == "hidden":
+                constants["decoder"] = teacher.model.decoder(placed_shapes(teacher, mesh))
+                tables = sharding_lines(constants["decoder"], "teacher's decoder, frozen:")
+            fields |= _cached_fields(cache, teacher.model, slots)
+        step, model = step_settings(distill, student, shape, form, once)
+        objective = make_distill_objective(model, models, step)
+    training = settings or distill
+    assert training is not None
+    rules = getattr(execution.sharding, which)
+    state = state_functions(model, training.of_step, mesh, rules)[2]
     return AbstractJob(
-        block,
-        compiled,
-        with_shardings(shapes, layout),
+        training,
+        compiled_step(objective, model, training.of_step, mesh, rules),
+        state,
+        constants,
         fields,
         length,
-        row_multiple(mesh) * block.accumulation,
-        _flops(config, student, teacher, mesh, slots, what),
+        row_multiple(mesh) * training.accumulation,
+        _flops(distill, cache, execution, rules, student, teacher, mesh, length, slots),
         mesh,
-        [
-            *describe_shardings(model.abstract(), compiled.layout["params"], "trained:"),
-            *reads.describe(mesh, teacher_rules),
-        ],
+        [*sharding_lines(state["params"], "trained:"), *tables],
     )
 
 
-def _prepared(config: ConfigDict) -> Prepared:
+def _prepared(config: ConfigDict, which: str, vocabulary: Vocabulary) -> Prepared:
     """The data's shapes: those of config.prepared, or, without it, of the config alone."""
     if config.prepared:
-        return seen_by_student(Prepared(config.prepared), config.vocabulary)
-    which = "teacher" if config.compile_check.command != "pretrain" else config.pretrain.model
+        return seen_by_student(Prepared(config.prepared), vocabulary)
     size = config[which].vocab_size
     problem = "without config.prepared there is no tokenizer that says it"
-    require(size > 0, f"{which}.vocab_size", problem, "give the number of pieces, or a prepared folder")
-    require(not config.vocabulary.trim, "vocabulary.trim", "its size is known of a prepared folder only", "name one")
+    require(size > 0, f"{which}.vocab_size", problem, "give the number of tokens, or a prepared folder")
+    require(not vocabulary.trim, "vocabulary.trim", "its size is known of a prepared folder only", "name one")
     tokenizer = types.SimpleNamespace(vocab_size=size, unk_id=0)
-    return cast(Prepared, types.SimpleNamespace(tokenizer=tokenizer, config={"rows": config.rows.to_dict()}))
+    settings = types.SimpleNamespace(rows=read(Rows, config.rows, "rows"))
+    return cast(Prepared, types.SimpleNamespace(tokenizer=tokenizer, settings=settings))
 
 
-def _cached_fields(config: ConfigDict, teacher: Functional, slots: int) -> dict[str, Any]:
-    """What a batch from a cache has beside the masked rows, in the dtypes of the cache."""
-    block, dtype = config.cache, jnp.dtype(config.cache.dtype)
-    if block.format == "hidden":
+def _cached_fields(cache: Cache, teacher: Functional, slots: int) -> dict[str, Any]:
+    """What a batch from a cache has in addition to the masked rows, in the dtypes of the cache."""
+    dtype = jnp.dtype(cache.dtype)
+    if cache.format == "hidden":
         return {"teacher_features": ((slots, teacher.config.hidden_size), dtype)}
-    if block.format == "top_k":
-        return {"teacher_ids": ((slots, block.k), jnp.int32), "teacher_log_p": ((slots, block.k), dtype)}
+    if cache.format == "top_k":
+        return {"teacher_ids": ((slots, cache.k), jnp.int32), "teacher_log_p": ((slots, cache.k), dtype)}
     return {
-        "teacher_ids": ((slots, block.samples), jnp.int32),
-        "teacher_weights": ((slots, block.samples), dtype),
+        "teacher_ids": ((slots, cache.samples), jnp.int32),
+        "teacher_weights": ((slots, cache.samples), dtype),
         "teacher_entropy": ((slots,), jnp.float32),
     }
 
 
-def _flops(config: ConfigDict, student: Functional, teacher: Functional | None, mesh, slots: int, what: str):
-    """Rows of a step -> floating-point operations on one device. What is whole along `tensor` is computed by all of
-    the devices along it."""
-    length = config.rows.length
-    at = slots if what == "pretrain" or config.distill.kd_positions == "masked" else None
+def _flops(
+    distill: Distill | None,
+    cache: Cache | None,
+    execution: Execution,
+    rules: Rules,
+    student: Functional,
+    teacher: Teacher | None,
+    mesh: jax.sharding.Mesh,
+    length: int,
+    slots: int,
+) -> Callable[[int], float]:
+    """Rows of a step -> floating-point operations on one device. A dimension that is not split along `tensor` is
+    computed by all of the devices on that axis."""
+    at = slots if distill is None or distill.kd_positions == "masked" else None
 
-    def share(table: ConfigDict) -> int:
-        return mesh.shape["tensor"] if "tensor" in f"{table.mlp},{table.heads}" else 1
+    def share(rules: Rules) -> int:
+        return mesh.shape["tensor"] if "tensor" in f"{rules.mlp},{rules.heads}" else 1
 
-    def of(model: Functional, table: ConfigDict, training: bool) -> float:
+    def of(model: Functional, rules: Rules, training: bool) -> float:
         counted = flops_per_row(model.config, length, slots, model.config.vocab_size, training, last_layer_at=at)
-        return counted / share(table)
+        return counted / share(rules)
 
-    which = config.pretrain.model if what == "pretrain" else "student"
-    each = of(student, config.sharding[which], True)
-    if teacher is not None and what == "distill":
-        each += of(teacher, config.sharding.teacher, False)
-    elif teacher is not None and config.cache.format == "hidden":
-        decoder = 2.0 * slots * teacher.config.hidden_size * teacher.config.vocab_size
-        each += decoder / share(config.sharding.teacher)
+    each = of(student, rules, True)
+    if teacher is not None and cache is None:
+        each += of(teacher.model, teacher.rules, False)
+    elif teacher is not None and cache is not None and cache.format == "hidden":
+        config = teacher.model.config
+        each += 2.0 * slots * config.hidden_size * config.vocab_size / share(execution.sharding.teacher)
     return lambda rows: each * rows / row_multiple(mesh)

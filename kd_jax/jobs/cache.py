@@ -1,112 +1,115 @@
-"""Writing a teacher's predictions for its students: settings, parts, identity and summary of a cache."""
+"""Caches of a teacher's predictions: what they hold and for which rows, writing one, and training from one."""
 
+import dataclasses
 import functools
-import pathlib
-from typing import Any, get_args
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
-from kd_jax.config import EXECUTION_KEYS, require, to_dict
+from kd_jax.config import require
+from kd_jax.config.data import Cache, Masking, Transfer, Vocabulary
+from kd_jax.config.execution import Execution
+from kd_jax.config.training import Distill
 from kd_jax.data.batches import MaskedRows, process_slice
 from kd_jax.data.masking import sample_uniforms
 from kd_jax.data.prepared import Prepared
-from kd_jax.data.teacher_cache import CacheWriter, Layout, visited
-from kd_jax.data.vocabulary import seen_by_student
-from kd_jax.jobs import masked_lm, trained
-from kd_jax.jobs.teachers import KEY, Teacher, find_teachers, kept_of, teacher_form
-from kd_jax.losses.sparse import Tail
+from kd_jax.data.teacher_cache import CachedBatches, CacheWriter, Layout, TeacherCache, visited
+from kd_jax.data.transfer_set import TransferSet
+from kd_jax.jobs import trained
+from kd_jax.jobs.job import sharding_lines
+from kd_jax.jobs.masked_lm import transfer_set_of
+from kd_jax.jobs.teachers import KEY, Teacher, TeacherSide, placed_shapes, teacher_form
 from kd_jax.runtime import distributed
 from kd_jax.runtime.files import write_json
+from kd_jax.runtime.preemption import interruptible
 from kd_jax.runtime.progress import Count
-from kd_jax.runtime.watchdog import Watchdog
 from kd_jax.steps.teacher_predictions import make_prediction_step
-from kd_jax.trainer.mesh import global_batch, make_mesh, process_share, row_multiple
+from kd_jax.trainer.mesh import global_batch, process_share, row_multiple
 from kd_jax.trainer.run_directory import RunDirectory
 
 SUMMARY = "cache.json"
-FORMATS = ("hidden", "top_k", "sampled")
-TAILS = get_args(Tail)
-DECODER = ("decoder_table", "decoder_bias")  # arrays beside the parts of a cache of hidden states
+DECODER = ("decoder_table", "decoder_bias")  # arrays next to the parts of a cache of hidden states
 
 
-def keys(config: ConfigDict) -> tuple[str, ...]:
-    """The config keys that decide what this command writes."""
-    del config
-    return ("prepared", "seed", "transfer", "masking", "vocabulary", KEY, "cache", "compute_dtype")
-
-
-def check_temperature(config: ConfigDict) -> None:
+def check_temperature(cache: Cache, distill: Distill) -> None:
     """Refuses a temperature that moves where the cache keeps only a part of the distribution."""
-    kl, kind = config.distill.kl, config.cache.format
-    fixed = kind == "hidden" or kl.final_temperature in (0, kl.temperature)
-    problem = f"for a temperature that moves, {kind} keeps too little of the teacher"
+    kl = distill.kl
+    fixed = cache.format == "hidden" or kl.final_temperature in (0, kl.temperature)
+    problem = f"for a temperature that moves, {cache.format} keeps too little of the teacher"
     require(fixed, "cache.format", problem, "use hidden, or set distill.kl.final_temperature to 0")
 
 
-def resolved(config: ConfigDict) -> ConfigDict:
-    """The config with what config.cache takes from config.distill filled in."""
-    block = config.cache
-    if block.steps and block.batch_size and block.temperature:
-        return config
-    check_temperature(config)
-    config = config.copy_and_resolve_references()
-    config.cache.update(
-        {
-            "steps": block.steps or config.distill.steps,
-            "batch_size": block.batch_size or config.distill.batch_size,
-            "temperature": float(block.temperature or config.distill.kl.temperature),
-        }
-    )
-    return config
+def check_tokens(cache: Cache, vocab_size: int) -> None:
+    """Refuses to keep more tokens per position than there are."""
+    fits = cache.format != "top_k" or 1 <= cache.k <= vocab_size
+    require(fits, "cache.k", f"{cache.k} of {vocab_size} tokens", f"give 1 to {vocab_size}")
 
 
-def check(config: ConfigDict, vocab_size: int) -> None:
-    """Refuses impossible cache settings before the teacher is loaded."""
-    block = config.cache
-    require(block.format in FORMATS, "cache.format", f"{block.format!r} is unknown", f"use {', '.join(FORMATS)}")
-    require(
-        block.dtype in ("float16", "float32"), "cache.dtype", f"{block.dtype!r} is unknown", "use float16 or float32"
-    )
-    require(block.tail in TAILS, "cache.tail", f"{block.tail!r} is unknown", f"use {', '.join(TAILS)}")
-    if block.format == "top_k":
-        fits = 1 <= block.k <= vocab_size
-        require(fits, "cache.k", f"{block.k} of {vocab_size} pieces", f"give 1 to {vocab_size}")
-    require(block.samples >= 1, "cache.samples", f"{block.samples} is below 1", "64 is usual")
-    require(0 < block.power <= 1, "cache.power", f"{block.power} is outside (0, 1]", "1.0 samples from the teacher")
-    for name in ("rows_per_part", "batch_rows"):
-        require(block[name] >= 1, f"cache.{name}", f"{block[name]} is below 1", "give at least 1")
-    kinds, shares = block.generic, block.task_shares
-    paired = not kinds or len(kinds) == len(shares)
-    require(paired, "cache.generic", f"{len(kinds)} kinds for {len(shares)} shares", "give one for each task share")
-    part, parts = config.cache_part, config.cache_parts
-    require(0 <= part < parts, "cache_part", f"{part} is none of {parts} parts", "count from 0 to cache_parts - 1")
-
-
-def form_of(config: ConfigDict) -> dict[str, Any]:
-    """What of config.cache decides the values of a record."""
-    block = config.cache
-    form: dict[str, Any] = {"format": block.format, "dtype": block.dtype, "tail": ""}
-    if block.format == "hidden":
+def form_of(cache: Cache) -> dict[str, Any]:
+    """The settings that decide the values of a record."""
+    form: dict[str, Any] = {"format": cache.format, "dtype": cache.dtype, "tail": ""}
+    if cache.format == "hidden":
         return form
-    form["temperature"] = float(block.temperature)
-    if block.format == "top_k":
-        return {**form, "k": block.k, "tail": block.tail}
-    return {**form, "samples": block.samples, "power": float(block.power)}
+    form["temperature"] = cache.temperature
+    if cache.format == "top_k":
+        return {**form, "k": cache.k, "tail": cache.tail}
+    return {**form, "samples": cache.samples, "power": cache.power}
 
 
-def identity(config: ConfigDict, prepared: Prepared, teacher: Teacher, form: dict[str, Any]) -> dict[str, Any]:
+def identity(
+    masking: Masking, vocabulary: Vocabulary, prepared: Prepared, teacher: Teacher, form: dict[str, Any]
+) -> dict[str, Any]:
     """What a cache and the runs that read it must share."""
     return {
         "teacher": trained.parameters_fingerprint(teacher.workdir, KEY),
         "tokenizer": prepared.tokenizer.fingerprint,
-        "vocabulary policy": config.vocabulary.dropped if config.vocabulary.trim else "",
+        "vocabulary policy": vocabulary.dropped if vocabulary.trim else "",
         "rows": {store.name: store.fingerprint for store in prepared.stores("train")},
-        "masking": to_dict(config.masking),
+        "masking": dataclasses.asdict(masking),
         "form": form,
     }
+
+
+def cached_side(
+    folder: str,
+    teacher: Teacher,
+    distill: Distill,
+    masking: Masking,
+    vocabulary: Vocabulary,
+    prepared: Prepared,
+    mesh: jax.sharding.Mesh,
+) -> TeacherSide:
+    """The predictions that cache_teacher wrote, as targets of a student; no teacher is in memory."""
+    cache = TeacherCache(folder)
+    kept = cache.identity["form"]
+    cache.check(identity(masking, vocabulary, prepared, teacher, kept))
+    if kept["format"] != "hidden":
+        ours, theirs = distill.kl.temperature, kept["temperature"]
+        problem = f"{folder} was written at temperature {theirs}, not {ours}"
+        require(ours == theirs, "distill.kl.temperature", problem, "go back to it, or write another cache")
+    form = teacher_form(vocabulary, prepared, kept["format"], tail=kept["tail"], cached=True)
+    decoder = teacher.model.decoder(placed_shapes(teacher, mesh)) if form.kind == "hidden" else ()
+
+    def constants() -> dict[str, Any]:
+        parts = [cache.attached(name) for name in DECODER[: len(decoder)]]
+        arrays = tuple(
+            None if values is None else _placed(values, shape.sharding) for values, shape in zip(parts, decoder)
+        )
+        return {**teacher.constants(), **({"decoder": arrays} if decoder else {})}
+
+    def batches(transfer_set: TransferSet) -> CachedBatches:
+        return CachedBatches(cache, transfer_set, masking, distill.batch_size, distill.steps)
+
+    tables = tuple(sharding_lines(decoder, "teacher's decoder, frozen:")) if decoder else ()
+    return TeacherSide(form, ((0, (), constants),), batches, None, tables)
+
+
+def _placed(values: np.ndarray, sharding: jax.sharding.NamedSharding) -> jax.Array:
+    """An array of which every device gets its own part, read from `values`, which may be memory-mapped."""
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: np.ascontiguousarray(values[index]))
 
 
 def layout_of(prepared: Prepared, teacher: Teacher, form: dict[str, Any], rows: MaskedRows) -> Layout:
@@ -123,109 +126,89 @@ def layout_of(prepared: Prepared, teacher: Teacher, form: dict[str, Any], rows: 
     return Layout(rows.length, rows.slots, vocab_size, fields)
 
 
-def visits_of(config: ConfigDict, prepared: Prepared) -> tuple[list[np.ndarray], list[dict[str, Any]]]:
+def visits_of(
+    cache: Cache, transfer: Transfer, seed: int, masking_epochs: int, prepared: Prepared
+) -> tuple[list[np.ndarray], list[dict[str, Any]]]:
     """For each train store the rows and masking epochs that the runs visit together; and what each run sees of it."""
-    block = config.cache
-    shares = block.task_shares or (config.transfer.task_share,)
-    kinds = block.generic or (config.transfer.generic,) * len(shares)
-    rows = block.steps * block.batch_size
-    together, each = None, []
-    for share, kind in zip(shares, kinds, strict=True):
-        for seed in block.seeds or (config.seed,):
-            one = config.copy_and_resolve_references()
-            one.transfer.update({"task_share": float(share), "generic": kind})
-            transfer_set = masked_lm.transfer_set_of(one, prepared, seed)
-            seen = dict(
-                zip((store.name for store in transfer_set.stores), visited(transfer_set, rows, config.masking.epochs))
-            )
-            drawn = dict(zip(seen, transfer_set.drawn(rows).tolist()))
-            each += [
-                {
-                    "task_share": float(share),
-                    "seed": seed,
-                    "store": name,
-                    "rows": drawn[name],
-                    # How often a (row, masks) of this source comes again within the run.
-                    "masks_repeat": drawn[name] / max(int(mask.sum()), 1),
-                }
-                for name, mask in seen.items()
-                if drawn[name]
-            ]
-            together = (
-                seen
-                if together is None
-                else {name: together.get(name, False) | seen.get(name, False) for name in {**together, **seen}}
-            )
+    shares = cache.task_shares or (transfer.task_share,)
+    kinds = cache.generic or (transfer.generic,) * len(shares)
+    rows = cache.steps * cache.batch_size
     stores = prepared.stores("train")
-    epochs = config.masking.epochs
-    nothing = {store.name: np.zeros((epochs, store.num_rows), bool) for store in stores}
-    return [{**nothing, **(together or {})}[store.name] for store in stores], each
+    together = {store.name: np.zeros((masking_epochs, store.num_rows), bool) for store in stores}
+    each = []
+    for share, kind in zip(shares, kinds, strict=True):
+        for run_seed in cache.seeds or (seed,):
+            one = dataclasses.replace(transfer, task_share=float(share), generic=kind)
+            transfer_set = transfer_set_of(one, prepared, run_seed)
+            names = [store.name for store in transfer_set.stores]
+            counts = transfer_set.drawn(rows).tolist()
+            for name, mask, drawn in zip(names, visited(transfer_set, rows, masking_epochs), counts):
+                together[name] |= mask
+                if drawn:
+                    # How often a (row, masks) of this source comes again within the run.
+                    repeat = drawn / max(int(mask.sum()), 1)
+                    run = {"task_share": float(share), "seed": run_seed, "store": name}
+                    each.append({**run, "rows": drawn, "masks_repeat": repeat})
+    return [together[store.name] for store in stores], each
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Writes the parts that are missing, and DONE when every part is there."""
-    config = resolved(config)
-    prepared = seen_by_student(Prepared(config.prepared), config.vocabulary)
-    check(config, prepared.tokenizer.vocab_size)
-    teachers = find_teachers(config, prepared)
-    require(len(teachers) == 1, KEY, f"a cache holds one teacher's predictions, not {len(teachers)}", "name one")
-    teacher, values = teachers[0], to_dict(config)
-    directory = RunDirectory(workdir, "cache_teacher", {key: values[key] for key in (*keys(config), *EXECUTION_KEYS)})
-    if directory.done:
-        return
-    rows = MaskedRows(prepared.stores("train"), config.masking, prepared.tokenizer)
-    form, (visits, each) = form_of(config), visits_of(config, prepared)
+def write_cache(
+    directory: RunDirectory,
+    cache: Cache,
+    transfer: Transfer,
+    masking: Masking,
+    vocabulary: Vocabulary,
+    seed: int,
+    teacher: Teacher,
+    prepared: Prepared,
+    mesh: jax.sharding.Mesh,
+    execution: Execution,
+) -> dict[str, Any] | None:
+    """Writes the parts that are missing; returns what DONE is to say, or None while other machines write theirs."""
+    rows = MaskedRows(prepared.stores("train"), masking, prepared.tokenizer)
+    form = form_of(cache)
+    visits, each = visits_of(cache, transfer, seed, masking.epochs, prepared)
     layout = layout_of(prepared, teacher, form, rows)
-    same = identity(config, prepared, teacher, form)
+    same = identity(masking, vocabulary, prepared, teacher, form)
     with distributed.first_goes_ahead("cache"):
-        writer = CacheWriter(workdir, rows.stores, visits, layout, same, config.cache.rows_per_part)
+        writer = CacheWriter(directory.path, rows.stores, visits, layout, same, cache.rows_per_part)
     directory.start(tokenizer_fingerprint=prepared.tokenizer.fingerprint)
-    beside = DECODER[: 2 if teacher.model.config.decoder_bias else 1] if form["format"] == "hidden" else ()
-    wanted = distributed.from_first(writer.missing(config.cache_part, config.cache_parts))
+    attached = DECODER[: 2 if teacher.model.config.decoder_bias else 1] if form["format"] == "hidden" else ()
+    wanted = distributed.from_first(writer.missing(execution.cache_part, execution.cache_parts))
     first = jax.process_index() == 0
-    if distributed.from_first(bool(wanted) or not all(map(writer.attached, beside))):
-        predict = _Predictor(config, prepared, teacher, form, rows, layout)
-        if beside:  # what turns hidden states into logits; the students need no more of the teacher
-            for name, values in zip(beside, predict.gathered(teacher.model.decoder(predict.params))):
+    if distributed.from_first(bool(wanted) or not all(map(writer.attached, attached))):
+        predict = _Predictor(cache, teacher_form(vocabulary, prepared), form, teacher, rows, layout, masking.seed, mesh)
+        if attached:  # turns hidden states into logits; the students need nothing else of the teacher
+            for name, values in zip(attached, _gathered(teacher.model.decoder(predict.params))):
                 if first:
                     writer.attach(name, values)
         total = sum(len(writer.rows_of(number)[1]) for number in wanted)
-        dog = Watchdog(config.watchdog_seconds, workdir, exits=config.watchdog_exit)
-        with dog, Count(workdir.name, "rows", total, shown=config.progress) as count:
+        with Count(directory.path.name, "rows", total, shown=execution.progress) as count:
             for number in wanted:  # every finished part is saved, whatever ends the command
                 found = predict.part(*writer.rows_of(number), count)
                 if found is not None:
                     writer.write(number, *found)
-    manifest = writer.finish(beside) if first else None
+    manifest = writer.finish(attached) if first else None
     left = distributed.from_first(len(writer.missing(0, 1)) if manifest is None else 0)
     if left:
         if first:
-            print(f"{workdir}: {left} parts are left to the other machines")
-        return
+            print(f"{directory.path}: {left} parts are left to the other machines")
+        return None
     if manifest is not None:
-        write_json(workdir / SUMMARY, summary(manifest, layout, each))
-    directory.finish(fingerprint=manifest["fingerprint"] if manifest is not None else "")
+        write_json(directory.path / SUMMARY, summary(manifest, layout, each))
+    return {"fingerprint": manifest["fingerprint"] if manifest is not None else ""}
 
 
 class _Predictor:
     """The teacher on its mesh, and the records of any rows."""
 
-    def __init__(self, config, prepared: Prepared, teacher: Teacher, form: dict, rows: MaskedRows, layout: Layout):
-        self.mesh = make_mesh(config.mesh)
-        self.params = teacher.params(self.mesh)
-        self._rows, self._layout, self._form, self._seed = rows, layout, form, config.masking.seed
-        kept = kept_of(prepared, teacher)
-        self._frozen = {} if kept is None else {"kept": kept}
-        multiple = row_multiple(self.mesh)
-        self._batch_rows = -(-config.cache.batch_rows // multiple) * multiple
-        settings = tuple(sorted(form.items()))
-        self._step = compiled_prediction_step(teacher.model, teacher_form(config, prepared), settings)
-
-    def gathered(self, tree: Any) -> Any:
-        """The arrays of a tree in NumPy, whole in every process."""
-        if jax.process_count() == 1:
-            return jax.device_get(tree)
-        return multihost_utils.process_allgather(tree, tiled=True)
+    def __init__(self, cache: Cache, form, settings: dict, teacher: Teacher, rows, layout: Layout, seed: int, mesh):
+        self.params = teacher.params(mesh)
+        self._mesh, self._rows, self._layout, self._settings, self._seed = mesh, rows, layout, settings, seed
+        self._constants = teacher.constants()
+        multiple = row_multiple(mesh)
+        self._batch_rows = -(-cache.batch_rows // multiple) * multiple
+        self._step = compiled_prediction_step(teacher.model, form, tuple(sorted(settings.items())))
 
     def part(
         self, store: int, rows: np.ndarray, epochs: np.ndarray, done: Count
@@ -236,21 +219,20 @@ class _Predictor:
         records, the others read theirs and get None.
         """
         first = jax.process_index() == 0
-        mine = slice(*process_slice(self._batch_rows, *process_share(self.mesh)))
+        mine = slice(*process_slice(self._batch_rows, *process_share(self._mesh)))
         blocks, positions, mass = [], 0.0, 0.0
-        for start in range(0, len(rows), self._batch_rows):
-            inside = slice(start, start + self._batch_rows)
-            count = len(rows[inside])
+        for start in interruptible(range(0, len(rows), self._batch_rows), "the teacher's predictions"):
+            count = len(rows[start : start + self._batch_rows])
             fill = np.resize(np.arange(start, start + count), self._batch_rows)  # the last batch repeats its rows
             if not first:
                 fill = fill[mine]
             batch = dict(self._rows(np.full(len(fill), store), rows[fill], epochs[fill]))
-            if self._form["format"] == "sampled":
-                shape = (self._layout.slots, self._form["samples"])
+            if self._settings["format"] == "sampled":
+                shape = (self._layout.slots, self._settings["samples"])
                 of_store = self._rows.stores[store].fingerprint
                 batch["uniforms"] = sample_uniforms(self._seed, of_store, rows[fill], epochs[fill], shape)
             local = {name: values[mine] for name, values in batch.items()} if first else batch
-            fields, held = self.gathered(self._step(self.params, self._frozen, global_batch(self.mesh, local)))
+            fields, held = _gathered(self._step(self.params, self._constants, global_batch(self._mesh, local)))
             done.update(count)
             if not first:
                 continue
@@ -261,13 +243,20 @@ class _Predictor:
         return (np.concatenate(blocks), {"positions": positions, "mass": mass}) if first else None
 
 
+def _gathered(tree: Any) -> Any:
+    """The arrays of a tree in NumPy, whole in every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
 @functools.cache
 def compiled_prediction_step(model, form, settings: tuple):
     """The same jitted function for all parts and runs with equal settings."""
     return jax.jit(make_prediction_step(model, form, dict(settings)))
 
 
-def summary(manifest: dict[str, Any], layout: Layout, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(manifest: dict[str, Any], layout: Layout, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Records, bytes and mass kept by store, and how often masks repeat in each run."""
     stores: dict[str, dict[str, float]] = {}
     for part in manifest["parts"]:
@@ -280,12 +269,13 @@ def summary(manifest: dict[str, Any], layout: Layout, runs: list[dict[str, Any]]
         one["bytes_per_position"] = one["bytes"] / max(one["positions"], 1)
         one["mass_kept"] = one.pop("mass") / max(one["positions"], 1)
     positions = sum(one["positions"] for one in stores.values())
+    size = sum(one["bytes"] for one in stores.values())
     return {
         "rows": sum(one["rows"] for one in stores.values()),
         "positions": positions,
-        "bytes": sum(one["bytes"] for one in stores.values()),
-        "bytes_per_position": sum(one["bytes"] for one in stores.values()) / max(positions, 1),
+        "bytes": size,
+        "bytes_per_position": size / max(positions, 1),
         "mass_kept": sum(one["mass_kept"] * one["positions"] for one in stores.values()) / max(positions, 1),
         "stores": stores,
-        "runs": runs,
+        "runs": list(runs),
     }

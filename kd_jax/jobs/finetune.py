@@ -6,13 +6,17 @@ import math
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from kd_jax.config import EXECUTION_KEYS, require, to_dict
+from kd_jax.config import require, resolved
+from kd_jax.config.data import Vocabulary
+from kd_jax.config.execution import Execution, read_execution
+from kd_jax.config.settings import read
+from kd_jax.config.training import Finetune
 from kd_jax.data.labeled import FinetuneBatches, LabeledSet
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.text.utterances import LabelMaps, Utterance, subset_train
@@ -20,18 +24,20 @@ from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.evaluation.predictions import Spread, predict_records
 from kd_jax.evaluation.records import Record, assign_test_sets, intent_slot_record
 from kd_jax.evaluation.results import results
-from kd_jax.jobs import job as training
-from kd_jax.jobs import masked_lm, serving, trained
-from kd_jax.jobs.frozen import Frozen
+from kd_jax.jobs import serving, trained
+from kd_jax.jobs.job import Job, Phase
+from kd_jax.jobs.job import train as train_job
+from kd_jax.jobs.masked_lm import encoder_model, resolve_dtype
 from kd_jax.models.functional import Functional
 from kd_jax.runtime import distributed
 from kd_jax.runtime.files import read_json, write_json
 from kd_jax.runtime.progress import Count
 from kd_jax.steps.finetune import ABSENT, make_dc_objective, make_icner_objective
-from kd_jax.trainer.mesh import global_batch, local_rows, make_mesh, process_share, row_multiple, rules_of
-from kd_jax.trainer.run_directory import RunDirectory
+from kd_jax.trainer.mesh import global_batch, local_rows, make_mesh, process_share, row_multiple
+from kd_jax.trainer.run_directory import RunDirectory, run_once
 from kd_jax.types import Array, Batch, Params, UserError
 
+Task = Literal["dc", "icner"]
 DEV = "dev.json"
 
 
@@ -48,40 +54,47 @@ def domain_folders(workdir: pathlib.Path) -> dict[str, pathlib.Path]:
     return {entry.name: entry for entry in sorted(folder.iterdir())} if folder.is_dir() else {}
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, task: str) -> None:
-    """Finetunes for `task` ("dc" or "icner"): one model, or with finetune.domain="each" one for each domain."""
-    check(config)
-    block = config.finetune
+def run(config: ConfigDict, workdir: pathlib.Path, task: Task) -> None:
+    """Finetunes for `task`: one model, or with finetune.domain="each" one for each domain."""
+    settings, execution = read(Finetune, config.finetune, "finetune"), read_execution(config)
     prepared = prepared_for(config, Prepared(config.prepared))
-    train = labeled_train(prepared, block.max_train, "")
+    train = labeled_train(prepared, settings.max_train, "")
     domains = sorted({utterance.domain for utterance in train})
-    if task == "icner" and block.domain:
-        known = block.domain == "each" or block.domain in domains
-        require(known, "finetune.domain", f"{block.domain!r} is no domain", f"use each or one of {', '.join(domains)}")
-    if task == "icner" and block.domain == "each":
-        values = to_dict(config)
-        names = (*keys(config), *EXECUTION_KEYS)
-        directory = RunDirectory(workdir, f"finetune_{task}", {name: values[name] for name in names})
-        if directory.done:
-            return
+    if task == "icner" and settings.domain:
+        known = settings.domain == "each" or settings.domain in domains
+        remedy = f"use each or one of {', '.join(domains)}"
+        require(known, "finetune.domain", f"{settings.domain!r} is no domain", remedy)
+    start = settings.init_from
+    encoder = trained.encoder_block(start, "finetune.init_from") if start else config.student.to_dict()
+    values = resolved(config, keys(config))
+
+    def one(settings: Finetune, folder: pathlib.Path, sizes: Mapping[str, int]) -> None:
+        domain = settings.domain if task == "icner" else ""
+        settings = with_steps(settings, len(labeled_train(prepared, settings.max_train, domain)))
+        own = {**values, "finetune": dataclasses.asdict(settings)}
+        work = functools.partial(finetune, values=own, settings=settings, task=task, encoder=encoder, sizes=sizes)
+        run_once(folder, f"finetune_{task}", own, execution, lambda it: work(it, prepared, execution))
+
+    def each(directory: RunDirectory) -> dict[str, Any]:
         directory.start(tokenizer_fingerprint=prepared.tokenizer.fingerprint, domains=domains)
         # Class counts are padded to the largest domain's, so that all domains share one compiled step.
         maps = [LabelMaps.for_domain(train, domain) for domain in domains]
         sizes = {"intents": max(len(one.intents) for one in maps), "tags": max(len(one.tags) for one in maps)}
         scores = {}
         for domain in domains:
-            one = config.copy_and_resolve_references()
-            one.finetune.domain = domain
             folder = workdir / "domains" / domain
-            finetune_one(one, folder, task, prepared, sizes)
+            one(dataclasses.replace(settings, domain=domain), folder, sizes)
             scores[domain] = read_json(folder / DEV)
         total = max(sum(score["count"] for score in scores.values()), 1)
         mean = sum(score["score"] * score["count"] for score in scores.values()) / total
         if jax.process_index() == 0:
             write_json(workdir / DEV, {"score": mean, "count": total})
-        directory.finish()
-        return
-    finetune_one(config, workdir, task, prepared, {})
+        return {}
+
+    if task == "icner" and settings.domain == "each":
+        run_once(workdir, f"finetune_{task}", values, execution, each)
+    else:
+        one(settings, workdir, {})
 
 
 def prepared_for(config: ConfigDict, prepared: Prepared) -> Prepared:
@@ -89,17 +102,7 @@ def prepared_for(config: ConfigDict, prepared: Prepared) -> Prepared:
     start = config.finetune.init_from
     if start:
         return trained.run_prepared(start, prepared, "finetune.init_from")
-    return seen_by_student(prepared, config.vocabulary)
-
-
-def check(config: ConfigDict) -> None:
-    """Refuses impossible finetuning settings before anything is read."""
-    block = config.finetune
-    smoothing = block.label_smoothing
-    require(0 <= smoothing < 1, "finetune.label_smoothing", f"{smoothing} is outside [0, 1)", "0.1 is usual")
-    require(0 <= block.dropout < 1, "finetune.dropout", f"{block.dropout} is outside [0, 1)", "0.1 is usual")
-    require(block.max_train >= 0, "finetune.max_train", f"{block.max_train} is negative", "0 takes all")
-    require(block.epochs >= 0, "finetune.epochs", f"{block.epochs} is negative", "0 uses config.finetune.steps")
+    return seen_by_student(prepared, read(Vocabulary, config.vocabulary, "vocabulary"))
 
 
 def of_domain(utterances: Sequence[Utterance], partition: str, domain: str) -> list[Utterance]:
@@ -113,75 +116,92 @@ def labeled_train(prepared: Prepared, max_train: int, domain: str) -> list[Utter
     return of_domain(utterances, "train", domain)
 
 
-def classifier(encoder: ConfigDict, prepared: Prepared, config: ConfigDict, task: Any, sizes: dict) -> Functional:
-    """The finetuned model's shape: the encoder with dropout as config.finetune says, and the task's head."""
-    masked = masked_lm.encoder_model(encoder, prepared, config.compute_dtype, "student")
-    shape = dataclasses.replace(masked.config, dropout=float(config.finetune.dropout))
+def with_steps(settings: Finetune, utterances: int) -> Finetune:
+    """The settings with epochs turned into steps. Raises UserError where there is nothing to train on."""
+    if not utterances:
+        raise UserError("config.nlu: there is no utterance to train on; give a data set with a train partition")
+    if not settings.epochs:
+        return settings
+    steps = math.ceil(settings.epochs * utterances / settings.batch_size)
+    if steps < settings.warmup_steps and jax.process_index() == 0:
+        print(
+            f"note: {settings.epochs} epochs of {utterances} utterances are {steps} steps, fewer than "
+            f"config.finetune.warmup_steps={settings.warmup_steps}: the learning rate barely reaches its peak; "
+            "raise the epochs",
+            file=sys.stderr,
+        )
+    return dataclasses.replace(settings, steps=steps, warmup_steps=min(settings.warmup_steps, steps))
+
+
+def classifier(
+    encoder: Mapping[str, Any], prepared: Prepared, dropout: float, compute_dtype: str, task: Task, sizes: Mapping
+) -> Functional:
+    """The finetuned model's shape: the encoder with the dropout of finetuning, and the task's head."""
+    masked = encoder_model(encoder, prepared, compute_dtype, "student")
+    shape = dataclasses.replace(masked.config, dropout=dropout)
     return Functional(task, shape, compute_dtype=masked.compute_dtype, **sizes)
 
 
-def finetune_one(config: ConfigDict, workdir: pathlib.Path, task: str, prepared: Prepared, sizes: dict) -> None:
-    """Trains one classifier and writes labels.json and dev.json beside its checkpoints."""
-    block = config.finetune
-    domain = block.domain if task == "icner" else ""
-    train = labeled_train(prepared, block.max_train, domain)
+def finetune(
+    directory: RunDirectory,
+    prepared: Prepared,
+    execution: Execution,
+    *,
+    values: Mapping[str, Any],
+    settings: Finetune,
+    task: Task,
+    encoder: Mapping[str, Any],
+    sizes: Mapping[str, int],
+) -> dict[str, Any]:
+    """Trains one classifier and writes dev.json next to its checkpoints; values: the run's config as plain values.
+
+    sizes: class counts to pad the label maps to, where several models share a compiled step.
+    """
+    domain, start = settings.domain if task == "icner" else "", settings.init_from
+    train = labeled_train(prepared, settings.max_train, domain)
     dev = of_domain(prepared.utterances, "dev", domain)
-    if not train:
-        raise UserError("config.nlu: there is no utterance to train on; give a data set with a train partition")
-    if block.epochs:
-        config = config.copy_and_resolve_references()
-        config.finetune.steps = math.ceil(block.epochs * len(train) / block.batch_size)
-        config.finetune.warmup_steps = min(block.warmup_steps, config.finetune.steps)
-        if config.finetune.steps < block.warmup_steps and jax.process_index() == 0:
-            print(
-                f"note: {block.epochs} epochs of {len(train)} utterances are {config.finetune.steps} steps, fewer than "
-                f"config.finetune.warmup_steps={block.warmup_steps}: the learning rate barely arrives at its peak; "
-                "raise the epochs",
-                file=sys.stderr,
-            )
-    if block.init_from:
-        trained.check_tokenizer(block.init_from, prepared, "finetune.init_from")
-    encoder = trained.encoder_block(block.init_from, "finetune.init_from") if block.init_from else config.student
+    if start:
+        trained.check_tokenizer(start, prepared, "finetune.init_from")
     maps = LabelMaps.from_train(train)
     padded = {**class_counts(task, maps), **sizes}
-    model = classifier(encoder, prepared, config, task, padded)
+    model = classifier(encoder, prepared, settings.dropout, values["compute_dtype"], task, padded)
     masks = class_masks(class_counts(task, maps), padded)
-    mesh = make_mesh(config.mesh)
-    length = prepared.config["rows"]["length"]
-    rows = math.lcm(row_multiple(mesh) * block.accumulation, 4)
+    mesh = make_mesh(execution.mesh)
+    length = prepared.settings.rows.length
+    rows = math.lcm(row_multiple(mesh) * settings.accumulation, 4)
     labeled = LabeledSet(train, prepared.tokenizer, maps, task, length)
-    batches = FinetuneBatches(labeled, block.batch_size, length, config.seed, rows)
-
-    rules = rules_of(config.sharding.student, "sharding.student")
+    rules = execution.sharding.student
 
     def init(params: Params) -> Params:
-        masked = masked_lm.encoder_model(encoder, prepared, config.compute_dtype, "student")
-        return {**params, **trained.trained_params(block.init_from, masked, mesh, "encoder", rules)}
+        masked = encoder_model(encoder, prepared, values["compute_dtype"], "student")
+        return {**params, **trained.trained_params(start, masked, mesh, "encoder", rules)}
 
     def evaluate(params: Params, step: int) -> dict[str, float]:
         del step
         records = predict(model, params, masks, dev, train, prepared, maps, mesh)
         scores = dev_scores(records, task)
         if jax.process_index() == 0:
-            write_json(workdir / DEV, {**scores, "count": len(dev)})
+            write_json(directory.path / DEV, {**scores, "count": len(dev)})
         return {f"dev/{name}": value for name, value in scores.items()}
 
-    smoothing = float(block.label_smoothing)
-    objective = make_dc_objective if task == "dc" else make_icner_objective
-    arguments = (model, smoothing) if task == "dc" else (model, smoothing, float(block.tag_weight))
-    job = training.Job(
-        command=f"finetune_{task}",
-        block="finetune",
-        keys=keys(config),
+    if task == "dc":
+        objective = make_dc_objective(model, settings.label_smoothing)
+    else:
+        objective = make_icner_objective(model, settings.label_smoothing, settings.tag_weight)
+    fingerprint = prepared.tokenizer.fingerprint
+    notes = {"train_utterances": len(train), "classes": padded, "labels": maps.to_json()}
+    job = Job(
+        settings=settings,
+        seed=values["seed"],
         model=model,
-        phases=(training.JobPhase(0, objective, arguments, lambda: dict(masks), Frozen(whole=tuple(masks))),),
-        batch_at=lambda step: batches.batch(step, *process_share(mesh)),
-        data_fingerprint=batches.fingerprint,
+        phases=(Phase(0, objective, lambda: masks),),
+        batches=FinetuneBatches(labeled, settings.batch_size, length, values["seed"], rows),
         evaluate=evaluate,
-        init=init if block.init_from else None,
-        notes={"train_utterances": len(train), "classes": padded, "labels": maps.to_json()},
+        init=init if start else None,
+        rules=rules,
+        notes={"tokenizer_fingerprint": fingerprint, **notes},
     )
-    training.train(config, workdir, job, prepared, mesh)
+    return train_job(job, directory, mesh, execution)
 
 
 def class_counts(task: str, maps: LabelMaps) -> dict[str, int]:
@@ -226,7 +246,7 @@ def predict(
         train,
         prepared.tokenizer,
         maps,
-        length=prepared.config["rows"]["length"],
+        length=prepared.settings.rows.length,
         batch_rows=math.lcm(batch_rows, row_multiple(mesh)),
         spread=Spread(
             put,
@@ -296,8 +316,7 @@ def load_finetuned(folder: pathlib.Path, prepared: Prepared, mesh, compute_dtype
     maps = LabelMaps.from_json(run["labels"])
     start = config.finetune.init_from
     encoder = trained.encoder_block(start, "finetune.init_from") if start else config.student
-    config.compute_dtype = compute_dtype
-    model = classifier(encoder, prepared, config, task, run["classes"])
+    model = classifier(encoder, prepared, float(config.finetune.dropout), compute_dtype, task, run["classes"])
     params = trained.trained_params(folder, model, mesh)
     return Finetuned(task, model, params, class_masks(class_counts(task, maps), run["classes"]), maps, prepared)
 
@@ -305,7 +324,7 @@ def load_finetuned(folder: pathlib.Path, prepared: Prepared, mesh, compute_dtype
 def served(folder: pathlib.Path, compute_dtype: str) -> Finetuned:
     """The model of an exported folder, which reads texts with its own tokenizer."""
     one = serving.read(folder)
-    model = dataclasses.replace(one.model, compute_dtype=masked_lm.resolve_dtype(compute_dtype))
+    model = dataclasses.replace(one.model, compute_dtype=resolve_dtype(compute_dtype))
     sizes = class_counts(model.kind, one.maps)
     return Finetuned(model.kind, model, one.params, class_masks(sizes, sizes), one.maps, one.reader)
 

@@ -1,30 +1,25 @@
-"""What every training command does with its batches: compile, resume or start, fit, mark as done."""
+"""One training job: what it minimizes, which constants its step reads, where its batches come from; and running it."""
 
 import contextlib
 import functools
-import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict, FrozenConfigDict
 
-from kd_jax.config import EXECUTION_KEYS, identity, to_dict
-from kd_jax.config.settings import read
+from kd_jax.config import identity
+from kd_jax.config.execution import Execution, Rules
 from kd_jax.config.training import Training
-from kd_jax.data.prepared import Prepared
-from kd_jax.jobs.frozen import Frozen, model_layout
 from kd_jax.models.functional import Functional, parameter_count
 from kd_jax.models.projection import WithProjections
-from kd_jax.runtime.watchdog import Watchdog
 from kd_jax.steps.objective import Objective
 from kd_jax.steps.train_step import make_train_step
 from kd_jax.trainer.checkpoint import FOLDER, Checkpoints
 from kd_jax.trainer.goodput import Account
-from kd_jax.trainer.loop import Phase, fit
-from kd_jax.trainer.mesh import DEFAULT, Rules, batch_sharding, describe_shardings, rules_of
+from kd_jax.trainer.loop import fit
+from kd_jax.trainer.mesh import DEFAULT, batch_sharding, describe_shardings, process_share, shardings
 from kd_jax.trainer.metrics import MetricsWriter
 from kd_jax.trainer.optimizer import after_skipped, make_optimizer, make_schedule
 from kd_jax.trainer.run_directory import RunDirectory
@@ -32,155 +27,136 @@ from kd_jax.trainer.state import State, abstract_state, new_state, params_finger
 from kd_jax.trainer.weights_and_biases import tracker
 from kd_jax.types import Batch, Params
 
-# The keys of a job's block that the compiled step depends on.
-STEP_KEYS = (
-    *("steps", "accumulation", "learning_rate", "warmup_steps", "schedule", "final_learning_rate"),
-    *("weight_decay", "clip_norm", "beta1", "beta2", "epsilon", "skip_non_finite"),
-)
+Model = Functional | WithProjections
 
 
-class JobPhase(NamedTuple):
-    """What is minimized from step `start` on."""
+@dataclass(frozen=True)
+class Phase:
+    """What is minimized from step `start` on, and what its step reads and never changes, such as a teacher.
+
+    constants() is called when the phase begins, so a schedule of teachers never holds two of them at once.
+    """
 
     start: int
-    objective: Callable[..., Objective]  # called with `arguments`, which are hashable: equal jobs share one compilation
-    arguments: tuple
-    frozen: Callable[[], dict[str, Any]]  # what the step reads and never changes: a teacher, class masks
-    reads: Frozen = Frozen()  # which entries `frozen` gives, the seed apart
+    objective: Objective
+    constants: Callable[[], Mapping[str, Any]] = dict
+
+
+class Batches(Protocol):
+    """Batch k as a pure function of (seed, k); the fingerprint changes with the data."""
+
+    fingerprint: str
+
+    def batch(self, step: int, process_index: int, process_count: int) -> Batch: ...
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training run, told apart from the trainer by functions."""
+    """A training run, in the terms that all of them share.
 
-    command: str
-    block: str  # the config's block with steps, batch size and optimizer
-    keys: tuple[str, ...]  # config keys that decide what the run computes
-    model: Functional | WithProjections
-    phases: tuple["JobPhase", ...]
-    batch_at: Callable[[int], Batch]  # this process's rows of a step
-    data_fingerprint: str
-    evaluate: Callable[[Params, int], dict[str, float]]
-    init: Callable[[Params], Params] | None = None  # replaces some or all of the parameters drawn from the seed
-    table: str = "student"  # config.sharding.<table> says where what is trained lies
-    notes: dict[str, Any] = field(default_factory=dict)  # more for run.json
-
-
-class Programs(NamedTuple):
-    """The compiled functions of a job, and where its state lies."""
-
-    step: Callable  # (state, frozen, batch) -> (state, metrics)
-    from_seed: Callable  # seed -> state at step 0
-    draw: Callable  # seed -> parameters
-    from_params: Callable  # parameters -> state at step 0 with a fresh optimizer
-    layout: State
-    abstract: State
-
-
-@functools.cache
-def programs(
-    objective,
-    arguments: tuple,
-    model: Functional | WithProjections,
-    settings: FrozenConfigDict,
-    mesh,
-    rules: Rules = DEFAULT,
-    frozen: tuple[Frozen, Rules] | None = None,
-) -> Programs:
-    """Equal arguments give the same functions: a study asks for the same few again and again and compiles them once.
-
-    rules: where the model lies. frozen: the entries of the step's `frozen` and the rules of the teachers in it; None
-    takes them as they lie.
+    evaluate(params, step) -> metrics; it may also write files. init replaces some or all of the parameters that are
+    drawn from the seed. rules: how the trained model is sharded. tables: sharding tables of frozen models, printed at
+    the start where there are several devices. notes: for run.json.
     """
-    job = ConfigDict(settings)
-    optimizer, schedule = make_optimizer(job), make_schedule(job)
-    step = make_train_step(
-        objective(*arguments),
-        optimizer,
-        schedule,
-        steps=job.steps,
-        accumulation=job.accumulation,
-        skipped=after_skipped if job.skip_non_finite else None,
+
+    settings: Training
+    seed: int
+    model: Model
+    phases: tuple[Phase, ...]
+    batches: Batches
+    evaluate: Callable[[Params, int], Mapping[str, float | None]]
+    init: Callable[[Params], Params] | None = None
+    rules: Rules = DEFAULT
+    tables: Sequence[str] = ()
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def train(job: Job, directory: RunDirectory, mesh: jax.sharding.Mesh, execution: Execution) -> dict[str, Any]:
+    """Runs a job to its end, or resumes it, in its directory; returns what DONE is to say."""
+    settings = job.settings
+    writer = MetricsWriter(
+        directory.path, execution.tensorboard, tracker(execution.wandb, directory.path, directory.config)
     )
-    shapes = model.abstract()
-    layout = state_shardings(shapes, optimizer, model_layout(model, mesh, rules))
-    inputs = (layout, None if frozen is None else frozen[0].layout(mesh, frozen[1]), batch_sharding(mesh))
-
-    def on_mesh(state, frozen, batch):
-        # The losses ask for the mesh, to keep what they sum over rows on its devices until the end.
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return step(state, frozen, batch)
-
-    def draw(seed):
-        return model.init(jax.random.key(seed))
-
-    return Programs(
-        step=jax.jit(on_mesh, donate_argnums=0, in_shardings=inputs, out_shardings=(layout, None)),
-        from_seed=jax.jit(lambda seed: new_state(draw(seed), optimizer), out_shardings=layout),
-        draw=jax.jit(draw, out_shardings=layout["params"]),
-        from_params=jax.jit(lambda params: new_state(params, optimizer), out_shardings=layout),
-        layout=layout,
-        abstract=abstract_state(shapes, optimizer, layout),
-    )
-
-
-def train(config: ConfigDict, workdir: pathlib.Path, job: Job, prepared: Prepared, mesh) -> None:
-    """Runs one job to its end, or resumes it; a finished one is left as it is."""
-    block = config[job.block]
-    read(Training, block, job.block)
-    values = to_dict(config)
-    resolved = {key: values[key] for key in (*job.keys, *EXECUTION_KEYS)}
-    dog = Watchdog(config.watchdog_seconds, workdir, exits=config.watchdog_exit)
-    writer = MetricsWriter(workdir, config.tensorboard, tracker(config.wandb, workdir, resolved))
-    directory = RunDirectory(workdir, job.command, resolved)
-    if directory.done:
-        return
-    account = Account(workdir)
-    settings = FrozenConfigDict({key: block[key] for key in STEP_KEYS})
-    rules = rules_of(config.sharding[job.table], f"sharding.{job.table}")
-    teacher_rules = rules_of(config.sharding.teacher, "sharding.teacher")
-    each = [
-        programs(phase.objective, phase.arguments, job.model, settings, mesh, rules, (phase.reads, teacher_rules))
-        for phase in job.phases
-    ]
-    compiled = each[0]  # they differ in their steps alone
-    seed = np.int32(config.seed)
-
-    def phase_of(phase: JobPhase, program: Programs) -> Phase:
-        return Phase(phase.start, program.step, lambda: {**phase.frozen(), "seed": seed})
+    account = Account(directory.path)
+    draw, begin, abstract = state_functions(job.model, settings.of_step, mesh, job.rules)
+    steps = [compiled_step(phase.objective, job.model, settings.of_step, mesh, job.rules) for phase in job.phases]
+    seed = np.int32(job.seed)
 
     def initial_state() -> State:
-        return compiled.from_seed(seed) if job.init is None else compiled.from_params(job.init(compiled.draw(seed)))
+        drawn = draw(seed)
+        return begin(drawn if job.init is None else job.init(drawn))
 
-    directory.start(
-        data_fingerprint=job.data_fingerprint,
-        tokenizer_fingerprint=prepared.tokenizer.fingerprint,
-        parameters=parameter_count(job.model.abstract()),
-        **job.notes,
-    )
-    with Checkpoints(workdir / FOLDER, keep=block.keep_checkpoints) as checkpoints, contextlib.closing(writer), dog:
+    fingerprint, count = job.batches.fingerprint, parameter_count(job.model.abstract())
+    directory.start(data_fingerprint=fingerprint, parameters=count, **job.notes)
+    saved = Checkpoints(directory.path / FOLDER, keep=settings.keep_checkpoints)
+    with saved as checkpoints, contextlib.closing(writer):
         state = fit(
             initial_state=initial_state,
-            abstract=compiled.abstract,
-            phases=[phase_of(phase, program) for phase, program in zip(job.phases, each, strict=True)],
-            batch_at=job.batch_at,
-            job=block,
+            abstract=abstract,
+            phases=[
+                (phase.start, step, lambda phase=phase: {**phase.constants(), "seed": seed})
+                for phase, step in zip(job.phases, steps, strict=True)
+            ],
+            batch_at=lambda step: job.batches.batch(step, *process_share(mesh)),
+            job=settings,
             mesh=mesh,
             checkpoints=checkpoints,
             writer=writer,
-            identity={"config": identity(resolved), "data": job.data_fingerprint},
+            identity={"config": identity(directory.config), "data": fingerprint},
             evaluate=job.evaluate,
-            description=workdir.name,
-            lines=sharding_lines(job, compiled, mesh, teacher_rules) if mesh.size > 1 else (),
-            progress=config.progress,
+            description=directory.path.name,
+            lines=[*sharding_lines(abstract["params"], "trained:"), *job.tables] if mesh.size > 1 else (),
+            progress=execution.progress,
             account=account,
         )
-    directory.finish(parameters_fingerprint=params_fingerprint(state["params"]), **account.summary())
+    return {"parameters_fingerprint": params_fingerprint(state["params"]), **account.summary()}
 
 
-def sharding_lines(job: Job, compiled: Programs, mesh, teacher_rules: Rules) -> list[str]:
-    """What is printed at the start of a run on several devices: where the trained model and its teachers lie."""
-    lines = describe_shardings(job.model.abstract(), compiled.layout["params"], "trained:")
-    for reads in dict.fromkeys(phase.reads for phase in job.phases):
-        lines += reads.describe(mesh, teacher_rules)
-    return lines
+@functools.cache
+def compiled_step(objective: Objective, model: Model, settings: Training, mesh: jax.sharding.Mesh, rules: Rules):
+    """The jitted (state, constants, batch) -> (state, metrics).
+
+    Equal arguments give the same function: a study asks for the same few again and again, and compiles each once.
+    """
+    step = make_train_step(
+        objective,
+        make_optimizer(settings),
+        make_schedule(settings),
+        steps=settings.steps,
+        accumulation=settings.accumulation,
+        skipped=after_skipped if settings.skip_non_finite else None,
+    )
+    layout = state_layout(model, settings, mesh, rules)
+
+    def on_mesh(state, constants, batch):
+        # The losses ask for the mesh, to keep what they sum over rows on its devices until the end.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step(state, constants, batch)
+
+    inputs = (layout, None, batch_sharding(mesh))  # the constants keep the sharding that they come with
+    return jax.jit(on_mesh, donate_argnums=0, in_shardings=inputs, out_shardings=(layout, None))
+
+
+@functools.cache
+def state_functions(model: Model, settings: Training, mesh: jax.sharding.Mesh, rules: Rules):
+    """(seed -> parameters, parameters -> state at step 0, the state as shapes with shardings); the functions are jitted
+    with output shardings, so no device ever holds more than its shards."""
+    optimizer, layout = make_optimizer(settings), state_layout(model, settings, mesh, rules)
+    draw = jax.jit(lambda seed: model.init(jax.random.key(seed)), out_shardings=layout["params"])
+    begin = jax.jit(lambda params: new_state(params, optimizer), out_shardings=layout)
+    return draw, begin, abstract_state(model.abstract(), optimizer, layout)
+
+
+def state_layout(model: Model, settings: Training, mesh: jax.sharding.Mesh, rules: Rules) -> State:
+    """The sharding of every leaf of the training state."""
+    return state_shardings(model.abstract(), make_optimizer(settings), model_layout(model, mesh, rules))
+
+
+def sharding_lines(placed: Any, title: str) -> list[str]:
+    """The sharding table of arrays, or of shapes with shardings."""
+    return describe_shardings(placed, jax.tree.map(lambda leaf: leaf.sharding, placed), title)
+
+
+def model_layout(model: Model, mesh: jax.sharding.Mesh, rules: Rules) -> Any:
+    """The sharding of every parameter of a model."""
+    return shardings(mesh, model.logical_axes(), model.abstract(), rules)

@@ -1,36 +1,38 @@
 """What pretrain and distill share: masked-LM rows in, a trained encoder and its held-out losses out."""
 
 import functools
-import pathlib
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from kd_jax.config import require
+from kd_jax.config.data import Masking, Transfer
+from kd_jax.config.execution import Execution
+from kd_jax.config.training import Training
 from kd_jax.data.batches import MaskedBatches, heldout_batches, process_slice
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.teacher_cache import CachedBatches
 from kd_jax.data.transfer_set import TransferSet
-from kd_jax.jobs import job as training
+from kd_jax.jobs.job import Job, train
 from kd_jax.models.encoder_config import encoder_config
 from kd_jax.models.functional import Functional
 from kd_jax.models.projection import WithProjections
 from kd_jax.runtime.files import write_json
-from kd_jax.runtime.progress import Count
+from kd_jax.runtime.preemption import interruptible
 from kd_jax.steps.pretrain import make_heldout_step
 from kd_jax.trainer.mesh import global_batch, process_share
+from kd_jax.trainer.run_directory import RunDirectory
 from kd_jax.types import Params
 
 HELDOUT = "heldout.json"
 
 
-def encoder_model(encoder: ConfigDict, prepared: Prepared, compute_dtype: str, key: str) -> Functional:
+def encoder_model(encoder: Mapping[str, Any], prepared: Prepared, compute_dtype: str, key: str) -> Functional:
     """The masked LM of one encoder block of the config (config.<key>), with the tokenizer's vocabulary filled in."""
-    values = encoder_config(encoder.to_dict(), prepared.tokenizer.vocab_size)
-    length = prepared.config["rows"]["length"]
+    values = encoder_config(dict(encoder), prepared.tokenizer.vocab_size)
+    length = prepared.settings.rows.length
     require(
         length <= values.max_positions,
         "rows.length",
@@ -49,63 +51,40 @@ def resolve_dtype(name: str) -> Any:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def transfer_set_of(config: ConfigDict, prepared: Prepared, seed: int) -> TransferSet:
-    """The transfer set that config.transfer describes, in the order of a seed."""
-    weights = {name: source.weight for name, source in prepared.config["sources"].items()}
-    return TransferSet(prepared.stores("train"), transfer=config.transfer, seed=seed, weights=weights)
+def transfer_set_of(transfer: Transfer, prepared: Prepared, seed: int) -> TransferSet:
+    """The transfer set of the prepared train rows, in the order of a seed."""
+    weights = {name: source.weight for name, source in prepared.settings.sources.items()}
+    return TransferSet(prepared.stores("train"), transfer=transfer, seed=seed, weights=weights)
 
 
-def train(
-    config: ConfigDict,
-    workdir: pathlib.Path,
+def train_masked_lm(
+    directory: RunDirectory,
     prepared: Prepared,
-    mesh,
+    mesh: jax.sharding.Mesh,
+    execution: Execution,
     *,
-    command: str,
-    keys: tuple[str, ...],
+    settings: Training,
+    batches: MaskedBatches | CachedBatches,
+    masking: Masking,
     model: Functional | WithProjections,
-    phases: tuple[training.JobPhase, ...],
-    init: Callable[[Params], Params] | None = None,
-    batches: Callable[[TransferSet, ConfigDict], MaskedBatches | CachedBatches] | None = None,
-    notes: dict[str, Any] | None = None,
-    table: str = "student",
-) -> None:
-    """Trains on the transfer set that config.transfer describes; config.<command> is the job's block, and
-    config.sharding.<table> says where the model lies.
-
-    batches(transfer_set, block): where the batches come from when they are not masked here.
-    """
-    block = config[command]
-    transfer_set = transfer_set_of(config, prepared, config.seed)
-    if batches is None:
-        source = MaskedBatches(transfer_set.stores, transfer_set, config.masking, prepared.tokenizer, block.batch_size)
-    else:
-        source = batches(transfer_set, block)
-
+    notes: Mapping[str, Any] | None = None,
+    **job: Any,
+) -> dict[str, Any]:
+    """Trains a masked LM and writes its held-out losses; job: the other fields of `Job`."""
     encoder = model.student if isinstance(model, WithProjections) else model
 
     def evaluate(params: Params, step: int) -> dict[str, float]:
         del step
         own = model.student_params(params) if isinstance(model, WithProjections) else params
-        rows = heldout_rows(encoder, own, prepared, config, mesh, block.batch_size, block.evaluate_rows)
+        rows = heldout_rows(encoder, own, prepared, masking, mesh, settings.batch_size, settings.evaluate_rows)
         if jax.process_index() == 0:
-            write_json(workdir / HELDOUT, rows)
+            write_json(directory.path / HELDOUT, rows)
         return summarize(rows)
 
-    job = training.Job(
-        command=command,
-        block=command,
-        keys=keys,
-        model=model,
-        phases=phases,
-        batch_at=lambda step: source.batch(step, *process_share(mesh)),
-        data_fingerprint=source.fingerprint,
-        evaluate=evaluate,
-        init=init,
-        notes={"realized": transfer_set.describe(block.steps * block.batch_size), **(notes or {})},
-        table=table,
-    )
-    training.train(config, workdir, job, prepared, mesh)
+    realized = batches.transfer_set.describe(settings.steps * settings.batch_size)
+    notes = {"tokenizer_fingerprint": prepared.tokenizer.fingerprint, "realized": realized, **(notes or {})}
+    made = Job(settings=settings, model=model, batches=batches, evaluate=evaluate, notes=notes, **job)
+    return train(made, directory, mesh, execution)
 
 
 @functools.cache
@@ -115,25 +94,24 @@ def compiled_heldout_step(model: Functional):
 
 
 def heldout_rows(
-    model: Functional, params: Params, prepared: Prepared, config: ConfigDict, mesh, batch_size: int, most_rows: int
+    model: Functional, params: Params, prepared: Prepared, masking: Masking, mesh, batch_size: int, most_rows: int
 ) -> list[dict[str, Any]]:
-    """One entry a held-out store: loss and unigram loss (nats a masked token), accuracy, number of masked tokens.
+    """One entry per held-out store: loss and unigram loss (nats per masked token), accuracy, number of masked tokens.
 
     Raises Preempted.
     """
     step = compiled_heldout_step(model)
     unigrams = unigram_log_probabilities(prepared)
-    done = Count("the held-out loss", "rows", shown=False)  # a preemption may come
+    first, last = process_slice(batch_size, *process_share(mesh))
     entries = []
     for store in prepared.stores("heldout"):
         sums = np.zeros(4)
-        first, last = process_slice(batch_size, *process_share(mesh))
-        for batch in heldout_batches(store, config.masking, prepared.tokenizer, batch_size, most_rows):
+        batches = heldout_batches(store, masking, prepared.tokenizer, batch_size, most_rows)
+        for batch in interruptible(batches, "the held-out loss"):
             whole = {**batch, "unigram": unigrams[store.kind][batch["masked_targets"]]}
             mine = {name: values[first:last] for name, values in whole.items()}
             terms = jax.device_get(step(params, global_batch(mesh, mine)))
             sums += [terms["loss"][0], terms["accuracy"][0], terms["unigram_loss"][0], terms["loss"][1]]
-            done.update(batch_size)
         loss, hits, unigram, count = (float(value) for value in sums)
         if count:
             entries.append(
@@ -151,7 +129,7 @@ def heldout_rows(
 
 
 def unigram_log_probabilities(prepared: Prepared) -> dict[str, np.ndarray]:
-    """log p of each piece by its count (plus one) in the train text of each kind, float32 [vocabulary]."""
+    """log p of each token by its count (plus one) in the train text of each kind, float32 [vocabulary]."""
     vocabulary = prepared.tokenizer.vocab_size
     counts = {"generic": np.ones(vocabulary), "task": np.ones(vocabulary)}
     for store in prepared.stores("train"):

@@ -1,48 +1,60 @@
-"""The teachers that config.teacher_checkpoint names, and the settings of distilling from them."""
+"""The teachers of a distillation run, in the loop or as cached predictions, and the loss against them."""
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
+import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from kd_jax.config import require
+from kd_jax.config.data import Masking, Vocabulary
+from kd_jax.config.execution import Execution, Rules
+from kd_jax.config.training import Distill, Loss
+from kd_jax.data.batches import MaskedBatches
 from kd_jax.data.prepared import Prepared
+from kd_jax.data.teacher_cache import CachedBatches
+from kd_jax.data.transfer_set import TransferSet
 from kd_jax.data.vocabulary import TrimmedPrepared, kept_ids
-from kd_jax.jobs import masked_lm, trained
+from kd_jax.jobs import trained
+from kd_jax.jobs.job import model_layout, sharding_lines
+from kd_jax.jobs.masked_lm import encoder_model
 from kd_jax.losses.features import check_relation_heads
-from kd_jax.models.encoder_config import EncoderConfig, encoder_config
+from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
-from kd_jax.models.initialization import check_shapes
+from kd_jax.models.initialization import check_shapes, from_teacher, remarks
 from kd_jax.models.layer_map import initial_layers, layer_map, read_layers
 from kd_jax.models.projection import WithProjections, needs_projection
-from kd_jax.steps.distill import DistillSettings, Weight
+from kd_jax.steps.distill import DistillSettings
 from kd_jax.steps.teacher_logits import TeacherForm
-from kd_jax.study.plan import FEATURE_TERMS
-from kd_jax.trainer.mesh import Rules, rules_of
+from kd_jax.trainer.state import with_shardings
+from kd_jax.types import Params
 
-TERMS = ("kl", "mlm", *FEATURE_TERMS)
 KEY = "teacher_checkpoint"
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """One teacher: the directory of its run, its model, whether its vocabulary is the student's own, and the rules by
-    which it lies on a mesh."""
+    """A frozen teacher: the directory of its run, its model, how it is sharded, and, where the student's vocabulary is
+    a trimmed one, `kept` int32 [student tokens], the teacher's id of each token."""
 
     workdir: str
     model: Functional
-    same_vocabulary: bool
     rules: Rules
+    kept: np.ndarray | None
 
-    def params(self, mesh) -> Any:
+    def params(self, mesh: jax.sharding.Mesh) -> Params:
         return trained.trained_params(self.workdir, self.model, mesh, rules=self.rules)
 
+    def constants(self) -> dict[str, Any]:
+        """What the step reads of any teacher, in the loop or cached."""
+        return {} if self.kept is None else {"kept": self.kept}
 
-def find_teachers(config: ConfigDict, prepared: Prepared) -> list[Teacher]:
-    """The teachers of config.teacher_checkpoint, whose tokenizers are compared with the student's."""
-    workdirs = [name.strip() for name in config.teacher_checkpoint.split(",") if name.strip()]
+
+def find_teachers(names: str, prepared: Prepared, compute_dtype: str, rules: Rules) -> list[Teacher]:
+    """The teachers of config.teacher_checkpoint, joined by commas; their tokenizers are compared with the student's."""
+    workdirs = [name.strip() for name in names.split(",") if name.strip()]
     require(bool(workdirs), KEY, "it is empty", "give the workdir of a pretrain run")
     full = prepared.full if isinstance(prepared, TrimmedPrepared) else prepared
     teachers = []
@@ -51,151 +63,156 @@ def find_teachers(config: ConfigDict, prepared: Prepared) -> list[Teacher]:
         same = trained.tokenizer_fingerprint(workdir) == prepared.tokenizer.fingerprint
         if not same:
             trained.check_tokenizer(workdir, full, KEY)
-        model = masked_lm.encoder_model(block, prepared if same else full, config.compute_dtype, "teacher")
-        teachers.append(Teacher(workdir, model, same, rules_of(config.sharding.teacher, "sharding.teacher")))
-    mixed = len({teacher.same_vocabulary for teacher in teachers}) > 1
+        model = encoder_model(block, prepared if same else full, compute_dtype, "teacher")
+        teachers.append(Teacher(workdir, model, rules, None if same else kept_ids(prepared)))
+    mixed = len({teacher.kept is None for teacher in teachers}) > 1
     require(not mixed, KEY, "some teachers have the trimmed vocabulary and some the full one", "use one or the other")
     return teachers
 
 
-def kept_of(prepared: Prepared, teacher: Teacher) -> np.ndarray | None:
-    """int32 [student pieces]: the teacher's id of each, or None where the two vocabularies are one."""
-    return None if teacher.same_vocabulary else kept_ids(prepared)
+@dataclass(frozen=True)
+class TeacherSide:
+    """Where a student's targets come from.
 
-
-def weight(config: ConfigDict, name: str) -> Weight:
-    """The schedule of a term's weight. Raises UserError for what makes no sense."""
-    block, key = config.distill[name], f"distill.{name}"
-    require(block.weight >= 0, f"{key}.weight", f"{block.weight} is negative", "give 0 or more")
-    ordered = 0 <= block.begin <= block.end <= 1
-    require(ordered, f"{key}.begin", f"{block.begin} to {block.end} is no span of progress", "0 <= begin <= end <= 1")
-    end = block.final_weight if block.final_weight >= 0 else block.weight
-    return Weight(float(block.weight), float(end), float(block.begin), float(block.end))
-
-
-def check_settings(config: ConfigDict) -> None:
-    """Refuses impossible distillation settings before anything is read."""
-    block = config.distill
-    weights = {name: weight(config, name) for name in TERMS}
-    some = any(one.used for one in weights.values())
-    require(some, "distill", "every term has weight 0", "give kl, mlm, hidden, embeddings or relations a weight")
-    kl = block.kl
-    require(kl.temperature > 0, "distill.kl.temperature", f"{kl.temperature} is not positive", "2.0 is usual")
-    final = kl.final_temperature
-    require(final >= 0, "distill.kl.final_temperature", f"{final} is negative", "0 keeps the temperature")
-    known = block.kd_positions in ("masked", "all")
-    require(known, "distill.kd_positions", f"{block.kd_positions!r} is unknown", "use masked or all")
-    for name in ("hidden", "embeddings"):
-        distance = block[name].distance
-        known = distance in ("cosine", "mse")
-        require(known, f"distill.{name}.distance", f"{distance!r} is unknown", "use cosine or mse")
-    for part in block.relations.parts:
-        known = part in ("query", "key", "value")
-        require(known, "distill.relations.parts", f"{part!r} is unknown", "use query, key and value")
-    require(bool(block.relations.parts), "distill.relations.parts", "it is empty", "use query, key and value")
-    require(block.init in ("random", "teacher"), "distill.init", f"{block.init!r} is unknown", "use random or teacher")
-    require(block.block_positions >= 0, "distill.block_positions", f"{block.block_positions} is negative", "0 chooses")
-    features = [name for name in FEATURE_TERMS if weights[name].used]
-    few = not config.sharding.teacher_once or (not features and block.kd_positions == "masked")
-    problem = "states at all positions would have to be kept for the whole batch"
-    require(few, "sharding.teacher_once", problem, "set it to False, or take the logits at masked positions alone")
-    several = "," in config.teacher_checkpoint and not block.teacher_steps
-    one = not (several and features)
-    require(
-        one, f"distill.{(features or ['hidden'])[0]}", "it needs one teacher, not an average", "set its weight to 0"
-    )
-    if config.teacher_cache:
-        serves = not features
-        require(
-            serves, "teacher_cache", f"it has no {', '.join(features)}", "leave it empty, or set those weights to 0"
-        )
-        require(block.kd_positions == "masked", "teacher_cache", "it has masked positions only", "leave it empty")
-        alone = "," not in config.teacher_checkpoint
-        require(
-            alone, "teacher_cache", "it holds one teacher's predictions", "name that teacher alone, or leave it empty"
-        )
-        require(block.init == "random", "distill.init", "from a cache no teacher is loaded", "use random")
-
-
-def settings_for(
-    config: ConfigDict, student: Functional, teacher: EncoderConfig | None, form: TeacherForm, *, cached: bool
-) -> tuple[DistillSettings, WithProjections]:
-    """What shapes the step, and the student with the projections that its terms need.
-
-    teacher: the shape of the (first) teacher; None where no term but those on logits is used.
+    phases: from which step on, which teachers are in the loop, and the constants that the step then reads.
+    batches(transfer_set): rows masked here, or rows from a cache with the teacher's predictions.
+    form: how the predictions reach the loss. shape: the (first) teacher's, None where no inner states are to be had.
+    tables: the sharding of what is frozen, as lines.
     """
-    block = config.distill
-    weights = {name: weight(config, name) for name in TERMS}
-    shape = student.config
-    hidden_layers, relation_layers, heads = (), (), 1
-    projections: list[tuple[str, int, int]] = []
-    if teacher is not None:
-        widths = (shape.hidden_size, teacher.hidden_size)
-        depths = (shape.num_layers, teacher.num_layers)
 
-        def layers_of(name: str) -> tuple[tuple[int, int], ...]:
-            key = f"distill.{name}.layers"
-            return layer_map(read_layers(block[name].layers, key), *depths, key)
+    form: TeacherForm
+    phases: tuple[tuple[int, tuple[Functional, ...], Callable[[], Mapping[str, Any]]], ...]
+    batches: Callable[[TransferSet], MaskedBatches | CachedBatches]
+    shape: EncoderConfig | None
+    tables: tuple[str, ...]
 
-        if weights["hidden"].used:
-            hidden_layers = layers_of("hidden")
-            if needs_projection(block.hidden.projection, *widths, "distill.hidden.projection"):
-                projections += [(f"hidden_{number}", *widths) for number in range(len(hidden_layers))]
-        if weights["embeddings"].used and needs_projection(
-            block.embeddings.projection, *widths, "distill.embeddings.projection"
-        ):
-            projections.append(("embeddings", *widths))
-        if weights["relations"].used:
-            relation_layers = layers_of("relations")
-            heads = block.relations.heads or shape.num_heads
-            check_relation_heads(heads, *widths, "distill.relations.heads")
-    settings = DistillSettings(
-        **weights,
-        temperature=float(block.kl.temperature),
-        final_temperature=float(block.kl.final_temperature or block.kl.temperature),
-        kd_positions=block.kd_positions,
-        hidden_distance=block.hidden.distance,
-        hidden_layers=hidden_layers,
-        embeddings_distance=block.embeddings.distance,
-        relation_heads=heads,
-        relation_layers=relation_layers,
-        relation_parts=tuple(block.relations.parts),
-        block=block.block_positions,
-        once=bool(config.sharding.teacher_once) and not cached and weights["kl"].used,
-        form=form,
+
+def in_the_loop(
+    teachers: list[Teacher], distill: Distill, masking: Masking, form: TeacherForm, prepared: Prepared, mesh
+) -> TeacherSide:
+    """Teachers that predict every batch: all averaged, or one after the other."""
+
+    def phase(start: int, chosen: list[Teacher]):
+        def constants() -> dict[str, Any]:
+            return {"teachers": tuple(one.params(mesh) for one in chosen), **chosen[0].constants()}
+
+        return start, tuple(one.model for one in chosen), constants
+
+    def batches(transfer_set: TransferSet) -> MaskedBatches:
+        return MaskedBatches(transfer_set.stores, transfer_set, masking, prepared.tokenizer, distill.batch_size)
+
+    phases = tuple(
+        phase(start, [teachers[number] for number in numbers]) for start, numbers in schedule(distill, len(teachers))
     )
-    moving = settings.temperature != settings.final_temperature
-    fixed = not (cached and moving and form.kind != "hidden")
-    problem = f"a {form.kind} cache is for one temperature"
-    require(fixed, "distill.kl.final_temperature", problem, "set it to 0, or write the cache with cache.format=hidden")
-    return settings, WithProjections(student, tuple(projections))
+    return TeacherSide(form, phases, batches, teachers[0].model.config, tuple(teacher_tables(teachers, mesh)))
 
 
-def check_shapes_of(config: ConfigDict) -> None:
-    """Refuses, before a teacher is trained, what config.teacher, student and distill do not allow together."""
-    student, teacher = (encoder_config(config[name].to_dict(), 1) for name in ("student", "teacher"))
-    settings_for(config, Functional("mlm", student), teacher, TeacherForm(), cached=False)
-    if config.distill.init == "teacher":
-        key = "distill.init_layers"
-        layers = read_layers(config.distill.init_layers, key)
-        initial_layers(layers, student.num_layers, teacher.num_layers, key)
-        trimmed = np.zeros(1, np.int32) if config.vocabulary.trim else None
-        check_shapes(student, teacher, trimmed)
+def placed_shapes(teacher: Teacher, mesh: jax.sharding.Mesh) -> Params:
+    """A teacher's parameters as shapes with shardings."""
+    return with_shardings(teacher.model.abstract(), model_layout(teacher.model, mesh, teacher.rules))
 
 
-def phases_of(config: ConfigDict, count: int) -> list[tuple[int, tuple[int, ...]]]:
+def teacher_tables(teachers: list[Teacher], mesh: jax.sharding.Mesh) -> list[str]:
+    """The sharding table of the teachers' parameters."""
+    return [line for one in teachers for line in sharding_lines(placed_shapes(one, mesh), "teacher, frozen:")]
+
+
+def schedule(distill: Distill, count: int) -> list[tuple[int, tuple[int, ...]]]:
     """(start step, teachers by number) of each phase: all averaged, or one after the other."""
-    steps = tuple(int(step) for step in config.distill.teacher_steps)
+    steps = tuple(int(step) for step in distill.teacher_steps)
     if not steps:
         return [(0, tuple(range(count)))]
     key = "distill.teacher_steps"
     require(len(steps) == count, key, f"{len(steps)} steps for {count} teachers", "give one for each teacher")
     ascending = steps[0] == 0 and all(one < other for one, other in itertools.pairwise(steps))
     require(ascending, key, f"{steps} do not ascend from 0", "give the step from which each teacher is used")
-    require(steps[-1] < config.distill.steps, key, f"step {steps[-1]} is never reached", "lower it or raise the steps")
+    require(steps[-1] < distill.steps, key, f"step {steps[-1]} is never reached", "lower it or raise the steps")
     return [(step, (number,)) for number, step in enumerate(steps)]
 
 
-def teacher_form(config: ConfigDict, prepared: Prepared, kind: str = "hidden", tail: Any = "bucket") -> TeacherForm:
-    """How the teacher's side reaches the loss."""
-    return TeacherForm(kind, tail, config.vocabulary.dropped, int(prepared.tokenizer.unk_id or 0))
+def teacher_form(vocabulary: Vocabulary, prepared: Prepared, kind: str = "hidden", **more: Any) -> TeacherForm:
+    """The form of the teacher's predictions for a student's vocabulary."""
+    return TeacherForm(kind, dropped=vocabulary.dropped, unknown=int(prepared.tokenizer.unk_id or 0), **more)
+
+
+def check(distill: Distill, execution: Execution, checkpoints: str, cache: str) -> None:
+    """Refuses, before anything is read, settings of several blocks that exclude each other. Raises UserError."""
+    features, masked = distill.features, distill.kd_positions == "masked"
+    few = not execution.sharding.teacher_once or (not features and masked)
+    problem = "states at all positions would have to be kept for the whole batch"
+    require(few, "sharding.teacher_once", problem, "set it to False, or take the logits at masked positions alone")
+    several = "," in checkpoints
+    averaged = several and not distill.teacher_steps and features
+    key = f"distill.{(features or ['hidden'])[0]}"
+    require(not averaged, key, "it needs one teacher, not an average", "set its weight to 0")
+    if cache:
+        problem = f"it has no {', '.join(features)}"
+        require(not features, "teacher_cache", problem, "leave it empty, or set those weights to 0")
+        require(masked, "teacher_cache", "it has masked positions only", "leave it empty")
+        remedy = "name that teacher alone, or leave it empty"
+        require(not several, "teacher_cache", "it holds one teacher's predictions", remedy)
+        require(distill.init == "random", "distill.init", "from a cache no teacher is loaded", "use random")
+
+
+def step_settings(
+    distill: Distill, student: Functional, teacher: EncoderConfig | None, form: TeacherForm, once: bool = False
+) -> tuple[DistillSettings, WithProjections]:
+    """The loss as the step computes it, and the student with the projections that its terms need.
+
+    teacher: the shape of the (first) teacher; None where only the terms on logits are used. Raises UserError for layer
+    maps, relation heads and projections that the two shapes do not allow.
+    """
+    shape = student.config
+    layers: dict[str, Any] = {}
+    projections: list[tuple[str, int, int]] = []
+    if teacher is not None:
+        widths = (shape.hidden_size, teacher.hidden_size)
+
+        def layers_of(name: str, written: str) -> tuple[tuple[int, int], ...]:
+            key = f"distill.{name}.layers"
+            return layer_map(read_layers(written, key), shape.num_layers, teacher.num_layers, key)
+
+        hidden, embeddings, relations = distill.hidden, distill.embeddings, distill.relations
+        if hidden.used:
+            layers["hidden_layers"] = layers_of("hidden", hidden.layers)
+            if needs_projection(hidden.projection, *widths, "distill.hidden.projection"):
+                projections += [(f"hidden_{number}", *widths) for number in range(len(layers["hidden_layers"]))]
+        if embeddings.used and needs_projection(embeddings.projection, *widths, "distill.embeddings.projection"):
+            projections.append(("embeddings", *widths))
+        if relations.used:
+            layers["relation_layers"] = layers_of("relations", relations.layers)
+            layers["relation_heads"] = relations.heads or shape.num_heads
+            check_relation_heads(layers["relation_heads"], *widths, "distill.relations.heads")
+    loss = {one.name: getattr(distill, one.name) for one in fields(Loss)}
+    settings = DistillSettings(**loss, **layers, once=once and distill.kl.used, form=form)
+    moving = distill.kl.temperature != distill.kl.last_temperature
+    fixed = not (form.cached and moving and form.kind != "hidden")
+    remedy = "set it to 0, or write the cache with cache.format=hidden"
+    require(fixed, "distill.kl.final_temperature", f"a {form.kind} cache is for one temperature", remedy)
+    return settings, WithProjections(student, tuple(projections))
+
+
+def initialization(
+    distill: Distill, model: WithProjections, teacher: Teacher, mesh: jax.sharding.Mesh
+) -> tuple[Callable[[Params], Params], list[str]]:
+    """distill.init=teacher: (drawn parameters -> parameters that start from layers of the teacher, remarks on it)."""
+    student, key = model.student, "distill.init_layers"
+    layers = initial_layers(
+        read_layers(distill.init_layers, key), student.config.num_layers, teacher.model.config.num_layers, key
+    )
+    check_shapes(student.config, teacher.model.config, teacher.kept)
+
+    def init(params: Params) -> Params:
+        start = (teacher.model, teacher.params(mesh), layers, teacher.kept)
+        return {**params, **from_teacher(student, model.student_params(params), *start)}
+
+    return init, list(remarks(student.config, teacher.model.config, layers))
+
+
+def check_shapes_of(distill: Distill, student: EncoderConfig, teacher: EncoderConfig, trimmed: bool) -> None:
+    """Refuses, before a teacher is trained, shapes of student and teacher that config.distill does not allow."""
+    step_settings(distill, Functional("mlm", student), teacher, TeacherForm())
+    if distill.init == "teacher":
+        key = "distill.init_layers"
+        initial_layers(read_layers(distill.init_layers, key), student.num_layers, teacher.num_layers, key)
+        check_shapes(student, teacher, np.zeros(1, np.int32) if trimmed else None)

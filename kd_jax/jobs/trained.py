@@ -2,10 +2,13 @@
 
 import itertools
 import pathlib
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from kd_jax.config import from_dict
+from kd_jax.config.data import Vocabulary
+from kd_jax.config.settings import read
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.rows import MANIFEST
 from kd_jax.data.text.tokenizer import Tokenizer
@@ -28,13 +31,13 @@ def run_config(workdir: str | pathlib.Path, key: str) -> ConfigDict:
         raise UserError(f"config.{key}: {workdir} holds no config.json; give the workdir of a finished run") from None
 
 
-def encoder_block(workdir: str | pathlib.Path, key: str) -> ConfigDict:
+def encoder_block(workdir: str | pathlib.Path, key: str) -> dict[str, Any]:
     """The encoder keys of the model that a pretrain or distill run trained, or that import_model read."""
     config = run_config(workdir, key)
     which = config.pretrain.model if "pretrain" in config else "teacher" if "import_model" in config else "student"
     if which not in config:
         raise UserError(f"config.{key}: {workdir} is no pretrain, distill or import_model run; give the workdir of one")
-    return config[which]
+    return config[which].to_dict()
 
 
 def tokenizer_fingerprint(workdir: str | pathlib.Path) -> str:
@@ -72,7 +75,11 @@ def first_difference(theirs: Tokenizer, ours: Tokenizer) -> str:
 def run_prepared(workdir: str | pathlib.Path, prepared: Prepared, key: str) -> Prepared:
     """The prepared folder as the model of a run saw it: with its vocabulary, trimmed or not."""
     config = run_config(workdir, key)
-    return seen_by_student(prepared, config.vocabulary) if "vocabulary" in config else prepared
+    return (
+        seen_by_student(prepared, read(Vocabulary, config.vocabulary, "vocabulary"))
+        if "vocabulary" in config
+        else prepared
+    )
 
 
 def parameters_fingerprint(workdir: str | pathlib.Path, key: str) -> str:

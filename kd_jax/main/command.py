@@ -1,5 +1,7 @@
 """The form that every command shares: --config, --workdir, one-sentence errors, exit codes."""
 
+import dataclasses
+import functools
 import pathlib
 import sys
 import traceback
@@ -9,16 +11,51 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from kd_jax.config import resolved
+from kd_jax.config.execution import read_execution
 from kd_jax.runtime import cluster, distributed
 from kd_jax.runtime.copies import keep_copies_in
 from kd_jax.runtime.paths import as_path
 from kd_jax.runtime.preemption import EXIT_CODE, Preempted, watching
+from kd_jax.trainer.run_directory import RunDirectory, run_once
 from kd_jax.types import UserError
 
 MISTAKE = 2  # exit code of a user's mistake
 
 Run = Callable[[ConfigDict, pathlib.Path], Any]
 Instead = Callable[[ConfigDict, pathlib.Path | None], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command whose directory holds config.json, run.json and DONE, and which the same command line resumes.
+
+    keys(config): the config keys that decide what it computes. work(config, directory): starts or resumes it, and
+    returns what DONE is to say, or None where more is left to do. resolve(config): fills in values that follow from
+    others, before the config is recorded. show(config, workdir): prints what came of it.
+    """
+
+    name: str
+    description: str
+    keys: Callable[[ConfigDict], tuple[str, ...]]
+    work: Callable[[ConfigDict, RunDirectory], dict[str, Any] | None]
+    resolve: Callable[[ConfigDict], ConfigDict] = lambda config: config
+    show: Callable[[ConfigDict, pathlib.Path], None] = lambda config, workdir: None
+
+    def run(self, config: ConfigDict, workdir: pathlib.Path) -> None:
+        """Runs the command in its directory, unless it is done there."""
+        config = self.resolve(config)
+        work = functools.partial(self.work, config)
+        run_once(workdir, self.name, resolved(config, self.keys(config)), read_execution(config), work)
+
+    def main(self) -> None:
+        """Runs the command with the config and the directory of the command line."""
+
+        def run_and_show(config: ConfigDict, workdir: pathlib.Path) -> None:
+            self.run(config, workdir)
+            self.show(config, workdir)
+
+        main(run_and_show, description=self.description)
 
 
 def main(

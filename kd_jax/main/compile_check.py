@@ -36,7 +36,7 @@ def check(config: ConfigDict, name: str) -> tuple[list[str], dict[str, Any]]:
     job = abstract_job(config, mesh)
     devices = len(found.devices)
     slice_size = min(found.chip.node or devices // max(config.mesh.slices, 1), devices)
-    rows = config.compile_check.rows or job.block.batch_size
+    rows = config.compile_check.rows or job.settings.batch_size
     fits = rows % job.multiple == 0
     wanted = f"data x fsdp x accumulation = {job.multiple}"
     require(fits, "compile_check.rows", f"{rows} rows are no multiple of {wanted}", "change it, or the mesh")
@@ -47,7 +47,7 @@ def check(config: ConfigDict, name: str) -> tuple[list[str], dict[str, Any]]:
         return one
 
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    head = f"{config.compile_check.command} on {name}: mesh {shape}, accumulation {job.block.accumulation}"
+    head = f"{config.compile_check.command} on {name}: mesh {shape}, accumulation {job.settings.accumulation}"
     print("\n".join([head, *job.tables]), flush=True)
     every = [measured(rows)]
     if tries:
@@ -69,7 +69,7 @@ def check(config: ConfigDict, name: str) -> tuple[list[str], dict[str, Any]]:
         "topology": name,
         "devices": devices,
         "mesh": dict(mesh.shape),
-        "accumulation": job.block.accumulation,
+        "accumulation": job.settings.accumulation,
         "length": job.length,
         "usable": found.chip.usable,
         "measurements": [one.to_json() for one in every],

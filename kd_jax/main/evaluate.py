@@ -5,20 +5,21 @@ python -m kd_jax.main.evaluate --config=configs/FILE.py --workdir=DIR \\
 """
 
 import pathlib
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from kd_jax.config import EXECUTION_KEYS, require, to_dict
+from kd_jax.config.commands import Evaluate
+from kd_jax.config.execution import read_execution
+from kd_jax.config.settings import read
 from kd_jax.data.prepared import Prepared
 from kd_jax.evaluation.records import write_records
 from kd_jax.evaluation.results import RECORDS, RESULTS, results
-from kd_jax.evaluation.slots import MODES
 from kd_jax.jobs import finetune, serving, trained
 from kd_jax.main import command
 from kd_jax.runtime.files import read_json, read_json_lines, write_json_lines
 from kd_jax.runtime.paths import as_path
-from kd_jax.runtime.watchdog import Watchdog
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.trainer.run_directory import RunDirectory
 
@@ -29,33 +30,23 @@ def keys(config: ConfigDict) -> tuple[str, ...]:
     return ("prepared", "evaluate", "compute_dtype")
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+def work(config: ConfigDict, directory: RunDirectory) -> dict[str, Any]:
     """Predicts every utterance of config.evaluate.partition with the model of config.evaluate.checkpoint."""
-    block = config.evaluate
-    known = block.partition in ("dev", "test")
-    require(known, "evaluate.partition", f"{block.partition!r} is no partition to score", "use dev or test")
-    require(block.mode in MODES, "evaluate.mode", f"{block.mode!r} is unknown", f"use {' or '.join(MODES)}")
-    require(bool(block.checkpoint), "evaluate.checkpoint", "it is empty", "give the workdir of a finetune run")
-    dog = Watchdog(config.watchdog_seconds, workdir, exits=config.watchdog_exit)
+    settings, execution = read(Evaluate, config.evaluate, "evaluate"), read_execution(config)
     prepared = Prepared(config.prepared)
-    values = to_dict(config)
-    directory = RunDirectory(workdir, "evaluate", {key: values[key] for key in (*keys(config), *EXECUTION_KEYS)})
-    if directory.done:
-        return
     directory.start()
-    which = (make_mesh(config.mesh), block.partition, config.compute_dtype, config.progress)
-    with dog:
-        records = finetune.predict_partition(as_path(block.checkpoint), prepared, *which)
+    which = (make_mesh(execution.mesh), settings.partition, config.compute_dtype, execution.progress)
+    records = finetune.predict_partition(as_path(settings.checkpoint), prepared, *which)
     if jax.process_index() == 0:
-        write_records(workdir / RECORDS, records)
-        rows = results(records, identity=lineage(block.checkpoint), mode=block.mode)
-        write_json_lines(workdir / RESULTS, rows)
-    directory.finish()
+        write_records(directory.path / RECORDS, records)
+        rows = results(records, identity=lineage(settings.checkpoint), mode=settings.mode)
+        write_json_lines(directory.path / RESULTS, rows)
+    return {}
 
 
-def run_and_print(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """`run`, and then the results over all locales and domains, a line each."""
-    run(config, workdir)
+def show(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Prints the results over all locales and domains, a line each."""
+    del config
     if jax.process_index() != 0:
         return
     for row in read_json_lines(workdir / RESULTS):
@@ -82,5 +73,8 @@ def lineage(checkpoint: str) -> dict:
     return who
 
 
+COMMAND = command.Command("evaluate", "Scores a finetuned model.", keys, work, show=show)
+run = COMMAND.run
+
 if __name__ == "__main__":
-    command.main(run_and_print, description="Scores a finetuned model.")
+    COMMAND.main()

@@ -4,22 +4,30 @@ python -m kd_jax.main.pretrain --config=configs/FILE.py --workdir=DIR --config.p
 """
 
 import dataclasses
-import pathlib
+import functools
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from kd_jax.config import require
+from kd_jax.config.data import Masking, Transfer, Vocabulary
+from kd_jax.config.execution import read_execution
+from kd_jax.config.settings import read
+from kd_jax.config.training import Pretrain
+from kd_jax.data.batches import MaskedBatches
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.vocabulary import seen_by_student
-from kd_jax.jobs import masked_lm, trained
-from kd_jax.jobs.job import JobPhase
+from kd_jax.jobs import trained
+from kd_jax.jobs.job import Phase
+from kd_jax.jobs.masked_lm import encoder_model, train_masked_lm, transfer_set_of
 from kd_jax.main import command
 from kd_jax.models.encoder_config import EncoderConfig, encoder_config
 from kd_jax.models.functional import Functional
 from kd_jax.steps.objective import Objective
 from kd_jax.steps.pretrain import make_pretrain_objective
-from kd_jax.trainer.mesh import make_mesh, rules_of
+from kd_jax.trainer.mesh import make_mesh
+from kd_jax.trainer.run_directory import RunDirectory
 
 # Fields of an encoder that may change when training goes on: how it is initialized, regularized and laid out.
 _FREE = ("initializer_range", "dropout", "attention_dropout", "scan", "remat")
@@ -33,35 +41,38 @@ def keys(config: ConfigDict) -> tuple[str, ...]:
     return ("prepared", "seed", "transfer", "masking", which, "pretrain", "compute_dtype", *vocabulary, "train_body")
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+def work(config: ConfigDict, directory: RunDirectory) -> dict[str, Any]:
     """Trains config.teacher or config.student (config.pretrain.model), or its head alone, with the masked-LM loss."""
-    names = keys(config)
-    which, start = config.pretrain.model, config.pretrain.init_from
+    pretrain, execution = read(Pretrain, config.pretrain, "pretrain"), read_execution(config)
+    masking, transfer = read(Masking, config.masking, "masking"), read(Transfer, config.transfer, "transfer")
+    which, start = pretrain.model, pretrain.init_from
     prepared = Prepared(config.prepared)
     if which == "student":
-        prepared = seen_by_student(prepared, config.vocabulary)
-    mesh = make_mesh(config.mesh)
-    model = masked_lm.encoder_model(config[which], prepared, config.compute_dtype, which)
+        prepared = seen_by_student(prepared, read(Vocabulary, config.vocabulary, "vocabulary"))
+    mesh = make_mesh(execution.mesh)
+    model = encoder_model(config[which], prepared, config.compute_dtype, which)
     if start:
         trained.check_tokenizer(start, prepared, "pretrain.init_from")
         check_shape(model.config, start, prepared, which)
-    rules = rules_of(config.sharding[which], f"sharding.{which}")
-    objective = make_pretrain_objective
+    rules = getattr(execution.sharding, which)
+    objective = make_pretrain_objective(model)
     if not config.train_body:
-        objective = make_head_objective
-        config = config.copy_and_resolve_references()
-        config.pretrain.weight_decay = 0.0  # it would move a body without gradients
-    masked_lm.train(
-        config,
-        workdir,
+        objective = make_head_objective(model)
+        pretrain = dataclasses.replace(pretrain, weight_decay=0.0)  # decay would move the frozen encoder
+    transfer_set = transfer_set_of(transfer, prepared, config.seed)
+    return train_masked_lm(
+        directory,
         prepared,
         mesh,
-        command="pretrain",
-        keys=names,
+        execution,
+        settings=pretrain,
+        seed=config.seed,
         model=model,
-        phases=(JobPhase(0, objective, (model,), dict),),
+        phases=(Phase(0, objective),),
+        batches=MaskedBatches(transfer_set.stores, transfer_set, masking, prepared.tokenizer, pretrain.batch_size),
+        masking=masking,
         init=(lambda _: trained.trained_params(start, model, mesh, rules=rules)) if start else None,
-        table=which,
+        rules=rules,
     )
 
 
@@ -78,17 +89,21 @@ def check_shape(shape: EncoderConfig, start: str, prepared: Prepared, which: str
         )
 
 
+@functools.cache
 def make_head_objective(model: Functional) -> Objective:
-    """The masked-LM objective as a function of the head alone; a body at rest has no dropout."""
+    """The masked-LM objective as a function of the head alone; a frozen encoder has no dropout."""
     whole = make_pretrain_objective(model)
 
     def loss(params, frozen, batch, key, scales, progress):
         del key
-        still = {**params, "encoder": jax.lax.stop_gradient(params["encoder"])}
-        return whole.loss(still, frozen, batch, None, scales, progress)  # type: ignore[arg-type]
+        frozen_encoder = {**params, "encoder": jax.lax.stop_gradient(params["encoder"])}
+        return whole.loss(frozen_encoder, frozen, batch, None, scales, progress)  # type: ignore[arg-type]
 
     return dataclasses.replace(whole, loss=loss)
 
 
+COMMAND = command.Command("pretrain", "Masked-LM pretraining.", keys, work)
+run = COMMAND.run
+
 if __name__ == "__main__":
-    command.main(run, description="Masked-LM pretraining.")
+    COMMAND.main()

@@ -1,5 +1,7 @@
 """Finetuning on labeled utterances: domain classification, and intents together with slot tags."""
 
+import functools
+
 import jax.numpy as jnp
 
 from kd_jax.losses.logits import masked_cross_entropy
@@ -22,6 +24,7 @@ def utterance_accuracy(logits_RxSxC: Array, batch: Batch) -> Term:
     return jnp.sum(hits * batch["utterance_weights"]), jnp.sum(batch["utterance_weights"])
 
 
+@functools.cache
 def make_dc_objective(model: Functional, label_smoothing: float) -> Objective:
     """Cross entropy of the domain."""
 
@@ -39,6 +42,7 @@ def make_dc_objective(model: Functional, label_smoothing: float) -> Objective:
     )
 
 
+@functools.cache
 def make_icner_objective(model: Functional, label_smoothing: float, tag_weight: float) -> Objective:
     """Cross entropy of the intent plus tag_weight times that of the BIO tags on first sub-words."""
 

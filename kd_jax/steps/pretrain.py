@@ -1,5 +1,6 @@
 """Masked language modeling: the hard loss on the masked positions."""
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ def masked_logits(model: Functional, params: Params, batch: Batch, key=None) -> 
     return model.mlm_logits(params, model.hidden_at(params, batch, batch["masked_positions"], key))
 
 
+@functools.cache
 def make_pretrain_objective(model: Functional) -> Objective:
     """Cross entropy at the masked positions, whose logits are formed in blocks."""
 

@@ -14,17 +14,19 @@ from kd_jax.types import Array
 
 @dataclass(frozen=True)
 class TeacherForm:
-    """In which form the teacher's side reaches the loss.
+    """The form in which the teacher's predictions reach the loss.
 
-    kind "hidden": the features that its decoder turns into logits, from the teacher itself or from a cache; "top_k" and
-    "sampled" as losses.sparse defines them, `tail` being the policy of top_k. dropped: where the teacher's mass on
-    pieces that the student does not have goes, "renormalize" or "unknown" (the student's piece `unknown`).
+    kind: "hidden": the features that its decoder turns into logits; "top_k" and "sampled" as losses.sparse defines
+    them, `tail` being the policy of top_k. cached: they come with the batch, from a cache. dropped: where the teacher's
+    probability of tokens that the student does not have goes: "renormalize" or "unknown" (the student's token
+    `unknown`).
     """
 
     kind: str = "hidden"
     tail: Tail = "bucket"
     dropped: str = "renormalize"
     unknown: int = 0
+    cached: bool = False
 
     @property
     def fields(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,14 +29,6 @@ SKIPPED = "skipped_steps"
 TrainStep = Callable[[State, Any, Mapping[str, jax.Array]], tuple[State, Mapping[str, Term]]]
 
 
-class Phase(NamedTuple):
-    """What a job does from step `start` on (steps done before it): a schedule of teachers has one phase a teacher."""
-
-    start: int
-    train_step: TrainStep  # jitted; may donate the state, and its metrics hold "loss"
-    frozen: Callable[[], Any]  # called when the phase begins; what it gave before is let go first
-
-
 def count_tokens(batch: Batch) -> tuple[int, int]:
     """(real tokens, all positions) of a packed batch."""
     segments = np.asarray(batch["segment_ids"])
@@ -47,7 +39,7 @@ def fit(
     *,
     initial_state: Callable[[], State],
     abstract: State,
-    phases: Sequence[Phase],
+    phases: Sequence[tuple[int, TrainStep, Callable[[], Any]]],
     batch_at: Callable[[int], Batch],
     job: ConfigDict,
     mesh: Mesh,
@@ -64,8 +56,10 @@ def fit(
 ) -> State:
     """Trains from the newest checkpoint, or from `initial_state()`, up to `job.steps` and returns the final state.
 
-    abstract: the state as ShapeDtypeStructs with shardings. phases: ascending, the first from step 0. batch_at(step):
-    this process's rows, NumPy, called on a thread of its own one step ahead.
+    abstract: the state as ShapeDtypeStructs with shardings. phases: (start, train_step, constants), ascending from step
+    0: from step `start` on, the jitted train_step, which may donate the state and whose metrics hold "loss", is called
+    with constants(), which is called when the phase begins. batch_at(step): this process's rows, NumPy, called on a
+    thread of its own one step ahead.
     evaluate(params, step): called every `job.evaluate_every` steps and at the end; a `poll` inside of it may raise
     Preempted. account: what becomes of it is in the checkpoints. lines: printed at the start.
     Read of `job`: steps, log_every, evaluate_every, checkpoint_every, skip_non_finite.
@@ -80,8 +74,8 @@ def fit(
     state, meta = restored if restored is not None else (initial_state(), {})
     start = int(state["step"])
     account.start(meta.get("account"), writer.start(start, meta.get("rows")))
-    phase: Phase | None = None
-    frozen: Any = None
+    phase: Any = None
+    constants: Any = None
 
     bar = Progress(description, start, job.steps, lines, shown=progress)
     run = _Run(job, writer, bar, Window(meta.get("window")), account)
@@ -113,14 +107,14 @@ def fit(
             waited = time.perf_counter() - began
             if step < job.steps:
                 ahead.append(reader.submit(read, step))
-            due = [one for one in phases if one.start < step][-1]
+            due = [one for one in phases if one[0] < step][-1]
             compiles = due is not phase
             if compiles:
                 run.settle()
-                frozen = None  # two teachers are never held at once
-                phase, frozen = due, jax.tree.map(lambda leaf: _on_mesh(leaf, mesh), due.frozen())
+                constants = None  # two teachers are never held at once
+                phase, constants = due, jax.tree.map(lambda leaf: _on_mesh(leaf, mesh), due[2]())
             with account.spent("compile") if compiles else contextlib.nullcontext():
-                state, metrics = due.train_step(state, frozen, batch)
+                state, metrics = due[1](state, constants, batch)
             run.dispatched(step, metrics, _summed(tokens), began, waited)
             if step == start + 1:  # before, a preemption had nothing to save
                 saving.enter_context(preemption.deferred())

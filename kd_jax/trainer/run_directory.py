@@ -8,14 +8,17 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from kd_jax.config import differences, identity
+from kd_jax.config.execution import Execution
 from kd_jax.runtime import distributed
 from kd_jax.runtime.files import read_json, write_json
 from kd_jax.runtime.paths import as_path, make_folder, reaching
+from kd_jax.runtime.watchdog import Watchdog
 from kd_jax.types import UserError
 
 CONFIG = "config.json"
@@ -33,7 +36,7 @@ class RunDirectory:
     """
 
     def __init__(self, workdir: str | pathlib.Path, command: str, config: dict[str, Any]):
-        self.path = as_path(workdir)
+        self.path, self.config = as_path(workdir), config
         if jax.process_index() == 0:
             self._claim(json.loads(json.dumps({"command": command, "config": config})))
         distributed.barrier("run directory")
@@ -72,9 +75,25 @@ class RunDirectory:
         starts = read_json(file)["starts"] if _exists(file) else []
         write_json(file, {**provenance(), **notes, "starts": [*starts, _now()]})
 
-    def finish(self, **notes: Any) -> None:
-        """Writes DONE, which says that everything else in the directory is whole."""
-        mark_done(self.path, **notes)
+
+def run_once(
+    workdir: str | pathlib.Path,
+    command: str,
+    config: dict[str, Any],
+    execution: Execution,
+    work: Callable[[RunDirectory], dict[str, Any] | None],
+) -> None:
+    """Runs a command in its directory unless it is done there; config: its resolved config as plain values.
+
+    work(directory) starts or resumes, and returns what DONE is to say, or None where more is left to do.
+    """
+    directory = RunDirectory(workdir, command, config)
+    if directory.done:
+        return
+    with Watchdog(execution.watchdog_seconds, directory.path, exits=execution.watchdog_exit):
+        notes = work(directory)
+    if notes is not None:
+        mark_done(directory.path, **notes)
 
 
 def mark_done(workdir: str | pathlib.Path, **notes: Any) -> None:

@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kd_jax.config.training import KL, Embeddings, Hidden, Relations, Term
 from kd_jax.losses.features import hidden_distance, relation_divergence
 from kd_jax.models.projection import WithProjections
-from kd_jax.steps.distill import DistillSettings, Weight, make_cached_objective, make_distill_objective, real_tokens
+from kd_jax.steps.distill import DistillSettings, make_distill_objective, real_tokens
 from kd_jax.steps.teacher_logits import TeacherForm, on_kept
 from kd_jax.steps.teacher_predictions import make_prediction_step
 from tests.steps.test_train_step import VOCABULARY, distillation, one_step, tiny, uneven_batch
 
-NONE, FULL = Weight(0.0, 0.0), Weight(1.0, 1.0)
-KL = DistillSettings(kl=FULL, mlm=NONE, temperature=2.0, final_temperature=2.0)
+NOTHING = {"kl": KL(0.0), "mlm": Term(0.0)}
+KL_ALONE = DistillSettings(mlm=Term(0.0))
 
 
 def softmax(logits, temperature=1.0):
@@ -43,7 +44,7 @@ def models():
 
 def test_kl_is_that_of_the_two_models_logits(models):
     student, params, teacher, theirs, batch = models
-    _, metrics = one_step(distillation(student, teacher, KL), params, {"teachers": (theirs,)}, batch)
+    _, metrics = one_step(distillation(student, teacher, KL_ALONE), params, {"teachers": (theirs,)}, batch)
     p, q = softmax(masked_logits(teacher, theirs, batch), 2.0), softmax(masked_logits(student, params, batch), 2.0)
     np.testing.assert_allclose(metrics["kl"][0], 4 * kl_of(p, q, batch["masked_weights"]), rtol=1e-4)
     np.testing.assert_allclose(metrics["loss"][0], metrics["kl"][0] / batch["masked_weights"].sum(), rtol=1e-6)
@@ -52,7 +53,7 @@ def test_kl_is_that_of_the_two_models_logits(models):
 def test_several_teachers_average_their_probabilities(models):
     student, params, teacher, theirs, batch = models
     other = teacher.init(jax.random.key(2))
-    objective = make_distill_objective(WithProjections(student, ()), (teacher, teacher), KL)
+    objective = make_distill_objective(WithProjections(student, ()), (teacher, teacher), KL_ALONE)
     _, metrics = one_step(objective, params, {"teachers": (theirs, other)}, batch)
     p = (softmax(masked_logits(teacher, theirs, batch), 2.0) + softmax(masked_logits(teacher, other, batch), 2.0)) / 2
     q = softmax(masked_logits(student, params, batch), 2.0)
@@ -61,7 +62,7 @@ def test_several_teachers_average_their_probabilities(models):
 
 def test_temperature_moves_linearly(models):
     student, params, teacher, theirs, batch = models
-    moving = dataclasses.replace(KL, temperature=1.0, final_temperature=3.0)
+    moving = dataclasses.replace(KL_ALONE, temperature=1.0, final_temperature=3.0)
     objective = distillation(student, teacher, moving)
     frozen, scales = {"teachers": (theirs,)}, {"kl": jnp.float32(1.0)}
     for progress, temperature in ((0.0, 1.0), (0.5, 2.0), (1.0, 3.0)):
@@ -78,13 +79,10 @@ def test_hidden_states_go_through_their_projections(models, distance):
     wider = WithProjections(student, (("hidden_0", 16, 32), ("hidden_1", 16, 32), ("embeddings", 16, 32)))
     params, theirs = wider.init(jax.random.key(0)), teacher.init(jax.random.key(1))
     settings = DistillSettings(
-        kl=NONE,
-        mlm=NONE,
-        hidden=FULL,
-        embeddings=FULL,
-        hidden_distance=distance,
+        **NOTHING,
+        hidden=Hidden(1.0, distance=distance),
+        embeddings=Embeddings(1.0),
         hidden_layers=((0, 0), (1, 2)),
-        embeddings_distance="mse",
     )
     objective = make_distill_objective(wider, (teacher,), settings)
     state, metrics = one_step(objective, params, {"teachers": (theirs,)}, batch)
@@ -113,12 +111,10 @@ def test_relations_with_other_head_counts(models):
     teacher = tiny(num_layers=3, hidden_size=48, num_heads=3, initializer_range=0.3)
     theirs = teacher.init(jax.random.key(1))
     settings = DistillSettings(
-        kl=NONE,
-        mlm=NONE,
-        relations=FULL,
+        **NOTHING,
+        relations=Relations(1.0, parts=("query", "value")),
         relation_heads=8,
         relation_layers=((1, 2),),
-        relation_parts=("query", "value"),
     )
     _, metrics = one_step(distillation(student, teacher, settings), params, {"teachers": (theirs,)}, batch)
     ours = student.capture(params, batch, projections=(1,)).projections[1]
@@ -133,16 +129,20 @@ def test_terms_of_weight_zero_leave_no_trace_in_the_program(models):
 
     def operations(settings, frozen=frozen):
         objective = distillation(student, teacher, settings)
-        scales = {name: jnp.float32(1.0) for name in settings.used()}
+        scales = {name: jnp.float32(1.0) for name in settings.used}
         traced = jax.jit(lambda params, frozen: objective.loss(params, frozen, batch, None, scales, 0.5))
         return str(traced.trace(params, frozen).jaxpr).count("dot_general")
 
-    plain = operations(KL)
-    with_relations = operations(dataclasses.replace(KL, relations=FULL, relation_heads=2, relation_layers=((1, 2),)))
-    unused = operations(dataclasses.replace(KL, relations=NONE, relation_heads=2, relation_layers=((1, 2),)))
+    plain = operations(KL_ALONE)
+    with_relations = operations(
+        dataclasses.replace(KL_ALONE, relations=Relations(1.0), relation_heads=2, relation_layers=((1, 2),))
+    )
+    unused = operations(
+        dataclasses.replace(KL_ALONE, relations=Relations(0.0), relation_heads=2, relation_layers=((1, 2),))
+    )
     assert plain == unused < with_relations
     # Without any term on the teacher it is not run either, so its parameters may be absent.
-    assert operations(DistillSettings(kl=NONE, mlm=FULL), {"teachers": ()}) < plain
+    assert operations(DistillSettings(kl=KL(0.0)), {"teachers": ()}) < plain
 
 
 def test_mass_on_dropped_pieces_goes_where_the_config_says():
@@ -169,7 +169,7 @@ def test_a_trimmed_student_sees_the_teacher_on_its_own_pieces(models, dropped):
     params = student.init(jax.random.key(0))
     ours = {**batch, "tokens": batch["tokens"] % 40, "masked_targets": batch["masked_targets"] % 40}
     form = TeacherForm(dropped=dropped, unknown=3)
-    settings = dataclasses.replace(KL, form=form)
+    settings = dataclasses.replace(KL_ALONE, form=form)
     _, metrics = one_step(distillation(student, teacher, settings), params, {"teachers": (theirs,), "kept": kept}, ours)
     logits = masked_logits(teacher, theirs, {**ours, "tokens": kept[ours["tokens"]]})
     p = softmax(on_kept(jnp.asarray(logits), kept, jnp.float32(2.0), form), 2.0)
@@ -189,13 +189,13 @@ def cached(teacher, theirs, batch, **settings):
 @pytest.mark.parametrize("kind", ["hidden", "top_k"])
 def test_training_from_float32_hidden_or_all_pieces_equals_the_teacher_in_the_loop(models, kind):
     student, params, teacher, theirs, batch = models
-    settings = dataclasses.replace(KL, mlm=FULL)
+    settings = dataclasses.replace(KL_ALONE, mlm=Term(1.0))
     expected, in_the_loop = one_step(distillation(student, teacher, settings), params, {"teachers": (theirs,)}, batch)
     with_values, mass = cached(teacher, theirs, batch, format=kind, k=VOCABULARY)
     np.testing.assert_allclose(mass, 1.0, rtol=1e-5)
     for tail in ("renormalize", "bucket", "zero") if kind == "top_k" else ("",):
-        form = TeacherForm(kind, tail)
-        objective = make_cached_objective(WithProjections(student, ()), dataclasses.replace(settings, form=form))
+        form = TeacherForm(kind, tail, cached=True)
+        objective = make_distill_objective(WithProjections(student, ()), (), dataclasses.replace(settings, form=form))
         frozen = {"decoder": teacher.decoder(theirs)} if kind == "hidden" else {}
         state, metrics = one_step(objective, params, frozen, with_values)
         for name in ("loss", "kl", "mlm", "accuracy"):
@@ -213,10 +213,10 @@ def test_top_k_tells_how_much_mass_it_holds(models):
 
 def test_sampled_predictions_estimate_the_same_loss(models):
     student, params, teacher, theirs, batch = models
-    _, metrics = one_step(distillation(student, teacher, KL), params, {"teachers": (theirs,)}, batch)
+    _, metrics = one_step(distillation(student, teacher, KL_ALONE), params, {"teachers": (theirs,)}, batch)
     with_values, _ = cached(teacher, theirs, batch, format="sampled", samples=64, power=1.0)
-    form = TeacherForm("sampled")
-    objective = make_cached_objective(WithProjections(student, ()), dataclasses.replace(KL, form=form))
+    form = TeacherForm("sampled", cached=True)
+    objective = make_distill_objective(WithProjections(student, ()), (), dataclasses.replace(KL_ALONE, form=form))
     _, found = one_step(objective, params, {}, with_values)
     exact, estimate = float(metrics["kl"][0]), float(found["kl"][0])
     assert estimate != exact

@@ -6,18 +6,18 @@ import numpy as np
 import optax
 import pytest
 
-from kd_jax.config.training import Training
+from kd_jax.config.training import KL, Term, Training
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
 from kd_jax.models.presets import PRESETS
 from kd_jax.models.projection import WithProjections
-from kd_jax.steps.distill import DistillSettings, Weight, make_distill_objective
+from kd_jax.steps.distill import DistillSettings, make_distill_objective
 from kd_jax.steps.pretrain import make_pretrain_objective
 from kd_jax.steps.train_step import make_train_step, split_micro_batches
 from kd_jax.trainer.optimizer import after_skipped, make_optimizer, make_schedule
 
 VOCABULARY, ROWS, LENGTH, SLOTS = 61, 8, 12, 4
-SETTINGS = DistillSettings(kl=Weight(1.0, 0.5), temperature=2.0)
+SETTINGS = DistillSettings(kl=KL(1.0, 0.5))
 EVERYWHERE = dataclasses.replace(SETTINGS, kd_positions="all")
 
 
@@ -125,7 +125,7 @@ def test_more_padding_never_changes_the_step():
 def test_student_equal_to_teacher_has_no_kl_and_no_gradient_from_it():
     model = tiny()
     params = model.init(jax.random.key(0))
-    objective = distillation(model, model, dataclasses.replace(SETTINGS, mlm=Weight(0.0, 0.0)))
+    objective = distillation(model, model, dataclasses.replace(SETTINGS, mlm=Term(0.0)))
     state, metrics = one_step(objective, params, {"teachers": (params,)}, uneven_batch())
     # The loss itself is exactly 0 on equal logits (test_logits.py); here the two forward passes are compiled apart.
     assert abs(float(metrics["kl"][0])) < 1e-6

@@ -21,7 +21,6 @@ from kd_jax.main.command import outcome
 from kd_jax.runtime import distributed
 from kd_jax.runtime.cluster import Place
 from kd_jax.trainer.checkpoint import FOLDER
-from kd_jax.trainer.loop import Phase
 from kd_jax.trainer.mesh import make_mesh, process_share
 from kd_jax.trainer.optimizer import make_optimizer
 from kd_jax.trainer.state import params_fingerprint
@@ -63,7 +62,7 @@ def goes_on(workdir: pathlib.Path, steps: int, digests: dict[int, str] | None = 
         each = len(batch["weights"]) // count
         return {name: values[number * each : (number + 1) * each] for name, values in batch.items()}
 
-    phases = (Phase(0, step, lambda: {"scale": 1.0}),)
+    phases = ((0, step, lambda: {"scale": 1.0}),)
     train(workdir, settings, batches=batches, phases=phases)
 
 

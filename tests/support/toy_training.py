@@ -16,7 +16,7 @@ from kd_jax.config.execution import Mesh
 from kd_jax.config.training import Training
 from kd_jax.runtime.paths import as_path
 from kd_jax.trainer.checkpoint import Checkpoints
-from kd_jax.trainer.loop import Phase, fit
+from kd_jax.trainer.loop import fit
 from kd_jax.trainer.mesh import make_mesh, shardings
 from kd_jax.trainer.metrics import MetricsWriter
 from kd_jax.trainer.optimizer import make_optimizer
@@ -96,7 +96,7 @@ def train(workdir, job=None, *, mesh=None, batches=batch_at, identity=None, tens
     arguments = {
         "initial_state": lambda: create_state(init_params, optimizer, layout),
         "abstract": abstract_state(ABSTRACT, optimizer, layout),
-        "phases": (Phase(0, jitted, lambda: {"scale": np.float32(1.0)}),),
+        "phases": ((0, jitted, lambda: {"scale": np.float32(1.0)}),),
         "batch_at": batches,
         "job": job,
         "mesh": mesh,

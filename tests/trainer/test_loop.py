@@ -16,7 +16,6 @@ from kd_jax.runtime.files import read_json_lines
 from kd_jax.runtime.preemption import Preempted, Preemption, poll, watching
 from kd_jax.runtime.watchdog import Watchdog
 from kd_jax.trainer.goodput import Account
-from kd_jax.trainer.loop import Phase
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.trainer.metrics import TIME
 from kd_jax.trainer.optimizer import make_optimizer
@@ -231,7 +230,7 @@ def test_phases_follow_one_another_and_only_the_running_one_is_loaded(tmp_path):
 
             return load
 
-        return (Phase(0, step, frozen(0, 1.0)), Phase(4, step, frozen(1, 0.0)))
+        return ((0, step, frozen(0, 1.0)), (4, step, frozen(1, 0.0)))
 
     stopped = Preemption()
     with stopped:
