@@ -20,6 +20,7 @@ from kd_jax.jobs.teachers import KEY, Teacher, find_teachers, kept_of, teacher_f
 from kd_jax.losses.sparse import Tail
 from kd_jax.runtime import distributed
 from kd_jax.runtime.files import write_json
+from kd_jax.runtime.preemption import interruptible
 from kd_jax.runtime.progress import Count
 from kd_jax.runtime.watchdog import Watchdog
 from kd_jax.steps.teacher_predictions import make_prediction_step
@@ -177,7 +178,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     form, (visits, each) = form_of(config), visits_of(config, prepared)
     layout = layout_of(prepared, teacher, form, rows)
     same = identity(config, prepared, teacher, form)
-    with distributed.first_goes_ahead("cache"):
+    with distributed.first_goes_ahead():
         writer = CacheWriter(workdir, rows.stores, visits, layout, same, config.cache.rows_per_part)
     directory.start(tokenizer_fingerprint=prepared.tokenizer.fingerprint)
     beside = DECODER[: 2 if teacher.model.config.decoder_bias else 1] if form["format"] == "hidden" else ()
@@ -238,7 +239,7 @@ class _Predictor:
         first = jax.process_index() == 0
         mine = slice(*process_slice(self._batch_rows, *process_share(self.mesh)))
         blocks, positions, mass = [], 0.0, 0.0
-        for start in range(0, len(rows), self._batch_rows):
+        for start in interruptible(range(0, len(rows), self._batch_rows), "the teacher's predictions"):
             inside = slice(start, start + self._batch_rows)
             count = len(rows[inside])
             fill = np.resize(np.arange(start, start + count), self._batch_rows)  # the last batch repeats its rows

@@ -19,7 +19,7 @@ from kd_jax.models.encoder_config import encoder_config
 from kd_jax.models.functional import Functional
 from kd_jax.models.projection import WithProjections
 from kd_jax.runtime.files import write_json
-from kd_jax.runtime.progress import Count
+from kd_jax.runtime.preemption import interruptible
 from kd_jax.steps.pretrain import make_heldout_step
 from kd_jax.trainer.mesh import global_batch, process_share
 from kd_jax.types import Params
@@ -123,17 +123,16 @@ def heldout_rows(
     """
     step = compiled_heldout_step(model)
     unigrams = unigram_log_probabilities(prepared)
-    done = Count("the held-out loss", "rows", shown=False)  # a preemption may come
     entries = []
     for store in prepared.stores("heldout"):
         sums = np.zeros(4)
         first, last = process_slice(batch_size, *process_share(mesh))
-        for batch in heldout_batches(store, config.masking, prepared.tokenizer, batch_size, most_rows):
+        batches = heldout_batches(store, config.masking, prepared.tokenizer, batch_size, most_rows)
+        for batch in interruptible(batches, f"the held-out loss of {store.name}"):
             whole = {**batch, "unigram": unigrams[store.kind][batch["masked_targets"]]}
             mine = {name: values[first:last] for name, values in whole.items()}
             terms = jax.device_get(step(params, global_batch(mesh, mine)))
             sums += [terms["loss"][0], terms["accuracy"][0], terms["unigram_loss"][0], terms["loss"][1]]
-            done.update(batch_size)
         loss, hits, unigram, count = (float(value) for value in sums)
         if count:
             entries.append(

@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from kd_jax.runtime.preemption import Preempted, Preemption, watching
+from kd_jax.runtime import preemption
+from kd_jax.runtime.preemption import Preempted
 from kd_jax.runtime.progress import Progress
 from kd_jax.runtime.watchdog import alive
 from kd_jax.trainer.checkpoint import Checkpoints
@@ -56,7 +57,6 @@ def fit(
     identity: dict[str, Any],
     evaluate: Callable[[Params, int], Mapping[str, float | None]] | None = None,
     tokens_in: Callable[[Batch], tuple[int, int]] = count_tokens,
-    preemption: Preemption | None = None,
     account: Account | None = None,
     description: str = "train",
     lines: Sequence[str] = (),
@@ -66,8 +66,8 @@ def fit(
 
     abstract: the state as ShapeDtypeStructs with shardings. phases: ascending, the first from step 0. batch_at(step):
     this process's rows, NumPy, called on a thread of its own one step ahead.
-    evaluate(params, step): called every `job.evaluate_every` steps and at the end; a `poll` inside of it may raise
-    Preempted. account: what becomes of it is in the checkpoints. lines: printed at the start.
+    evaluate(params, step): called every `job.evaluate_every` steps and at the end; it may raise Preempted.
+    account: what becomes of it is in the checkpoints. lines: printed at the start.
     Read of `job`: steps, log_every, evaluate_every, checkpoint_every, skip_non_finite.
 
     Raises UserError when `identity` is not that of the checkpoint, and when a metric is not finite in more steps than
@@ -86,8 +86,7 @@ def fit(
     bar = Progress(description, start, job.steps, lines, shown=progress)
     run = _Run(job, writer, bar, Window(meta.get("window")), account)
     readers = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-    watch = watching() if preemption is None else contextlib.nullcontext(preemption)
-    with watch as preemption, bar, readers as reader, contextlib.ExitStack() as saving:
+    with bar, readers as reader, contextlib.ExitStack() as saving:
 
         def read(step: int) -> tuple[dict[str, jax.Array], Any]:
             local = batch_at(step)
@@ -104,6 +103,8 @@ def fit(
         if meta.get("evaluation_due"):
             evaluate_now(start)
         ahead = collections.deque(reader.submit(read, step) for step in range(start, min(start + 1, job.steps)))
+        if preemption.reached():  # while the parameters were read, say
+            raise Preempted("nothing was to be saved yet")
         saving.enter_context(account.spent("steps"))
         for step in range(start + 1, job.steps + 1):
             alive(f"step {step}")
@@ -122,8 +123,6 @@ def fit(
             with account.spent("compile") if compiles else contextlib.nullcontext():
                 state, metrics = due.train_step(state, frozen, batch)
             run.dispatched(step, metrics, _summed(tokens), began, waited)
-            if step == start + 1:  # before, a preemption had nothing to save
-                saving.enter_context(preemption.deferred())
 
             stop = preemption.reached()
             last = step == job.steps
