@@ -16,6 +16,7 @@ from kd_jax.data.text.utterances import CHARACTER_LOCALES, LabelMaps, Utterance
 from kd_jax.evaluation.records import Record, assign_test_sets, domain_record, intent_slot_record
 from kd_jax.evaluation.slots import decode_bio_batch, repair_bio
 from kd_jax.models.functional import Functional
+from kd_jax.runtime.preemption import interruptible
 from kd_jax.types import Array, Batch, Params
 
 Predict = Callable[[Params, Mapping[str, Array], Mapping[str, Array]], Any]
@@ -78,7 +79,7 @@ def predict_records(
     mine = slice(*process_slice(batch_rows, *spread.share))
     # Number of the utterance, its class, its tags, and the probabilities of both.
     found: list[tuple[int, int, list[str], float, list[float | None]]] = []
-    for batch, index_RxS in packed(labeled, length, batch_rows):
+    for batch, index_RxS in interruptible(packed(labeled, length, batch_rows), "the predictions"):
         batch, index_RxS = {name: values[mine] for name, values in batch.items()}, index_RxS[mine]
         classes_RxS, largest_RxS, scores_RxLxT = jax.tree.map(spread.fetch, predict(params, masks, spread.place(batch)))
         rows, slots = np.nonzero(index_RxS >= 0)

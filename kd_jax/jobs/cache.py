@@ -170,7 +170,7 @@ def write_cache(
     visits, each = visits_of(cache, transfer, seed, masking.epochs, prepared)
     layout = layout_of(prepared, teacher, form, rows)
     same = identity(masking, vocabulary, prepared, teacher, form)
-    with distributed.first_goes_ahead("cache"):
+    with distributed.first_goes_ahead():
         writer = CacheWriter(directory.path, rows.stores, visits, layout, same, cache.rows_per_part)
     directory.start(tokenizer_fingerprint=prepared.tokenizer.fingerprint)
     attached = DECODER[: 2 if teacher.model.config.decoder_bias else 1] if form["format"] == "hidden" else ()

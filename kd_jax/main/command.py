@@ -16,7 +16,7 @@ from kd_jax.config.execution import read_execution
 from kd_jax.runtime import cluster, distributed
 from kd_jax.runtime.copies import keep_copies_in
 from kd_jax.runtime.paths import as_path
-from kd_jax.runtime.preemption import EXIT_CODE, Preempted, watching
+from kd_jax.runtime.preemption import EXIT_CODE, Preempted, Preemption
 from kd_jax.trainer.run_directory import RunDirectory, run_once
 from kd_jax.types import UserError
 
@@ -170,8 +170,8 @@ def guarded(
     place: this process's in a job of several, which an error in one of them ends with the same codes.
     """
     try:
-        # Inside of the job: its preemption service is to be there when signals are.
-        with distributed.joined(place, outcome), watching(distributed.leave):
+        # Until the processes have met, SIGTERM ends this one at once: it has nothing to save.
+        with distributed.joined(place, outcome), Preemption():
             run(config, workdir)
     except (UserError, Preempted) as error:
         code, text = outcome(error)

@@ -29,6 +29,7 @@ from kd_jax.main import command
 from kd_jax.models.functional import Functional, parameter_count
 from kd_jax.models.int8 import weight_bytes
 from kd_jax.runtime.files import read_json, write_json
+from kd_jax.runtime.preemption import interruptible
 from kd_jax.trainer.run_directory import RunDirectory
 from kd_jax.types import Batch, Params, UserError
 
@@ -94,7 +95,7 @@ def measure(config: ConfigDict, prepared: Prepared) -> dict[str, Any]:
         found[name] = Measured(model, params, batches_of(utterances, seen, maps, block.task))
     times: dict[str, dict[int, list[float]]] = {name: {} for name in found}
     run = {name: one for name, one in found.items() if one.params is not None}
-    for count in BATCHES:
+    for count in interruptible(BATCHES, "the latencies", alone=True):
         for name, seconds in timed(run, count, block.calls, block.seconds, device).items():
             times[name][count] = seconds
     return {

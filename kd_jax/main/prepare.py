@@ -4,8 +4,8 @@ python -m kd_jax.main.prepare --config=configs/FILE.py --workdir=DIR
 python -m kd_jax.main.prepare --config=configs/FILE.py --check   # looks at all of the data and writes nothing
 """
 
-import functools
 import pathlib
+from collections.abc import Iterable, Iterator
 
 import jax
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from kd_jax.data.prepared import prepare
 from kd_jax.data.text.check import check
 from kd_jax.main import command
-from kd_jax.runtime.preemption import alone
+from kd_jax.runtime.preemption import Item, interruptible
 from kd_jax.runtime.progress import counted
 from kd_jax.trainer.run_directory import mark_done
 from kd_jax.types import UserError
@@ -27,10 +27,13 @@ def keys(config: ConfigDict) -> tuple[str, ...]:
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Writes tokenizer, utterances and row stores under workdir; a finished folder is left as it is."""
-    with alone():
-        if jax.process_index() == 0:
-            prepare(config, workdir, watch=functools.partial(counted, unit="texts", shown=config.progress))
-        mark_done(workdir)  # the other processes wait here
+
+    def watch(texts: Iterable[Item], doing: str) -> Iterator[Item]:
+        return counted(interruptible(texts, doing, alone=True), doing, unit="texts", shown=config.progress)
+
+    if jax.process_index() == 0:
+        prepare(config, workdir, watch=watch)
+    mark_done(workdir)  # the other processes wait here
 
 
 def run_check(config: ConfigDict, workdir: pathlib.Path | None) -> None:

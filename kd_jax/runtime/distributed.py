@@ -1,6 +1,7 @@
-"""Several processes as one job: how they meet, wait for one another, and end together.
+"""Several processes as one job: how they meet, wait for one another, and end together (docs/multi-host.md).
 
-JAX's coordination service, which runs in process 0, carries all of it; docs/multi-host.md tells the whole story.
+JAX's coordination service, which runs in process 0, carries all of it as keys and values. JAX's own collectives would
+not do: a process that waits in one cannot be told that another has failed.
 """
 
 import contextlib
@@ -13,20 +14,22 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
-from jax._src import distributed as runtime  # the client of the service, which has no public name
+from jax._src.distributed import global_state  # the only way to the service's client
 
+from kd_jax.runtime import preemption
 from kd_jax.runtime.cluster import TIMEOUT, Place
-from kd_jax.runtime.preemption import EXIT_CODE, Preempted
+from kd_jax.runtime.preemption import EXIT_CODE
 from kd_jax.types import UserError
 
-HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead
-FOREVER = 10**9  # milliseconds: waiting for another process is bounded by its life, not by time
+_HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead
+_FOREVER = 10**9  # milliseconds: waiting for another process is bounded by its life, not by time
+_SLICE = 500  # milliseconds of waiting between two looks at this process's own preemption flag
 
-_FAILED = "kd_jax/failed"  # set once: by the first process that fails, or empty at a good end
-_LEFT = "kd_jax/left"  # by number, the processes that have seen it
-_CAUSE = 2.0  # seconds for another process's message to come before a crash here is taken for the cause
-_LAST = {EXIT_CODE: 60.0}  # seconds that process 0 waits for the others to leave, by exit code; else:
-_LAST_ELSE = 5.0
+_FAILED = "kd_jax/failed"  # set once: by the first process that fails, or empty when all are done
+_LEFT = "kd_jax/left"  # by process number: it has seen the failure
+_CAUSE = 2.0  # seconds in which another process's message may still show that a crash here was only its consequence
+_TO_SAVE = 60.0  # seconds that the others get to write their part of a checkpoint after a preemption
+_TO_LEAVE = 5.0  # the same after any other end
 
 # What an error means to the user: (exit code, what is printed on standard error).
 Describe = Callable[[BaseException], tuple[int, str]]
@@ -36,9 +39,13 @@ class _Job:
     """This process as a member of a job."""
 
     def __init__(self, place: Place, describe: Describe, timeout: float):
-        self.place, self._describe = place, describe
-        self.waiting = False  # for the other processes, with nothing of its own to finish
+        self._place, self._describe = place, describe
+        self._exchanges = 0
+        self._waiting = False  # for the other processes, with nothing of its own to finish
         self._leaving = threading.RLock()  # held by the thread that ends this process
+        # Our signal handler takes the place of JAX's, and `preemption.Agreement` that of its service: JAX's handler
+        # swallows every SIGTERM, and a process that works alone cannot ask it.
+        jax.config.update("jax_enable_preemption_service", False)
         late = threading.Timer(timeout, self._nobody_came, (timeout,))
         late.daemon = True
         late.start()
@@ -49,8 +56,8 @@ class _Job:
                 place.process,
                 local_device_ids=place.devices,
                 cluster_detection_method="deactivate",
-                initialization_timeout=int(timeout) + 60,  # past it JAX aborts without a sentence
-                heartbeat_timeout_seconds=HEARTBEAT,
+                initialization_timeout=int(timeout) + 60,  # past it JAX aborts without an exception
+                heartbeat_timeout_seconds=_HEARTBEAT,
             )
         except jax.errors.JaxRuntimeError as error:
             raise UserError(
@@ -59,12 +66,13 @@ class _Job:
             ) from error
         finally:
             late.cancel()
-        self._client: Any = runtime.global_state.client
+        self._client: Any = global_state.client
+        preemption.agreement = preemption.Agreement(self._client, place.process, place.processes)
         self._watcher = threading.Thread(target=self._watch, name="other processes", daemon=True)
         self._watcher.start()
 
     def _nobody_came(self, timeout: float) -> None:
-        place = self.place
+        place = self._place
         problem = "not all processes came to" if place.process == 0 else "there was no process 0 at"
         _print(
             f"error: process {place.process} of {place.processes}: {problem} {place.coordinator} within {timeout:.0f} "
@@ -74,19 +82,17 @@ class _Job:
         os._exit(2)
 
     def _watch(self) -> None:
-        """Ends this process when another one says that it failed, whatever the main thread is waiting for."""
+        """Ends this process when another one says that it failed, even if the main thread waits in a collective."""
         try:
-            note = self._client.blocking_key_value_get(_FAILED, FOREVER)
+            note = self._client.blocking_key_value_get(_FAILED, _FOREVER)
         except jax.errors.JaxRuntimeError:
             return  # the service is gone; JAX's client says so and ends the process
-        if not note:
+        failed = json.loads(note or "null")
+        if failed is None or failed["process"] == self._place.process:
             return
-        failed = json.loads(note)
-        if failed["process"] == self.place.process:
-            return
-        if failed["code"] == EXIT_CODE:  # most likely all are preempted, and this one is saving its part
-            end = time.monotonic() + _LAST[EXIT_CODE]
-            while not self.waiting and time.monotonic() < end:
+        if failed["code"] == EXIT_CODE:  # all stop at the same poll, so this one may still be saving its part
+            end = time.monotonic() + _TO_SAVE
+            while not self._waiting and time.monotonic() < end:
                 time.sleep(0.05)
         self._leaving.acquire()
         kind, _, text = failed["text"].partition(": ")
@@ -103,18 +109,18 @@ class _Job:
             line = f"error: {line.splitlines()[-1]}"  # of a stack trace
         self._leaving.acquire()
         _print(text)
-        note = {"process": self.place.process, "code": code, "text": line}
+        note = {"process": self._place.process, "code": code, "text": line}
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or the service is gone
             self._client.key_value_set(_FAILED, json.dumps(note))
         self._leave(code)
 
     def _leave(self, code: int) -> NoReturn:
-        """Exits at once, without the barriers of a good end; process 0 after the others, since it has the service."""
+        """Exits at once; process 0 after the others, since the service ends with it and would kill them silently."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._client.key_value_set(f"{_LEFT}/{self.place.process}", "")
-            if self.place.process == 0:
-                end = time.monotonic() + _LAST.get(code, _LAST_ELSE)
-                for other in range(1, self.place.processes):
+            self._client.key_value_set(f"{_LEFT}/{self._place.process}", "")
+            if self._place.process == 0:
+                end = time.monotonic() + (_TO_SAVE if code == EXIT_CODE else _TO_LEAVE)
+                for other in range(1, self._place.processes):
                     left = max(int(1000 * (end - time.monotonic())), 1)
                     self._client.blocking_key_value_get(f"{_LEFT}/{other}", left)
         sys.stdout.flush()
@@ -122,13 +128,40 @@ class _Job:
         os._exit(code)
 
     def finish(self) -> None:
-        """The good end: all are here, so none can fail any more."""
-        barrier("the end")
+        """Ends the job when all processes are done, so that none can fail any more."""
+        self.exchange(b"")
         self._leaving.acquire()
-        if self.place.process == 0:
+        if self._place.process == 0:
             self._client.key_value_set(_FAILED, "")
         self._watcher.join()
+        assert preemption.agreement is not None
+        preemption.agreement.close()
+        preemption.agreement = None
         jax.distributed.shutdown()
+
+    def exchange(self, value: bytes) -> list[bytes]:
+        """`from_all`. The processes take part in the same exchanges, so counting them gives each its own keys."""
+        self._exchanges += 1
+        folder, mine = "kd_jax/exchange", self._place.process
+        self._client.key_value_set_bytes(f"{folder}/{self._exchanges}/{mine}", value)
+        self._waiting = True
+        try:
+            values = [self._get(f"{folder}/{self._exchanges}/{one}") for one in range(self._place.processes)]
+        finally:
+            self._waiting = False
+        if self._exchanges > 1:  # all have given to this exchange, so they have read the one before
+            self._client.key_value_delete(f"{folder}/{self._exchanges - 1}/{mine}")
+        return values
+
+    def _get(self, key: str) -> bytes:
+        """Waits for a value. Python handles signals only between two calls into C++, so the wait is sliced."""
+        while True:
+            preemption.requested()  # passes a request on to the process that works; this one has nothing to stop
+            try:
+                return self._client.blocking_key_value_get_bytes(key, _SLICE)
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
 
 
 _job: _Job | None = None
@@ -136,10 +169,10 @@ _job: _Job | None = None
 
 @contextlib.contextmanager
 def joined(place: Place | None, describe: Describe, timeout: float = TIMEOUT) -> Iterator[None]:
-    """What is done inside is done by all processes of a job together; place: this one's, None for a job of one.
+    """Runs the block in all processes of a job together; place: this one's, None for a job of one.
 
-    An exception in one process ends all of them, with what `describe` says of it and its exit code: where there are
-    several, it never leaves this context. No backend may have been used before.
+    An exception in one process ends all of them, with what `describe` says of it and its exit code: with several
+    processes it never leaves this context. No JAX backend may have been used before.
     """
     global _job
     if place is None:
@@ -147,7 +180,7 @@ def joined(place: Place | None, describe: Describe, timeout: float = TIMEOUT) ->
         return
     _job = _Job(place, describe, timeout)
     try:
-        jax.devices()  # a backend waits for those of all processes, and only so long: all ask for it at once
+        jax.devices()  # a backend waits a limited time for those of all processes, so all ask for it at once
         yield
         _job.finish()
     except BaseException as error:
@@ -155,81 +188,29 @@ def joined(place: Place | None, describe: Describe, timeout: float = TIMEOUT) ->
     _job = None
 
 
-def leave(error: Preempted) -> NoReturn:
-    """Ends this process from any of its threads, and with it the others of its job."""
-    if _job is not None:
-        _job.fail(error)
-    _print(f"preempted: {error}; the same command resumes the run")
-    sys.stdout.flush()
-    os._exit(EXIT_CODE)
-
-
-def barrier(name: str) -> None:
-    """Waits until all processes are at this place; what process 0 wrote before it may be read after it."""
-    client = runtime.global_state.client
-    if client is not None:
-        with _waiting():
-            client.wait_at_barrier(f"kd_jax/{name}", FOREVER)
-
-
-@contextlib.contextmanager
-def first_goes_ahead(name: str) -> Iterator[None]:
-    """What is done inside is done by process 0 and then by the others, who find what it wrote."""
-    if jax.process_index() != 0:
-        barrier(name)
-    yield
-    if jax.process_index() == 0:
-        barrier(name)
+def from_all(value: bytes) -> list[bytes]:
+    """The values of all processes, in their order."""
+    return [value] if _job is None else _job.exchange(value)
 
 
 def from_first(value: Any) -> Any:
     """Process 0's value, a JSON value, in every process; the others' are ignored."""
-    client = runtime.global_state.client
-    text = json.dumps(value)
-    if client is not None:
-        key = f"kd_jax/first/{_next()}"
-        if jax.process_index() == 0:
-            client.key_value_set(key, text)
-        with _waiting():
-            text = client.blocking_key_value_get(key, FOREVER)
-    return json.loads(text)
+    return json.loads(from_all(json.dumps(value).encode())[0])
 
 
-def from_all(value: bytes) -> list[bytes]:
-    """The values of all processes, in their order."""
-    client = runtime.global_state.client
-    if client is None:
-        return [value]
-    place = f"kd_jax/all/{_next()}"
-    client.key_value_set_bytes(f"{place}/{jax.process_index()}", value)
-    with _waiting():
-        keys = [f"{place}/{process}" for process in range(jax.process_count())]
-        values = [client.blocking_key_value_get_bytes(key, FOREVER) for key in keys]
-    barrier(place)
-    client.key_value_delete(f"{place}/{jax.process_index()}")
-    return values
-
-
-_exchanges = 0
-
-
-def _next() -> int:
-    """The number of an exchange: the same in all processes, since they take part in all of them."""
-    global _exchanges
-    _exchanges += 1
-    return _exchanges
+def barrier() -> None:
+    """Waits until all processes are here; what process 0 wrote before may be read after it."""
+    from_all(b"")
 
 
 @contextlib.contextmanager
-def _waiting() -> Iterator[None]:
-    if _job is None:
-        yield
-        return
-    _job.waiting = True
-    try:
-        yield
-    finally:
-        _job.waiting = False
+def first_goes_ahead() -> Iterator[None]:
+    """Runs the block on process 0 first, then on the others, who find what it wrote."""
+    if jax.process_index() != 0:
+        barrier()
+    yield
+    if jax.process_index() == 0:
+        barrier()
 
 
 def _print(text: str) -> None:

@@ -1,53 +1,54 @@
-"""How far a command came: a bar on a terminal, a line now and then in a log file."""
+"""How far a command has come: a bar on a terminal, a line every half minute in a log file; on process 0 only."""
 
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Self, TypeVar
 
 import jax
 from tqdm import tqdm
 
-from kd_jax.runtime.preemption import poll
-from kd_jax.runtime.watchdog import alive
-
 SECONDS_BETWEEN_LINES = 30.0
-_AT_ONCE = 256  # things between two looks at the clock
 
-
-Thing = TypeVar("Thing")
+Item = TypeVar("Item")
 
 
 class _Shown:
-    """A bar that is there on a terminal only, and goes away with the block that it belongs to."""
+    """A bar that exists on a terminal only, and disappears with its block."""
 
-    _bar: tqdm | None = None
+    def __init__(self, description: str, unit: str, total: int | None, start: int, shown: bool):
+        self._description, self._total = description, total
+        self._shown = shown and jax.process_index() == 0
+        self._began = self._printed = time.monotonic()
+        self._bar: tqdm | None = None
+        if self._shown and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=start, desc=description, unit=unit, dynamic_ncols=True, leave=False)
+
+    def _due(self) -> bool:
+        """Whether it is time for a line in a log file."""
+        now = time.monotonic()
+        due = self._shown and self._bar is None and now - self._printed >= SECONDS_BETWEEN_LINES
+        self._printed = now if due else self._printed
+        return due
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_) -> None:
         if self._bar is not None:
             self._bar.close()
 
 
 class Progress(_Shown):
-    """Of a training run: loss, real and padded tokens a second, the useful share, time left; on process 0 only."""
+    """Progress of a training run: loss, real and padded tokens per second, their ratio, time left."""
 
     def __init__(self, description: str, start: int, steps: int, lines: Sequence[str] = (), *, shown: bool = True):
-        self._description, self._steps = description, steps
-        self._shown = shown and jax.process_index() == 0
-        self._printed = time.monotonic()
-        self._measured: tuple[float, int] | None = None  # when the first step was shown, and which it was
-        if not self._shown:
-            return
-        for line in lines:
-            print(line, file=sys.stderr)
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=steps, initial=start, desc=description, unit="step", dynamic_ncols=True, leave=False)
+        if shown and jax.process_index() == 0:
+            for line in lines:
+                print(line, file=sys.stderr)
+        super().__init__(description, "step", steps, start, shown)
+        self._steps = steps
+        self._first: tuple[float, int] | None = None  # when the first step was shown, and its number
 
     def update(self, step: int, loss: float, rates: Mapping[str, float]) -> None:
         """Shows step `step`; rates: tokens_per_second, padded_tokens_per_second and useful_share, or empty."""
@@ -63,64 +64,53 @@ class Progress(_Shown):
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
             return
-        now = time.monotonic()
-        self._measured = self._measured or (now, step)
-        if now - self._printed >= SECONDS_BETWEEN_LINES:
-            if self._measured and step > self._measured[1]:  # since the first step, which compiled
-                since, first = self._measured
-                text += f", {(now - since) / (step - first) * (self._steps - step):.0f} s left"
+        # Time left is measured from the first step's end, since that step included compilation.
+        began, first = self._first = self._first or (time.monotonic(), step)
+        if self._due():
+            if step > first:
+                text += f", {(self._printed - began) / (step - first) * (self._steps - step):.0f} s left"
             print(f"{self._description}: step {step}/{self._steps}, {text}", file=sys.stderr)
-            self._printed = now
 
     def say(self, text: str) -> None:
-        """A line of its own, also where no progress is shown; on process 0 only."""
+        """A line of its own, even if progress is not shown."""
         if jax.process_index() == 0:
             tqdm.write(text, file=sys.stderr)
 
     def note(self, text: str) -> None:
-        """A word beside the bar about what is going on between two steps."""
+        """A note next to the bar about what happens between two steps."""
         if self._bar is not None:
             self._bar.set_postfix_str(text)
 
 
 class Count(_Shown):
-    """Of a loop over many things, of which `total` may be unknown; on process 0 only.
-
-    Each `update` is also a sign of life to the watchdog, and a place where a preemption may stop the command.
-    """
+    """Progress of a loop over many items; `total` may be unknown."""
 
     def __init__(self, description: str, unit: str, total: int | None = None, *, shown: bool = True):
-        self._description, self._unit, self._total = description, unit, total
-        self._shown = shown and jax.process_index() == 0
-        self._done = 0
-        self._began = self._printed = time.monotonic()
-        if self._shown and sys.stderr.isatty():
-            self._bar = tqdm(total=total, desc=description, unit=f" {unit}", dynamic_ncols=True, leave=False)
+        super().__init__(description, f" {unit}", total, 0, shown)
+        self._unit, self._done = unit, 0
 
     def update(self, count: int) -> None:
-        """So many more are done. Raises Preempted."""
+        """So many more are done."""
         self._done += count
-        alive(f"{self._description}, after {self._done:,} {self._unit}")
         if self._bar is not None:
             self._bar.update(count)
-        elif self._shown and time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
-            self._printed = time.monotonic()
+        elif self._due():
             rate = self._done / (self._printed - self._began)
-            line = f"{self._description}: {self._done:,} {self._unit}, {_short(rate)} a second"
+            of, left = "", ""
             if self._total is not None:
-                line = f"{self._description}: {self._done:,} of {self._total:,} {self._unit}, {_short(rate)} a second, "
-                line += f"{(self._total - self._done) / max(rate, 1e-9):.0f} s left"
-            print(line, file=sys.stderr)
-        poll()
+                of, left = f" of {self._total:,}", f", {(self._total - self._done) / max(rate, 1e-9):.0f} s left"
+            print(
+                f"{self._description}: {self._done:,}{of} {self._unit}, {_short(rate)} a second{left}", file=sys.stderr
+            )
 
 
-def counted(things: Iterable[Thing], description: str, *, unit: str, shown: bool = True) -> Iterator[Thing]:
-    """The things, while a `Count` is kept of them."""
+def counted(items: Iterable[Item], description: str, *, unit: str, shown: bool = True) -> Iterator[Item]:
+    """The items, while a `Count` of them is shown."""
     with Count(description, unit, shown=shown) as count:
-        for number, thing in enumerate(things, start=1):
-            yield thing
-            if number % _AT_ONCE == 0:
-                count.update(_AT_ONCE)
+        for number, item in enumerate(items, start=1):
+            yield item
+            if number % 256 == 0:  # a look at the clock for each of millions of texts would be noticeable
+                count.update(256)
 
 
 def _short(number: float) -> str:

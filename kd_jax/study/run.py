@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from kd_jax.config import from_dict, to_dict
 from kd_jax.runtime.files import read_json, write_json
+from kd_jax.runtime.preemption import interruptible
 from kd_jax.study.attempts import attempt
 from kd_jax.study.plan import STAGE, Planner, Recipe, Stage, Student, recipes, students
 from kd_jax.types import UserError
@@ -61,7 +62,7 @@ class Study:
         self._run_all(self.planner.after_recipes(self.chosen), "finetuning")
 
     def _run_all(self, stages: list[Stage], phase: str) -> None:
-        for number, stage in enumerate(stages, start=1):
+        for number, stage in enumerate(interruptible(stages, phase), start=1):
             self.run_one(stage, f"[{phase} {number}/{len(stages)}] {stage.name}")
             self.seconds[stage.folder] = read_seconds(self.folder(stage))
 

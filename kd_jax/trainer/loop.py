@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from kd_jax.runtime.preemption import Preempted, Preemption, watching
+from kd_jax.config.training import Training
+from kd_jax.runtime import preemption
+from kd_jax.runtime.preemption import Preempted
 from kd_jax.runtime.progress import Progress
 from kd_jax.runtime.watchdog import alive
 from kd_jax.trainer.checkpoint import Checkpoints
@@ -41,14 +42,13 @@ def fit(
     abstract: State,
     phases: Sequence[tuple[int, TrainStep, Callable[[], Any]]],
     batch_at: Callable[[int], Batch],
-    job: ConfigDict,
+    job: Training,
     mesh: Mesh,
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     identity: dict[str, Any],
     evaluate: Callable[[Params, int], Mapping[str, float | None]] | None = None,
     tokens_in: Callable[[Batch], tuple[int, int]] = count_tokens,
-    preemption: Preemption | None = None,
     account: Account | None = None,
     description: str = "train",
     lines: Sequence[str] = (),
@@ -60,7 +60,7 @@ def fit(
     0: from step `start` on, the jitted train_step, which may donate the state and whose metrics hold "loss", is called
     with constants(), which is called when the phase begins. batch_at(step): this process's rows, NumPy, called on a
     thread of its own one step ahead.
-    evaluate(params, step): called every `job.evaluate_every` steps and at the end; a `poll` inside of it may raise
+    evaluate(params, step): called every `job.evaluate_every` steps and at the end; it may raise
     Preempted. account: what becomes of it is in the checkpoints. lines: printed at the start.
     Read of `job`: steps, log_every, evaluate_every, checkpoint_every, skip_non_finite.
 
@@ -80,8 +80,7 @@ def fit(
     bar = Progress(description, start, job.steps, lines, shown=progress)
     run = _Run(job, writer, bar, Window(meta.get("window")), account)
     readers = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-    watch = watching() if preemption is None else contextlib.nullcontext(preemption)
-    with watch as preemption, bar, readers as reader, contextlib.ExitStack() as saving:
+    with bar, readers as reader, contextlib.ExitStack() as saving:
 
         def read(step: int) -> tuple[dict[str, jax.Array], Any]:
             local = batch_at(step)
@@ -98,6 +97,8 @@ def fit(
         if meta.get("evaluation_due"):
             evaluate_now(start)
         ahead = collections.deque(reader.submit(read, step) for step in range(start, min(start + 1, job.steps)))
+        if preemption.reached():  # while the parameters were read, say
+            raise Preempted("nothing was to be saved yet")
         saving.enter_context(account.spent("steps"))
         for step in range(start + 1, job.steps + 1):
             alive(f"step {step}")
@@ -116,8 +117,6 @@ def fit(
             with account.spent("compile") if compiles else contextlib.nullcontext():
                 state, metrics = due[1](state, constants, batch)
             run.dispatched(step, metrics, _summed(tokens), began, waited)
-            if step == start + 1:  # before, a preemption had nothing to save
-                saving.enter_context(preemption.deferred())
 
             stop = preemption.reached()
             last = step == job.steps
@@ -153,7 +152,7 @@ def fit(
 class _Run:
     """Reads each step's metrics while the next one runs, and writes the row of a logged step."""
 
-    def __init__(self, job: ConfigDict, writer: MetricsWriter, bar: Progress, window: Window, account: Account):
+    def __init__(self, job: Training, writer: MetricsWriter, bar: Progress, window: Window, account: Account):
         self.window, self._account = window, account
         self._job, self._writer, self._bar = job, writer, bar
         self._pending: tuple[int, Mapping[str, Term], Any, bool] | None = None

@@ -39,7 +39,7 @@ class RunDirectory:
         self.path, self.config = as_path(workdir), config
         if jax.process_index() == 0:
             self._claim(json.loads(json.dumps({"command": command, "config": config})))
-        distributed.barrier("run directory")
+        distributed.barrier()
         if not _exists(self.path / CONFIG):
             raise UserError(
                 f"{self.path}: process {jax.process_index()} does not see what process 0 wrote there; give a --workdir "
@@ -98,10 +98,10 @@ def run_once(
 
 def mark_done(workdir: str | pathlib.Path, **notes: Any) -> None:
     """Writes the DONE marker (JSON: the time and the notes) into a directory, when all processes are through."""
-    distributed.barrier("all through")
+    distributed.barrier()
     if jax.process_index() == 0:
         write_json(as_path(workdir) / DONE, {"finished": _now(), **notes})
-    distributed.barrier("done")
+    distributed.barrier()
 
 
 def is_done(workdir: str | pathlib.Path) -> bool:

@@ -15,8 +15,8 @@ MEMBER = str(pathlib.Path(__file__).parents[1] / "support" / "job_member.py")
 
 def test_a_single_process_waits_for_nobody_and_tells_itself():
     with distributed.joined(None, lambda error: (1, str(error))):
-        distributed.barrier("here")
-        with distributed.first_goes_ahead("file"):
+        distributed.barrier()
+        with distributed.first_goes_ahead():
             pass
         assert distributed.from_first((1, {"two": None})) == [1, {"two": None}], "as JSON, as in several processes"
         assert distributed.from_all(b"mine") == [b"mine"]
@@ -44,6 +44,7 @@ def test_exchanges_in_step(tmp_path):
         ("mistake in a collective", (2, 2), "config.nothing: is empty; fill it"),
         ("crash of the first", (1, 1), "ValueError: this cannot be"),
         ("preemption of the first", (75, 75), "preempted: process 0: half of it is saved"),
+        ("signal to one that waits", (75, 75), "stopped at texts"),
         ("kill", (None, -signal.SIGKILL), None),
         ("kill of the first", (-signal.SIGKILL, None), None),
     ],

@@ -6,148 +6,42 @@ import sys
 import threading
 import time
 
+import jax
 import pytest
 
 from kd_jax.runtime import preemption as module
-from kd_jax.runtime.preemption import EXIT_CODE, Preempted, Preemption, alone, poll, watching
+from kd_jax.runtime.preemption import EXIT_CODE, Agreement, Preempted, Preemption, interruptible, reached, requested
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Minutes in which the main thread runs no Python, as in a compilation, and other threads do.
-BUSY = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
 
 
-def terminate():
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_a_first_sigterm_raises_where_nothing_is_to_be_saved_and_the_handler_goes_back():
+def test_sigterm_sets_a_flag_that_is_polled_and_the_handler_goes_back():
     before = signal.getsignal(signal.SIGTERM)
-    with Preemption() as preemption:
-        with pytest.raises(Preempted):
-            terminate()
-            time.sleep(5)
-        assert preemption.requested()
+    with Preemption():
+        assert not requested() and not reached()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert requested() and reached()
     assert signal.getsignal(signal.SIGTERM) is before
-    assert signal.set_wakeup_fd(-1) == -1
-    assert not [one for one in threading.enumerate() if one.name == "preemption"]
+    assert not requested()
     assert EXIT_CODE == 75
-
-
-def test_deferred_leaves_it_to_the_work_and_ends_with_it():
-    seen = []
-    with Preemption() as preemption:
-        with pytest.raises(Preempted), preemption.deferred():
-            assert not preemption.reached()
-            terminate()
-            time.sleep(0.05)
-            seen.append(preemption.reached())
-        assert seen == [True]
-        with pytest.raises(ValueError, match="mine"), preemption.deferred():
-            raise ValueError("mine")  # not hidden behind the preemption
 
 
 def test_no_exception_handler_on_the_way_swallows_it():
     assert not issubclass(Preempted, Exception)
 
 
-def test_poll_asks_the_one_that_is_watching():
-    poll()
-    with Preemption() as preemption, watching() as inner:
-        assert inner is preemption
-        poll()
-        preemption.request()
-        with pytest.raises(Preempted):
-            poll()
-    poll()
-
-
-def run(program, *signals_after_ready):
-    """The return code and the output of a program that is sent signals, one by one, after its first line."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", "import hashlib, os, signal, sys, time\n" + program],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
-    assert process.stdout is not None
-    try:
-        first = process.stdout.readline()
-        for number in signals_after_ready:
-            time.sleep(0.5)  # after its line the program goes into the library where it is to be found
-            process.send_signal(number)
-        output, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()  # a failed test leaves nothing running
-    return process.returncode, first + output, errors
-
-
-START = """
-from kd_jax.runtime import preemption as module
-module.GRACE_SECONDS = 0.5
-"""
-
-
-def test_a_second_sigterm_ends_the_process_at_once():
-    code, output, _ = run(
-        START
-        + """
-with module.Preemption() as preemption, preemption.deferred():
-    os.kill(os.getpid(), signal.SIGTERM)
-    print("alive", preemption.requested(), flush=True)
-    os.kill(os.getpid(), signal.SIGTERM)
-    print("still alive", flush=True)
-"""
-    )
-    assert (code, output) == (-signal.SIGTERM, "alive True\n")
-
-
-def test_a_second_sigterm_ends_a_process_that_is_inside_of_a_library_too():
-    program = (
-        f"with module.Preemption() as preemption, preemption.deferred():\n  print('ready', flush=True)\n  {BUSY}\n"
-    )
-    code, output, _ = run(START + program, signal.SIGTERM, signal.SIGTERM)
-    assert (code, output) == (128 + signal.SIGTERM, "ready\n")
-
-
-def test_a_process_inside_of_a_library_ends_by_itself_where_nothing_is_to_be_saved():
-    program = f"with module.Preemption():\n  print('ready', flush=True)\n  {BUSY}\n"
-    code, output, errors = run(START + program, signal.SIGTERM)
-    assert (code, output) == (EXIT_CODE, "ready\n")
-    assert errors == "preempted: there was nothing to save; the same command resumes the run\n"
-
-
-def test_a_process_inside_of_a_library_is_waited_for_where_something_is_to_be_saved():
-    program = """
-with module.Preemption() as preemption:
-    try:
-        with preemption.deferred():
-            print("ready", flush=True)
-            started = time.monotonic()
-            while not preemption.requested():
-                hashlib.pbkdf2_hmac("sha256", b"", b"", 10**6)
-            while time.monotonic() - started < 2:
-                hashlib.pbkdf2_hmac("sha256", b"", b"", 10**6)
-            print("saved", flush=True)
-    except module.Preempted:
-        sys.exit(module.EXIT_CODE)
-"""
-    assert run(START + program, signal.SIGTERM)[:2] == (EXIT_CODE, "ready\nsaved\n")
-
-
-def test_a_forked_child_is_ended_by_sigterm_without_a_word_to_its_parent():
-    program = """
-with module.Preemption() as preemption:
-    child = os.fork()
-    if child == 0:
-        time.sleep(60)
-        os._exit(1)
-    os.kill(child, signal.SIGTERM)
-    _, status = os.waitpid(child, 0)
-    time.sleep(1.5)
-    print(os.waitstatus_to_exitcode(status), preemption.requested(), flush=True)
-"""
-    assert run(START + program)[:2] == (0, f"{-signal.SIGTERM} False\n")
+@pytest.mark.parametrize("alone", [False, True])
+def test_interruptible_shows_life_before_each_item_and_stops_before_the_next(monkeypatch, alone):
+    signs, seen = [], []
+    monkeypatch.setattr(module, "alive", signs.append)
+    assert list(interruptible("abc", "letters", alone=alone)) == ["a", "b", "c"]
+    assert signs == ["letters, item 0", "letters, item 1", "letters, item 2"]
+    with Preemption() as preemption, pytest.raises(Preempted, match="stopped at letters"):
+        for letter in interruptible("abc", "letters", alone=alone):
+            seen.append(letter)
+            if letter == "b":
+                preemption.request()
+    assert seen == ["a", "b"]
 
 
 def test_outside_the_main_thread_only_request_sets_it():
@@ -156,7 +50,7 @@ def test_outside_the_main_thread_only_request_sets_it():
     def work():
         with Preemption() as preemption:
             preemption.request()
-            seen.append(preemption.requested())
+            seen.append(requested())
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -165,71 +59,131 @@ def test_outside_the_main_thread_only_request_sets_it():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_several_processes_ask_the_service_and_one_alone_itself(monkeypatch):
-    """The service answers by the number of the call, which is the same in all processes."""
-    asked = []
+def run(program):
+    """(return code, output) of a program that listens for SIGTERM."""
+    program = "import os, signal, time\nfrom kd_jax.runtime.preemption import *\n" + program
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    return ended.returncode, ended.stdout
 
-    def service(place):
-        asked.append(place)
-        return len(asked) == 3
 
-    monkeypatch.setattr(module.jax.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(module.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(module.multihost_utils, "reached_preemption_sync_point", service)
-    monkeypatch.setattr(module, "_foreign_handler", lambda: None)
+def test_a_second_sigterm_ends_the_process():
+    program = """
+with Preemption():
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("alive", requested(), flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("still alive", flush=True)
+"""
+    assert run(program) == (-signal.SIGTERM, "alive True\n")
+
+
+def test_a_forked_child_is_ended_by_sigterm_without_a_word_to_its_parent():
+    program = """
+with Preemption():
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, b"1")  # a signal before Python is ready in the child would be lost
+        time.sleep(60)
+        os._exit(1)
+    os.read(reader, 1)
+    os.kill(child, signal.SIGTERM)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), requested(), flush=True)
+"""
+    assert run(program) == (0, f"{-signal.SIGTERM} False\n")
+
+
+class Service:
+    """Keys and values as JAX's coordination service keeps them."""
+
+    def __init__(self):
+        self.values, self.changed = {}, threading.Condition()
+
+    def key_value_set(self, key, value):
+        with self.changed:
+            if key in self.values:
+                raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
+            self.values[key] = value
+            self.changed.notify_all()
+
+    def blocking_key_value_get(self, key, _):
+        with self.changed:
+            self.changed.wait_for(lambda: key in self.values)
+            return self.values[key]
+
+
+def stopped(member, polls):
+    """The number of the first poll of so many that says to stop."""
+    found = [member.reached() for _ in range(polls)]
+    return found.index(True) + 1
+
+
+def test_several_processes_stop_at_the_first_poll_that_none_has_passed():
+    service = Service()
+    members = [Agreement(service, process, 3) for process in range(3)]
+    for member, polls in zip(members, (2, 5, 3)):
+        assert not any(member.reached() for _ in range(polls))
+    members[0].announce()
+    members[2].announce()  # two were asked
+    for member in members:
+        member._thread.join()
+        assert member.announced
+    assert [passed + stopped(member, 10) for member, passed in zip(members, (2, 5, 3))] == [6, 6, 6]
+    for member in members:
+        member.close()
+
+
+def test_processes_that_are_done_end_their_agreement_without_a_stop():
+    service = Service()
+    members = [Agreement(service, process, 2) for process in range(2)]
+    for member in members:
+        member.close()
+        assert not member.announced and not member.reached()
+
+
+def test_a_process_of_several_learns_of_another_ones_request(monkeypatch):
+    service = Service()
+    one, other = (Agreement(service, process, 2) for process in range(2))
+    monkeypatch.setattr(module, "agreement", one)
     with Preemption() as preemption:
-        terminate()
-        time.sleep(0.05)  # not raised: the others know nothing of it yet
-        with alone():
-            assert preemption.reached()
-        assert [preemption.reached() for _ in range(4)] == [False, False, True, True]
-    assert asked == list(range(asked[0], asked[0] + 3))
-    with Preemption(), alone(), pytest.raises(Preempted):
-        terminate()
-        time.sleep(5)
+        assert not requested()
+        preemption.request()
+        assert requested(), "this process was asked"
+    monkeypatch.setattr(module, "agreement", other)
+    other._thread.join()
+    assert requested() and reached()
+    with pytest.raises(Preempted):
+        next(interruptible("abc", "letters", alone=True))
+
+
+MEMBER = """
+import sys, time, pathlib
+from kd_jax.runtime import cluster, distributed
+from kd_jax.runtime.preemption import Preemption, reached
+flags = dict(one.removeprefix("--").split("=") for one in sys.argv[2:])
+place = cluster.from_flags(flags["coordinator"], int(flags["processes"]), int(flags["process"]))
+with distributed.joined(place, lambda error: (1, repr(error))), Preemption():
+    step = 0
+    while not reached():
+        step += 1
+        time.sleep(0.01 * (1 + place.process))
+        if step == 1:
+            (pathlib.Path(sys.argv[1]) / f"ready-{place.process}").touch()
+    print(step, flush=True)
+"""
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
-    program = """
-import jax
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-port, process = sys.argv[1], int(sys.argv[2])
-jax.distributed.initialize(f"localhost:{port}", 2, process)
-jax.devices()
-with module.Preemption() as preemption:
-    step = 0
-    while not preemption.reached():
-        step += 1
-        time.sleep(0.01 * (1 + process))
-        if step == 1:
-            print("ready", flush=True)
-    print(step, preemption.requested(), flush=True)
-"""
-    import socket
+    from tests.support.several_processes import ended, start
 
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", "import os, signal, sys, time\n" + START + program, str(port), str(number)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for number in range(2)
-    ]
-    try:
-        for process in processes:
-            assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        time.sleep(0.5)
-        processes[1].send_signal(signal.SIGTERM)
-        outputs = [process.communicate(timeout=60)[0].split() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0]
-    assert outputs[0][0] == outputs[1][0] and int(outputs[0][0]) > 10
-    assert [requested for _, requested in outputs] == ["False", "True"]
+    processes = start(2, ["-c", MEMBER, str(tmp_path)])
+    end = time.monotonic() + 100
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    processes[1].send_signal(signal.SIGTERM)
+    (one, steps, errors), (other, same, _) = ended(processes)
+    assert (one, other) == (0, 0), errors
+    assert steps == same and int(steps) > 10

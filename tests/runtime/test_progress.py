@@ -4,7 +4,6 @@ import sys
 import pytest
 
 from kd_jax.runtime import progress
-from kd_jax.runtime.preemption import Preempted, Preemption
 from kd_jax.runtime.progress import Count, Progress, counted
 
 RATES = {"tokens_per_second": 12_300.0, "padded_tokens_per_second": 1.5e6, "useful_share": 0.971}
@@ -53,10 +52,9 @@ def test_numbers_are_short(number, text):
     assert progress._short(number) == text
 
 
-def test_a_count_shows_a_line_now_and_then_and_is_a_sign_of_life(monkeypatch, capsys):
-    now, signs = [100.0], []
+def test_a_count_shows_a_line_now_and_then(monkeypatch, capsys):
+    now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(progress, "alive", signs.append)
     with Count("cache", "rows", 100) as count:
         count.update(10)
         now[0] += 40
@@ -68,12 +66,6 @@ def test_a_count_shows_a_line_now_and_then_and_is_a_sign_of_life(monkeypatch, ca
     assert capsys.readouterr().err == (
         "cache: 20 of 100 rows, 0.5 a second, 160 s left\nprepare: 62,000 texts, 2.0k a second\n"
     )
-    assert signs == [
-        "cache, after 10 rows",
-        "cache, after 20 rows",
-        "cache, after 30 rows",
-        "prepare, after 62,000 texts",
-    ]
 
 
 def test_a_count_is_a_bar_on_a_terminal(monkeypatch):
@@ -84,16 +76,14 @@ def test_a_count_is_a_bar_on_a_terminal(monkeypatch):
     assert "evaluate test" in shown and "0/100" in shown
 
 
-def test_counted_gives_the_things_and_stops_at_a_preemption(capsys):
+def test_counted_gives_the_things_and_shows_their_number(monkeypatch, capsys):
     assert list(counted(range(1000), "prepare", unit="texts", shown=False)) == list(range(1000))
-    seen = []
-    with Preemption() as preemption, pytest.raises(Preempted):
-        for number in counted(range(100_000), "prepare", unit="texts"):
-            seen.append(number)
-            if number == 10:
-                preemption.request()
-    assert 10 < len(seen) < 1000
     assert capsys.readouterr().err == ""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    for number in counted(range(600), "prepare", unit="texts"):
+        now[0] += number == 300 and 32
+    assert capsys.readouterr().err == "prepare: 512 texts, 16 a second\n"
 
 
 def test_a_line_of_its_own_is_said_without_progress_too(capsys):

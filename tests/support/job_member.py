@@ -1,10 +1,13 @@
 """A member of a job for the tests of kd_jax/runtime/distributed.py: job_member.py WHAT FOLDER [--process=I ...]."""
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
 import signal
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +16,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kd_jax.main.command import outcome
 from kd_jax.runtime import cluster, distributed
-from kd_jax.runtime.preemption import Preempted
+from kd_jax.runtime.preemption import Preempted, Preemption, interruptible
 from kd_jax.types import UserError
 
 
 def exchange(folder: pathlib.Path) -> None:
     me = jax.process_index()
     file = folder / "written.txt"
-    with distributed.first_goes_ahead("file"):
+    with distributed.first_goes_ahead():
         if me == 0:
             file.write_text("by 0")
         seen = file.read_text()
     for _ in range(3):  # the same place again and again
-        distributed.barrier("again")
+        distributed.barrier()
     found = {
         "first": [distributed.from_first({"from": me, "turn": turn}) for turn in range(2)],
         "all": [value.decode() for value in distributed.from_all((f"{me}" * (me + 1) * 100_000).encode())],
@@ -67,7 +70,12 @@ def member(what: str, folder: pathlib.Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "preemption of the first" and jax.process_index() == 0:
         raise Preempted("half of it is saved")
-    distributed.barrier("never" if what != "exchange" else "end")
+    elif what == "signal to one that waits":
+        if jax.process_index() == 0:
+            for _ in interruptible(itertools.repeat("text"), "texts", alone=True):
+                time.sleep(0.01)
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    distributed.barrier()
 
 
 if __name__ == "__main__":
@@ -80,5 +88,5 @@ if __name__ == "__main__":
     parser.add_argument("--timeout", type=float, default=60.0)
     options = parser.parse_args()
     place = cluster.from_flags(options.coordinator, options.processes, options.process)
-    with distributed.joined(place, outcome, options.timeout):
+    with distributed.joined(place, outcome, options.timeout), Preemption():
         member(options.what, options.folder)

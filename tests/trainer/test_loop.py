@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import json
 import os
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 
 from kd_jax.config.execution import Mesh
+from kd_jax.runtime import preemption
 from kd_jax.runtime.files import read_json_lines
-from kd_jax.runtime.preemption import Preempted, Preemption, poll, watching
+from kd_jax.runtime.preemption import Preempted, Preemption, interruptible
 from kd_jax.runtime.watchdog import Watchdog
 from kd_jax.trainer.goodput import Account
 from kd_jax.trainer.mesh import make_mesh
@@ -35,6 +37,15 @@ def assert_identical(first, second):
     assert len(old) == len(new) > 6
     for (path, left), right in zip(old, new):
         np.testing.assert_array_equal(np.asarray(left), np.asarray(right), err_msg=jax.tree_util.keystr(path))
+
+
+@contextlib.contextmanager
+def stopping_after(step):
+    """A run from the start is asked to stop at its poll after this step."""
+    polls = itertools.count()  # the first comes before the first step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preemption, "reached", lambda: next(polls) == step)
+        yield
 
 
 def test_trains_the_toy_and_logs_sums_divided_once(tmp_path):
@@ -127,14 +138,8 @@ def test_a_preempted_run_saves_and_goes_on_with_the_evaluation_that_was_due(tmp_
 
     job = toy_job(evaluate_every=3)
     straight = train(tmp_path / "straight", job, evaluate=evaluate)
-    polls = itertools.count(1)
-
-    class AtStepThree(Preemption):
-        def requested(self):
-            return next(polls) == 3
-
-    with pytest.raises(Preempted, match="step 3 of 12 is saved"):
-        train(tmp_path / "stopped", job, preemption=AtStepThree(), evaluate=evaluate)
+    with stopping_after(3), pytest.raises(Preempted, match="step 3 of 12 is saved"):
+        train(tmp_path / "stopped", job, evaluate=evaluate)
     assert read_json_lines(tmp_path / "stopped" / "metrics.jsonl", growing=True) == []
     assert_identical(straight, train(tmp_path / "stopped", job, evaluate=evaluate))
     rows = rows_without_time(tmp_path / "straight")
@@ -145,11 +150,7 @@ def test_a_preempted_run_saves_and_goes_on_with_the_evaluation_that_was_due(tmp_
 
 def test_an_evaluation_made_up_for_is_not_counted_twice(tmp_path):
     """Preempted where an evaluation is due, evaluated on resume, killed before the next checkpoint, and resumed."""
-    polls, job = itertools.count(1), toy_job(evaluate_every=3, checkpoint_every=6)
-
-    class AtStepThree(Preemption):
-        def requested(self):
-            return next(polls) == 3
+    job = toy_job(evaluate_every=3, checkpoint_every=6)
 
     def broken(step):
         if step == 4:
@@ -159,8 +160,8 @@ def test_an_evaluation_made_up_for_is_not_counted_twice(tmp_path):
     def evaluate(params, step):
         return {"dev/step": step}
 
-    with pytest.raises(Preempted):
-        train(tmp_path, job, preemption=AtStepThree(), evaluate=evaluate)
+    with stopping_after(3), pytest.raises(Preempted):
+        train(tmp_path, job, evaluate=evaluate)
     with pytest.raises(OSError, match="the text is gone"):
         train(tmp_path, job, batches=broken, evaluate=evaluate)
     train(tmp_path, job, evaluate=evaluate)
@@ -171,13 +172,11 @@ def test_sigterm_is_a_preemption(tmp_path):
     def batches(step):
         if step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.05)
         return batch_at(step)
 
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Preempted):
+    with Preemption(), pytest.raises(Preempted, match="of 12 is saved"):
         train(tmp_path, batches=batches)
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_is_not_saved(tmp_path):
@@ -197,10 +196,8 @@ def test_a_resume_with_another_identity_is_refused(tmp_path):
 
 
 def test_logging_and_checkpoint_intervals_may_change_on_resume(tmp_path):
-    with pytest.raises(Preempted):
-        preemption = Preemption()
-        preemption.request()
-        train(tmp_path / "changed", preemption=preemption)
+    with stopping_after(1), pytest.raises(Preempted, match="step 1 of 12 is saved"):
+        train(tmp_path / "changed")
     changed = train(tmp_path / "changed", toy_job(log_every=3, checkpoint_every=7))
     assert_identical(train(tmp_path / "straight"), changed)
     assert [row["step"] for row in rows_without_time(tmp_path / "changed")] == [3, 6, 9, 12]
@@ -232,16 +229,8 @@ def test_phases_follow_one_another_and_only_the_running_one_is_loaded(tmp_path):
 
         return ((0, step, frozen(0, 1.0)), (4, step, frozen(1, 0.0)))
 
-    stopped = Preemption()
-    with stopped:
-
-        def batches(step):
-            if step == 6:
-                stopped.request()
-            return batch_at(step)
-
-        with pytest.raises(Preempted):
-            train(tmp_path, job, phases=phases(), batches=batches, preemption=stopped)
+    with stopping_after(6), pytest.raises(Preempted):
+        train(tmp_path, job, phases=phases())
     assert loaded == [0, 1]
     loaded.clear()
     train(tmp_path, job, phases=phases())
@@ -256,15 +245,14 @@ def test_a_preemption_during_an_evaluation_ends_it_and_it_is_made_up_for(tmp_pat
     batches_done = []
 
     def evaluate(params, step):
-        for number in range(4):
+        for number in interruptible(range(4), "the evaluation"):
             batches_done.append((step, number))
             if len(batches_done) == 7:  # in the second evaluation
                 os.kill(os.getpid(), signal.SIGTERM)
-            poll()
         return {"dev/step": step}
 
     job = toy_job(evaluate_every=3)
-    with pytest.raises(Preempted, match="step 6 of 12 is saved"):
+    with Preemption(), pytest.raises(Preempted, match="step 6 of 12 is saved"):
         train(tmp_path / "stopped", job, evaluate=evaluate)
     assert batches_done[-1] == (6, 2)
     assert_identical(
@@ -274,14 +262,9 @@ def test_a_preemption_during_an_evaluation_ends_it_and_it_is_made_up_for(tmp_pat
     assert batches_done[7:11] != [] and (6, 3) in batches_done
 
 
-def test_before_the_first_step_a_preemption_does_not_wait_for_anything(tmp_path):
-    def terminated():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
-        raise AssertionError("it went on")
-
-    with watching(), pytest.raises(Preempted):
-        train(tmp_path, initial_state=terminated)
+def test_a_preemption_before_the_first_step_ends_without_one(tmp_path):
+    with stopping_after(0), pytest.raises(Preempted, match="nothing was to be saved yet"):
+        train(tmp_path)
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
     assert int(train(tmp_path)["step"]) == 12
 
