@@ -11,12 +11,16 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from kd_jax.config.commands import ImportModel
+from kd_jax.config.data import Masking
+from kd_jax.config.execution import read_execution
+from kd_jax.config.settings import read
 from kd_jax.config import EXECUTION_KEYS, identity, require, to_dict
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.text.files import fill_path
 from kd_jax.data.text.tokenizer import HUB_NAME, Tokenizer
 from kd_jax.jobs import masked_lm, trained
-from kd_jax.jobs.frozen import model_layout
+from kd_jax.jobs.job import model_layout
 from kd_jax.main import command
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional, parameter_count
@@ -42,8 +46,7 @@ def keys(config: ConfigDict) -> tuple[str, ...]:
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Checks everything, then writes a finished run whose checkpoint of step 0 holds the model's parameters."""
-    block = config.import_model
-    require(bool(block.path), KEY, "it is empty", "name a folder that `save_pretrained` wrote, or a model of the hub")
+    block, execution = read(ImportModel, config.import_model, "import_model"), read_execution(config)
     name = fill_path(block.path, key=f"config.{KEY}")
     folder = model_folder(name, block.revision)
     values = read_config(folder)
@@ -56,8 +59,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             "use the tokenizer that belongs to the model"
         )
     shape = EncoderConfig(**values)
-    model, mesh = Functional("mlm", shape), make_mesh(config.mesh)
-    layout = model_layout(model, mesh, rules_of(config.sharding.teacher, "sharding.teacher"))
+    model, mesh = Functional("mlm", shape), make_mesh(execution.mesh)
+    layout = model_layout(model, mesh, execution.sharding.teacher)
     with TensorFiles(folder) as files:
         has_head = check_files(files, shape, stored_vocab_size=stored)
         resolved = {key: value for key, value in to_dict(config).items() if key in (*keys(config), *EXECUTION_KEYS)}
@@ -83,9 +86,10 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         checkpoints.save(0, {"step": jnp.int32(0), "params": params}, {"identity": {"config": identity(resolved)}})
         checkpoints.wait()
     if block.evaluate_rows:
+        masking = read(Masking, config.masking, "masking")
         rows_at_once = row_multiple(mesh) * -(-8 // row_multiple(mesh))
         measured = dataclasses.replace(model, compute_dtype=masked_lm.resolve_dtype(config.compute_dtype))
-        rows = masked_lm.heldout_rows(measured, params, prepared, config, mesh, rows_at_once, block.evaluate_rows)
+        rows = masked_lm.heldout_rows(measured, params, prepared, masking, mesh, rows_at_once, block.evaluate_rows)
         if jax.process_index() == 0:
             write_json(workdir / masked_lm.HELDOUT, rows)
     directory.finish(parameters_fingerprint=params_fingerprint(params))

@@ -62,7 +62,7 @@ def test_several_teachers_average_their_probabilities(models):
 
 def test_temperature_moves_linearly(models):
     student, params, teacher, theirs, batch = models
-    moving = dataclasses.replace(KL_ALONE, temperature=1.0, final_temperature=3.0)
+    moving = dataclasses.replace(KL_ALONE, kl=KL(1.0, temperature=1.0, final_temperature=3.0))
     objective = distillation(student, teacher, moving)
     frozen, scales = {"teachers": (theirs,)}, {"kl": jnp.float32(1.0)}
     for progress, temperature in ((0.0, 1.0), (0.5, 2.0), (1.0, 3.0)):
