@@ -1,4 +1,4 @@
-"""Docstrings are plain sentences: what Markdown would take for HTML or emphasis is shown as it is written."""
+"""Shows docstrings as plain text: characters that Markdown reads as HTML or emphasis are escaped."""
 
 import re
 
@@ -20,7 +20,7 @@ def escaped(text: str) -> str:
 
 
 class PlainDocstrings(griffe.Extension):
-    """Escapes every docstring as it is read."""
+    """Escapes every docstring that griffe reads."""
 
     def on_object(self, *, obj, **rest):
         """Called by griffe for each module, class, function and attribute."""
