@@ -39,7 +39,7 @@ def get_config(argument: str = "") -> ConfigDict:
             "seeds": (0, 1, 2),
             "recipe_learning_rates": (1e-3, 3e-3),
             "recipe_epochs": (4,),
-            # So little generic text teaches little about the task; the report says by how much, and the study continues.
+            # So little generic text teaches little about the task; the report says how much, and the study continues.
             "require_teacher_better_than_unigram": False,
         }
     )
