@@ -53,7 +53,8 @@ def has_key(config: ConfigDict, key: str) -> bool:
 
 def unknown_names(command: str) -> list[str]:
     """Modules, configs, keys and scripts in a shell command of the documentation that do not exist."""
-    unknown = [name for name in COMMAND.findall(command) if not (ROOT / "kd_jax" / "main" / f"{name}.py").exists()]
+    commands = {"init", *(path.stem for path in (ROOT / "kd_jax" / "main").glob("*.py"))}
+    unknown = [name for name in COMMAND.findall(command) if name not in commands]
     unknown += [name for name in re.findall(r"\blaunch/[\w.-]+", command) if not (ROOT / name).exists()]
     file = re.search(r"--config=configs/(\w+)\.py(?::(\w+))?", command)
     if file is None:
