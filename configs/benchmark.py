@@ -1,9 +1,9 @@
-"""Speed and memory of distillation, finetuning and prediction, against the usual ways and against PyTorch.
+"""Speed and memory of distillation, finetuning and prediction, against common alternatives and PyTorch.
 
 Command:   python -m benchmarks --config=configs/benchmark.py --workdir=runs/benchmark
-           KD_JAX_DATA=DIR ahead of it takes MASSIVE and plain text from there (see configs/massive.py) instead of the
+           With KD_JAX_DATA=DIR set, it reads MASSIVE and plain text from there (see configs/massive.py) instead of the
            embedded default; pip install torch==2.13.0 adds the comparison with PyTorch
-Hardware:  two CPU cores, 16 GB of memory; a machine that does nothing else
+Hardware:  two CPU cores, 16 GB of memory; run nothing else on the machine
 Time:      about 20 minutes
 Result:    docs/performance.md
 """
@@ -33,7 +33,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.tokenizer.vocab_size = 8000
     config.rows.length = 64
 
-    # Ten times the student's parameters; a wider start, so that the teacher's predictions are not all alike.
+    # Ten times the student's parameters; a wider initialization, so that the untrained teacher's predictions differ.
     config.teacher = base.encoder("teacher_small", num_layers=5, initializer_range=0.05)
     config.student = base.encoder("student_small")
     config.compute_dtype = "float32"
@@ -44,19 +44,19 @@ def get_config(argument: str = "") -> ConfigDict:
         {
             "sections": ("step", "finetune", "scaling"),  # what is measured
             "texts": ConfigDict({"utterances": 1.0, "mixed": 0.7, "generic": 0.0}),  # name -> share of task tokens
-            "batches": 4,  # different batches, each a step; a pass takes them all
-            "rounds": 5,  # counted passes of each variant, in alternation
+            "batches": 4,  # distinct batches, one step each; a pass runs them all
+            "rounds": 5,  # measured passes of each variant, in alternation
             "threads": 2,  # cores of each worker; 0 leaves it to the frameworks
             "check_steps": 3,  # first steps whose losses must agree
-            "tolerance": 1e-3,  # of a loss's size: the most that two variants may differ
-            "gemm_size": 2048,  # rows and columns of the matrices whose product sets the peak
-            "gemm_steps": 4,  # products a pass
-            # The section "scaling" changes one of these at a time; the other sizes are those of the blocks above.
+            "tolerance": 1e-3,  # largest relative difference between the losses of two variants
+            "gemm_size": 2048,  # rows and columns of the matrices whose product defines the peak
+            "gemm_steps": 4,  # products per pass
+            # The section "scaling" changes one of these at a time and takes the other sizes from the blocks above.
             "scaling": ConfigDict(
                 {
                     "batch": (16, 32, 64, 128),  # rows
-                    "length": (32, 64, 128, 256),  # tokens a row, with fewer rows in proportion
-                    "vocabulary": (4000, 8000, 16_000, 32_000, 64_000),  # pieces
+                    "length": (32, 64, 128, 256),  # tokens per row, with proportionally fewer rows
+                    "vocabulary": (4000, 8000, 16_000, 32_000, 64_000),  # tokens
                     "layers": (1, 2, 4, 8),  # of the student
                     "devices": (1, 2, 4, 8),  # virtual CPU devices, which share the cores
                 }

@@ -1,13 +1,14 @@
-"""Transfer sets compared on MASSIVE with multilingual-e5-small as the teacher, four locales.
+"""Compares transfer sets on four locales of MASSIVE, with multilingual-e5-small as the teacher.
 
 Command:   KD_JAX_DATA=DIR python -m kd_jax.main.study --config=configs/massive_me5.py --workdir=runs/massive_me5
-           where DIR holds nlu/massive/<locale>.jsonl, generic/<language>.txt.gz (one text a line), and the model in
-           models/multilingual-e5-small-trimmed; the hub's: --config.study.teacher_import=intfloat/multilingual-e5-small
+           DIR holds nlu/massive/<locale>.jsonl, generic/<language>.txt.gz (one text per line), and the model in
+           models/multilingual-e5-small-trimmed. For the hub's model add
+           --config.study.teacher_import=intfloat/multilingual-e5-small
            --config.tokenizer.path=intfloat/multilingual-e5-small
            configs/massive_me5.py:features distills hidden states and relations, with the teacher in the loop
 Hardware:  two CPU cores, 12 GB of memory
-Time:      with 5 epochs alone about two hours by logits and one by features, on a busy machine; 20 take longer
-Result:    docs/results/massive_me5.md
+Time:      with 5 epochs only, about two hours by logits and one by features, on a busy machine; 20 epochs take longer
+Result:    docs/results/massive_me5.md: by features ahead of from scratch on slots, by logits behind; two seeds
 """
 
 from ml_collections import ConfigDict
@@ -29,18 +30,18 @@ def get_config(argument: str = "") -> ConfigDict:
     config.sources.task = base.source("task", "utterances", LOCALES)
     config.tokenizer.update({"kind": "load", "path": MODEL})
     config.rows.length = 64
-    config.masking.epochs = 1  # the teacher is many times the student: cached rows are used more than once
+    config.masking.epochs = 1  # the teacher is far larger than the student, so cached rows are reused
 
     config.teacher = base.encoder("minilm_l12_h384", vocab_size=0)
     config.student = base.encoder("student_small")
     config.vocabulary.update({"trim": True, "min_count": 4})
-    # The model comes without a masked-LM head: config.pretrain trains one, the body at rest.
+    # The model has no masked-LM head: config.pretrain trains one, with the encoder frozen.
     config.pretrain.update({"steps": 400, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 10})
     config.adapt.update({"steps": 80, "batch_size": 64, "learning_rate": 2e-4, "warmup_steps": 10})
-    # A student leaves the unigram's plateau between some 300 and 500 steps (docs/results/massive_me5.md).
+    # A student leaves the unigram's plateau between 300 and 500 steps (docs/results/massive_me5.md).
     config.distill.update({"steps": 1000, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 20})
     config.distill.evaluate_every = 100
-    # A tenth of the labels: unlabeled task text is plentiful here, labels are scarce.
+    # A tenth of the labels, since labels are scarce in practice and unlabeled task text is plentiful.
     config.finetune.update({"batch_size": 32, "warmup_steps": 50, "max_train": 1151})
 
     config.study.transfer_sets = ConfigDict({"generic": 0.0, "mix50": 0.5, "task": 1.0})
@@ -58,8 +59,8 @@ def get_config(argument: str = "") -> ConfigDict:
         config.distill.kl.weight = 0.0
         config.distill.hidden.weight = 1.0
         config.distill.relations.weight = 1.0
-        # The teacher runs in each step, and the states of all tokens teach more than logits of the masked ones. They
-        # need no masked-LM head, so the model is taken as it is.
+        # Fewer steps: the teacher runs in each of them, and states of all tokens teach more than logits of the masked
+        # ones. States need no masked-LM head, so the model is used as published.
         config.distill.update({"steps": 400, "batch_size": 32})
         config.study.update({"train_head": False, "adapted_sets": ()})
     if argument != "smoke":

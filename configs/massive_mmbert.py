@@ -1,17 +1,16 @@
-"""Transfer sets compared on all 51 languages of MASSIVE: mmBERT base as the teacher, generic text from the hub.
+"""Compares transfer sets on all 51 languages of MASSIVE, with mmBERT base as the teacher and generic text from the hub.
 
 Command:   KD_JAX_MMBERT=FOLDER python -m kd_jax.main.study --config=configs/massive_mmbert.py --workdir=DIR
-           FOLDER holds jhu-clsp/mmBERT-base as safetensors; the hub has a pickle alone, so it is converted once where
-           PyTorch is installed: python -c "from transformers import AutoModelForMaskedLM as M, AutoTokenizer as T;
+           FOLDER holds jhu-clsp/mmBERT-base as safetensors. The hub has only a pickle, so convert it once where PyTorch
+           is installed: python -c "from transformers import AutoModelForMaskedLM as M, AutoTokenizer as T;
            [one.from_pretrained('jhu-clsp/mmBERT-base').save_pretrained('FOLDER') for one in (M, T)]"
-           Generic text is Wikipedia; configs/massive_mmbert.py:mc4 streams mC4. --dry-run prints what it would take.
-Hardware:  one GPU of 24 GB or a host of TPUs (the largest stage takes 17 GiB on one device, less in bfloat16); 20 GB of
-           host memory; some 75 GB of disk, nearly all of it cached predictions, at most 250 M generic tokens x 15 %
-           masked x 1,536 bytes (--config.study.cache=False runs the teacher in each step in their place); the
-           network, for prepare alone
-Time:      about 2 hours on one H100 or 1.2 on eight TPU v5e, prepare apart, which streams some 500,000 articles. Not
-           measured: the 1.3e18 FLOPs of --dry-run at 20 % of the chips' peaks in bfloat16 (989 and 197 TFLOP/s)
-Result:    not run; --dry-run and the smoke run are tested, and so are the readers, on local copies of the same form
+           Generic text is Wikipedia; configs/massive_mmbert.py:mc4 streams mC4. --dry-run prints what it would take
+Hardware:  one GPU of 24 GB or a TPU host (the largest stage takes 17 GiB on one device, less in bfloat16); 20 GB of
+           host memory; some 75 GB of disk, nearly all for cached predictions: at most 250 M generic tokens x 15 %
+           masked x 1,536 bytes (--config.study.cache=False instead runs the teacher in each step); network for prepare
+Time:      about 2 hours on one H100 or 1.2 on eight TPU v5e, without prepare, which streams some 500,000 articles. Not
+           measured: the 1.3e18 FLOPs of --dry-run at 20 % of the chips' bfloat16 peaks (989 and 197 TFLOP/s)
+Result:    not run; --dry-run, the smoke run, and the readers on local copies of the same form are tested
 """
 
 from ml_collections import ConfigDict
@@ -28,19 +27,19 @@ LOCALES = (
     *("vi-VN", "zh-CN", "zh-TW"),
 )
 LANGUAGES = tuple(dict.fromkeys(locale.split("-")[0] for locale in LOCALES))
-# Data set and configuration on the hub, and the languages that have another code there.
+# Data set and configuration on the hub, and the languages whose code differs there.
 GENERIC = {
     "wikipedia": ("wikimedia/wikipedia", "20231101.{language}", {"nb": "no"}),
     "mc4": ("allenai/c4", "{language}", {"nb": "no", "tl": "fil", "he": "iw"}),
 }
-# The automatic export to Parquet, since data sets that are read by a script of their own are no longer loaded.
+# The hub's automatic export to Parquet, since `datasets` no longer runs a data set's own loading script.
 MASSIVE = "AmazonScience/massive@refs/convert/parquet"
 EMBEDDED = ("de-DE", "en-US", "es-ES", "fr-FR")
 
 
 def set_data(config: ConfigDict, text: str) -> None:
-    """MASSIVE in all its languages, and generic text of the hub in the same; text: a key of GENERIC, or "embedded"."""
-    if text == "embedded":  # for a smoke run, which reads no network
+    """Sets MASSIVE and generic text from the hub, in all its languages; text is a key of GENERIC, or "embedded"."""
+    if text == "embedded":  # for a smoke run, which must not need the network
         config.nlu.update({"format": "embedded", "locales": EMBEDDED})
         for name in ("generic", "generic_nb"):
             config.sources[name] = base.source("generic", "embedded", tuple(one[:2] for one in EMBEDDED))
@@ -61,7 +60,7 @@ def set_data(config: ConfigDict, text: str) -> None:
 
 
 def set_study(config: ConfigDict, name: str) -> None:
-    """Sizes and steps for students of 17 M parameters without embeddings, and what is compared."""
+    """Sets sizes and steps for students of 17 M parameters without embeddings, and the transfer sets to compare."""
     config.rows.length = 128
     config.student = base.encoder("student_17m")
     # Tokens: 33 M for the adapted teacher, 131 M for each student; MASSIVE has some 8 M in its train partition.
@@ -74,7 +73,7 @@ def set_study(config: ConfigDict, name: str) -> None:
     config.study.update(
         {
             "name": name,
-            "train_head": False,  # the model brings its own
+            "train_head": False,  # the model has its own
             "seeds": (0, 1, 2),
             "recipe_learning_rates": (3e-4, 1e-3),
             "recipe_epochs": (5,),
@@ -94,7 +93,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
-    """Two steps a job, with a teacher and a tokenizer of our own: the models are not here."""
+    """Two steps per job, with a teacher and a tokenizer of our own, so that no model is downloaded."""
     config.tokenizer.update({"kind": "train", "path": ""})
     config.study.teacher_import = ""
     return base.smoke(config)

@@ -1,15 +1,15 @@
-"""Transfer sets compared on the official MASSIVE release, with Wikipedia from the hub as generic text.
+"""Compares transfer sets on the official MASSIVE release, with Wikipedia from the hub as generic text.
 
 Command:   KD_JAX_MASSIVE=FILE python -m kd_jax.main.study --config=configs/massive_wikipedia.py --workdir=DIR
-           where FILE is MASSIVE's official tarball (amazon-massive-dataset-1.1.tar.gz, see github.com/alexa/massive)
-           or a folder of its <locale>.jsonl files; for mC4 instead of Wikipedia
+           FILE is MASSIVE's official tarball (amazon-massive-dataset-1.1.tar.gz, see github.com/alexa/massive) or a
+           folder of its <locale>.jsonl files. For mC4 instead of Wikipedia add
            --config.sources.generic.name=allenai/c4 --config.sources.generic.subset={language}
-Hardware:  one GPU of 40 GB or a host of TPUs (the largest stage takes 30 GiB on one device, half in bfloat16); 30 GB of
-           host memory; 30 GB of disk; the network, for prepare alone
-Time:      about 3.4 hours on one H100 or 2.1 on eight TPU v5e, prepare apart, which streams 3.5 M articles. Not
-           measured: the 1.2e18 FLOPs of --dry-run at 10 % of the chips' peaks in bfloat16 (989 and 197 TFLOP/s), for
+Hardware:  one GPU of 40 GB or a TPU host (the largest stage takes 30 GiB on one device, half in bfloat16); 30 GB of
+           host memory; 30 GB of disk; network for prepare
+Time:      about 3.4 hours on one H100 or 2.1 on eight TPU v5e, without prepare, which streams 3.5 M articles. Not
+           measured: the 1.2e18 FLOPs of --dry-run at 10 % of the chips' bfloat16 peaks (989 and 197 TFLOP/s), since
            the models are narrow
-Result:    not run; its reading of the tarball and of a streamed data set is tested on local copies of the same form
+Result:    not run; the readers of the tarball and of a streamed data set are tested on local copies of the same form
 """
 
 from ml_collections import ConfigDict
@@ -50,7 +50,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.study.update(
         {
             "name": "MASSIVE, seven locales, Wikipedia as generic text",
-            "cache": False,  # the teacher is small, and its predictions of a billion generic tokens would fill 150 GB
+            "cache": False,  # the teacher is small, and its predictions for a billion generic tokens would take 150 GB
             "seeds": (0, 1, 2, 3, 4),
             "recipe_learning_rates": (1e-4, 3e-4, 1e-3),
             "recipe_epochs": (10, 25),
@@ -58,7 +58,7 @@ def get_config(argument: str = "") -> ConfigDict:
     )
     if argument != "smoke":
         return config
-    # No network in a smoke run: the embedded data stand in.
+    # A smoke run must not need the network, so it uses the embedded data.
     config.nlu.update({"format": "embedded", "path": "", "locales": LOCALES[:4]})
     config.sources.generic = base.source("generic", "embedded", LANGUAGES[:4])
     config.sources.task.languages = LOCALES[:4]

@@ -1,11 +1,11 @@
-"""Distillation at the size of published work, to be compiled for machines before they are rented (docs/scaling.md).
+"""Distillation at the scale of published work, compiled before any machine is rented (docs/scaling.md).
 
 Command:   python -m kd_jax.main.compile_check --config=configs/paper_scale.py:xl_17m --topology=v5e:4x4
-           python -m kd_jax.main.study --config=configs/paper_scale.py:xl_17m --workdir=DIR, as in
-           configs/massive_wikipedia.py; the argument is TEACHER_STUDENT with the teachers mmbert, xl and 9b and the
-           students 170m and 17m; without one it is mmbert_17m
-Hardware:  from 16 TPU v5e or 8 H100s on; --config.mesh.fsdp=8 for nodes of 8 GPUs
-Time:      docs/scaling.md has what the compiled steps allow at best
+           python -m kd_jax.main.study --config=configs/paper_scale.py:xl_17m --workdir=DIR, with the data of
+           configs/massive_wikipedia.py. The argument is TEACHER_STUDENT, with the teachers mmbert, xl and 9b and the
+           students 170m and 17m; the default is mmbert_17m
+Hardware:  at least 16 TPU v5e or 8 H100s; --config.mesh.fsdp=8 for nodes of 8 GPUs
+Time:      docs/scaling.md gives lower bounds from the compiled steps
 Result:    not run
 """
 
@@ -15,8 +15,8 @@ from configs import massive_wikipedia
 from kd_jax.config import base
 from kd_jax.types import UserError
 
-# XLM-R XL as published; mmBERT base; and a teacher of the size of the Alexa Teacher Model with its 150,000 pieces,
-# rounded up to a multiple of 512, so that a mesh divides them.
+# mmBERT base; XLM-R XL as published; and a teacher of the Alexa Teacher Model's size, with its vocabulary of 150,000
+# rounded up to a multiple of 512, so that a mesh divides it.
 TEACHERS = {
     "mmbert": {"preset": "mmbert_base", "max_positions": 512},
     "xl": {"preset": "xlmr_xl"},
@@ -39,7 +39,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.student = base.encoder(STUDENTS[student], vocab_size=config.teacher.vocab_size)
     config.distill.update({"steps": 100_000, "batch_size": 256, "learning_rate": 5e-4, "warmup_steps": 5000})
     config.mesh.fsdp = 16
-    if teacher == "mmbert":  # small enough for every device to hold it all
+    if teacher == "mmbert":  # small enough to replicate on every device
         config.sharding.teacher.update(WHOLE)
     config.student.scan = "scan"  # compiles in a fraction of the time
     if student == "17m":

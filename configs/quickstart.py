@@ -1,11 +1,11 @@
-"""The whole study on the embedded default, small enough for a laptop.
+"""The complete study on the embedded default data, small enough for a laptop.
 
 Command:   bash launch/quickstart.sh
            python -m kd_jax.main.study --config=configs/quickstart.py --workdir=runs/quickstart
 Hardware:  two CPU cores, 4 GB of memory
 Time:      under 10 minutes
-Result:    a table of students and a report; at this size "no winner" is a fair verdict on the downstream tasks,
-           while the held-out masked-LM loss already tells the transfer sets apart
+Result:    a table of students and a report. At this size "no winner" is the expected verdict on the downstream tasks;
+           the held-out masked-LM loss already separates the transfer sets
 """
 
 from ml_collections import ConfigDict
@@ -39,7 +39,7 @@ def get_config(argument: str = "") -> ConfigDict:
             "seeds": (0, 1, 2),
             "recipe_learning_rates": (1e-3, 3e-3),
             "recipe_epochs": (4,),
-            # So little generic text teaches little about the task; the report says by how much, and the study goes on.
+            # So little generic text teaches little about the task; the report says how much, and the study continues.
             "require_teacher_better_than_unigram": False,
         }
     )

@@ -1,4 +1,4 @@
-"""The masked-LM step and the distillation step on texts of your own: a teacher is trained, then a student on it.
+"""Trains a teacher on your own texts with the masked-LM step, then distills a student from it.
 
 python -m docs.examples.distill_step
 """

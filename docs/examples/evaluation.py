@@ -1,8 +1,8 @@
-"""Predictions of any model of yours, scored and compared: records, then metrics, then whether a difference is chance.
+"""Scores and compares predictions of any model: records, then metrics, then whether a difference is due to chance.
 
 python -m docs.examples.evaluation
 
-The two "students" here are the gold labels with errors put in, one of them with fewer; put your own predictions there.
+The "students" here are the gold labels with errors inserted at different rates; replace them by your own predictions.
 """
 
 import random
@@ -17,7 +17,7 @@ ERROR_RATES = {"generic text": 0.20, "task text": 0.15, "task text, adapted teac
 
 
 def predict(utterance, error_rate: float, rng: random.Random, intents: list[str]) -> tuple[str, list[str]]:
-    """(intent, IOB2 tag of each word): the right ones, but for errors."""
+    """(intent, IOB2 tag of each word): the gold labels, with errors at this rate."""
     intent = rng.choice(intents) if rng.random() < error_rate else utterance.intent
     tags = ["O"] * len(utterance.words)
     for span in utterance.spans:
@@ -31,7 +31,7 @@ def main() -> None:
     test = [one for one in utterances if one.partition == "test"]
     train = [one for one in utterances if one.partition == "train"]
     intents = sorted({one.intent for one in train})
-    test_sets = assign_test_sets(test, train)  # test, and of it test_unseen and tail
+    test_sets = assign_test_sets(test, train)  # test, and its subsets test_unseen and tail
 
     records = {
         name: {

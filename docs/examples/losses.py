@@ -1,8 +1,8 @@
-"""The KL to a teacher over a large vocabulary in a training loop of your own, without logits for all positions at once.
+"""KL to a teacher over a large vocabulary in your own training loop, without logits for all positions at once.
 
 python -m docs.examples.losses
 
-Both "models" are given features and a table of output embeddings; what is learned is the student's table.
+Both "models" are given features and a table of output embeddings; only the student's table is trained.
 """
 
 from typing import Any
@@ -48,7 +48,7 @@ def main() -> None:
         "weights": (jax.random.uniform(keys[2], (ROWS, SLOTS)) < 0.8).astype(jnp.float32),  # 0 where nothing is masked
     }
     narrow = jax.random.normal(keys[1], (TEACHER_HIDDEN, HIDDEN)) / TEACHER_HIDDEN**0.5
-    batch["student"] = batch["teacher"] @ narrow  # what is left of the teacher's states in fewer dimensions
+    batch["student"] = batch["teacher"] @ narrow  # the teacher's states, projected to fewer dimensions
     constants = {"teacher_table": 0.3 * jax.random.normal(keys[3], (VOCABULARY, TEACHER_HIDDEN))}
     batch["targets"] = jnp.argmax(batch["teacher"] @ constants["teacher_table"].T, axis=-1)
     table = 0.1 * jax.random.normal(keys[4], (VOCABULARY, HIDDEN))
@@ -65,9 +65,9 @@ def main() -> None:
     for number in range(STEPS):
         table, state, terms = step(table, state)
         if number % 20 == 0 or number == STEPS - 1:
-            print(f"step {number:2}  KL {terms['kl']:.3f}  hard loss {terms['hard']:.3f} nats a position")
+            print(f"step {number:2}  KL {terms['kl']:.3f}  hard loss {terms['hard']:.3f} nats per position")
     mib = 4 * VOCABULARY / 2**20
-    print(f"logits at a time: {BLOCK * mib:.0f} MiB in place of {ROWS * SLOTS * mib:.0f} MiB, of either model")
+    print(f"logits at a time: {BLOCK * mib:.0f} MiB instead of {ROWS * SLOTS * mib:.0f} MiB, per model")
 
 
 if __name__ == "__main__":

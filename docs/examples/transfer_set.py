@@ -1,4 +1,4 @@
-"""A transfer set of 30 % generic and 70 % task-specific text: two stores of rows, mixed without any buffer.
+"""Mixes two stores of rows, 30 % generic and 70 % task text, without any buffer.
 
 python -m docs.examples.transfer_set
 """
@@ -45,12 +45,12 @@ def main() -> None:
             shares = {name: f"{one['tokens_share']:.3f}" for name, one in mixed.describe(rows)["kinds"].items()}
             print(f"after {rows:6} rows, share of tokens: {shares}")
 
-        # Any row of the endless sequence is found at once: which store, its how-manieth pass, which of its rows.
+        # Any row of the endless sequence is found in constant time: its store, the pass over it, and the row there.
         for index in (0, 1, 123_456_789):
             source, epoch, row = (int(values[0]) for values in mixed.locate(np.array([index])))
             print(f"global row {index}: row {row} of {stores[source].name} in its epoch {epoch}")
 
-        # So batch k needs no history: after a restart the sequence goes on where it was, on any number of hosts.
+        # So batch k needs no history: after a restart the sequence continues exactly, on any number of hosts.
         batches = MaskedBatches(stores, mixed, config.masking, tokenizer, batch_size=8)
         again = MaskedBatches(stores, mixed, config.masking, tokenizer, batch_size=8)
         whole = batches.batch(1000)

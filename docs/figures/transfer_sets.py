@@ -1,9 +1,8 @@
-"""Draws the picture of the README from a page of results: what each student read, and what came of it.
+"""Draws the figure of the README from a page of results: what each student read, its loss, and its errors.
 
     .venv/bin/python -m docs.figures.transfer_sets [docs/results/massive.md [docs/figures/transfer-sets]]
 
-The numbers are those of the page's own tables, so picture and page agree. A cell is "mean" or "mean ± standard
-deviation".
+The numbers come from the page's tables, so figure and page agree. A cell is "mean" or "mean ± standard deviation".
 """
 
 import pathlib
@@ -33,7 +32,7 @@ from kd_jax.study.report.plotting import (
 
 HELDOUT, TEST = "Held-out masked-LM loss", "Test set"
 SHARES = {"generic only": 0.0, "half task text": 0.5, "task text only": 1.0, "task text": 1.0}
-KINDS = {  # how a student came about -> its name in the legend, color and marker
+KINDS = {  # how a student was trained -> its legend label, color and marker
     "scratch": ("from scratch: no text before finetuning", SCRATCH, "X"),
     "mlm": ("masked LM alone, no teacher", MLM, "s"),
     "distilled": ("distilled from the generic teacher", TASK_ONLY, "o"),
@@ -42,21 +41,21 @@ KINDS = {  # how a student came about -> its name in the legend, color and marke
 
 
 class Row(NamedTuple):
-    """A student: how it came about, and the share of task text that it read; None where it read nothing."""
+    """A student: how it was trained, and the share of task text that it read; None if it read nothing."""
 
     kind: str
     share: float | None
 
 
 class Value(NamedTuple):
-    """A mean over seeds and their standard deviation, 0 where there is none."""
+    """A mean over seeds and their standard deviation, 0 if the table gives none."""
 
     mean: float
     deviation: float
 
 
 def tables(page: str, heading: str) -> tuple[list[str], dict[str, list[str]]]:
-    """(column names, label -> cells) of the first table below a heading that begins so."""
+    """(column names, label -> cells) of the first table below a heading that starts with this text."""
     section = re.search(rf"^## {re.escape(heading)}.*?(?=^## |\Z)", page, flags=re.MULTILINE | re.DOTALL)
     if section is None:
         raise SystemExit(f"the page has no section '## {heading}'")
@@ -67,7 +66,7 @@ def tables(page: str, heading: str) -> tuple[list[str], dict[str, list[str]]]:
 
 
 def student(label: str) -> Row | None:
-    """What a label of the tables says of a student; None for teachers and unigrams."""
+    """The student that a table's label describes; None for teachers and unigrams."""
     if label == "from scratch":
         return Row("scratch", None)
     kind, _, text = label.partition(", ")
@@ -80,13 +79,13 @@ def student(label: str) -> Row | None:
 
 
 def value(cell: str) -> Value | None:
-    """The mean and deviation in a cell; None in an empty one."""
+    """The mean and deviation in a cell; None for an empty one."""
     numbers = re.match(r"([\d.]+)(?: ± ([\d.]+))?", cell)
     return Value(float(numbers.group(1)), float(numbers.group(2) or 0)) if numbers else None
 
 
 def column(page: str, heading: str, name: str) -> dict[Row, Value]:
-    """student -> value of one column."""
+    """Student -> its value in one column."""
     names, rows = tables(page, heading)
     found = {student(label): value(cells[names.index(name)]) for label, cells in rows.items()}
     return {row: one for row, one in found.items() if row is not None and one is not None}
@@ -94,13 +93,13 @@ def column(page: str, heading: str, name: str) -> dict[Row, Value]:
 
 @rc_context(STYLE)
 def draw(page: str) -> Figure:
-    """Rows of students; how much of what they read was task text, held-out loss, and the error of both tasks."""
+    """One row per student: the share of task text it read, its held-out loss, and its error on both tasks."""
     rows = [row for label in tables(page, TEST)[1] if (row := student(label))]
     figure, axes = panel_grid(1, 4, 1.5 + 0.42 * len(rows), sharey=True, width_ratios=(1.1, 1, 1, 1))
     shares, *panels = axes[0]
     _shares(shares, rows)
     wanted = (
-        (HELDOUT, "task text", "Held-out loss\non task text", "nats a masked token"),
+        (HELDOUT, "task text", "Held-out loss\non task text", "nats per masked token"),
         (TEST, "DC error", "Domain\nclassification", "error, %"),
         (TEST, "SemER", "Intents and\nslots", "semantic error, %"),
     )
@@ -128,13 +127,13 @@ def _name(row: Row) -> str:
 
 
 def _shares(panel: Axes, rows: Sequence[Row]) -> None:
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         if row.share is None:
-            panel.text(50, place, "nothing", ha="center", va="center", color=SOFT)
+            panel.text(50, index, "nothing", ha="center", va="center", color=SOFT)
             continue
         generic = 100 * (1 - row.share)
-        panel.barh(place, generic, height=0.5, color=GENERIC_ONLY)
-        panel.barh(place, 100 - generic, left=generic, height=0.5, color=TASK_ONLY)
+        panel.barh(index, generic, height=0.5, color=GENERIC_ONLY)
+        panel.barh(index, 100 - generic, left=generic, height=0.5, color=TASK_ONLY)
     panel.set_title("What the\nstudent read")
     panel.set_xlabel("% of its text")
     panel.set_xlim(0, 100)
@@ -142,17 +141,17 @@ def _shares(panel: Axes, rows: Sequence[Row]) -> None:
 
 
 def _values(panel: Axes, rows: Sequence[Row], values: Mapping[Row, Value]) -> None:
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         if row in values:
             one, (_, color, shape) = values[row], KINDS[row.kind]
-            panel.hlines(place, one.mean - one.deviation, one.mean + one.deviation, color=color, linewidth=1.6)
-            panel.plot([one.mean], [place], shape, color=color, markersize=7, markeredgecolor="white")
+            panel.hlines(index, one.mean - one.deviation, one.mean + one.deviation, color=color, linewidth=1.6)
+            panel.plot([one.mean], [index], shape, color=color, markersize=7, markeredgecolor="white")
     panel.margins(x=0.12)
     panel.locator_params(axis="x", nbins=4)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Reads the page and writes the picture, as PNG and SVG."""
+    """Reads the page and writes the figure as PNG and SVG."""
     root = pathlib.Path(__file__).resolve().parent.parent.parent
     defaults = [root / "docs/results/massive.md", root / "docs/figures/transfer-sets"]
     page, target = [*map(pathlib.Path, arguments), *defaults[len(arguments) :]]

@@ -1,10 +1,24 @@
-"""Docstrings are plain sentences: what Markdown would take for HTML or emphasis is shown as it is written."""
+"""Shows docstrings as plain text: escapes what Markdown reads as HTML or emphasis, and lists the keys of settings."""
 
 import re
 
 import griffe
 
 _CODE = re.compile(r"(`[^`]*`)")
+_FIELD = re.compile(r"([a-z]\w*(?:, [a-z]\w*)*): ")
+
+
+def fields_as_list(text: str) -> str:
+    """The text with each line `name: what it is`, and the indented lines below it, as one item of a list."""
+    lines = []
+    for line in text.splitlines():
+        if field := _FIELD.match(line):
+            lines.append(f"- `{field.group(1)}`: {line[field.end() :]}")
+        elif line.startswith("    ") and lines and lines[-1].startswith("- "):
+            lines[-1] += f" {line.strip()}"
+        else:
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def escaped(text: str) -> str:
@@ -20,10 +34,12 @@ def escaped(text: str) -> str:
 
 
 class PlainDocstrings(griffe.Extension):
-    """Escapes every docstring as it is read."""
+    """Prepares every docstring that griffe reads."""
 
     def on_object(self, *, obj, **rest):
         """Called by griffe for each module, class, function and attribute."""
         del rest
         if obj.docstring:
-            obj.docstring.value = escaped(obj.docstring.value)
+            settings = obj.is_class and obj.path.startswith("kd_jax.config.")
+            text = fields_as_list(obj.docstring.value) if settings else obj.docstring.value
+            obj.docstring.value = escaped(text)

@@ -1,6 +1,4 @@
-"""Hooks of the documentation's site: sections of README.md, links that leave docs/, and pages that mkdocs.yml does not
-name.
-"""
+"""Hooks of the docs site: sections of README.md, links out of docs/, and pages missing from the nav of mkdocs.yml."""
 
 import logging
 import os.path
@@ -16,26 +14,27 @@ _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+[^)\s#]+)(#[^)\s]*)?\)")
 def outward_links(markdown: str, page: str, repository: str) -> tuple[str, list[str]]:
     """(the page with links to the repository's other files, targets that do not exist).
 
-    `page` is its path below docs/. On the site, a link to a file outside docs/ leads to the repository where its
-    address is known (repo_url of mkdocs.yml), and is the link's bare text elsewhere; links inside docs/ stay.
+    `page` is its path below docs/. A link to a file outside docs/ points to the repository if repo_url of mkdocs.yml is
+    set, and otherwise becomes its bare text. Links inside docs/ do not change.
     """
     missing = []
 
     def replaced(link: re.Match) -> str:
         text, target, _ = link.groups()
-        place = os.path.normpath(os.path.join("docs", os.path.dirname(page), target))
-        if place.startswith(f"docs{os.sep}"):
+        path = os.path.normpath(os.path.join("docs", os.path.dirname(page), target))
+        if path.startswith(f"docs{os.sep}"):
             return link.group()
-        if place.startswith("..") or not (ROOT / place).exists():
+        if path.startswith("..") or not (ROOT / path).exists():
             missing.append(target)
-        return f"[{text}]({repository.rstrip('/')}/blob/main/{place})" if repository else text
+        return f"[{text}]({repository.rstrip('/')}/blob/main/{path})" if repository else text
 
     return _LINK.sub(replaced, markdown), missing
 
 
 def with_sections(markdown: str, readme: str) -> tuple[str, list[str]]:
-    """(a page right below docs/ with README's sections in place of `<!-- README: heading; heading -->`, headings that
-    README lacks).
+    """(the page with README's sections in place of `<!-- README: heading; heading -->`, headings that README lacks).
+
+    The page must be directly below docs/, since links are rewritten for that folder.
     """
     missing = []
 
@@ -44,7 +43,7 @@ def with_sections(markdown: str, readme: str) -> tuple[str, list[str]]:
         if found is None:
             missing.append(heading)
             return ""
-        # README lies one folder above: its docs/x.md is x.md here, and its configs/x.py is ../configs/x.py.
+        # README is one folder up: its docs/x.md is x.md here, and its configs/x.py is ../configs/x.py.
         text = re.sub(r"\]\((?!\w+:|#)", "](../", found.group())
         return text.replace("](../docs/", "](").strip()
 
@@ -55,7 +54,7 @@ def with_sections(markdown: str, readme: str) -> tuple[str, list[str]]:
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Fills in README's sections and rewrites links out of docs/; what is not there is a warning."""
+    """Inserts README's sections and rewrites links out of docs/; a missing section or target is a warning."""
     del files
     name = page.file.src_uri
     text, absent = with_sections(markdown, (ROOT / "README.md").read_text(encoding="utf-8"))
@@ -76,7 +75,7 @@ def named_pages(nav) -> set[str]:
 
 
 def on_files(files, config):
-    """Puts the pages that mkdocs.yml does not name at the end, so that a new page is never out of reach."""
+    """Appends the pages that the nav does not name, so that a new page can always be reached."""
     named = named_pages(config.nav)
     rest = sorted(file.src_uri for file in files.documentation_pages() if file.src_uri not in named)
     if rest:

@@ -22,8 +22,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TextIO
 
 from absl import logging
-from ml_collections import ConfigDict
 
+from kd_jax.config.execution import Mesh
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.text import files
 from kd_jax.data.text.utterances import FIELDS, Utterance, split_words
@@ -84,7 +84,7 @@ class Predictor:
     """Finetuned models, read once. Raises UserError for what is no finetuning run, and for two of one task."""
 
     def __init__(self, workdirs: Sequence[str], prepared: str = ""):
-        self._mesh = make_mesh(ConfigDict({"data": -1, "fsdp": 1, "tensor": 1}))
+        self._mesh = make_mesh(Mesh())
         self._prepared: dict[str, Prepared] = {}
         self._folder = prepared
         self._dc: finetune.Finetuned | None = None

@@ -1,4 +1,4 @@
-"""README.md and docs/: what they name exists, and the helpers of the site and of the README's picture."""
+"""README.md and docs/: links, commands and keys in them exist; the hooks of the site; the figure of the README."""
 
 import importlib
 import importlib.util
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-COMMAND = re.compile(r"-m kd_jax\.main\.(\w+)(?![\w{<\[$*])")
+COMMAND = re.compile(r"(?:-m kd_jax\.main\.|\bkd-jax )(\w+)(?![\w{<\[$*])")
 
 
 def loaded(path: str):
@@ -25,7 +25,7 @@ def loaded(path: str):
 
 
 def dead_links(text: str, folder: pathlib.Path) -> list[str]:
-    """Relative links of a Markdown page that lead to nothing; code is left out."""
+    """Relative links of a Markdown page, outside code, whose target does not exist."""
     prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
     links = re.findall(r"\]\(([^)\s]+)(?: \"[^\"]*\")?\)", prose)
     relative = [link.split("#")[0] for link in links if not re.match(r"\w+:|#", link)]
@@ -40,7 +40,7 @@ def shell_commands(text: str) -> list[str]:
 
 
 def has_key(config: ConfigDict, key: str) -> bool:
-    """Whether a dotted key is there; what lies below an empty block, as config.sources is, is for the user to name."""
+    """Whether a dotted key exists; below an empty block, such as config.sources, users choose the names."""
     value = config
     for part in key.split("."):
         if not isinstance(value, ConfigDict):
@@ -52,16 +52,17 @@ def has_key(config: ConfigDict, key: str) -> bool:
 
 
 def unknown_names(command: str) -> list[str]:
-    """What a shell command of the documentation names that does not exist: modules, configs, keys, scripts."""
-    unknown = [name for name in COMMAND.findall(command) if not (ROOT / "kd_jax" / "main" / f"{name}.py").exists()]
+    """Modules, configs, keys and scripts in a shell command of the documentation that do not exist."""
+    commands = {"init", *(path.stem for path in (ROOT / "kd_jax" / "main").glob("*.py"))}
+    unknown = [name for name in COMMAND.findall(command) if name not in commands]
     unknown += [name for name in re.findall(r"\blaunch/[\w.-]+", command) if not (ROOT / name).exists()]
     file = re.search(r"--config=configs/(\w+)\.py(?::(\w+))?", command)
     if file is None:
         return unknown
-    name = "base" if file[1] == "FILE" else file[1]  # FILE stands for any, whose keys are those of base
-    if not (ROOT / "configs" / f"{name}.py").exists():
+    name = "kd_jax.config.base" if file[1] == "FILE" else f"configs.{file[1]}"  # FILE stands for any config
+    if not (ROOT / f"{name.replace('.', '/')}.py").exists():
         return [*unknown, file[0]]
-    module = importlib.import_module(f"configs.{name}")
+    module = importlib.import_module(name)
     config = module.get_config(file[2]) if file[2] else module.get_config()
     return unknown + [key for key in re.findall(r"--config\.([\w.]+)=", command) if not has_key(config, key)]
 
@@ -76,6 +77,7 @@ def test_links_and_commands_name_what_exists(page):
 def test_what_does_not_exist_is_seen():
     text = "[a](kd_jax/nowhere.py) [b](#here) [c](https://x.org) `[d](code)`\n![e](docs/none.png) [f](README.md#start)"
     assert dead_links(text, ROOT) == ["kd_jax/nowhere.py", "docs/none.png"]
+    assert unknown_names("kd-jax distil --config=mine/config.py") == ["distil"]
     command = "python -m kd_jax.main.distil --config=configs/quickstart.py \\\n    --config.distill.stepz=1"
     page = f"```python\nx = 1\n```\n```\n{command}\n```\n"
     (command,) = shell_commands(page)
@@ -86,20 +88,23 @@ def test_what_does_not_exist_is_seen():
     ]
 
 
-def feature_table() -> list[list[str]]:
-    """The rows of the README's comparison, its first column the feature and its second ours."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## How it compares", 1)[1].split("\n## ")[0]
+def table(page: str, heading: str) -> list[list[str]]:
+    """Header and rows of the table below a heading of a page."""
+    section = (ROOT / page).read_text(encoding="utf-8").split(f"\n## {heading}", 1)[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [header, *rows]
 
 
 def test_each_feature_of_ours_is_held_by_a_test():
-    header, _, *rows = feature_table()
+    header, *rows = table("README.md", "How it compares")
     assert rows and header[1] == "kd_jax"
+    held = dict(table("docs/guarantees.md", "Tests")[1:])
+    assert [row[0] for row in rows] == list(held), "README.md and docs/guarantees.md list the same features in order"
     for row in rows:
         assert len(row) == len(header), row
-        tests = re.findall(r'\((tests/\w+\.py) "(\w+)"\)', row[1])
-        assert tests or not row[1].startswith("**Y"), f"{row[0]}: name the test that holds it"
+        tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", held[row[0]])
+        assert tests or not row[1].startswith("**Y"), f"{row[0]}: name its test in docs/guarantees.md"
         for file, name in tests:
             assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file} has no {name}"
 
@@ -114,16 +119,16 @@ def test_the_lock_of_the_site_is_its_own_and_small():
 
 def test_links_out_of_docs_lead_to_the_repository_or_are_bare_text():
     outward_links = loaded("hooks/links.py").outward_links
-    text = "See [keys](../configs/base.py), [page](distillation.md), [none](../gone.py) and ![x](../y.png)."
+    text = "See [keys](../kd_jax/types.py), [page](distillation.md), [none](../gone.py) and ![x](../y.png)."
     bare, missing = outward_links(text, "selection.md", "")
     assert bare == "See keys, [page](distillation.md), none and ![x](../y.png)." and missing == ["../gone.py"]
     linked, _ = outward_links(text, "selection.md", "https://example.org/kd/")
-    assert "[keys](https://example.org/kd/blob/main/configs/base.py)" in linked
+    assert "[keys](https://example.org/kd/blob/main/kd_jax/types.py)" in linked
     inside = "[up](../distillation.md)"
     assert outward_links(inside, "results/massive.md", "") == (inside, [])
 
 
-def test_sections_of_the_readme_stand_in_the_page_with_links_from_there():
+def test_sections_of_the_readme_are_inserted_with_links_that_fit_the_page():
     with_sections = loaded("hooks/links.py").with_sections
     readme = "# X\n\n## A\n\n[a](docs/a.md) [b](configs/b.py) [c](https://c.org) [d](#a)\n\n## B\n\nb\n\n## C\n\nc\n"
     page, missing = with_sections("# P\n\n<!-- README: A; C -->\n\nend\n", readme)
@@ -167,7 +172,7 @@ PAGE = """# Results
 
 
 def drawn(panel: Axes) -> dict[float, float]:
-    """Row of the panel -> its marker's place."""
+    """Row of the panel -> position of its marker."""
     return {line.get_ydata()[0]: line.get_xdata()[0] for line in panel.lines if line.get_marker() not in ("None", "")}
 
 

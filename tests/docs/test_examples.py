@@ -1,4 +1,4 @@
-"""The examples of docs/library.md run as they stand there, and what they print is so."""
+"""The examples of docs/library.md run as written and print what is expected."""
 
 import os
 import pathlib
@@ -37,7 +37,7 @@ def test_losses():
     divergences = [float(re.search(r"KL ([\d.]+)", line)[1]) for line in steps]
     assert len(divergences) == 4 and divergences == sorted(divergences, reverse=True)
     assert divergences[-1] < divergences[0] / 3
-    assert memory == "logits at a time: 5 MiB in place of 29 MiB, of either model"
+    assert memory == "logits at a time: 5 MiB instead of 29 MiB, per model"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The commands of docs/own-data.md run as they stand there, the study at smoke size, and print what the page shows."""
+"""The commands of docs/own-data.md run as written (the study at smoke size) and print what the page shows."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def blocks():
 
 
 def script():
-    """The page's commands as one script, for they share variables; the output of each block begins with MARK."""
+    """The page's commands as one script, since they share variables; the output of each block begins with MARK."""
     lines = ["set -eu -o pipefail"]
     for language, content in blocks():
         if language == "bash":
@@ -36,7 +36,7 @@ def script():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """(folder in which the commands ran, the output of each block)."""
+    """(folder where the commands ran, the output of each block)."""
     folder = tmp_path_factory.mktemp("page")
     for name in ("configs", "docs", "kd_jax"):
         (folder / name).symlink_to(ROOT / name)
@@ -69,10 +69,10 @@ def test_commands_print_what_the_page_shows(finished):
     contents = [content for language, content in blocks() if language in ("bash", "text")]
     assert kinds.count("bash") == len(outputs)
     shown = 0
-    for place, kind in enumerate(kinds):
+    for index, kind in enumerate(kinds):
         if kind == "text":
-            printed = iter(outputs[kinds[:place].count("bash") - 1].splitlines())
-            for line in contents[place].splitlines():
+            printed = iter(outputs[kinds[:index].count("bash") - 1].splitlines())
+            for line in contents[index].splitlines():
                 if line not in ("", "..."):
                     assert any(other == line for other in printed), f"the page shows {line!r}"  # in this order
                     shown += 1

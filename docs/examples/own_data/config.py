@@ -1,16 +1,16 @@
-"""The config of docs/own-data.md: your utterances and your text, compared on two cores within minutes.
+"""The config of docs/own-data.md: compares transfer sets on your utterances and text, on two cores within minutes.
 
 Command:   python -m kd_jax.main.study --config=docs/examples/own_data/config.py --workdir=runs/own_study
 Hardware:  two CPU cores, 4 GB of memory
 Time:      about five minutes
-Result:    a report in runs/own_study/report.html
+Result:    the report runs/own_study/report.html
 """
 
 from ml_collections import ConfigDict
 
 from kd_jax.config import base
 
-LOCALES = ("en-US", "de-DE")  # of the utterances: nlu/en-US.jsonl, ...
+LOCALES = ("en-US", "de-DE")  # of the labeled utterances: nlu/en-US.jsonl, ...
 LANGUAGES = ("en", "de")  # of the generic text: texts/en.txt, ...
 
 
@@ -36,7 +36,7 @@ def get_config(argument: str = "") -> ConfigDict:
             "seeds": (0, 1, 2),
             "recipe_learning_rates": (3e-3,),
             "recipe_epochs": (3,),
-            # So little generic text teaches nothing about the task, and here it need not.
+            # So little generic text teaches the teacher nothing about the task; run the study anyway.
             "require_teacher_better_than_unigram": False,
         }
     )

@@ -1,9 +1,9 @@
-"""Writes the data of docs/own-data.md: utterances to a kitchen assistant, and sentences about other things.
+"""Writes the data of docs/own-data.md: utterances to a kitchen assistant, and generic sentences.
 
 python -m docs.examples.own_data.write_data runs/own_data
 
-Writes nlu/<locale>.jsonl in MASSIVE's format and texts/<language>.txt, one text a line. Replace it by whatever turns
-your own table of utterances into such lines.
+Writes nlu/<locale>.jsonl in MASSIVE's format and texts/<language>.txt, one text a line. Replace it by a
+script that writes your own utterances in this format.
 """
 
 import itertools
@@ -89,7 +89,7 @@ SENTENCES = {
 
 
 def utterances(locale: str) -> list[dict[str, str]]:
-    """All fillings of the patterns in a fixed shuffled order; of ten, two are for test and one is for dev."""
+    """All fillings of the patterns, shuffled with a fixed seed; of every ten, two are for test and one is for dev."""
     records = []
     for domain, intent, pattern in PATTERNS[locale]:
         names = re.findall(r"{(\w+)}", pattern)
