@@ -52,6 +52,9 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [] if old == new else [f"{prefix}: {old!r} -> {new!r}"]
 
 
+# Terms of config.distill that compare inner states, not logits.
+FEATURE_TERMS = ("hidden", "embeddings", "relations")
+
 # Top-level keys that every command reads and that change only how a run is executed and watched.
 EXECUTION_KEYS = (
     *("mesh", "sharding", "storage", "progress", "tensorboard", "wandb", "watchdog_seconds", "watchdog_exit"),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from kd_jax.config import require
+from kd_jax.config import FEATURE_TERMS, require
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.vocabulary import TrimmedPrepared, kept_ids
 from kd_jax.jobs import masked_lm, trained
@@ -19,7 +19,6 @@ from kd_jax.models.layer_map import initial_layers, layer_map, read_layers
 from kd_jax.models.projection import WithProjections, needs_projection
 from kd_jax.steps.distill import DistillSettings, Weight
 from kd_jax.steps.teacher_logits import TeacherForm
-from kd_jax.study.plan import FEATURE_TERMS
 from kd_jax.trainer.mesh import Rules, rules_of
 
 TERMS = ("kl", "mlm", *FEATURE_TERMS)
