@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks.flops import cached_flops, distill_flops
 from benchmarks.handover import read_arrays, read_batches, read_tree
 from benchmarks.layouts import one_text_a_row, same_shape
 from kd_jax.losses.logits import kl_divergence, masked_cross_entropy
 from kd_jax.models.encoder_config import EncoderConfig
+from kd_jax.models.flops import cached_flops, distill_flops
 from kd_jax.models.functional import Functional
 from kd_jax.models.heads import gather_positions
 from kd_jax.models.projection import WithProjections

@@ -14,10 +14,10 @@ import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 import transformers
 from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
-from benchmarks.flops import distill_flops
 from benchmarks.handover import read_arrays, read_batches
 from benchmarks.layouts import one_text_a_row, with_labels
 from kd_jax.models.encoder_config import EncoderConfig
+from kd_jax.models.flops import distill_flops
 
 Spec = Mapping[str, Any]
 Batches = list[dict[str, np.ndarray]]

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from benchmarks.flops import distill_flops
 from benchmarks.jax_variants import JaxSteps, Spec, masked_objective, model
-from kd_jax.config.execution import Mesh
+from kd_jax.models.flops import distill_flops
 from kd_jax.trainer.mesh import make_mesh
 
 FIRST_PIECE = 5  # ids below are those of special tokens
@@ -38,7 +38,7 @@ class ScaledDistill:
             jax.jit(one.init)(jax.random.key(number)) for number, one in enumerate((self.student, self.teacher))
         )
         objective, frozen = masked_objective(self.student, self.teacher, self.spec, teacher)
-        mesh = make_mesh(Mesh(-1, 1, 1)) if size["devices"] > 1 else None
+        mesh = make_mesh(ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})) if size["devices"] > 1 else None
         batch = synthetic_batch(size["rows"], size["length"], size["slots"], size["vocabulary"])
         self._steps = JaxSteps(objective, self.spec["job"], student, frozen, [batch], ("kl", "mlm"), mesh)
         shape = (size["rows"], size["length"], size["slots"])

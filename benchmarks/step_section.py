@@ -10,13 +10,13 @@ from ml_collections import ConfigDict
 
 from benchmarks import workloads
 from benchmarks.agreement import check_agreement
-from benchmarks.flops import distill_flops
 from benchmarks.handover import write_batches
 from benchmarks.layouts import counts
 from benchmarks.rounds import Measured, measure, ratio, spread
 from benchmarks.workers import Worker, running
 from kd_jax.config import to_dict
 from kd_jax.data.prepared import Prepared
+from kd_jax.models.flops import distill_flops
 from kd_jax.models.functional import Functional, parameter_count
 
 Say = Callable[[str], None]

@@ -13,9 +13,9 @@ import pytest
 
 from benchmarks import __main__ as benchmark
 from benchmarks import agreement, machine, memory, rounds, step_section, worker, workers
-from benchmarks.flops import cached_flops, distill_flops
 from configs import benchmark as experiment
 from kd_jax.models.encoder_config import encoder_config
+from kd_jax.models.flops import cached_flops, distill_flops
 from kd_jax.models.presets import PRESETS
 from kd_jax.types import UserError
 
