@@ -191,7 +191,7 @@ def run_smoke(workdir, *changes: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_smoke_run_measures_and_reports_all_sections(tmp_path):
     result = run_smoke(tmp_path, "--config.benchmark.texts={'mixed': 0.7}")
     assert result.returncode == 0, result.stderr
@@ -206,7 +206,7 @@ def test_smoke_run_measures_and_reports_all_sections(tmp_path):
     assert again.returncode == 0 and again.stdout.count("is measured already") == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_smoke_run_refuses_what_does_not_agree(tmp_path):
     changes = ("--config.benchmark.tolerance=0.0", "--config.benchmark.sections=('step',)")
     result = run_smoke(tmp_path, "--config.benchmark.texts={'mixed': 0.7}", *changes)
