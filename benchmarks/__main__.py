@@ -1,4 +1,4 @@
-"""Measures speed and memory in one run and in alternation, and refuses to report what was not computed alike.
+"""Measures speed and memory of variants in alternation, and reports nothing unless their losses agree.
 
 python -m benchmarks --config=configs/benchmark.py --workdir=DIR [--config.benchmark.sections="('step',)"]
 """
@@ -6,14 +6,13 @@ python -m benchmarks --config=configs/benchmark.py --workdir=DIR [--config.bench
 import functools
 import pathlib
 import time
-from typing import Any
 
 from matplotlib import rc_context
 from ml_collections import ConfigDict
 
-from benchmarks import finetune_section, scaling_section, step_section
 from benchmarks.figure import draw_finetune, draw_scaling, draw_step
 from benchmarks.machine import describe
+from benchmarks.sections import measure_finetune, measure_scaling, measure_step
 from benchmarks.tables import tables
 from kd_jax.config import require, to_dict
 from kd_jax.data.prepared import Prepared, prepare
@@ -25,9 +24,9 @@ from kd_jax.trainer.run_directory import RunDirectory, provenance
 
 # Section -> (what measures it, what draws it, rows and columns of panels, height in inches).
 SECTIONS = {
-    "step": (step_section.run, draw_step, (2, 2), 8.0),
-    "finetune": (finetune_section.run, draw_finetune, (1, 2), 2.4),
-    "scaling": (scaling_section.run, draw_scaling, (3, 2), 8.0),
+    "step": (measure_step, draw_step, (2, 2), 8.0),
+    "finetune": (measure_finetune, draw_finetune, (1, 2), 2.4),
+    "scaling": (measure_scaling, draw_scaling, (3, 2), 8.0),
 }
 
 
@@ -48,7 +47,9 @@ def check(config: ConfigDict) -> None:
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Measures the sections that are not measured yet; each leaves NAME.json, NAME.png and NAME.svg."""
     check(config)
-    directory = RunDirectory(workdir, "benchmark", {**to_dict(config), "benchmark": without_sections(config)})
+    values = to_dict(config)
+    del values["benchmark"]["sections"]  # the same workdir may be given for one section after the other
+    directory = RunDirectory(workdir, "benchmark", values)
     watch = functools.partial(counted, unit="texts", shown=config.progress)
     prepare(config, workdir / "prepared", watch)
     prepared = Prepared(workdir / "prepared")
@@ -59,7 +60,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             print(f"{name}: is measured already in {file}; choose another --workdir to measure it again")
             continue
         start = time.monotonic()
-        result = measure(config, prepared, workdir / "work" / name, say)
+        result = measure(config, prepared, workdir / "work" / name, functools.partial(print, flush=True))
         about = {**provenance(), "machine": describe(config.benchmark.threads), "seconds": time.monotonic() - start}
         result = {"about": about, **result}
         write_json(file, result)
@@ -69,16 +70,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             write_figure(figure, workdir, name)
         print(f"\n{tables(result)}\n")
     directory.finish()
-
-
-def without_sections(config: ConfigDict) -> dict[str, Any]:
-    """config.benchmark but for the choice of sections, which one run may make again and again."""
-    return {name: value for name, value in to_dict(config)["benchmark"].items() if name != "sections"}
-
-
-def say(line: str) -> None:
-    """A line of progress, at once."""
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the figures of each section draw, on axes that the caller made: points are medians, lines go from min to max."""
+"""Draws the figure of each section on given axes: points are medians, lines go from minimum to maximum."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,15 +23,12 @@ def draw_step(axes: np.ndarray, result: Mapping[str, Any]) -> None:
         for number, text in enumerate(texts):
             variants = result["texts"][text]["variants"]
             points = [value(variants[name]) for name in names]
-            _points(panel, points, _offset(number, len(texts)), COLORS[number % len(COLORS)], text)
-
-    def one(value: float) -> dict[str, float]:
-        return {"median": value, "min": value, "max": value}
+            _points(panel, points, 0.22 * (number - (len(texts) - 1) / 2), COLORS[number % len(COLORS)], text)
 
     spreads(rate, lambda variant: variant["tokens_per_second"])
-    spreads(share, lambda variant: one(100 * variant["gemm_share"]))
-    spreads(memory, lambda variant: one(max(variant["memory"], 1) / MIB))
-    spreads(compilation, lambda variant: one(variant["compile_seconds"]))
+    spreads(share, lambda variant: _exact(100 * variant["gemm_share"]))
+    spreads(memory, lambda variant: _exact(max(variant["memory"], 1) / MIB))
+    spreads(compilation, lambda variant: _exact(variant["compile_seconds"]))
     for panel, title in zip((rate, share, memory, compilation), TITLES):
         panel.set_title(title)
     for panel in (share, compilation):
@@ -86,8 +83,8 @@ def draw_scaling(axes: np.ndarray, result: Mapping[str, Any]) -> None:
         panel.set_visible(False)
 
 
-def _offset(number: int, count: int) -> float:
-    return 0.22 * (number - (count - 1) / 2)
+def _exact(value: float) -> dict[str, float]:
+    return dict.fromkeys(("median", "min", "max"), value)
 
 
 def _points(panel: Axes, points: Sequence[Mapping[str, float]], offset: float, color: str, label: str) -> None:

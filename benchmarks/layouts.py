@@ -1,7 +1,4 @@
-"""The same texts and masks in the layouts that the variants read: packed rows, one text a row, a label at every column.
-
-NumPy alone, so that a worker of one framework does not import the other.
-"""
+"""The same texts and masks in other layouts: packed rows, one text a row, a label at every column."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,13 +15,22 @@ _UTTERANCE_SLOTS = ("first_positions", "utterance_weights", "utterance_labels")
 
 
 def texts_of(segment_ids: np.ndarray) -> np.ndarray:
-    """int [R, L]: the number of the text that each column of packed rows belongs to, counted over the batch; -1 for
-    padding.
-    """
+    """int [R, L]: for each column of packed rows the number of its text, counted over the batch; -1 for padding."""
     starts = segment_ids > 0
     starts[:, 1:] &= segment_ids[:, 1:] != segment_ids[:, :-1]
     numbers = np.cumsum(starts.reshape(-1)).reshape(segment_ids.shape) - 1
     return np.where(segment_ids > 0, numbers, -1)
+
+
+def _text_a_row(batch: Arrays, names: Sequence[str], pad_id: int) -> dict[str, np.ndarray]:
+    """Arrays [R, L] of packed rows as [N, longest text], a text in each row."""
+    real = batch["segment_ids"] > 0
+    numbers, columns = texts_of(batch["segment_ids"])[real], batch["positions"][real]
+    shape = (int(numbers.max()) + 1, int(columns.max()) + 1)
+    result = {name: np.full(shape, pad_id if name == "tokens" else 0, batch[name].dtype) for name in names}
+    for name, values in result.items():
+        values[numbers, columns] = 1 if name == "segment_ids" else batch[name][real]
+    return result
 
 
 def one_text_a_row(batch: Arrays, pad_id: int) -> dict[str, np.ndarray]:
@@ -32,62 +38,37 @@ def one_text_a_row(batch: Arrays, pad_id: int) -> dict[str, np.ndarray]:
 
     The rows are as long as the longest text, and have as many mask slots as its most masked text (see kd_jax.types).
     """
-    numbers, real = texts_of(batch["segment_ids"]), batch["segment_ids"] > 0
-    texts, length = int(numbers.max()) + 1, int(batch["positions"][real].max()) + 1
-    tokens = np.full((texts, length), pad_id, np.int32)
-    segment_ids = np.zeros((texts, length), np.int32)
-    tokens[numbers[real], batch["positions"][real]] = batch["tokens"][real]
-    segment_ids[numbers[real], batch["positions"][real]] = 1
-
     rows, slots = np.nonzero(batch["masked_weights"])
     columns = batch["masked_positions"][rows, slots]
-    text = numbers[rows, columns]
-    # Slots ascend in a row and so do its texts, so a text's slots stand together; each counts from its first.
+    text = texts_of(batch["segment_ids"])[rows, columns]
+    # Slots ascend in a row, as its texts do, so the slots of a text are neighbors; each counts from the first.
     slot = np.arange(len(text)) - np.searchsorted(text, text)
-    shape = (texts, int(slot.max(initial=0)) + 1)
-    masked_positions, masked_targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    masked_weights = np.zeros(shape, np.float32)
-    masked_positions[text, slot] = batch["positions"][rows, columns]
-    masked_targets[text, slot] = batch["masked_targets"][rows, slots]
-    masked_weights[text, slot] = 1.0
-    return {
-        "tokens": tokens,
-        "segment_ids": segment_ids,
-        "positions": np.where(segment_ids > 0, np.arange(length, dtype=np.int32)[None], 0).astype(np.int32),
-        "masked_positions": masked_positions,
-        "masked_targets": masked_targets,
-        "masked_weights": masked_weights,
-    }
+    result = _text_a_row(batch, ("tokens", "segment_ids", "positions"), pad_id)
+    for name in _MASK_SLOTS:
+        result[name] = np.zeros((len(result["tokens"]), int(slot.max(initial=0)) + 1), batch[name].dtype)
+        result[name][text, slot] = batch[name][rows, slots]
+    result["masked_positions"][text, slot] = batch["positions"][rows, columns]
+    return result
 
 
-def labeled_text_a_row(batch: Arrays, pad_id: int, slots: int = 1) -> dict[str, np.ndarray]:
-    """A finetuning batch of packed rows as N rows of one utterance each, with `slots` utterance slots a row."""
-    numbers, real = texts_of(batch["segment_ids"]), batch["segment_ids"] > 0
-    texts, length = int(numbers.max()) + 1, int(batch["positions"][real].max()) + 1
-    padding = {"tokens": pad_id}
-    result = {}
-    for name in ("tokens", "segment_ids", "positions", "tag_labels", "tag_weights"):
-        values = np.full((texts, length), padding.get(name, 0), batch[name].dtype)
-        values[numbers[real], batch["positions"][real]] = 1 if name == "segment_ids" else batch[name][real]
-        result[name] = values
-    rows, places = np.nonzero(batch["utterance_weights"])
-    text = numbers[rows, batch["first_positions"][rows, places]]
+def labeled_text_a_row(batch: Arrays, pad_id: int) -> dict[str, np.ndarray]:
+    """A finetuning batch of packed rows as N rows of one utterance each."""
+    result = _text_a_row(batch, ("tokens", "segment_ids", "positions", "tag_labels", "tag_weights"), pad_id)
+    rows, slots = np.nonzero(batch["utterance_weights"])
+    text = texts_of(batch["segment_ids"])[rows, batch["first_positions"][rows, slots]]
     for name in _UTTERANCE_SLOTS:
-        result[name] = np.zeros((texts, slots), batch[name].dtype)
+        result[name] = np.zeros((len(result["tokens"]), 1), batch[name].dtype)
     result["utterance_weights"][text, 0] = 1.0
-    result["utterance_labels"][text, 0] = batch["utterance_labels"][rows, places]
+    result["utterance_labels"][text, 0] = batch["utterance_labels"][rows, slots]
     return result
 
 
 def with_labels(batch: Arrays) -> dict[str, np.ndarray]:
-    """The batch and, for losses at every column, labels int32 [R, L] (IGNORED where not masked) and label_weights
-    float32 [R, L].
-    """
+    """The batch and, for a loss at every column, labels int32 [R, L], which are IGNORED where nothing is masked."""
     rows, slots = np.nonzero(batch["masked_weights"])
-    columns = batch["masked_positions"][rows, slots]
     labels = np.full(batch["tokens"].shape, IGNORED, np.int32)
-    labels[rows, columns] = batch["masked_targets"][rows, slots]
-    return {**batch, "labels": labels, "label_weights": (labels != IGNORED).astype(np.float32)}
+    labels[rows, batch["masked_positions"][rows, slots]] = batch["masked_targets"][rows, slots]
+    return {**batch, "labels": labels}
 
 
 def same_shape(batches: Sequence[Arrays], multiple: int, pad_id: int, length: int = 0) -> list[dict[str, np.ndarray]]:

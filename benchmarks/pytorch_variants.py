@@ -1,10 +1,9 @@
 """The same step in PyTorch: the loop that a user of `transformers` would write, and the best that was found.
 
-The only module of kd_jax that imports torch, which is an optional extra ("parity") and is asked for by the benchmark
-alone.
+The only module outside tests that imports torch, which is an optional extra ("parity").
 """
 
-import abc
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,18 +13,24 @@ import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 import transformers
 from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
-from benchmarks.flops import distill_flops
-from benchmarks.handover import read_arrays, read_batches
 from benchmarks.layouts import one_text_a_row, with_labels
+from benchmarks.worker import Run
+from benchmarks.workloads import read_arrays, read_batches
 from kd_jax.models.encoder_config import EncoderConfig
+from kd_jax.models.flops import distill_flops
+from kd_jax.models.huggingface.config import their_config
 
 Spec = Mapping[str, Any]
 Batches = list[dict[str, np.ndarray]]
+Losses = tuple[torch.Tensor, torch.Tensor]  # (KL, cross entropy), means over the masked positions
 SLOT_MULTIPLE = 16
 
 
-class _Distill(abc.ABC):
-    """What both loops share: models from the same weights, AdamW with the same settings, batches as tensors."""
+class UsualLoop:
+    """Padded batches, full logits, the cross entropy inside the model, the KL at the masked positions.
+
+    Weights, texts, masks and the settings of AdamW are those of kd_jax.
+    """
 
     def __init__(self, spec: Spec, *, compiled: bool, fused: bool):
         torch.set_num_threads(spec["threads"] or torch.get_num_threads())
@@ -51,11 +56,10 @@ class _Distill(abc.ABC):
         }
 
     def run(self, first: int, steps: int) -> list[dict[str, float]]:
-        """See worker.Variant."""
         losses = [self.step(self.batches[step % len(self.batches)]) for step in range(first, first + steps)]
         return [{"kl": float(kl), "mlm": float(mlm)} for kl, mlm in losses]
 
-    def step(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, batch: Mapping[str, torch.Tensor]) -> Losses:
         """One update; the two losses before it."""
         job = self.spec["job"]
         self.optimizer.zero_grad(set_to_none=True)
@@ -66,25 +70,44 @@ class _Distill(abc.ABC):
         self.optimizer.step()
         return kl.detach(), mlm.detach()
 
-    @abc.abstractmethod
     def layout(self, batches: Batches) -> Batches:
-        """The packed batches in the layout of this loop."""
+        """The packed batches as this loop reads them: one text a row, as long as the longest of the batch."""
+        labeled = [with_labels(one_text_a_row(batch, self.spec["pad_id"])) for batch in batches]
+        return [
+            {
+                "tokens": batch["tokens"].astype(np.int64),
+                "attention_mask": batch["segment_ids"].astype(np.int64),
+                "labels": batch["labels"].astype(np.int64),
+            }
+            for batch in labeled
+        ]
 
-    @abc.abstractmethod
     def build(self) -> None:
-        """Compiles what is to be compiled."""
+        if self.compiled:
+            self.student, self.teacher = torch.compile(self.student), torch.compile(self.teacher)
 
-    @abc.abstractmethod
     def flops(self, batch: Mapping[str, np.ndarray]) -> float:
-        """Of a step."""
+        rows, length = batch["tokens"].shape
+        return distill_flops(self.shapes["student"], self.shapes["teacher"], rows, length, length)
 
-    @abc.abstractmethod
-    def losses(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(KL, cross entropy), means over the masked positions."""
+    def losses(self, batch: Mapping[str, torch.Tensor]) -> Losses:
+        tokens, mask, labels = batch["tokens"], batch["attention_mask"], batch["labels"]
+        temperature = self.spec["temperature"]
+        with torch.no_grad():
+            theirs = self.teacher(input_ids=tokens, attention_mask=mask).logits
+        ours = self.student(input_ids=tokens, attention_mask=mask, labels=labels)
+        masked = labels != -100
+        log_q = F.log_softmax(ours.logits[masked] / temperature, dim=-1)
+        log_p = F.log_softmax(theirs[masked] / temperature, dim=-1)
+        kl = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean") * temperature**2
+        return kl, ours.loss
 
     def _model(self, name: str) -> transformers.ModernBertForMaskedLM:
         torch.manual_seed(0)
-        model = transformers.ModernBertForMaskedLM(modernbert_config(self.shapes[name], self.spec["pad_id"]))
+        # The texts are tokenized already; these ids only have to exist.
+        ids = {f"{token}_token_id": self.spec["pad_id"] for token in ("pad", "bos", "eos", "cls", "sep")}
+        config = transformers.ModernBertConfig.from_dict(their_config(self.shapes[name]) | ids)
+        model = transformers.ModernBertForMaskedLM(config)
         weights = read_arrays(f"{self.spec['weights']}/{name}-torch.npz")
         tensors = {key: torch.from_numpy(values) for key, values in weights.items()}
         missing, unexpected = model.load_state_dict(tensors, strict=False)
@@ -103,89 +126,51 @@ class _Distill(abc.ABC):
         return torch.optim.AdamW(groups, lr=job["learning_rate"], betas=betas, eps=job["epsilon"], **fused)
 
 
-class UsualLoop(_Distill):
-    """Padded batches, full logits, the cross entropy inside the model, the KL at the masked positions."""
+class BestLoop(UsualLoop):
+    """Packed rows with a mask between texts, logits at the masked positions, the whole loss in one compiled program."""
+
+    narrow = False  # whether the last layers are computed at the masked positions only
 
     def layout(self, batches: Batches) -> Batches:
-        """One text a row, as long as the longest of the batch."""
-        labeled = [with_labels(one_text_a_row(batch, self.spec["pad_id"])) for batch in batches]
-        return [
-            {
-                "tokens": batch["tokens"].astype(np.int64),
-                "attention_mask": batch["segment_ids"].astype(np.int64),
-                "labels": batch["labels"].astype(np.int64),
-            }
-            for batch in labeled
-        ]
-
-    def build(self) -> None:
-        """Compiles the two models, where that is asked for."""
-        if self.compiled:
-            self.student, self.teacher = torch.compile(self.student), torch.compile(self.teacher)
-
-    def flops(self, batch: Mapping[str, np.ndarray]) -> float:
-        """Logits are formed at every column."""
-        rows, length = batch["tokens"].shape
-        return distill_flops(self.shapes["student"], self.shapes["teacher"], rows, length, length)
-
-    def losses(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(KL, cross entropy), means over the masked positions."""
-        tokens, mask, labels = batch["tokens"], batch["attention_mask"], batch["labels"]
-        temperature = self.spec["temperature"]
-        with torch.no_grad():
-            theirs = self.teacher(input_ids=tokens, attention_mask=mask).logits
-        ours = self.student(input_ids=tokens, attention_mask=mask, labels=labels)
-        masked = labels != -100
-        log_q = F.log_softmax(ours.logits[masked] / temperature, dim=-1)
-        log_p = F.log_softmax(theirs[masked] / temperature, dim=-1)
-        kl = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean") * temperature**2
-        return kl, ours.loss
-
-
-class BestLoop(_Distill):
-    """Packed rows told apart by a mask, logits at the masked positions only, the whole loss in one compiled program."""
-
-    def layout(self, batches: Batches) -> Batches:
-        """Packed rows; the used mask slots of a batch in one list, of the same length in all batches."""
+        """Packed rows; the used mask slots of a batch as one list, of the same length in all batches."""
         most = max(int(batch["masked_weights"].sum()) for batch in batches)
         size = -(-most // SLOT_MULTIPLE) * SLOT_MULTIPLE
         return [self._flat(batch, size) for batch in batches]
 
     def _flat(self, batch: Mapping[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
         rows, slots = np.nonzero(batch["masked_weights"])
-        places, targets = np.zeros(size, np.int64), np.zeros(size, np.int64)
-        weights = np.zeros(size, np.float32)
-        places[: len(rows)] = rows * batch["tokens"].shape[1] + batch["masked_positions"][rows, slots]
-        targets[: len(rows)] = batch["masked_targets"][rows, slots]
-        weights[: len(rows)] = 1.0
+
+        def filled(values: np.ndarray) -> np.ndarray:
+            return np.pad(values.astype(np.int64), (0, size - len(rows)))
+
+        columns = batch["masked_positions"]
+        in_batch = rows * batch["tokens"].shape[1] + columns[rows, slots]
         return {
             "tokens": batch["tokens"].astype(np.int64),
             "segment_ids": batch["segment_ids"],
             "positions": batch["positions"].astype(np.int64),
-            "places": places,
-            "targets": targets,
-            "weights": weights,
+            "places": filled(in_batch),  # among all columns of the batch
+            "numbers": filled(rows * columns.shape[1] + slots),  # among all mask slots of the batch
+            "columns": columns.astype(np.int64),
+            "targets": filled(batch["masked_targets"][rows, slots]),
+            "weights": filled(np.ones(len(rows))).astype(np.float32),
         }
 
-    def _logits(self, name: str, tokens, segment_ids, positions, places):
-        """Logits of a model at the places of the list."""
+    def _logits(self, name: str, tokens, segment_ids, positions, places, **_):
         model = self._modules[name]
         masks = self._masks(self.shapes[name], segment_ids)
         hidden = model.model(input_ids=tokens, attention_mask=masks, position_ids=positions).last_hidden_state
         return model.decoder(model.head(hidden.flatten(0, 1)[places]))
 
     def build(self) -> None:
-        """Compiles both models and the losses as one program."""
         self._losses = torch.compile(self._losses_of, fullgraph=True, dynamic=False)
 
     def flops(self, batch: Mapping[str, np.ndarray]) -> float:
-        """Logits are formed at the places of the list."""
         rows, length = batch["tokens"].shape
         logits = len(batch["places"]) / rows
-        return distill_flops(self.shapes["student"], self.shapes["teacher"], rows, length, logits)
+        return distill_flops(self.shapes["student"], self.shapes["teacher"], rows, length, logits, narrow=self.narrow)
 
-    def losses(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(KL, cross entropy), means over the masked positions."""
+    def losses(self, batch: Mapping[str, torch.Tensor]) -> Losses:
         return self._losses(**batch)
 
     @staticmethod
@@ -210,22 +195,9 @@ class BestLoop(_Distill):
 
 
 class NarrowLoop(BestLoop):
-    """The same with a last layer written by hand, which computes only keys and values where nothing is masked; no
-    module of `transformers` does.
-    """
+    """The same with a last layer of our own, which only computes keys and values where nothing is masked."""
 
-    def _flat(self, batch: Mapping[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
-        rows, slots = np.nonzero(batch["masked_weights"])
-        numbers = np.zeros(size, np.int64)
-        numbers[: len(rows)] = rows * batch["masked_positions"].shape[1] + slots
-        flat = super()._flat(batch, size)
-        return {**flat, "numbers": numbers, "columns": batch["masked_positions"].astype(np.int64)}
-
-    def flops(self, batch: Mapping[str, np.ndarray]) -> float:
-        """See BestLoop."""
-        rows, length = batch["tokens"].shape
-        logits = len(batch["places"]) / rows
-        return distill_flops(self.shapes["student"], self.shapes["teacher"], rows, length, logits, narrow=True)
+    narrow = True
 
     def _logits(self, name: str, tokens, segment_ids, positions, places, numbers, columns):
         model = self._modules[name]
@@ -258,76 +230,29 @@ class NarrowLoop(BestLoop):
         return model.decoder(model.head(body.final_norm(at_places)))
 
 
-def usual_eager(spec: Spec) -> UsualLoop:
-    """The usual loop as it is."""
-    return UsualLoop(spec, compiled=False, fused=False)
+def _variant(kind: type[UsualLoop], compiled: bool, fused: bool, spec: Spec) -> tuple[dict[str, Any], Run]:
+    loop = kind(spec, compiled=compiled, fused=fused)
+    return loop.prepare(), loop.run
 
 
-def usual_compiled(spec: Spec) -> UsualLoop:
-    """The usual loop with torch.compile around each model."""
-    return UsualLoop(spec, compiled=True, fused=False)
+eager = functools.partial(_variant, UsualLoop, False, False)
+compiled = functools.partial(_variant, UsualLoop, True, False)
+best = functools.partial(_variant, BestLoop, True, True)
+narrow = functools.partial(_variant, NarrowLoop, True, True)
 
 
-def best(spec: Spec) -> BestLoop:
-    """The best loop."""
-    return BestLoop(spec, compiled=True, fused=True)
+def gemm(spec: Spec) -> tuple[dict[str, Any], Run]:
+    """The machine's peak by PyTorch; see jax_variants.gemm."""
+    torch.set_num_threads(spec["threads"] or torch.get_num_threads())
+    size = spec["gemm_size"]
+    left = torch.randn(size, size)
+    right = left / size**0.5
 
-
-def narrow(spec: Spec) -> NarrowLoop:
-    """The best loop with a narrow last layer."""
-    return NarrowLoop(spec, compiled=True, fused=True)
-
-
-def modernbert_config(shape: EncoderConfig, pad_id: int) -> transformers.ModernBertConfig:
-    """The `transformers` config of an encoder of ModernBERT's shape; dropout is 0."""
-    rotary: dict[Any, dict] = {
-        "full_attention": {"rope_type": "default", "rope_theta": shape.global_theta},
-        "sliding_attention": {"rope_type": "default", "rope_theta": shape.local_theta},
-    }
-    layers = ["full_attention" if shape.is_global(layer) else "sliding_attention" for layer in range(shape.num_layers)]
-    return transformers.ModernBertConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        max_position_embeddings=shape.max_positions,
-        norm_eps=shape.norm_epsilon,
-        norm_bias=shape.norm_bias,
-        attention_bias=shape.use_bias,
-        mlp_bias=shape.use_bias,
-        decoder_bias=shape.decoder_bias,
-        classifier_bias=shape.head_bias,
-        hidden_activation=shape.activation,
-        classifier_activation=shape.head_activation,
-        local_attention=shape.local_window,
-        layer_types=layers,
-        rope_parameters=rotary,
-        pad_token_id=pad_id,
-        # The texts are tokenized already; these ids only have to exist.
-        bos_token_id=pad_id,
-        eos_token_id=pad_id,
-        cls_token_id=pad_id,
-        sep_token_id=pad_id,
-    )
-
-
-class PyTorchGemm:
-    """The machine's peak by PyTorch; see gemm.JaxGemm."""
-
-    def __init__(self, spec: Spec):
-        torch.set_num_threads(spec["threads"] or torch.get_num_threads())
-        self.size, self.steps = spec["gemm_size"], spec["gemm_steps"]
-
-    def prepare(self) -> dict[str, Any]:
-        """Makes the matrices."""
-        self._left = torch.randn(self.size, self.size)
-        self._right = self._left / self.size**0.5
-        return {"framework": f"torch {torch.__version__}", "flops": 2.0 * self.size**3 * self.steps}
-
-    def run(self, first: int, steps: int) -> list[dict[str, float]]:
-        """Multiplies; nothing is computed that others could be compared with."""
-        product = self._left
+    def run(first: int, steps: int) -> list[dict[str, float]]:
+        del first
+        product = left
         for _ in range(steps):
-            product = product @ self._right
+            product = product @ right
         return [{} for _ in range(steps)]
+
+    return {"framework": f"torch {torch.__version__}", "flops": 2.0 * size**3 * spec["gemm_steps"]}, run

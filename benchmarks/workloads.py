@@ -1,4 +1,4 @@
-"""What all variants of a section are handed: prepared texts, fixed batches of them with fixed masks, and weights."""
+"""What all variants of a section are given, on disk: fixed batches with fixed masks, and the same weights."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks.handover import read_tree, write_arrays, write_batches
 from kd_jax.config import require
 from kd_jax.data.batches import MaskedBatches
 from kd_jax.data.labeled import FinetuneBatches, LabeledSet, packed
@@ -20,19 +19,18 @@ from kd_jax.models.functional import Functional
 from kd_jax.models.huggingface.names import to_huggingface
 from kd_jax.steps.teacher_logits import TeacherForm
 from kd_jax.steps.teacher_predictions import make_prediction_step
-from kd_jax.types import Params
 
 Batches = Sequence[Mapping[str, np.ndarray]]
 
 
 def encoder_of(config: ConfigDict, which: str, vocab_size: int) -> EncoderConfig:
-    """config.<which> without dropout; only ModernBERT's shape is compared, since PyTorch builds that one."""
+    """config.<which> without dropout, in ModernBERT's shape, which PyTorch builds too."""
     values = encoder_config(config[which].to_dict(), vocab_size)
     known = values.head_style == "modernbert"
     require(known, f"{which}.head_style", f"{values.head_style!r} is not compared", "take one of our small presets")
-    still = values.dropout == 0 and values.attention_dropout == 0
+    dropout = values.dropout or values.attention_dropout
     require(
-        still, f"{which}.dropout", "it is not 0, so losses could not agree", "set dropout and attention_dropout to 0"
+        not dropout, f"{which}.dropout", "losses can only agree without it", "set dropout and attention_dropout to 0"
     )
     return values
 
@@ -49,7 +47,7 @@ def masked_batches(config: ConfigDict, prepared: Prepared, task_share: float) ->
 
 
 def labeled_batches(config: ConfigDict, prepared: Prepared) -> tuple[Batches, Batches, dict[str, int]]:
-    """Packed batches for ICNER: (for finetuning, for prediction, sizes of the heads), train and dev utterances."""
+    """Packed batches for ICNER: train utterances for finetuning, dev utterances for prediction; sizes of the heads."""
     train = [one for one in prepared.utterances if one.partition == "train"]
     dev = [one for one in prepared.utterances if one.partition == "dev"]
     maps, length = LabelMaps.from_train(train), config.rows.length
@@ -68,35 +66,64 @@ def arrays(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def write_predictions(folder: pathlib.Path, name: str, teacher: Functional, batches: Batches) -> None:
-    """Saves NAME-cached.npz: the batches with the teacher's features as a cache of format "hidden" in float32 brings
-    them; and weights/decoder.npz, which turns them into logits. The teacher's weights are those of `write_weights`.
+    """Saves NAME-cached.npz, the batches with the teacher's features as a cache of format "hidden" in float32 has them,
+    and weights/decoder.npz, which turns them into logits. The teacher's weights are those of `write_weights`.
     """
     params = read_tree(folder / "weights" / "teacher.npz")
-    settings = {"format": "hidden", "dtype": "float32"}
-    predict = jax.jit(make_prediction_step(teacher, TeacherForm(), settings))
+    predict = jax.jit(make_prediction_step(teacher, TeacherForm(), {"format": "hidden", "dtype": "float32"}))
     cached = []
     for batch in batches:
         fields, _ = predict(params, {}, batch)
         cached.append({**batch, **{f"teacher_{field}": np.asarray(values) for field, values in fields.items()}})
     write_batches(folder / f"{name}-cached.npz", cached)
     table, bias = teacher.decoder(params)
-    write_arrays(
-        folder / "weights" / "decoder.npz", {"table": table} if bias is None else {"table": table, "bias": bias}
-    )
+    decoder = {"table": table} if bias is None else {"table": table, "bias": bias}
+    write_arrays(folder / "weights" / "decoder.npz", decoder)
 
 
 def write_weights(folder: pathlib.Path, models: Mapping[str, Functional], seed: int) -> None:
-    """Draws each model's parameters and saves them twice: NAME.npz for jax, NAME-torch.npz in the names of
-    `transformers` for masked LMs.
+    """Draws each model's parameters and saves them as NAME.npz for jax, and masked LMs also as NAME-torch.npz with the
+    names of `transformers`.
     """
     for number, (name, model) in enumerate(models.items()):
         params = jax.tree.map(np.asarray, jax.jit(model.init)(jax.random.fold_in(jax.random.key(seed), number)))
-        write_arrays(folder / f"{name}.npz", flatten(params))
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        by_path = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+        write_arrays(folder / f"{name}.npz", by_path)
         if model.kind == "mlm":
             write_arrays(folder / f"{name}-torch.npz", to_huggingface(params, model.config))
 
 
-def flatten(params: Params) -> dict[str, np.ndarray]:
-    """Parameters by path, parts joined with "/"."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+def write_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
+    """Saves arrays by name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **dict(arrays))
+
+
+def read_arrays(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """All arrays of one file by name."""
+    with np.load(path, allow_pickle=False) as file:
+        return {name: np.ascontiguousarray(file[name]) for name in file.files}
+
+
+def write_batches(path: pathlib.Path, batches: Batches) -> None:
+    """Saves batches in order."""
+    write_arrays(path, {f"{index}/{name}": values for index, one in enumerate(batches) for name, values in one.items()})
+
+
+def read_batches(path: str | pathlib.Path) -> list[dict[str, np.ndarray]]:
+    """The batches that `write_batches` saved, in order."""
+    tree = read_tree(path)
+    return [tree[str(index)] for index in range(len(tree))]
+
+
+def read_tree(path: str | pathlib.Path) -> dict[str, Any]:
+    """Arrays by path, e.g. the parameters of `write_weights`, as nested dicts."""
+    tree: dict[str, Any] = {}
+    for name, values in read_arrays(path).items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = values
+    return tree

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is needed (once), then runs all tests not marked slow. At most fifteen minutes on two CPU cores.
+# Installs what is needed (once), then runs all tests but the slow and the long ones. At most fifteen minutes on two CPU cores.
 #
 # Usage: bash launch/test.sh [PYTEST ARGUMENT ...]      e.g.  -k masking,  or two at a time:  -n 2 --dist loadfile
 #
@@ -16,4 +16,4 @@ case "${1:-}" in
 esac
 
 bash launch/environment.sh --dev
-exec .venv/bin/python -m pytest -m "not slow" -n 2 --dist loadfile "$@"
+exec .venv/bin/python -m pytest -m "not slow and not long" -n 2 --dist loadfile "$@"

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from kd_jax.config import EXECUTION_KEYS, identity, to_dict
 from kd_jax.config.commands import ImportModel
 from kd_jax.config.data import Masking
 from kd_jax.config.execution import read_execution
 from kd_jax.config.settings import read
-from kd_jax.config import EXECUTION_KEYS, identity, require, to_dict
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.text.files import fill_path
 from kd_jax.data.text.tokenizer import HUB_NAME, Tokenizer
@@ -28,7 +28,7 @@ from kd_jax.models.huggingface.config import read_config
 from kd_jax.models.huggingface.files import TensorFiles, check_files, load_params
 from kd_jax.runtime.files import write_json
 from kd_jax.trainer.checkpoint import FOLDER, Checkpoints
-from kd_jax.trainer.mesh import make_mesh, row_multiple, rules_of
+from kd_jax.trainer.mesh import make_mesh, row_multiple
 from kd_jax.trainer.run_directory import RunDirectory
 from kd_jax.trainer.state import params_fingerprint
 from kd_jax.types import UserError

@@ -12,13 +12,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from benchmarks.flops import cached_flops
 from kd_jax.data.manifest import read_manifest
 from kd_jax.data.masking import num_slots
 from kd_jax.data.text.files import fill_path
 from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.losses.blocked import block_for
 from kd_jax.models.encoder_config import EncoderConfig, encoder_config
+from kd_jax.models.flops import cached_flops
 from kd_jax.models.functional import Functional, flops_per_row, parameter_count
 from kd_jax.study.plan import STAGE, Stage, may_cache
 from kd_jax.types import UserError

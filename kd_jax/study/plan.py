@@ -14,7 +14,6 @@ from kd_jax.config import EXECUTION_KEYS, fingerprint, identity, require, to_dic
 # the adapted one; first the generic and then the adapted; both averaged; an intermediate student of the generic one.
 OTHER_TEACHERS = ("adapted", "schedule", "average", "chain")
 ADAPTED = ("adapted", "schedule", "average")  # those that need the adapted teacher
-FEATURE_TERMS = ("hidden", "embeddings", "relations")
 
 # The transfer set of teachers, and of every student unless it says otherwise.
 GENERIC = {"transfer.task_share": 0.0, "transfer.generic": "generic"}

@@ -1,10 +1,10 @@
 """The benchmark takes turns, and reports nothing that does not agree."""
 
-import dataclasses
 import io
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -12,11 +12,8 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as benchmark
-from benchmarks import agreement, machine, memory, rounds, step_section, worker, workers
-from benchmarks.flops import cached_flops, distill_flops
+from benchmarks import machine, rounds, sections, worker
 from configs import benchmark as experiment
-from kd_jax.models.encoder_config import encoder_config
-from kd_jax.models.presets import PRESETS
 from kd_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -34,10 +31,10 @@ GOOD = [{"kl": 2.0, "mlm": 4.0}, {"kl": 1.0, "mlm": 3.0}]
 )
 def test_different_losses_are_refused(bad):
     near = [{"kl": 2.0001, "mlm": 4.0}, {"kl": 1.0, "mlm": 3.0}]
-    found = agreement.check_agreement({"a": GOOD, "b": near}, "a", 2, 1e-3)
+    found = rounds.check_agreement({"a": GOOD, "b": near}, "a", 2, 1e-3)
     assert found["a"] == 0 and found["b"] == pytest.approx(5e-5)
     with pytest.raises(UserError, match="nothing is reported"):
-        agreement.check_agreement({"a": GOOD, "b": bad}, "a", 2, 1e-3)
+        rounds.check_agreement({"a": GOOD, "b": bad}, "a", 2, 1e-3)
 
 
 class Fake:
@@ -75,30 +72,29 @@ def test_nothing_is_measured_when_the_first_pass_disagrees():
     fakes = {"a": Fake("a", 0.1, log), "b": Fake("b", 0.1, log, value=1.5)}
 
     def check(found):
-        agreement.check_agreement({name: one.first_values for name, one in found.items()}, "a", 1, 1e-3)
+        rounds.check_agreement({name: one.first_values for name, one in found.items()}, "a", 1, 1e-3)
 
     with pytest.raises(UserError, match="losses of b differ"):
         rounds.measure(fakes, {"a": 1, "b": 1}, 3, check, lambda line: None)
     assert log == ["a", "b"]
 
 
-class Counting:
+def counting(spec):
     """A variant that counts its steps."""
 
-    def prepare(self):
-        return {"framework": "none", "flops": 1.0}
-
-    def run(self, first, steps):
+    def run(first, steps):
         if first < 0:
             raise RuntimeError("no such step")
         return [{"step": float(step)} for step in range(first, first + steps)]
+
+    return {"framework": "none", "flops": spec["flops"]}, run
 
 
 def test_a_worker_answers_each_line_and_ends_at_a_failure():
     requests = [{"do": "prepare"}, {"do": "run", "first": 3, "steps": 2}, {"do": "memory"}]
     lines = "".join(json.dumps(request) + "\n" for request in [*requests, {"do": "run", "first": -1, "steps": 1}])
     answers = io.StringIO()
-    assert worker.serve(Counting(), 7, io.StringIO(lines), answers) == 1
+    assert worker.serve(counting, {"flops": 1.0}, 7, io.StringIO(lines), answers) == 1
     prepared, ran, used, failed = map(json.loads, answers.getvalue().splitlines())
     assert prepared["flops"] == 1.0 and ran["values"] == [{"step": 3.0}, {"step": 4.0}] and ran["seconds"] > 0
     assert used["base"] == 7 and used["peak"] > 0
@@ -106,34 +102,34 @@ def test_a_worker_answers_each_line_and_ends_at_a_failure():
 
 
 def test_a_worker_that_dies_is_one_sentence(tmp_path):
-    dying = workers.Worker("mine", "packed_masked", {"threads": 0, "models": {}}, tmp_path)
-    with workers.running({"mine": dying}), pytest.raises(UserError, match=r"worker of mine failed .*mine\.log"):
+    dying = worker.Worker("mine", "packed_masked", {"threads": 0, "models": {}}, tmp_path)
+    with worker.running({"mine": dying}), pytest.raises(UserError, match=r"worker of mine failed .*mine\.log"):
         dying.ask("prepare")
 
 
 def test_every_variant_can_be_named_in_a_worker():
     for place in worker.VARIANTS.values():
         module, name = place.split(":")
-        text = (ROOT / "kd_jax" / "benchmark" / f"{module}.py").read_text(encoding="utf-8")
-        assert name in text
-    assert set(step_section.LABELS) <= set(worker.VARIANTS)
+        text = (ROOT / "benchmarks" / f"{module}.py").read_text(encoding="utf-8")
+        assert re.search(rf"^(def {name}\(|{name} = )", text, re.M)
+    assert set(sections.LABELS) <= set(worker.VARIANTS)
 
 
 def test_workers_have_the_devices_that_they_are_given(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_cpu_use_xnnpack=false")
-    assert workers.environment(1)["XLA_FLAGS"] == "--xla_cpu_use_xnnpack=false"
-    assert workers.environment(4)["XLA_FLAGS"].endswith("device_count=4")
+    assert worker.environment(1)["XLA_FLAGS"] == "--xla_cpu_use_xnnpack=false"
+    assert worker.environment(4)["XLA_FLAGS"].endswith("device_count=4")
 
 
 def test_memory_sees_what_is_allocated_and_forgets_it():
     size = 2**27
-    memory.reset_peak()
-    before = memory.peak_bytes()
+    machine.reset_peak()
+    before = machine.peak_bytes()
     block = np.ones(size, np.uint8)
-    assert memory.peak_bytes() - before > 0.9 * block.nbytes
+    assert machine.peak_bytes() - before > 0.9 * block.nbytes
     del block
-    if memory.reset_peak():
-        assert memory.peak_bytes() < before + 0.5 * size
+    if machine.reset_peak():
+        assert machine.peak_bytes() < before + 0.5 * size
 
 
 def test_a_busy_machine_is_noticed():
@@ -144,28 +140,6 @@ def test_a_busy_machine_is_noticed():
             assert machine.busy_cores(0.5) > 0.3
         finally:
             other.kill()
-
-
-def test_flops_of_a_step():
-    student = dataclasses.replace(encoder_config(PRESETS["tiny"], 100), num_layers=1)
-    teacher = dataclasses.replace(student, hidden_size=64, num_layers=3)
-    rows, length, logits = 5, 16, 3
-
-    def forward(hidden, layers, last):
-        """`last` counts the columns whose state after the last layer is wanted."""
-        total = logits * (hidden * hidden + hidden * 100)
-        for layer in range(layers):
-            columns = last if layer == layers - 1 else length
-            keys_and_values, query_and_output = length * 2 * hidden * hidden, columns * 2 * hidden * hidden
-            total += keys_and_values + query_and_output + columns * (2 * length * hidden + 3 * hidden * 64)
-        return 2 * total
-
-    whole = rows * (3 * forward(32, 1, length) + forward(64, 3, length))
-    assert distill_flops(student, teacher, rows, length, logits) == whole
-    narrow = rows * (3 * forward(32, 1, logits) + forward(64, 3, logits))
-    assert distill_flops(student, teacher, rows, length, logits, narrow=True) == narrow < whole
-    cached = rows * (3 * forward(32, 1, logits) + 2 * logits * 64 * 100)
-    assert cached_flops(student, teacher, rows, length, logits) == cached
 
 
 @pytest.mark.parametrize(
@@ -191,13 +165,13 @@ def run_smoke(workdir, *changes: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_smoke_run_measures_and_reports_all_sections(tmp_path):
     result = run_smoke(tmp_path, "--config.benchmark.texts={'mixed': 0.7}")
     assert result.returncode == 0, result.stderr
     step = json.loads((tmp_path / "step.json").read_text())
     variants = step["texts"]["mixed"]["variants"]
-    assert list(variants) == list(step_section.variants())
+    assert list(variants) == list(sections.variants())
     assert all(one["difference"] < 1e-3 and one["tokens_per_second"]["min"] > 0 for one in variants.values())
     assert "4 against 3" in result.stdout
     for section in ("step", "finetune", "scaling"):
@@ -206,7 +180,7 @@ def test_smoke_run_measures_and_reports_all_sections(tmp_path):
     assert again.returncode == 0 and again.stdout.count("is measured already") == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_smoke_run_refuses_what_does_not_agree(tmp_path):
     changes = ("--config.benchmark.tolerance=0.0", "--config.benchmark.sections=('step',)")
     result = run_smoke(tmp_path, "--config.benchmark.texts={'mixed': 0.7}", *changes)

@@ -6,7 +6,7 @@ import pytest
 from matplotlib import rc_context
 
 from benchmarks import __main__ as benchmark
-from benchmarks import step_section, tables
+from benchmarks import sections, tables
 from kd_jax.study.report.plotting import STYLE, panel_grid
 
 
@@ -17,7 +17,7 @@ def spread(value: float) -> dict[str, float]:
 def synthetic_results() -> dict[str, dict]:
     """A result of each section, as the sections return them."""
     about = {"commit": "abc", "machine": {"cpu": "a processor", "threads": 2}}
-    names = list(step_section.LABELS)
+    names = list(sections.LABELS)
     held = {"batches": 4, "rows": 64, "length": 64, "texts": 1600, "tokens": 16_000, "masked": 2000}
 
     def variant(rate):
@@ -28,7 +28,7 @@ def synthetic_results() -> dict[str, dict]:
         }  # fmt: skip
 
     step = {
-        "about": about, "labels": step_section.LABELS, "gemm_peak": 3e11,
+        "about": about, "labels": sections.LABELS, "gemm_peak": 3e11,
         "texts": {
             text: {
                 "task_share": share, "held": held, "others_busy": [0.0, 0.1],
@@ -64,7 +64,7 @@ def test_figures_show_every_median(section):
     assert image.getvalue().startswith(b"\x89PNG")
     points = {round(float(x), 3) for line in axes[0, 0].get_lines() for x in line.get_xdata()}
     wanted = {
-        "step": {round(100.0 * 3**number, 3) for number in range(len(step_section.LABELS))},
+        "step": {round(100.0 * 3**number, 3) for number in range(len(sections.LABELS))},
         "finetune": {30.0, 10.0},
         "scaling": {1.0, 2.0, 4.0},
     }

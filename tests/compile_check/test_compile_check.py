@@ -48,7 +48,7 @@ def test_a_distillation_step_is_compiled_and_read():
         assert part in text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["pretrain", "cached"])
 def test_the_other_commands_are_compiled_too(command):
     alone = one(compile_check.check(config_of(command), "cpu:8")[1])
@@ -95,7 +95,7 @@ def test_rows_that_the_mesh_does_not_divide_and_an_unknown_vocabulary_are_refuse
         compile_check.check(config, "cpu:8")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_ends_with_a_report_for_a_tpu_slice(tmp_path):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed, so nothing can be compiled for a TPU; pip install 'jax[tpu]' brings it")

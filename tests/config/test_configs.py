@@ -96,7 +96,7 @@ def test_smoke_is_the_same_experiment_made_small(path):
         assert smoke[job].steps <= 10
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("path", [path for path in FILES if path.stem not in OWN], ids=lambda path: path.stem)
 def test_every_config_runs_two_smoke_steps_from_text_to_report(path, tmp_path):
     config = load(path, "smoke")

@@ -1,41 +1,38 @@
-"""Holds the syntax trees to the rules of docs/architecture.md, and the locks to pyproject.toml.
+"""Holds every module's syntax tree to the rules of docs/architecture.md.
 
-Each rule is a function of (path, source) that gives one line for each breach, so it can be tried on small sources too.
+Each rule is a function of (path, source) that returns one line for each breach, so small sources test it too.
 """
 
 import ast
 import functools
-import importlib.metadata
 import pathlib
 import re
-import sys
-import tomllib
 from collections.abc import Callable, Iterator
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 EVERYTHING = "everything"
-PYTORCH = "benchmarks/pytorch_variants.py"  # what the benchmark compares with, when the extra is installed
+PYTORCH = "benchmarks/pytorch_variants.py"  # the one file outside tests that may import torch, an optional extra
 Check = Callable[[str, str], list[str]]
 
 
 def read_import_table(document: str) -> dict[str, set[str]]:
-    """Package -> dotted names below kd_jax that it may import, from the table "Who may import whom"."""
-    table = {}
+    """Package -> dotted names below kd_jax that it may import, from the table "Who may import whom".
+
+    Every package may import itself, `types` and `config`; `types` and `config` may only import what their rows say.
+    """
+    table: dict[str, set[str]] = {}
     section = document.split("## Who may import whom", 1)[1].split("\n## ", 1)[0]
-    for row in re.findall(r"^\| `(\w+)` \| (.+) \|$", section, flags=re.MULTILINE):
-        package, words = row[0], re.sub(r"\(.*?\)", "", row[1].split(";")[0])
-        table[package] = allowed = set()
-        for word in (word.strip() for word in words.split(",")):
+    for package, cell in re.findall(r"^\| `(\w+)` \| (.*?) \|", section, flags=re.MULTILINE):
+        table[package] = {package} if package in ("types", "config") else {package, "types", "config"}
+        for word in (word.strip() for word in cell.split(",")):
             if name := re.fullmatch(r"`([\w.]+)`", word):
-                allowed.add(name.group(1))
-            elif word == "itself":
-                allowed.add(package)
+                table[package].add(name.group(1))
             elif word == EVERYTHING:
-                allowed.add(EVERYTHING)
+                table[package].add(EVERYTHING)
             else:
-                assert word == "nothing", f"docs/architecture.md: cannot read {word!r} in the row of {package}"
+                assert word in ("", "-"), f"docs/architecture.md: cannot read {word!r} in the row of {package}"
     return table
 
 
@@ -57,37 +54,66 @@ def imported_modules(path: str, source: str) -> Iterator[tuple[int, str]]:
 
 
 def check_import_table(path: str, source: str) -> list[str]:
-    """Imports of ours that the table does not allow. The files in configs/ stand where `config` stands."""
+    """Imports of ours that the table does not allow. Files in configs/ import `config` and `types` alone."""
     parts = pathlib.PurePosixPath(path).with_suffix("").parts
-    package = "config" if parts[0] == "configs" else parts[1]
-    if parts == ("kd_jax", "__init__"):
-        allowed = set()
-    elif package in import_table():
-        allowed = import_table()[package]
+    if parts[0] == "configs":
+        package, allowed = "configs", {"config", "types"}
+    elif parts[1].startswith("__"):  # kd_jax/__init__.py and __main__.py start before anything else is imported
+        package, allowed = parts[1], set()
     else:
-        return [f"{path}: package {package!r} has no row in the table of docs/architecture.md"]
+        package, allowed = parts[1], import_table().get(parts[1])
+        if allowed is None:
+            return [f"{path}: package {package!r} has no row in the table of docs/architecture.md"]
     problems = []
     for line, name in imported_modules(path, source):
         first, _, rest = name.partition(".")
         if first == "kd_jax" and rest and rest != "__version__" and EVERYTHING not in allowed:
             if not any(rest == target or rest.startswith(target + ".") for target in allowed):
                 problems.append(f"{path}:{line}: {package} may not import {rest}")
-        elif first == "configs" and parts[0] != "configs" and EVERYTHING not in allowed:
-            problems.append(f"{path}:{line}: {package} may not import configs")
-        elif first == "tests":
-            problems.append(f"{path}:{line}: nobody imports tests")
+        elif first in ("benchmarks", "configs", "docs", "tests") and parts[0] != first:
+            problems.append(f"{path}:{line}: {first}/ is not in the wheel, so {package} may not import it")
     return problems
 
 
 def check_nobody_imports_main(path: str, source: str) -> list[str]:
-    """Imports of kd_jax.main from outside it, tests excepted: a command's test calls the command."""
-    if path.startswith(("kd_jax/main/", "tests/")):
+    """Imports of kd_jax.main from outside it; tests call commands, and the benchmark is one."""
+    if path.startswith(("kd_jax/main/", "tests/", "benchmarks/")):
         return []
     return [
         f"{path}:{line}: nobody imports kd_jax.main"
         for line, name in imported_modules(path, source)
         if f"{name}.".startswith("kd_jax.main.")
     ]
+
+
+def import_cycles(sources: dict[str, str]) -> list[str]:
+    """One line for each group of modules that import each other, at whatever distance; sources: path -> source."""
+    modules = {}
+    for path in sources:
+        parts = pathlib.PurePosixPath(path).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    # `from package import name` imports package.name where that is a module, and the package itself otherwise.
+    graph = {
+        module: {
+            name if name in modules else name.rpartition(".")[0]
+            for _, name in imported_modules(path, sources[path])
+            if name in modules or name.rpartition(".")[0] in modules
+        }
+        for module, path in modules.items()
+    }
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = list(graph[start])
+        while waiting:
+            if (module := waiting.pop()) not in seen:
+                seen.add(module)
+                waiting.extend(graph[module])
+        return seen
+
+    after = {module: reached(module) for module in graph}
+    groups = {frozenset(other for other in after[one] if one in after[other]) for one in graph if one in after[one]}
+    return sorted(f"import each other: {', '.join(sorted(group))}" for group in groups)
 
 
 def check_forbidden_modules(path: str, source: str) -> list[str]:
@@ -120,12 +146,6 @@ def check_module_name(path: str, source: str) -> list[str]:
     return [
         f"{path}: name the concept instead of {name!r}" for name in names if re.fullmatch(r"\w*util(s|ities)?", name)
     ]
-
-
-def check_length(path: str, source: str) -> list[str]:
-    """A file can be read in one sitting."""
-    lines = len(source.splitlines())
-    return [f"{path}: {lines} lines, more than 400; split it by concept"] if lines > 400 else []
 
 
 def check_no_config_defaults(path: str, source: str) -> list[str]:
@@ -180,7 +200,7 @@ RULES: dict[str, tuple[Check, tuple[str, ...], tuple[str, str], tuple[str, str]]
         check_import_table,
         ("kd_jax", "configs"),
         ("kd_jax/trainer/loop.py", "def fit():\n    from kd_jax.steps import distill\n"),
-        ("kd_jax/trainer/loop.py", "from kd_jax.types import Params\nfrom kd_jax.trainer import state\nimport jax\n"),
+        ("kd_jax/trainer/loop.py", "from kd_jax.config import require\nfrom kd_jax.trainer import state\nimport jax\n"),
     ),
     "table, relative import": (
         check_import_table,
@@ -191,8 +211,8 @@ RULES: dict[str, tuple[Check, tuple[str, ...], tuple[str, str], tuple[str, str]]
     "table, one module of a package": (
         check_import_table,
         ("kd_jax", "configs"),
-        ("configs/massive.py", "from kd_jax.models import encoder\n"),
-        ("configs/massive.py", "from configs import base\nfrom kd_jax.models import presets\n"),
+        ("kd_jax/config/base.py", "from kd_jax.models import encoder\n"),
+        ("kd_jax/config/base.py", "from kd_jax.models import presets\n"),
     ),
     "table, new package": (
         check_import_table,
@@ -203,50 +223,56 @@ RULES: dict[str, tuple[Check, tuple[str, ...], tuple[str, str], tuple[str, str]]
     "table, configs": (
         check_import_table,
         ("kd_jax", "configs"),
-        ("kd_jax/study/run.py", "import kd_jax.config.base\n"),
-        ("kd_jax/main/study.py", "import kd_jax.config.base\n"),
+        ("configs/massive.py", "from kd_jax.models import presets\n"),
+        ("configs/massive.py", "from configs import quickstart\nfrom kd_jax.config import base\n"),
+    ),
+    "table, what is not in the wheel": (
+        check_import_table,
+        ("kd_jax", "configs"),
+        ("kd_jax/main/study.py", "from configs import quickstart\n"),
+        ("kd_jax/main/study.py", "from kd_jax.study import run\n"),
+    ),
+    "table, the start": (
+        check_import_table,
+        ("kd_jax", "configs"),
+        ("kd_jax/__main__.py", "from kd_jax.main import command\n"),
+        ("kd_jax/__init__.py", "import importlib\n"),
     ),
     "main": (
         check_nobody_imports_main,
-        ("kd_jax", "configs"),
+        ("kd_jax", "configs", "benchmarks"),
         ("kd_jax/study/run.py", "import kd_jax.main.distill as distill\n"),
         ("kd_jax/main/study.py", "from kd_jax.main import distill\n"),
     ),
     "forbidden modules": (
         check_forbidden_modules,
-        ("kd_jax", "configs", "tests"),
+        ("kd_jax", "benchmarks", "configs", "tests"),
         ("kd_jax/data/text/sources.py", "def read():\n    import torch.nn\n"),
         ("tests/models/test_encoder.py", "import torch\n"),
     ),
     "torch": (
         check_forbidden_modules,
-        ("kd_jax", "configs", "tests"),
+        ("kd_jax", "benchmarks", "configs", "tests"),
         ("benchmarks/worker.py", "import torch\n"),
         (PYTORCH, "import torch\nimport torch.nn.functional as F\n"),
     ),
     "pickle": (
         check_forbidden_modules,
-        ("kd_jax", "configs", "tests"),
+        ("kd_jax", "benchmarks", "configs", "tests"),
         ("tests/data/test_rows.py", "from pickle import loads\n"),
         ("kd_jax/data/text/sources.py", "import tensorflow_datasets as tfds\n"),
     ),
     "code from files": (
         check_no_code_from_files,
-        ("kd_jax", "configs", "tests"),
+        ("kd_jax", "benchmarks", "configs", "tests"),
         ("kd_jax/data/text/tokenizer.py", "load(name, trust_remote_code=True)\n"),
         ("kd_jax/data/rows.py", "np.load(name, allow_pickle=False)\n"),
     ),
     "names": (
         check_module_name,
-        ("kd_jax", "configs", "tests"),
+        ("kd_jax", "benchmarks", "configs", "tests"),
         ("kd_jax/data/text_utils.py", ""),
         ("kd_jax/data/text/utterances.py", ""),
-    ),
-    "length": (
-        check_length,
-        ("kd_jax", "configs"),
-        ("kd_jax/losses/logits.py", "\n" * 401),
-        ("kd_jax/losses/logits.py", "\n" * 400),
     ),
     "config defaults": (
         check_no_config_defaults,
@@ -292,8 +318,8 @@ def test_every_file_keeps_the_rule(check, folders):
 
 
 def test_table_names_every_package_and_nothing_else():
-    ours = {item.stem for item in (ROOT / "kd_jax").iterdir() if not item.stem.startswith("__")}
-    assert set(import_table()) == ours
+    ours = {item.stem for item in (ROOT / "kd_jax").iterdir() if item.suffix in ("", ".py")}
+    assert set(import_table()) == {name for name in ours if not name.startswith("__")}
     assert "models.presets" in import_table()["config"]
 
 
@@ -302,72 +328,19 @@ def test_table_with_an_unreadable_cell_is_an_error():
         read_import_table("## Who may import whom\n\n| `data` | `types`, most of it |\n")
 
 
-def normalized(requirement: str) -> str:
-    """The distribution's name in `name[extra]>=1.0`, the way package indexes compare it."""
-    match = re.match(r"[\w.-]+", requirement)
-    assert match, f"{requirement!r} does not begin with a name"
-    return re.sub(r"[-_.]+", "-", match.group()).lower()
+def test_no_modules_import_each_other():
+    files = sorted((ROOT / "kd_jax").rglob("*.py"))
+    sources = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
+    assert import_cycles(sources) == []
 
 
-@functools.cache
-def project() -> dict:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-
-
-# Import name -> the distributions that provide it.
-installed_distributions = functools.cache(importlib.metadata.packages_distributions)
-
-
-def undeclared_imports(path: str, source: str, declared: set[str]) -> list[str]:
-    """Imports of packages that pyproject.toml does not name, though another package may bring them."""
-    ours = {"kd_jax", "configs", "tests", *(file.stem for file in (ROOT / "tests").glob("*.py"))}
-    problems = []
-    for line, name in imported_modules(path, source):
-        first = name.split(".")[0]
-        if first not in ours | sys.stdlib_module_names:
-            owners = {normalized(owner) for owner in installed_distributions().get(first, [first])}
-            if not owners & declared:
-                problems.append(f"{path}:{line}: {first} is not among the dependencies in pyproject.toml")
-    return problems
-
-
-@pytest.mark.parametrize("folder, extras", [("kd_jax", ()), ("configs", ()), ("tests", ("dev", "parity"))])
-def test_every_import_is_a_declared_dependency(folder, extras):
-    direct = project()["dependencies"] + [item for name in extras for item in project()["optional-dependencies"][name]]
-    declared = {normalized(requirement) for requirement in direct}
-    problems = []
-    for file in sorted((ROOT / folder).rglob("*.py")):
-        path = file.relative_to(ROOT).as_posix()
-        optional = {"torch"} if path == PYTORCH else set()
-        problems += undeclared_imports(path, file.read_text(encoding="utf-8"), declared | optional)
-    assert not problems, "\n" + "\n".join(problems)
-
-
-def test_undeclared_imports_knows_import_names_from_package_names():
-    source = "import json\nimport absl.flags\nimport yaml\nfrom kd_jax import types\n"
-    assert undeclared_imports("kd_jax/config.py", source, {"absl-py", "pyyaml"}) == []
-    assert len(undeclared_imports("kd_jax/config.py", source, {"absl-py"})) == 1
-
-
-def locked_versions(name: str) -> dict[str, set[str]]:
-    """Distribution -> its pins with their markers, in one lock."""
-    pins: dict[str, set[str]] = {}
-    for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
-        if line and not line.lstrip().startswith("#"):
-            pin = re.fullmatch(r"([\w.-]+)(==[\w.]+( ; .+)?)", line.split("#")[0].strip())
-            assert pin, f"{name}: {line!r} is not a version locked with =="
-            pins.setdefault(normalized(pin.group(1)), set()).add(pin.group(2))
-    return pins
-
-
-def test_locks_hold_the_direct_dependencies_and_agree():
-    locks = locked_versions("requirements.txt"), locked_versions("requirements-dev.txt")
-    for lock, direct in zip(locks, (project()["dependencies"], project()["optional-dependencies"]["dev"]), strict=True):
-        for requirement in direct:
-            pins = lock.get(normalized(requirement), set())
-            assert pins, f"{requirement} is missing: make the lock again with the command in its first lines"
-            if "==" in requirement:
-                assert pins == {"==" + requirement.split("==")[1]}, f"{requirement} is locked as {pins}"
-    for name, pins in locks[0].items():
-        assert locks[1].get(name, set()) == pins, f"{name}: requirements-dev.txt and requirements.txt differ"
-    assert not {"torch", "tensorflow"} & set(locks[1])
+def test_cycles_are_found_at_any_distance_and_through_packages():
+    sources = {
+        "kd_jax/a.py": "from kd_jax import b\n",
+        "kd_jax/b.py": "def late():\n    import kd_jax.c.d\n",
+        "kd_jax/c/__init__.py": "",
+        "kd_jax/c/d.py": "from kd_jax.a import name\nfrom kd_jax.c import e\n",
+        "kd_jax/c/e.py": "import json\n",
+    }
+    assert import_cycles(sources) == ["import each other: kd_jax.a, kd_jax.b, kd_jax.c.d"]
+    assert import_cycles(sources | {"kd_jax/b.py": "from kd_jax.c import e\n"}) == []

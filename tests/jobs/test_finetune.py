@@ -30,7 +30,7 @@ def test_impossible_settings_are_named(key, value):
         finetune.check(config)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_model_for_each_domain(tmp_path):
     config = quickstart.get_config("smoke")
     config.progress = config.tensorboard = False

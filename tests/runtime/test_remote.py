@@ -128,7 +128,7 @@ def test_the_rows_that_a_checkpoint_counts_are_on_the_store_before_it(store, sch
     assert found[-1][0] == 3 and len(names_in(workdir / "tensorboard")) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_study_with_its_workdir_on_a_store(tmp_path, store):
     config = small("")
     config.storage.local = str(tmp_path / "local")

@@ -107,7 +107,7 @@ def test_finetuning_counts_packed_rows_of_its_epochs():
     assert recipe_less.config.finetune.epochs == 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("preset, gated", [("student_small", True), ("minilm_l12_h384", False)])
 def test_memory_is_about_that_of_the_compiled_step(preset, gated):
     """Temporary memory of XLA on a CPU: gradients, activations and logits."""

@@ -130,7 +130,7 @@ exec "$@"
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_study_runs_as_slurm_jobs_to_its_report(tmp_path):
     (tmp_path / "bin").mkdir()
     stand_ins = {"sbatch": SBATCH, "srun": SRUN, "scontrol": 'echo "$*" >>"$STATE/requeued"; touch "$STATE/requeue"'}
