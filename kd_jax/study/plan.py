@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kd_jax.config import EXECUTION_KEYS, fingerprint, identity, require, to_dict
+from kd_jax.config.training import FEATURE_TERMS
 
 # Teachers beside the generic one, each with the transfer sets that are distilled from it in config.study.<name>_sets:
 # the adapted one; first the generic and then the adapted; both averaged; an intermediate student of the generic one.
