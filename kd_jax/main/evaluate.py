@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 from kd_jax.config import EXECUTION_KEYS, require, to_dict
 from kd_jax.data.prepared import Prepared
-from kd_jax.evaluation.records import write_records
 from kd_jax.evaluation.results import RECORDS, RESULTS, results
 from kd_jax.evaluation.slots import MODES
 from kd_jax.jobs import finetune, serving, trained
@@ -47,7 +46,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     with dog:
         records = finetune.predict_partition(as_path(block.checkpoint), prepared, *which)
     if jax.process_index() == 0:
-        write_records(workdir / RECORDS, records)
+        write_json_lines(workdir / RECORDS, records)
         rows = results(records, identity=lineage(block.checkpoint), mode=block.mode)
         write_json_lines(workdir / RESULTS, rows)
     directory.finish()

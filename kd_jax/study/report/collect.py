@@ -4,7 +4,7 @@ from typing import Any
 
 from kd_jax.config import fingerprint, identity, to_dict
 from kd_jax.evaluation.records import read_json_lines, read_records, write_json_lines
-from kd_jax.evaluation.results import RECORDS, RESULTS
+from kd_jax.evaluation.results import IDENTITY, RECORDS, RESULTS
 from kd_jax.runtime.paths import read_json
 from kd_jax.study.plan import students, task_shares
 from kd_jax.study.report.numbers import ReportInputs
@@ -25,7 +25,7 @@ def collect(study: Study, similarity: list[dict[str, Any]], provenance: dict[str
     for student in students(config):
         for seed in config.study.seeds:
             named = (student.kind, student.transfer_set, student.teacher, seed)
-            who = dict(zip(("student", "transfer_set", "teacher", "seed"), named, strict=True))
+            who: dict[str, Any] = dict(zip(IDENTITY, named, strict=True))
             encoder = study.planner.encoder(student, seed)
             if encoder is not None:
                 objects += heldout_results(study.heldout(encoder), who)

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.transforms import Bbox
+from matplotlib.text import Annotation
+from matplotlib.transforms import BboxBase
 
 from kd_jax.study.report.findings import correlation, correlation_text, divergence_key, domain_gains, similarity_points
 from kd_jax.study.report.numbers import HEADLINE, TEACHER_LABELS, Measure, Numbers, Place
@@ -221,17 +222,18 @@ def _place_names(panel: Axes, names: Sequence[str], x: np.ndarray, y: np.ndarray
     frame, taken = panel.get_window_extent(), []
     sides = [(6, 0, "left"), (-6, 0, "right"), (0, 9, "center"), (0, -10, "center")]
     sides += [(5, 8, "left"), (5, -8, "left"), (-5, 8, "right"), (-5, -8, "right")]
-    for index in np.argsort(-points[:, 1]):
+    for index in map(int, np.argsort(-points[:, 1])):
         at: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
         text = panel.annotate(names[index], (x[index], y[index]), (0, 0), fontsize=9, **at)
         text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
         others = np.delete(points, index, axis=0)
 
-        def move(side: tuple[float, float, str], text=text) -> Bbox:
-            text.xyann, _ = side[:2], text.set_horizontalalignment(side[2])
+        def move(side: tuple[int, int, str], text: Annotation = text) -> BboxBase:
+            text.xyann = side[:2]
+            text.set(ha=side[2])
             return text.get_window_extent()
 
-        def covered(side: tuple[float, float, str], move=move, others=others) -> int:
+        def covered(side: tuple[int, int, str], move=move, others=others) -> int:
             box = move(side)
             outside = box.x0 < frame.x0 or box.x1 > frame.x1
             return 2 * box.count_overlaps(taken) + box.padded(4).count_contains(others) + 2 * outside

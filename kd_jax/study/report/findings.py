@@ -238,7 +238,8 @@ def domain_gains(numbers: Numbers) -> list[DomainGain]:
     for entry in numbers.inputs.similarity:
         place = Place(domain=entry["domain"])
         gains = {task: numbers.difference(task_only, generic_only, HEADLINE[task], place) for task in numbers.tasks()}
-        rows.append(DomainGain(*(entry[name] for name in DomainGain._fields[:-1]), gains))
+        values = {name: entry[name] for name in ("domain", "tokens", "jsd", "jsd_matched", "overlap")}
+        rows.append(DomainGain(**values, gains=gains))
     key = divergence_key(rows)
     return sorted(rows, key=lambda row: (getattr(row, key) is None, getattr(row, key) or 0.0, row.domain))
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kd_jax.evaluation.records import Record
-from kd_jax.evaluation.significance import Difference, ErrorCounts, Interval, compare, error_counts, mean_interval
+from kd_jax.evaluation.significance import Difference, ErrorCounts, SeedMean, compare, error_counts, over_seeds
 from kd_jax.study.plan import OTHER_TEACHERS, Student
 
 KINDS = ("scratch", "mlm", "distilled")
@@ -169,9 +169,9 @@ class Numbers:
         found = self._values.get((student, task, metric, place), {})
         return next((count for _, count in found.values()), None)
 
-    def mean(self, student: Student, task: str, metric: str, place: Place = WHOLE_TEST) -> Interval | None:
+    def mean(self, student: Student, task: str, metric: str, place: Place = WHOLE_TEST) -> SeedMean | None:
         values = list(self.values(student, task, metric, place).values())
-        return mean_interval(values) if values else None
+        return over_seeds(values) if values else None
 
     def errors(self, student: Student, measure: Measure, place: Place = WHOLE_TEST) -> ErrorCounts | None:
         """The error rate by seed and utterance; by seed only if records are missing."""

@@ -122,7 +122,7 @@ def page(title: str, sections: Mapping[str, str], folder: pathlib.Path) -> str:
     contents = "".join(
         f'<li><a href="#{anchor}">{html.escape(name)}</a></li>' for name, anchor in list(anchors.items())[1:]
     )
-    template = string.Template(resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
+    template = string.Template(resources.files("kd_jax.study.report").joinpath("page.html").read_text(encoding="utf-8"))
     return template.substitute(title=html.escape(title), verdict=verdict, contents=contents, sections="\n".join(others))
 
 

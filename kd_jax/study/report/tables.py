@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from kd_jax.evaluation.significance import Interval
+from kd_jax.evaluation.significance import SeedMean
 from kd_jax.study.plan import Student
 from kd_jax.study.report.findings import NONE, Answer, DomainGain, label, plural, relative, relative_text, signed
 from kd_jax.study.report.numbers import HEADLINE, JUDGED_NAMES, TASK_NAMES, TEST, Measure, Numbers, Place, percent
@@ -53,12 +53,12 @@ def fixed(value: float | None, digits: int) -> str:
     return NONE if value is None else f"{value:.{digits}f}"
 
 
-def spread(interval: Interval | None, scale: float = 100.0, digits: int = 2) -> str:
+def spread(found: SeedMean | None, scale: float = 100.0, digits: int = 2) -> str:
     """Mean and standard deviation over seeds; the mean alone for one seed."""
-    if interval is None:
+    if found is None:
         return NONE
-    mean = fixed(scale * interval.mean, digits)
-    return mean if interval.deviation is None else f"{mean} ± {fixed(scale * interval.deviation, digits)}"
+    mean = fixed(scale * found.mean, digits)
+    return mean if found.deviation is None else f"{mean} ± {fixed(scale * found.deviation, digits)}"
 
 
 def change(numbers: Numbers, student: Student, reference: Student | None, measure: Measure, place: Place) -> str:
