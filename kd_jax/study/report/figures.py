@@ -1,5 +1,6 @@
 """The figures of a report; each is None if the study has nothing to show in it."""
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -222,23 +223,22 @@ def _place_names(panel: Axes, names: Sequence[str], x: np.ndarray, y: np.ndarray
     frame, taken = panel.get_window_extent(), []
     sides = [(6, 0, "left"), (-6, 0, "right"), (0, 9, "center"), (0, -10, "center")]
     sides += [(5, 8, "left"), (5, -8, "left"), (-5, 8, "right"), (-5, -8, "right")]
+
+    def moved(text: Annotation, side: tuple[int, int, str]) -> BboxBase:
+        text.xyann = side[:2]
+        text.set(ha=side[2])
+        return text.get_window_extent()
+
+    def covered(text: Annotation, index: int, side: tuple[int, int, str]) -> int:
+        box, others = moved(text, side), np.delete(points, index, axis=0)
+        outside = box.x0 < frame.x0 or box.x1 > frame.x1
+        return 2 * box.count_overlaps(taken) + box.padded(4).count_contains(others) + 2 * outside
+
     for index in map(int, np.argsort(-points[:, 1])):
         at: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
         text = panel.annotate(names[index], (x[index], y[index]), (0, 0), fontsize=9, **at)
         text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
-        others = np.delete(points, index, axis=0)
-
-        def move(side: tuple[int, int, str], text: Annotation = text) -> BboxBase:
-            text.xyann = side[:2]
-            text.set(ha=side[2])
-            return text.get_window_extent()
-
-        def covered(side: tuple[int, int, str], move=move, others=others) -> int:
-            box = move(side)
-            outside = box.x0 < frame.x0 or box.x1 > frame.x1
-            return 2 * box.count_overlaps(taken) + box.padded(4).count_contains(others) + 2 * outside
-
-        taken.append(move(min(sides, key=covered)))
+        taken.append(moved(text, min(sides, key=functools.partial(covered, text, index))))
 
 
 @rc_context(STYLE)
