@@ -1,16 +1,16 @@
 """From what the stages left behind to results.jsonl and the inputs of the report."""
 
+import pathlib
 from typing import Any
 
 from kd_jax.config import fingerprint, identity, to_dict
-from kd_jax.evaluation.records import read_json_lines, read_records, write_json_lines
+from kd_jax.evaluation.records import read_records
 from kd_jax.evaluation.results import IDENTITY, RECORDS, RESULTS
-from kd_jax.runtime.paths import read_json
+from kd_jax.runtime.files import read_json, read_json_lines, write_json_lines
 from kd_jax.study.plan import students, task_shares
 from kd_jax.study.report.numbers import ReportInputs
 from kd_jax.study.run import Study
-from kd_jax.trainer.metrics import FILE as METRICS
-from kd_jax.trainer.metrics import read_metrics
+from kd_jax.study.status import METRICS
 
 
 def collect(study: Study, similarity: list[dict[str, Any]], provenance: dict[str, Any]) -> ReportInputs:
@@ -21,7 +21,7 @@ def collect(study: Study, similarity: list[dict[str, Any]], provenance: dict[str
     for name, stage in study.planner.teachers().items():
         who = {"student": "teacher", "transfer_set": "", "teacher": name, "seed": config.seed}
         objects += heldout_results(study.heldout(stage), who)
-        curves[f"teacher, {name}"] = read_metrics(study.folder(stage) / METRICS)  # none for an imported teacher
+        curves[f"teacher, {name}"] = read_curve(study.folder(stage))
     for student in students(config):
         for seed in config.study.seeds:
             named = (student.kind, student.transfer_set, student.teacher, seed)
@@ -29,7 +29,7 @@ def collect(study: Study, similarity: list[dict[str, Any]], provenance: dict[str
             encoder = study.planner.encoder(student, seed)
             if encoder is not None:
                 objects += heldout_results(study.heldout(encoder), who)
-                curves[f"{student.name}, seed {seed}"] = read_metrics(study.folder(encoder) / METRICS)
+                curves[f"{student.name}, seed {seed}"] = read_curve(study.folder(encoder))
                 realized[student.transfer_set] = read_json(study.folder(encoder) / "run.json")["realized"]
             for task in config.study.tasks:
                 finetuned = study.planner.finetune(student, seed, task, study.chosen[student.name, task])
@@ -54,6 +54,11 @@ def collect(study: Study, similarity: list[dict[str, Any]], provenance: dict[str
         notes=study.notes,
         latency=read_json(measured) if measured and measured.is_file() else None,
     )
+
+
+def read_curve(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl; none for a teacher that was imported and not trained."""
+    return read_json_lines(folder / METRICS, growing=True)
 
 
 def heldout_results(rows: list[dict[str, Any]], who: dict[str, Any]) -> list[dict[str, Any]]:

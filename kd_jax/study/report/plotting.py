@@ -18,10 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
-from kd_jax.runtime import paths
+from kd_jax.runtime.files import write_atomically
 from kd_jax.study.plan import Student
 from kd_jax.study.report.numbers import Numbers
-from kd_jax.types import UserError
 
 INK, SOFT, GRID = "#1c2430", "#5b6675", "#e3e7ec"
 SCRATCH, MLM, ADAPTED = "#7a7a7a", "#e69f00", "#d55e00"
@@ -75,16 +74,7 @@ def write_figure(figure: Figure, folder: pathlib.Path, name: str) -> None:
         buffer = io.BytesIO()
         with rc_context(STYLE):
             figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
-        write_whole(folder / f"{name}.{kind}", buffer.getvalue())
-
-
-def write_whole(path: pathlib.Path, data: bytes) -> None:
-    """Replaces a file atomically, making its folder; raises UserError if it cannot be written."""
-    try:
-        paths.make_folder(path.parent)
-        paths.write_whole(path, data)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from error
+        write_atomically(folder / f"{name}.{kind}", buffer.getvalue())
 
 
 def panel_grid(rows: int, columns: int, height: float, **options) -> tuple[Figure, np.ndarray]:

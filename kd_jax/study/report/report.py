@@ -16,7 +16,8 @@ from typing import Any
 
 from markdown_it import MarkdownIt
 
-from kd_jax.runtime.paths import place
+from kd_jax.runtime.files import write_atomically
+from kd_jax.runtime.paths import as_path, make_folder
 from kd_jax.study.report import tables
 from kd_jax.study.report.figures import FIGURES
 from kd_jax.study.report.findings import (
@@ -36,7 +37,7 @@ from kd_jax.study.report.findings import (
     verdict_text,
 )
 from kd_jax.study.report.numbers import HEADLINE, JUDGED_NAMES, TASK_NAMES, TEST, Numbers, ReportInputs
-from kd_jax.study.report.plotting import write_figure, write_whole
+from kd_jax.study.report.plotting import write_figure
 from kd_jax.text_tables import aligned_table, escaped
 
 WIDTH = 110  # characters in a line of the summary
@@ -57,15 +58,16 @@ def write_report(folder: pathlib.Path, inputs: ReportInputs) -> None:
 
     Raises UserError if a file cannot be written. A part that the study did not run gives a sentence, never an error.
     """
-    folder = place(folder)
+    folder = as_path(folder)
+    make_folder(folder / "figures")
     drawn = {name: one.draw(inputs.numbers) for name, one in FIGURES.items()}
     for name, figure in drawn.items():
         if figure is not None:
             write_figure(figure, folder / "figures", name)
     title = f"{inputs.name}: on which text to distill"
     sections = compose(inputs, [name for name, figure in drawn.items() if figure is not None])
-    write_whole(folder / "report.md", markdown(title, sections).encode())
-    write_whole(folder / "report.html", page(title, sections, folder).encode())
+    write_atomically(folder / "report.md", markdown(title, sections))
+    write_atomically(folder / "report.html", page(title, sections, folder))
 
 
 def summary_text(inputs: ReportInputs) -> str:
