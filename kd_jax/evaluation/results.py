@@ -114,27 +114,22 @@ def results(records: Sequence[Record], *, identity: dict[str, Any], mode: str = 
     (task,) = tasks
     if task == "icner":
         _check_against_seqeval(records)
-    wanted = [name for name in TERMS[task] if mode == "massive" or name not in MASSIVE_METRICS]
-
-    sums: dict[tuple[str, str, str, str], dict[str, list[float]]] = defaultdict(
-        lambda: {name: [0.0, 0] for name in wanted}
-    )
+    terms = {name: term for name, term in TERMS[task].items() if mode == "massive" or name not in MASSIVE_METRICS}
+    # (test set, scope, locale, domain) -> numerator and denominator of each metric; labels of (test set, locale) for DC
+    sums: dict[tuple[str, str, str, str], np.ndarray] = defaultdict(lambda: np.zeros((len(terms), 2)))
     labels: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
     for record in records:
-        terms = [(name, *TERMS[task][name](record)) for name in wanted]
+        found = np.array([term(record) for term in terms.values()])
         for test_set in record["test_sets"]:
             for scope, locale, domain in _scopes(record):
-                bucket = sums[test_set, scope, locale, domain]
-                for name, numerator, denominator in terms:
-                    bucket[name][0] += numerator
-                    bucket[name][1] += denominator
+                sums[test_set, scope, locale, domain] += found
                 if task == "dc" and domain == "all":
                     labels[test_set, locale].append((record["domain"], record["predicted_domain"]))
 
     rows = []
-    for (test_set, scope, locale, domain), bucket in sorted(sums.items()):
+    for (test_set, scope, locale, domain), bucket in sorted(sums.items(), key=lambda item: item[0]):
         place = {**identity, "task": task, "scope": scope, "locale": locale, "domain": domain, "test_set": test_set}
-        for name, (numerator, denominator) in bucket.items():
+        for name, (numerator, denominator) in zip(terms, bucket.tolist()):
             value = numerator / denominator if denominator else None
             rows.append({**place, "metric": name, "value": value, "count": int(denominator)})
         if task == "dc":
