@@ -1,4 +1,4 @@
-"""From a finetuned model and utterances to one record an utterance, over packed rows."""
+"""From a finetuned model and utterances to one record for each utterance, over packed rows."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ Predict = Callable[[Params, Mapping[str, Array], Mapping[str, Array]], Any]
 
 
 class Spread(NamedTuple):
-    """How the rows of a batch lie on devices, and of which process they are; by default this process has all."""
+    """How the rows of a batch are divided among devices and processes; by default this process has all of them."""
 
     place: Callable[[Batch], Mapping[str, Array]]  # this process's rows, in NumPy -> the batch on the devices
     fetch: Callable[[Any], np.ndarray] = np.asarray  # what was computed of the batch -> this process's rows
@@ -33,10 +33,10 @@ class Spread(NamedTuple):
 
 @functools.cache
 def compiled_predict(model: Functional) -> Predict:
-    """Jitted (params, class masks, batch) -> class ids int32 [R, S], their probabilities float32 [R, S], and for ICNER
-    tag scores float32 [R, L, T] too.
+    """Jitted (params, class masks, batch) -> class ids int32 [R, S], their probabilities float32 [R, S], tag scores.
 
-    The class masks are added to the logits; they make the classes impossible that only pad a label map.
+    Tag scores are float32 [R, L, T] for ICNER and None for DC. The class masks are added to the logits: they exclude
+    classes that only pad a label map.
     """
 
     def classes(logits_RxSxC, masks):
@@ -68,16 +68,16 @@ def predict_records(
     spread: Spread,
     probabilities: bool = False,
 ) -> list[Record]:
-    """Records in the order of `utterances`, the same in every process; `train` decides on test_unseen and tail.
+    """Records in the order of `utterances`, the same in every process; `train` decides test_unseen and tail.
 
-    Each process predicts and decodes its part of the rows, and all tell each other what they found. With
-    `probabilities` a record has "probability" too, of its domain or intent, and "tag_probabilities" as
-    `probabilities_of_tags` gives them.
+    Each process predicts and decodes its part of the rows; then all exchange the results. With `probabilities` a record
+    also has "probability", of its domain or intent, and "tag_probabilities" from `probabilities_of_tags`.
     """
     labeled = LabeledSet(utterances, tokenizer, maps, model.kind, length)
     predict = compiled_predict(model)
     mine = slice(*process_slice(batch_rows, *spread.share))
-    # Number of the utterance, its class, its tags, and the probabilities of both.
+    # Index of the utterance, its class, its tags, and the probabilities of both. Plain values, because they cross
+    # processes as JSON.
     found: list[tuple[int, int, list[str], float, list[float | None]]] = []
     for batch, index_RxS in interruptible(packed(labeled, length, batch_rows), "the predictions"):
         batch, index_RxS = {name: values[mine] for name, values in batch.items()}, index_RxS[mine]
@@ -106,33 +106,39 @@ def predict_records(
     return records
 
 
+def word_columns(labeled: LabeledSet, number: int, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of the words of utterance `number` that have a token in their row, the indices and the columns of first tokens.
+
+    `first` is the column where the utterance starts. A word may have no token: cut off, or emptied by the tokenizer.
+    """
+    inside = slice(labeled.offsets[number], labeled.offsets[number + 1])
+    starts = np.flatnonzero(labeled.word_starts[inside])
+    return labeled.words[inside][starts], first + 1 + starts
+
+
 def decode_rows(
     labeled: LabeledSet, chosen: np.ndarray, scores_NxLxT: np.ndarray, firsts: np.ndarray, tags: Sequence[str]
 ) -> list[list[str]]:
     """Valid IOB2 tags of each chosen utterance, from its row's scores and the column where it starts.
 
-    A word counts by its first piece. One without a piece in the row (cut off, or emptied by the tokenizer) is "O"; a
-    character that shares the piece of the character before it (CHARACTER_LOCALES) goes on with its slot.
+    A word counts by its first token; one without a token is "O". A character that shares the token of the character
+    before it (CHARACTER_LOCALES) continues that one's slot.
     """
-    found = []
-    for number, first in zip(chosen, firsts):
-        inside = slice(labeled.offsets[number], labeled.offsets[number + 1])
-        starts = np.flatnonzero(labeled.word_starts[inside])
-        found.append((labeled.words[inside][starts], first + 1 + starts))
-    lengths = np.array([len(words) for words, _ in found], np.int64)  # of none, where a process has empty rows only
+    found = [word_columns(labeled, number, first) for number, first in zip(chosen, firsts)]
+    lengths = np.array([len(words) for words, _ in found], np.int64)  # empty if a process has only empty rows
     scores = np.zeros((len(chosen), lengths.max(initial=1), len(tags)), np.float32)
-    for place, (_, columns) in enumerate(found):
-        scores[place, : len(columns)] = scores_NxLxT[place, columns, : len(tags)]
+    for row, (_, columns) in enumerate(found):
+        scores[row, : len(columns)] = scores_NxLxT[row, columns, : len(tags)]
     decoded = []
-    for number, (words, _), of_pieces in zip(chosen, found, decode_bio_batch(scores, lengths, tags)):
+    for number, (words, _), of_tokens in zip(chosen, found, decode_bio_batch(scores, lengths, tags)):
         utterance = labeled.utterances[number]
         shares = utterance.locale in CHARACTER_LOCALES
-        by_word = dict(zip(words.tolist(), of_pieces))
-        whole: list[str] = []
+        by_word = dict(zip(words.tolist(), of_tokens))
+        of_words: list[str] = []
         for word in range(len(utterance.words)):
-            slot = whole[-1][2:] if shares and whole else ""
-            whole.append(by_word.get(word, f"I-{slot}" if slot else "O"))
-        decoded.append(repair_bio(whole))
+            slot = of_words[-1][2:] if shares and of_words else ""
+            of_words.append(by_word.get(word, f"I-{slot}" if slot else "O"))
+        decoded.append(repair_bio(of_words))
     return decoded
 
 
@@ -144,16 +150,12 @@ def probabilities_of_tags(
     maps: LabelMaps,
     decoded: Sequence[Sequence[str]],
 ) -> list[list[float | None]]:
-    """For each word of each chosen utterance what the model gives its decoded tag, by itself: the softmax at the word's
-    first piece. None for a word without a piece of its own in the row.
-    """
+    """The probability of each word's decoded tag, by the softmax at its first token alone; None without a token."""
     found = []
-    for place, (number, first, tags) in enumerate(zip(chosen, firsts, decoded, strict=True)):
-        inside = slice(labeled.offsets[number], labeled.offsets[number + 1])
-        starts = np.flatnonzero(labeled.word_starts[inside])
-        words = labeled.words[inside][starts]
+    for row, (number, first, tags) in enumerate(zip(chosen, firsts, decoded, strict=True)):
+        words, columns = word_columns(labeled, number, first)
         ids = np.array([maps.tag_id(str(tags[word])) for word in words], np.int64)
-        scores = scores_NxLxT[place, first + 1 + starts, : len(maps.tags)]
+        scores = scores_NxLxT[row, columns, : len(maps.tags)]
         shifted = np.exp(scores - scores.max(axis=-1, keepdims=True, initial=-np.inf))
         chances = shifted[np.arange(len(ids)), ids] / shifted.sum(axis=-1)
         by_word = dict(zip(words.tolist(), chances.tolist()))

@@ -1,7 +1,7 @@
-"""One record an utterance: gold and prediction by name. Every metric is derived from records.
+"""One record for each utterance: gold and prediction by name. All metrics are computed from records.
 
 Fields of every record: id, locale, domain, intent, partition, test_sets (list), task ("dc" or "icner"), words (list).
-A DC record adds predicted_domain. An ICNER record adds gold_tags, predicted_intent, predicted_tags (IOB2, a tag a
+A DC record adds predicted_domain. An ICNER record adds gold_tags, predicted_intent, predicted_tags (IOB2, one for each
 word), the counts of strict scoring (gold_slots, correct, substitutions, insertions, deletions) and exact (intent and
 all spans right).
 """
@@ -13,8 +13,8 @@ from typing import Any
 
 from kd_jax.data.text.decontamination import normalize
 from kd_jax.data.text.utterances import Utterance
-from kd_jax.evaluation.slots import count_slots
-from kd_jax.runtime.files import read_json_lines, write_json_lines
+from kd_jax.evaluation.slots import SlotCounts, count_slots
+from kd_jax.runtime.files import read_json_lines
 from kd_jax.types import UserError
 
 Record = dict[str, Any]
@@ -22,18 +22,15 @@ Record = dict[str, Any]
 FIELDS = ("id", "locale", "domain", "intent", "partition", "test_sets", "task", "words")
 TASK_FIELDS = {
     "dc": ("predicted_domain",),
-    "icner": (
-        *("gold_tags", "predicted_intent", "predicted_tags"),
-        *("gold_slots", "correct", "substitutions", "insertions", "deletions", "exact"),
-    ),
+    "icner": ("gold_tags", "predicted_intent", "predicted_tags", "gold_slots", *SlotCounts._fields, "exact"),
 }
 
 
 def assign_test_sets(utterances: Sequence[Utterance], train: Iterable[Utterance]) -> list[list[str]]:
-    """The test sets that each utterance belongs to: its partition, and for the test partition also
+    """The test sets of each utterance: its partition, and in the test partition possibly two more.
 
-    test_unseen (its normalized text is no train utterance of its locale) and tail (at least one of its words, case
-    ignored, occurs in no train utterance of its locale).
+    test_unseen: its normalized text is no train utterance of its locale. tail: at least one of its words, ignoring
+    case, occurs in no train utterance of its locale.
     """
     texts: dict[str, set[str]] = defaultdict(set)
     words: dict[str, set[str]] = defaultdict(set)
@@ -60,7 +57,7 @@ def domain_record(utterance: Utterance, test_sets: Sequence[str], predicted_doma
 def intent_slot_record(
     utterance: Utterance, test_sets: Sequence[str], predicted_intent: str, predicted_tags: Sequence[str]
 ) -> Record:
-    """The ICNER record of one utterance; predicted_tags are decoded IOB2, one a word, else ValueError."""
+    """The ICNER record of one utterance; ValueError unless predicted_tags holds one tag for each word."""
     counts = count_slots(utterance.tags, predicted_tags)
     return {
         **_common(utterance, test_sets, "icner"),
@@ -73,13 +70,13 @@ def intent_slot_record(
     }
 
 
-def write_records(path: str | os.PathLike, records: Iterable[Record]) -> None:
-    """Writes one JSON object a line; the file appears whole or not at all."""
-    write_json_lines(path, records)
+def _common(utterance: Utterance, test_sets: Sequence[str], task: str) -> Record:
+    of_utterance = {name: getattr(utterance, name) for name in ("id", "locale", "domain", "intent", "partition")}
+    return {**of_utterance, "test_sets": list(test_sets), "task": task, "words": list(utterance.words)}
 
 
 def read_records(path: str | os.PathLike) -> list[Record]:
-    """Reads what `write_records` wrote; raises UserError with file and line."""
+    """The records of a file; raises UserError with file and line."""
     records = read_json_lines(path)
     for number, record in enumerate(records, 1):
         task = record.get("task")
@@ -89,16 +86,3 @@ def read_records(path: str | os.PathLike) -> list[Record]:
         if missing:
             raise UserError(f"{path}:{number}: field {missing[0]!r} is missing; write the records again")
     return records
-
-
-def _common(utterance: Utterance, test_sets: Sequence[str], task: str) -> Record:
-    return {
-        "id": utterance.id,
-        "locale": utterance.locale,
-        "domain": utterance.domain,
-        "intent": utterance.intent,
-        "partition": utterance.partition,
-        "test_sets": list(test_sets),
-        "task": task,
-        "words": list(utterance.words),
-    }

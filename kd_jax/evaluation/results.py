@@ -2,12 +2,11 @@
 
 Keys: student, transfer_set, teacher, seed, task, scope, locale, domain, test_set, metric, value, count.
 
-scope is "all", "locale", "domain" or "locale_domain"; where it does not name locale or domain, that field is "all"
-(pooled over utterances). value is null where the metric is undefined, never NaN. count is the metric's denominator:
-utterances, or for slot F1 the gold plus predicted spans, or for SemER the gold slots plus utterances.
+scope is "all", "locale", "domain" or "locale_domain"; a locale or domain that the scope does not name is "all", which
+pools the utterances. value is null if the metric is undefined, never NaN. count is the metric's denominator:
+utterances, for slot F1 the gold plus predicted spans, for SemER the gold slots plus utterances.
 
-Every metric but macro F1 is a ratio of two sums over utterances (`TERMS`), which is also what significance.py
-resamples.
+Every metric but macro F1 is a ratio of two sums over utterances (`TERMS`), so significance.py can resample utterances.
 """
 
 from collections import defaultdict
@@ -18,7 +17,6 @@ import numpy as np
 from seqeval.metrics import f1_score
 from seqeval.scheme import IOB2
 
-from kd_jax.evaluation.classification import macro_f1
 from kd_jax.evaluation.records import Record
 from kd_jax.evaluation.slots import MODES, SlotCounts, count_slots
 
@@ -32,14 +30,14 @@ IDENTITY = ("student", "transfer_set", "teacher", "seed")
 MASSIVE_METRICS = ("massive_intent_accuracy", "massive_slot_f1", "massive_exact_match")
 
 
-def _counts(record: Record) -> SlotCounts:
-    return SlotCounts(record["correct"], record["substitutions"], record["insertions"], record["deletions"])
-
-
 def _slot_f1(counts: SlotCounts) -> Term:
     """Micro F1 = 2 correct / (gold + predicted), summed over utterances before dividing."""
     spans = 2 * (counts.correct + counts.substitutions) + counts.insertions + counts.deletions
     return 2.0 * counts.correct, spans
+
+
+def _strict(record: Record) -> SlotCounts:
+    return SlotCounts(*(record[name] for name in SlotCounts._fields))
 
 
 def _massive(record: Record) -> SlotCounts:
@@ -47,11 +45,14 @@ def _massive(record: Record) -> SlotCounts:
 
 
 def _semer(record: Record) -> Term:
-    counts = _counts(record)
-    errors = (
-        counts.substitutions + counts.insertions + counts.deletions + (record["predicted_intent"] != record["intent"])
-    )
+    counts = _strict(record)
+    errors = sum(counts) - counts.correct + (record["predicted_intent"] != record["intent"])
     return float(errors), record["gold_slots"] + 1
+
+
+def _massive_exact(record: Record) -> bool:
+    counts = _massive(record)
+    return record["predicted_intent"] == record["intent"] and sum(counts) == counts.correct
 
 
 def _share(right: Callable[[Record], bool]) -> Callable[[Record], Term]:
@@ -59,7 +60,7 @@ def _share(right: Callable[[Record], bool]) -> Callable[[Record], Term]:
 
 
 def _rest(term: Callable[[Record], Term]) -> Callable[[Record], Term]:
-    """The error rate that belongs to a score: 1 - score, as a ratio of the same denominator."""
+    """The error rate of a score: 1 - score, as a ratio with the same denominator."""
 
     def errors(record: Record) -> Term:
         numerator, denominator = term(record)
@@ -68,19 +69,13 @@ def _rest(term: Callable[[Record], Term]) -> Callable[[Record], Term]:
     return errors
 
 
-def _massive_exact(record: Record) -> bool:
-    counts = _massive(record)
-    return record["predicted_intent"] == record["intent"] and sum(counts) == counts.correct
+def _f1(record: Record) -> Term:
+    return _slot_f1(_strict(record))
 
 
 _accuracy = _share(lambda record: record["predicted_domain"] == record["domain"])
 _intent = _share(lambda record: record["predicted_intent"] == record["intent"])
 _exact = _share(lambda record: record["exact"])
-
-
-def _f1(record: Record) -> Term:
-    return _slot_f1(_counts(record))
-
 
 TERMS: dict[str, dict[str, Callable[[Record], Term]]] = {
     "dc": {"accuracy": _accuracy, "error_rate": _rest(_accuracy)},
@@ -97,20 +92,15 @@ TERMS: dict[str, dict[str, Callable[[Record], Term]]] = {
         "massive_exact_match": _share(_massive_exact),
     },
 }
-# The headline error rates, lower is better: what reports compare.
-ERROR_METRICS = {
-    "dc": ("error_rate",),
-    "icner": ("intent_error_rate", "slot_error_rate", "exact_match_error_rate", "semer"),
-}
 
 
 def results(records: Sequence[Record], *, identity: dict[str, Any], mode: str = "strict") -> list[dict[str, Any]]:
     """Result objects of one student's records of one task, over test sets, locales and domains.
 
-    Slot F1 over all records is held against seqeval's. identity holds student, transfer_set, teacher and seed. mode
-    "massive" adds the official MASSIVE scores (massive_slot_f1, ...) to the strict ones. macro_f1 is null in the
-    scopes of one domain, where precision has no meaning. Raises ValueError for another identity or mode, for records
-    of several tasks, or when counts and tags of the records disagree.
+    identity holds student, transfer_set, teacher and seed. mode "massive" adds the official MASSIVE scores
+    (massive_slot_f1, ...) to the strict ones. macro_f1 is null in the scopes of one domain, where precision has no
+    meaning. Raises ValueError for another identity or mode, for records of several tasks, or if the records' counts
+    give another slot F1 than seqeval computes from their tags.
     """
     if set(identity) != set(IDENTITY):
         raise ValueError(f"identity holds {sorted(identity)}; it must hold exactly {', '.join(IDENTITY)}")
@@ -124,27 +114,22 @@ def results(records: Sequence[Record], *, identity: dict[str, Any], mode: str = 
     (task,) = tasks
     if task == "icner":
         _check_against_seqeval(records)
-    wanted = [name for name in TERMS[task] if mode == "massive" or name not in MASSIVE_METRICS]
-
-    sums: dict[tuple[str, str, str, str], dict[str, list[float]]] = defaultdict(
-        lambda: {name: [0.0, 0] for name in wanted}
-    )
+    terms = {name: term for name, term in TERMS[task].items() if mode == "massive" or name not in MASSIVE_METRICS}
+    # (test set, scope, locale, domain) -> numerator and denominator of each metric; labels of (test set, locale) for DC
+    sums: dict[tuple[str, str, str, str], np.ndarray] = defaultdict(lambda: np.zeros((len(terms), 2)))
     labels: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
     for record in records:
-        terms = [(name, *TERMS[task][name](record)) for name in wanted]
+        found = np.array([term(record) for term in terms.values()])
         for test_set in record["test_sets"]:
             for scope, locale, domain in _scopes(record):
-                bucket = sums[test_set, scope, locale, domain]
-                for name, numerator, denominator in terms:
-                    bucket[name][0] += numerator
-                    bucket[name][1] += denominator
+                sums[test_set, scope, locale, domain] += found
                 if task == "dc" and domain == "all":
                     labels[test_set, locale].append((record["domain"], record["predicted_domain"]))
 
     rows = []
-    for (test_set, scope, locale, domain), bucket in sorted(sums.items()):
+    for (test_set, scope, locale, domain), bucket in sorted(sums.items(), key=lambda item: item[0]):
         place = {**identity, "task": task, "scope": scope, "locale": locale, "domain": domain, "test_set": test_set}
-        for name, (numerator, denominator) in bucket.items():
+        for name, (numerator, denominator) in zip(terms, bucket.tolist()):
             value = numerator / denominator if denominator else None
             rows.append({**place, "metric": name, "value": value, "count": int(denominator)})
         if task == "dc":
@@ -154,7 +139,24 @@ def results(records: Sequence[Record], *, identity: dict[str, Any], mode: str = 
     return rows
 
 
+def macro_f1(gold: Sequence[str], predicted: Sequence[str]) -> float | None:
+    """Mean F1 over the labels in gold or prediction, as scikit-learn's f1_score(average="macro"); None without any.
+
+    A gold label that the model never saw in training counts as an error like any other.
+    """
+    if not len(gold):
+        return None
+    names, codes = np.unique([*gold, *predicted], return_inverse=True)
+    true, guess = codes[: len(gold)], codes[len(gold) :]
+    if len(true) != len(guess):
+        raise ValueError(f"{len(true)} gold labels but {len(guess)} predicted labels")
+    hits = np.bincount(true[true == guess], minlength=len(names))
+    totals = np.bincount(true, minlength=len(names)) + np.bincount(guess, minlength=len(names))
+    return float(np.mean(2.0 * hits / totals))
+
+
 def _check_against_seqeval(records: Sequence[Record]) -> None:
+    # Ours are sums that can be resampled; seqeval's is the reference that others report.
     terms = [_f1(record) for record in records]
     spans = sum(denominator for _, denominator in terms)
     ours = sum(numerator for numerator, _ in terms) / spans if spans else 0.0

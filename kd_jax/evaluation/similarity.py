@@ -1,8 +1,8 @@
-"""How similar a domain's text is to generic text, from token counts, and the rank correlation of that with a gain.
+"""Similarity of two texts from token counts, and the rank correlation of two measurements over domains.
 
-Counts are arrays [V] over one vocabulary. The plug-in Jensen-Shannon divergence grows as samples shrink (rare tokens
-are missing from small samples), so domains of different sizes are comparable only when both texts are first drawn down
-to one number of tokens: `similarity(..., size=...)` does that.
+Counts are arrays [V] over one vocabulary. The plug-in Jensen-Shannon divergence grows as samples shrink, because small
+samples lack rare tokens. So domains of different sizes are comparable only after sampling both texts down to one number
+of tokens: `similarity(..., size=...)` does that.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from scipy import stats
 
 from kd_jax.types import UserError
 
-# Above this many tokens NumPy cannot draw without replacement; with replacement is then the same in practice.
+# Above this many tokens NumPy cannot draw without replacement; with replacement makes no practical difference then.
 _LARGEST_URN = 10**9
 
 
 def jensen_shannon(counts_a: np.ndarray, counts_b: np.ndarray) -> float | None:
-    """Jensen-Shannon divergence in bits, in [0, 1]: 0 for equal, 1 for disjoint texts; None when a text is empty.
+    """Jensen-Shannon divergence in bits, in [0, 1]: 0 for equal, 1 for disjoint texts; None if a text is empty.
 
     JSD(p, q) = H((p + q) / 2) - (H(p) + H(q)) / 2 with equal weights (Lin 1991, "Divergence measures based on the
     Shannon entropy", IEEE Transactions on Information Theory 37(1)), computed as the mean of the two KL divergences to
@@ -37,11 +37,11 @@ def jensen_shannon(counts_a: np.ndarray, counts_b: np.ndarray) -> float | None:
 
 
 def vocabulary_overlap(counts_a: np.ndarray, counts_b: np.ndarray, top: int = 10_000) -> float | None:
-    """Share in [0, 1] of the most frequent token types that two texts have in common; None when a text is empty.
+    """Share in [0, 1] of the most frequent token types that two texts have in common; None if a text is empty.
 
-    Both texts give their k most frequent types, k the smallest of `top` and the two numbers of types (so that a short
-    text is not held against a long one's whole vocabulary); ties go to the lower id. After the overlap of the most
-    frequent unigrams in Gururangan et al. 2020, "Don't Stop Pretraining".
+    k types of each text are compared, k the smallest of `top` and the two numbers of types, so that a short text is
+    not compared with a long one's whole vocabulary; ties go to the lower id. After the overlap of the most frequent
+    unigrams in Gururangan et al. 2020, "Don't Stop Pretraining".
     """
     a, b = _pair(counts_a, counts_b)
     k = min(top, np.count_nonzero(a), np.count_nonzero(b))
@@ -63,8 +63,8 @@ def similarity(
 ) -> float | None:
     """A named measure of two texts' token counts [V].
 
-    size > 0 draws both texts down to `size` tokens without replacement, `repeats` times, and averages; None when a
-    text has fewer tokens than that or is empty. Raises UserError for an unknown measure, ValueError for counts that
+    size > 0 samples `size` tokens of each text without replacement, `repeats` times, and averages; None if a text has
+    fewer tokens or is empty. Raises UserError for an unknown measure, ValueError for counts that
     are negative or of unequal length.
     """
     if measure not in MEASURES:
@@ -80,12 +80,12 @@ def similarity(
 
 
 def matched_jsd(counts_a: np.ndarray, counts_b: np.ndarray, size: int, seed: int, repeats: int = 10) -> float | None:
-    """Jensen-Shannon divergence at `size` tokens of each text, averaged over draws; None when a text has fewer."""
+    """Jensen-Shannon divergence at `size` tokens of each text, averaged over draws; None if a text has fewer."""
     return similarity("jsd", counts_a, counts_b, size=size, seed=seed, repeats=repeats)
 
 
 class RankCorrelation(NamedTuple):
-    """Spearman's rho, two-sided permutation p-value, bootstrap interval over the pairs; None where undefined."""
+    """Spearman's rho, two-sided permutation p-value, bootstrap interval over the pairs; None if undefined."""
 
     rho: float | None
     p_value: float | None
@@ -105,9 +105,9 @@ def rank_correlation(
 ) -> RankCorrelation:
     """Spearman's rank correlation of two measurements over domains, float [n] each.
 
-    The p-value is exact over all orders where there are at most `permutations` of them, else from that many random
-    orders, the observed one counted. The interval is the percentile bootstrap over domains; with fewer than about ten
-    domains it is rough. Everything is None for fewer than three domains or a constant measurement.
+    The p-value is exact over all orders if there are at most `permutations` of them, else it comes from that many
+    random orders and the observed one. The interval is a percentile bootstrap over domains, rough with fewer than about
+    ten of them. Everything is None for fewer than three domains or a constant measurement.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if x.shape != y.shape or x.ndim != 1:
@@ -132,7 +132,7 @@ def rank_correlation(
 
 
 def _pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Correlation along the last axis; NaN where a side is constant."""
+    """Correlation along the last axis; NaN if a side is constant."""
     a = a - a.mean(axis=-1, keepdims=True)
     b = b - b.mean(axis=-1, keepdims=True)
     scale = np.sqrt((a * a).sum(axis=-1) * (b * b).sum(axis=-1))

@@ -14,7 +14,6 @@ from kd_jax.config.commands import Evaluate
 from kd_jax.config.execution import read_execution
 from kd_jax.config.settings import read
 from kd_jax.data.prepared import Prepared
-from kd_jax.evaluation.records import write_records
 from kd_jax.evaluation.results import RECORDS, RESULTS, results
 from kd_jax.jobs import finetune, serving, trained
 from kd_jax.main import command
@@ -38,7 +37,7 @@ def work(config: ConfigDict, directory: RunDirectory) -> dict[str, Any]:
     which = (make_mesh(execution.mesh), settings.partition, config.compute_dtype, execution.progress)
     records = finetune.predict_partition(as_path(settings.checkpoint), prepared, *which)
     if jax.process_index() == 0:
-        write_records(directory.path / RECORDS, records)
+        write_json_lines(directory.path / RECORDS, records)
         rows = results(records, identity=lineage(settings.checkpoint), mode=settings.mode)
         write_json_lines(directory.path / RESULTS, rows)
     return {}

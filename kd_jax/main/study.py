@@ -37,7 +37,7 @@ from kd_jax.runtime.files import read_json
 from kd_jax.study import job_plan, study_jobs
 from kd_jax.study.plan import may_cache
 from kd_jax.study.report.collect import collect
-from kd_jax.study.report.inputs import HEADLINE, Numbers
+from kd_jax.study.report.numbers import HEADLINE, Numbers
 from kd_jax.study.report.report import summary_text, write_report
 from kd_jax.study.run import Study
 from kd_jax.trainer.run_directory import provenance
@@ -98,12 +98,12 @@ def report(study: Study, started: float) -> None:
     about = {**provenance(), "left out, equal to a dev or test utterance": left_out(prepared)}
     about |= cached_predictions(study)
     inputs = collect(study, domains_against_generic(prepared), about)
-    paths = write_report(study.workdir, inputs)
+    write_report(study.workdir, inputs)
     print(summary_text(inputs))
     if models := best_models(study, inputs.numbers):
         print("\nAsk the distilled students with the lowest test error (first seed):")
         print(f"  python -m kd_jax.main.predict --model={shlex.quote(','.join(map(str, models)))} TEXT")
-    print(f"\nReport: {paths.html} and {paths.markdown}")
+    print(f"\nReport: {study.workdir / 'report.html'} and {study.workdir / 'report.md'}")
     print(
         f"This start took {time.monotonic() - started:.0f} s; all stages together {sum(study.seconds.values()):.0f} s."
     )

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from kd_jax.data.text.utterances import Utterance, read_massive
-from kd_jax.evaluation.records import assign_test_sets, domain_record, intent_slot_record, read_records, write_records
+from kd_jax.evaluation.records import assign_test_sets, domain_record, intent_slot_record, read_records
+from kd_jax.runtime.files import write_json_lines
 from kd_jax.types import UserError
 
 
@@ -60,14 +61,14 @@ def test_records_survive_the_file(tmp_path):
         domain_record(utterance("réveille-moi", locale="fr-FR"), ["test", "tail"], "iot"),
         intent_slot_record(utterance("wake me at five", "O O O B-time"), ["test"], "alarm_set", ["O"] * 4),
     ]
-    write_records(path, rows)
+    write_json_lines(path, rows)
     assert read_records(path) == rows
     assert [item.name for item in tmp_path.iterdir()] == ["records.jsonl"]
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "records.jsonl"
-    write_records(path, [domain_record(utterance("hello"), ["test"], "iot")])
+    write_json_lines(path, [domain_record(utterance("hello"), ["test"], "iot")])
     before = path.read_bytes()
 
     def broken():
@@ -75,13 +76,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError):
-        write_records(path, broken())
+        write_json_lines(path, broken())
     with pytest.raises(ValueError):
-        write_records(path, [{"value": float("nan")}])
+        write_json_lines(path, [{"value": float("nan")}])
     assert path.read_bytes() == before
     assert [item.name for item in tmp_path.iterdir()] == ["records.jsonl"]
     with pytest.raises(UserError, match="cannot be written"):
-        write_records(tmp_path / "missing" / "records.jsonl", [])
+        write_json_lines(tmp_path / "missing" / "records.jsonl", [])
 
 
 def test_errors_name_file_and_line(tmp_path):

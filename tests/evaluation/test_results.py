@@ -4,7 +4,7 @@ from seqeval.metrics import f1_score as seqeval_f1
 from seqeval.scheme import IOB2
 from sklearn.metrics import accuracy_score, f1_score
 
-from kd_jax.evaluation.results import results
+from kd_jax.evaluation.results import macro_f1, results
 from kd_jax.evaluation.slots import count_slots, merge_adjacent, repair_bio
 
 IDENTITY = {"student": "s", "transfer_set": "task", "teacher": "generic", "seed": 0}
@@ -126,3 +126,18 @@ def test_bad_calls():
         results([record], identity={"student": "s"})
     with pytest.raises(ValueError, match="strict, massive"):
         results([record], identity=IDENTITY, mode="lenient")
+
+
+def test_macro_f1_against_scikit_learn():
+    rng = np.random.default_rng(0)
+    gold = [f"d{i}" for i in rng.integers(0, 6, 200)]
+    predicted = [g if rng.random() < 0.6 else f"d{rng.integers(0, 8)}" for g in gold]
+    assert macro_f1(gold, predicted) == pytest.approx(f1_score(gold, predicted, average="macro"), abs=1e-12)
+
+
+def test_macro_f1_of_a_label_unseen_in_train_and_of_nothing():
+    # The model can only answer "a" or "b".
+    assert macro_f1(["a", "b", "new", "a"], ["a", "b", "b", "a"]) == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert macro_f1([], []) is None
+    with pytest.raises(ValueError):
+        macro_f1(["a", "b"], ["a"])

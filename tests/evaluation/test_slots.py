@@ -9,7 +9,6 @@ from kd_jax.evaluation.slots import (
     SlotCounts,
     align,
     count_slots,
-    decode_bio,
     decode_bio_batch,
     merge_adjacent,
     repair_bio,
@@ -17,6 +16,11 @@ from kd_jax.evaluation.slots import (
 )
 
 TAGS = ("O", "B-a", "I-a", "B-b", "I-b")
+
+
+def decode_bio(scores, tags):
+    """One utterance of scores [W, T]."""
+    return decode_bio_batch(scores[None], np.array([len(scores)]), tags)[0]
 
 
 def valid(tags):

@@ -9,7 +9,6 @@ import pytest
 from configs import quickstart
 from kd_jax.main import study
 from kd_jax.study import attempts, job_plan, status
-from kd_jax.study.report.collect import read_curve
 from kd_jax.study.run import Study
 
 KEYS = {name: module.keys for name, module in study.COMMANDS.items()}
@@ -186,9 +185,3 @@ def test_no_device_is_touched(tmp_path):
         "status False",
         "dry-run False",
     ]
-
-
-def test_a_teacher_that_was_only_imported_has_no_curve(tmp_path):
-    assert read_curve(tmp_path) == []
-    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "loss": 7.5}\n')
-    assert read_curve(tmp_path) == [(2, {"loss": 7.5})]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from kd_jax.evaluation.results import results
-from kd_jax.study.report.report import ReportInputs
+from kd_jax.study.report.numbers import ReportInputs
 
 DOMAINS = ("alarm", "calendar", "lists", "music", "news", "weather")
 LOCALES = ("de-DE", "en-US")
@@ -135,7 +135,11 @@ def synthetic_inputs(
                 objects += heldout_rows(who, {"task": task_loss + wobble[0], "generic": generic_loss + wobble[1]})
                 steps = range(0, 260, 20)
                 curves[f"{name}, seed {seed}"] = [
-                    (step, {"mlm": task_loss + (8.3 - task_loss) * np.exp(-step / 60) + 0.03 * seed, "loss": 20.0})
+                    {
+                        "step": step,
+                        "mlm": task_loss + (8.3 - task_loss) * np.exp(-step / 60) + 0.03 * seed,
+                        "loss": 20.0,
+                    }
                     for step in steps
                 ]
             for task in tasks:
@@ -152,7 +156,7 @@ def synthetic_inputs(
         objects += heldout_rows({"student": "teacher", "transfer_set": "", "teacher": name, "seed": 0}, loss)
         start = 8.3 if name == "generic" else 7.0
         curves[f"teacher, {name}"] = [
-            (step, {"mlm": 5 + (start - 5) * np.exp(-step / 200)}) for step in range(0, 900, 60)
+            {"step": step, "mlm": 5 + (start - 5) * np.exp(-step / 200)} for step in range(0, 900, 60)
         ]
     return ReportInputs(
         name="Synthetic study",

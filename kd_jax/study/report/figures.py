@@ -1,7 +1,9 @@
-"""The figures of a report; each is None where the study has nothing to show in it."""
+"""The figures of a report; each is None if the study has nothing to show in it."""
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
@@ -9,16 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Annotation
+from matplotlib.transforms import BboxBase
 
-from kd_jax.study.plan import Student
-from kd_jax.study.report.findings import (
-    DomainGain,
-    correlation,
-    correlation_text,
-    divergence_key,
-    similarity_points,
-)
-from kd_jax.study.report.inputs import HEADLINE, TEACHER_LABELS, Measure, Numbers, Place
+from kd_jax.study.report.findings import correlation, correlation_text, divergence_key, domain_gains, similarity_points
+from kd_jax.study.report.numbers import HEADLINE, TEACHER_LABELS, Measure, Numbers, Place
 from kd_jax.study.report.plotting import (
     ADAPTED,
     INK,
@@ -26,22 +23,19 @@ from kd_jax.study.report.plotting import (
     STYLE,
     TASK_ONLY,
     color,
+    legend_point,
     marker,
     panel_grid,
     rows_axis,
     seed_points,
 )
-from kd_jax.study.report.tables import compared_students, heldout_locales, unigram_loss
 
 
 @rc_context(STYLE)
 def heldout_loss(numbers: Numbers) -> Figure | None:
-    """Held-out masked-LM loss of students and teachers on task and generic text, with the unigram's; None without
-    any.
-    """
-    models = [
-        who for who in [*numbers.students, *numbers.teachers] if numbers.mean(who, "mlm", "loss", Place("heldout_task"))
-    ]
+    """Held-out masked-LM loss of students and teachers on task and generic text, and the unigram's."""
+    everyone, place = [*numbers.students, *numbers.teachers], Place("heldout_task")
+    models = [who for who in everyone if numbers.mean(who, "mlm", "loss", place)]
     if not models:
         return None
     figure, axes = panel_grid(1, 2, 1.3 + 0.3 * len(models), sharey=True)
@@ -50,33 +44,23 @@ def heldout_loss(numbers: Numbers) -> Figure | None:
         for row, who in enumerate(models):
             values = numbers.values(who, "mlm", "loss", Place(f"heldout_{kind}")).values()
             seed_points(panel, values, row, (color(numbers, who), marker(who)))
-        unigram = unigram_loss(numbers, kind)
+        unigram = numbers.unigram_loss(kind)
         if unigram is not None:
             panel.axvline(unigram, color=SOFT, linestyle=(0, (4, 3)), linewidth=1)
-            panel.annotate(
-                "unigram",
-                (unigram, -0.6),
-                (-3, 2),
-                textcoords="offset points",
-                ha="right",
-                va="bottom",
-                color=SOFT,
-                size=9,
-            )
+            at: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "va": "bottom"}
+            panel.annotate("unigram", (unigram, -0.6), (-3, 2), color=SOFT, size=9, **at)
         panel.set_title(f"On held-out {kind} text\n")
-        panel.set_xlabel("loss, nats a masked token")
+        panel.set_xlabel("loss, nats per masked token")
     return figure
 
 
 @rc_context(STYLE)
 def share_curves(numbers: Numbers) -> Figure | None:
-    """Each error rate against the share of task text: a point a seed, a line through the means; None without
-    students.
-    """
+    """Each error rate against the share of task text: a point for each seed, a line through the means."""
     measures, distilled = numbers.measures(), numbers.distilled("generic")
     if not measures or not distilled:
         return None
-    rows = (len(measures) + 2) // 2
+    rows = (len(measures) + 2) // 2  # one panel more than measures, for the legend
     figure, axes = panel_grid(rows, 2, 0.3 + 2.45 * rows)
     panels = list(axes.flat)
     for panel, measure in zip(panels, measures):
@@ -101,24 +85,16 @@ def _share_panel(panel: Axes, numbers: Numbers, measure: Measure) -> None:
         values = np.array(list(numbers.values(student, measure.task, measure.error).values())) * 100
         if not len(values):
             continue
-        shade = color(numbers, student)
-        share = numbers.share(student)
-        if share is None:
+        shade, shape, share = color(numbers, student), marker(student), numbers.share(student)
+        if share is None:  # from scratch: a band over all shares
             panel.axhspan(values.min(), values.max(), color=shade, alpha=0.15, linewidth=0)
             panel.axhline(values.mean(), color=shade, linestyle=(0, (5, 3)), linewidth=1.4)
             continue
         # Baselines stand a little aside, so that they do not cover the curve.
         x = 100 * share + {"mlm": -3.5, "distilled": 0 if student.teacher == "generic" else 3.5}[student.kind]
-        panel.plot([x] * len(values), values, marker(student), color=shade, alpha=0.4, markersize=4, markeredgewidth=0)
-        panel.plot(
-            [x],
-            [values.mean()],
-            marker(student),
-            color=shade,
-            markersize=7,
-            markeredgecolor="white",
-            markeredgewidth=0.8,
-        )
+        panel.plot([x] * len(values), values, shape, color=shade, alpha=0.4, markersize=4, markeredgewidth=0)
+        edge = {"markeredgecolor": "white", "markeredgewidth": 0.8}
+        panel.plot([x], [values.mean()], shape, color=shade, markersize=7, **edge)
         if student in numbers.distilled("generic") and student.transfer_set not in numbers.inputs.selected:
             line.append((x, values.mean()))
     if line:
@@ -137,25 +113,22 @@ def _share_legend(numbers: Numbers) -> list[Line2D]:
     handles = []
     for kind, name in names.items():
         if kind in kinds:
-            student = kinds[kind]
-            dashed = student.kind == "scratch"
-            linestyle = (0, (5, 3)) if dashed else "-" if kind == ("distilled", "generic") else "none"
-            shape = "none" if dashed else marker(student)
-            shade = TASK_ONLY if kind == ("distilled", "generic") else color(numbers, student)
-            handles.append(Line2D([], [], color=shade, marker=shape, linestyle=linestyle, markersize=7, label=name))
+            shade, shape = color(numbers, kinds[kind]), marker(kinds[kind])
+            if kind == ("distilled", "generic"):
+                handles.append(legend_point(TASK_ONLY, shape, name, linestyle="-"))
+            elif kind == ("scratch", ""):
+                handles.append(legend_point(shade, "none", name, linestyle=(0, (5, 3))))
+            else:
+                handles.append(legend_point(shade, shape, name))
     if len(numbers.seeds()) > 1:
-        handles.append(
-            Line2D(
-                [], [], color=SOFT, marker="o", linestyle="none", markersize=4, alpha=0.5, label="small: single seeds"
-            )
-        )
+        handles.append(legend_point(SOFT, "o", "small: single seeds", markersize=4, alpha=0.5))
     return handles
 
 
 @rc_context(STYLE)
-def by_group(numbers: Numbers, places: Sequence[tuple[str, Place]], students: Sequence[Student]) -> Figure | None:
-    """The headline error of each task for named groups of utterances (locales, test sets), students side by side."""
-    tasks = numbers.tasks()
+def by_group(numbers: Numbers, places: Sequence[tuple[str, Place]]) -> Figure | None:
+    """The headline error of each task for named groups of utterances, the compared students next to each other."""
+    tasks, students = numbers.tasks(), numbers.compared()
     if not tasks or not places or not students:
         return None
     figure, axes = panel_grid(1, len(tasks), 1.5 + 0.5 * len(places), sharey=True)
@@ -171,150 +144,110 @@ def by_group(numbers: Numbers, places: Sequence[tuple[str, Place]], students: Se
                 seed_points(panel, values, row + step, (color(numbers, student), marker(student)))
         panel.set_title(measure.error_title)
         panel.set_xlabel("error, %")
-    handles = [
-        Line2D(
-            [],
-            [],
-            color=color(numbers, who),
-            marker=marker(who),
-            linestyle="none",
-            markersize=7,
-            label=numbers.label(who),
-        )
-        for who in students
-    ]
+    handles = [legend_point(color(numbers, who), marker(who), numbers.label(who)) for who in students]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, handletextpad=0.3)
     return figure
 
 
 def by_locale(numbers: Numbers) -> Figure | None:
-    """The headline error of each task by locale; None without results by locale."""
+    """The headline error of each task by locale."""
     names = sorted({locale for task in numbers.tasks() for locale in numbers.locales(task)})
-    return by_group(numbers, [(name, Place(locale=name)) for name in names], compared_students(numbers))
+    return by_group(numbers, [(name, Place(locale=name)) for name in names])
 
 
 def by_test_set(numbers: Numbers) -> Figure | None:
-    """The headline error of each task by test set; None without results."""
+    """The headline error of each task by test set."""
     names = sorted({name for task in numbers.tasks() for name in numbers.test_sets(task)})
     order = sorted(names, key=lambda name: (name != "test", name != "test_unseen", name))
-    return by_group(numbers, [(name, Place(name)) for name in order], compared_students(numbers))
+    return by_group(numbers, [(name, Place(name)) for name in order])
 
 
 @rc_context(STYLE)
 def teacher_noise(numbers: Numbers) -> Figure | None:
-    """Loss and accuracy of the teachers by language, on held-out task and generic text; None without teachers."""
-    locales = {kind: heldout_locales(numbers, kind) for kind in ("task", "generic")}
+    """Loss and accuracy of the teachers by language, on held-out task and generic text."""
+    locales = {kind: numbers.heldout_locales(kind) for kind in ("task", "generic")}
     if not any(locales.values()):
         return None
     ratios = [max(1, len(names)) for names in locales.values()]
     figure, axes = panel_grid(2, 2, 1.9 + 0.27 * sum(ratios), height_ratios=ratios, sharex="col")
+    # Not the shapes of students: a figure of teachers alone has no use for the difference.
+    styles = {who: (ADAPTED, "D") if who.teacher == "adapted" else (TASK_ONLY, "o") for who in numbers.teachers}
     for row, (kind, names) in enumerate(locales.items()):
         for panel, (metric, scale) in zip(axes[row], (("loss", 1), ("accuracy", 100))):
             rows_axis(panel, names)
             for position, locale in enumerate(names):
                 place = Place(f"heldout_{kind}", locale)
-                unigram = unigram_loss(numbers, kind, locale)
+                unigram = numbers.unigram_loss(kind, locale)
                 if metric == "loss" and unigram is not None:
                     panel.plot([unigram], [position], "|", color=INK, markersize=15, markeredgewidth=1.6, zorder=3)
-                for teacher in numbers.teachers:
+                for teacher, style in styles.items():
                     values = [scale * value for value in numbers.values(teacher, "mlm", metric, place).values()]
-                    seed_points(panel, values, position, _teacher_style(teacher))
-            panel.set_title(f"{'Loss' if metric == 'loss' else 'Accuracy'} on {kind} text")
-    axes[1][0].set_xlabel("nats a masked token")
+                    seed_points(panel, values, position, style)
+            panel.set_title(f"{metric.capitalize()} on {kind} text")
+    axes[1][0].set_xlabel("nats per masked token")
     axes[1][1].set_xlabel("masked tokens right, %")
     axes[1][1].set_xlim(left=0)
-    handles = []
-    for teacher in numbers.teachers:
-        shade, shape = _teacher_style(teacher)
-        handles.append(
-            Line2D([], [], color=shade, marker=shape, linestyle="none", markersize=7, label=numbers.label(teacher))
-        )
-    handles.append(
-        Line2D([], [], color=INK, marker="|", linestyle="none", markersize=13, markeredgewidth=1.6, label="unigram")
-    )
+    handles = [legend_point(*style, numbers.label(teacher)) for teacher, style in styles.items()]
+    handles.append(legend_point(INK, "|", "unigram", markersize=13, markeredgewidth=1.6))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handletextpad=0.3)
     return figure
 
 
-def _teacher_style(teacher: Student) -> tuple[str, str]:
-    return (ADAPTED, "D") if teacher.teacher == "adapted" else (TASK_ONLY, "o")
-
-
 @rc_context(STYLE)
-def similarity_scatter(numbers: Numbers, rows: Sequence[DomainGain]) -> Figure | None:
-    """Each domain's divergence from generic text against its gain from task text; None without points."""
-    rows = list(rows)
-    tasks = [task for task in numbers.tasks() if similarity_points(rows, task)]
+def similarity_scatter(numbers: Numbers) -> Figure | None:
+    """Each domain's divergence from generic text against its gain from task text."""
+    gains = domain_gains(numbers)
+    tasks = [task for task in numbers.tasks() if similarity_points(gains, task)]
     if not tasks:
         return None
     figure, axes = panel_grid(len(tasks), 1, 0.2 + 3.3 * len(tasks), sharex=True)
     for panel, task in zip(axes[:, 0], tasks):
-        points = similarity_points(rows, task)
+        points = similarity_points(gains, task)
         panel.axhline(0, color="#9aa4b0", linewidth=1)
         panel.grid(axis="y")
         x, y = np.array([point[1] for point in points]), 100 * np.array([point[2] for point in points])
         panel.plot(x, y, "o", color=TASK_ONLY, markersize=6.5, markeredgecolor="white", markeredgewidth=0.6)
         panel.margins(0.1, 0.15)
         _place_names(panel, [point[0] for point in points], x, y)
-        panel.set_title(f"{HEADLINE[task].title}: {correlation_text(correlation(rows, task))}")
+        panel.set_title(f"{HEADLINE[task].title}: {correlation_text(correlation(gains, task))}")
         panel.set_ylabel("relative error reduction\nby task text, %")
-    matched = " at a matched number of tokens" if divergence_key(rows) == "jsd_matched" else ""
+    matched = " at a matched number of tokens" if divergence_key(gains) == "jsd_matched" else ""
     axes[-1, 0].set_xlabel(f"Jensen-Shannon divergence from generic text{matched}, bits")
     return figure
 
 
 def _place_names(panel: Axes, names: Sequence[str], x: np.ndarray, y: np.ndarray) -> None:
-    """Writes each name beside its point, at the first side where it covers neither another name nor a point."""
-    figure = panel.figure
-    figure.canvas.draw()
+    """Writes each name next to its point, on the first side where it covers neither another name nor a point."""
+    panel.figure.canvas.draw()  # only now are positions in pixels known
     points = panel.transData.transform(np.column_stack([x, y]))
-    height, frame = figure.dpi * 9 / 72, panel.get_window_extent()
-    taken: list[tuple[float, float, float, float]] = []
-
-    def box(index: int, side: tuple[float, float, str]) -> tuple[float, float, float, float]:
-        dx, dy, align = side
-        width = 0.62 * height * len(names[index])
-        shift = {"left": 0, "right": -width, "center": -width / 2}[align]
-        left, bottom = points[index, 0] + dx * figure.dpi / 72 + shift, points[index, 1] + dy * figure.dpi / 72
-        return left, bottom - height / 2, left + width, bottom + height / 2
-
-    def covered(spot: tuple[float, float, float, float], index: int) -> int:
-        left, bottom, right, top = spot
-        names_hit = sum(left < b[2] and right > b[0] and bottom < b[3] and top > b[1] for b in taken)
-        near = (
-            (points[:, 0] > left - 4)
-            & (points[:, 0] < right + 4)
-            & (points[:, 1] > bottom - 4)
-            & (points[:, 1] < top + 4)
-        )
-        near[index] = False
-        outside = left < frame.x0 or right > frame.x1
-        return 2 * names_hit + int(near.sum()) + 2 * outside
-
+    frame, taken = panel.get_window_extent(), []
     sides = [(6, 0, "left"), (-6, 0, "right"), (0, 9, "center"), (0, -10, "center")]
     sides += [(5, 8, "left"), (5, -8, "left"), (-5, 8, "right"), (-5, -8, "right")]
+
+    def moved(text: Annotation, side: tuple[int, int, str]) -> BboxBase:
+        text.xyann = side[:2]
+        text.set(ha=side[2])
+        return text.get_window_extent()
+
+    def covered(text: Annotation, index: int, side: tuple[int, int, str]) -> int:
+        box, others = moved(text, side), np.delete(points, index, axis=0)
+        outside = box.x0 < frame.x0 or box.x1 > frame.x1
+        return 2 * box.count_overlaps(taken) + box.padded(4).count_contains(others) + 2 * outside
+
     for index in map(int, np.argsort(-points[:, 1])):
-        best = min(sides, key=lambda side: covered(box(index, side), index))
-        taken.append(box(index, best))
-        text = panel.annotate(
-            names[index],
-            xy=(x[index], y[index]),
-            xytext=best[:2],
-            textcoords="offset points",
-            horizontalalignment=best[2],
-            verticalalignment="center",
-            fontsize=9,
-        )
+        at: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
+        text = panel.annotate(names[index], (x[index], y[index]), (0, 0), fontsize=9, **at)
         text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+        taken.append(moved(text, min(sides, key=functools.partial(covered, text, index))))
 
 
 @rc_context(STYLE)
 def training_curves(numbers: Numbers) -> Figure | None:
-    """Masked-LM training loss of teachers and students against the step, seeds as thin lines; None without curves."""
-    curves = numbers.inputs.curves
-    teachers = {label: rows for label, rows in curves.items() if label.startswith("teacher")}
-    students = {label: rows for label, rows in curves.items() if label not in teachers}
-    groups = [(name, group) for name, group in (("Teachers", teachers), ("Students", students)) if _any_points(group)]
+    """Masked-LM training loss of teachers and students against the step, a thin line for each seed."""
+    curves = {label: points for label, rows in numbers.inputs.curves.items() if (points := curve_points(rows))}
+    teachers = {label: points for label, points in curves.items() if label.startswith("teacher")}
+    students = {label: points for label, points in curves.items() if label not in teachers}
+    groups = [(name, group) for name, group in (("Teachers", teachers), ("Students", students)) if group]
     if not groups:
         return None
     styles = {label: _curve_style(numbers, label) for _, group in groups for label in group}
@@ -325,29 +258,18 @@ def training_curves(numbers: Numbers) -> Figure | None:
         panel.set_title(title)
         panel.set_xlabel("step")
         panel.set_ylabel("masked-LM training loss, nats")
-        for label, rows in group.items():
-            panel.plot(*zip(*curve_points(rows)), color=styles[label][1], linewidth=1.1, alpha=0.8)
+        for label, points in group.items():
+            panel.plot(*zip(*points), color=styles[label][1], linewidth=1.1, alpha=0.8)
         panel.set_xlim(left=0)
     handles = [Line2D([], [], color=shade, linewidth=2, label=name) for name, shade in names.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, handlelength=1.4)
     return figure
 
 
-def _any_points(group: dict) -> bool:
-    for label in list(group):
-        if not curve_points(group[label]):
-            del group[label]
-    return bool(group)
-
-
-def curve_points(rows: Sequence[tuple[int, Mapping[str, float | None]]]) -> list[tuple[int, float]]:
-    """(step, loss): the masked-LM part where a run logs it apart from the distillation loss, else its whole loss."""
-    points = []
-    for step, values in rows:
-        value = values.get("mlm", values.get("loss"))
-        if value is not None and np.isfinite(value):
-            points.append((step, value))
-    return points
+def curve_points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """(step, loss) of rows of metrics.jsonl: the masked-LM part if a run logs it apart, else the total loss."""
+    losses = ((row["step"], row.get("mlm", row.get("loss"))) for row in rows)
+    return [(step, loss) for step, loss in losses if loss is not None and np.isfinite(loss)]
 
 
 def _curve_style(numbers: Numbers, label: str) -> tuple[str, str]:
@@ -359,3 +281,63 @@ def _curve_style(numbers: Numbers, label: str) -> tuple[str, str]:
     if name.startswith("teacher, "):
         name = f"{name.removeprefix('teacher, ')} teacher"
     return name, ADAPTED if name.startswith("adapted") else INK
+
+
+class Drawing(NamedTuple):
+    """A figure of the report: its caption, what it shows in words, and the sentence in its place if it is None."""
+
+    draw: Callable[[Numbers], Figure | None]
+    caption: str
+    alternative: str
+    missing: str
+
+
+FIGURES = {  # the name of the file -> the figure
+    "heldout_loss": Drawing(
+        heldout_loss,
+        "Held-out masked-LM loss (lower is better). Small points are seeds, large ones their means; the dashed line is "
+        "a unigram's loss.",
+        "Dot plot of held-out masked-LM loss by student and teacher, on task and on generic text",
+        "No held-out masked-LM loss was measured.",
+    ),
+    "share_curves": Drawing(
+        share_curves,
+        "Error against the share of task text in the transfer set. The line joins the means over seeds of the students "
+        "distilled from the generic teacher. Students by MLM alone and of the adapted teacher are shown next to their "
+        "share. Axes do not start at zero.",
+        "Line plots of each error rate against the share of task text",
+        "No distilled student was tested, so there is no curve.",
+    ),
+    "test_sets": Drawing(
+        by_test_set,
+        "The headline error rates by test set. Small points are seeds, large ones their means.",
+        "Dot plot of error rates by test set and student",
+        "",
+    ),
+    "locales": Drawing(
+        by_locale,
+        "The headline error rates by locale. Small points are seeds, large ones their means.",
+        "Dot plot of error rates by locale and student",
+        "None of the students that this figure compares was tested.",
+    ),
+    "teacher_noise": Drawing(
+        teacher_noise,
+        "Held-out masked-LM loss and masked-token accuracy of each teacher by language. A teacher at or right of the "
+        "unigram's mark knows no more about such text than how often each token occurs.",
+        "Dot plots of teacher loss and accuracy by language on task and generic text",
+        "No teacher's held-out loss was measured.",
+    ),
+    "similarity": Drawing(
+        similarity_scatter,
+        "One point for each domain. The intervals of the gains are in the table.",
+        "Scatter plot of each domain's divergence from generic text against its gain from task text",
+        "There are no gains by domain: they need a generic-only and a task-only student, and records or several seeds.",
+    ),
+    "training": Drawing(
+        training_curves,
+        "Masked-LM loss on each run's own training text, a line for each seed. Curves on different text cannot be "
+        "compared with each other.",
+        "Line plots of training loss against the step for teachers and students",
+        "No training curves were recorded.",
+    ),
+}

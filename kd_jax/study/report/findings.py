@@ -1,10 +1,9 @@
-"""What a study shows: which transfer set won, gains by domain, and the paper's findings held against the numbers.
+"""What a study shows: the best transfer set, gains by domain, and the paper's findings checked against the numbers.
 
-The paper is Peris et al. 2022, "Knowledge Distillation Transfer Sets and their Impact on Downstream NLU Tasks" (arXiv
-2210.04834).
+Sentences are Markdown. The paper is Peris et al. 2022, "Knowledge Distillation Transfer Sets and their Impact on
+Downstream NLU Tasks" (arXiv 2210.04834).
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -14,18 +13,17 @@ from kd_jax.evaluation.significance import (
     Difference,
     ErrorCounts,
     Verdict,
-    compare,
     compare_all,
     verdict,
 )
 from kd_jax.evaluation.similarity import RankCorrelation, rank_correlation
 from kd_jax.study.plan import Student
-from kd_jax.study.report.inputs import HEADLINE, TASK_NAMES, Numbers, Place, comparable, seed_counts
+from kd_jax.study.report.numbers import HEADLINE, JUDGED, LOSS, TASK_NAMES, Numbers, Place, comparable
+from kd_jax.text_tables import escaped
 
 SEEN, NOT_SEEN, UNDECIDED, NOT_RUN = "seen", "not seen", "undecided", "not run"
 ALPHA = 0.05
-LOSS = "loss"  # beside the tasks: held-out masked-LM loss on task text
-MINUS = "−"
+NONE = "–"
 
 
 class Answer(NamedTuple):
@@ -33,13 +31,6 @@ class Answer(NamedTuple):
 
     status: str
     reason: str
-
-
-class Finding(NamedTuple):
-    """A finding of the paper, and what this study answers for each task."""
-
-    claim: str
-    answers: dict[str, Answer]  # "dc", "icner" or LOSS -> answer
 
 
 class DomainGain(NamedTuple):
@@ -53,146 +44,119 @@ class DomainGain(NamedTuple):
     gains: dict[str, Difference | None]  # task -> task-only against generic-only; the gain is -relative
 
 
-class Relative(NamedTuple):
-    """A relative change as a fraction, with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-class SetVerdict(NamedTuple):
-    """The verdict among transfer sets; students and their counts by the names that it uses."""
-
-    result: Verdict
-    students: dict[str, Student]
-    counts: dict[str, ErrorCounts]
-
-    def between(self, a: str, b: str) -> Difference:
-        return compare(self.counts[a], self.counts[b])
-
-
 def signed(value: float, digits: int = 1) -> str:
-    """+1.2 or −1.2, with the typographic minus; what rounds to zero has no sign."""
+    """+1.2 or −1.2, with the typographic minus; a value that rounds to zero has no sign."""
     text = f"{abs(value):.{digits}f}"
-    return text if float(text) == 0 else (MINUS if value < 0 else "+") + text
+    return text if float(text) == 0 else ("−" if value < 0 else "+") + text
 
 
-def relative(difference: Difference | None) -> Relative | None:
-    """The relative change of a difference; None where it is undefined (no error to compare with)."""
+def relative(difference: Difference | None) -> tuple[float, float, float] | None:
+    """Relative change as a fraction with the ends of its interval; None if there is no error to compare with."""
     if difference is None or difference.relative is None:
         return None
     assert difference.relative_low is not None and difference.relative_high is not None
-    return Relative(difference.relative, difference.relative_low, difference.relative_high)
+    return difference.relative, difference.relative_low, difference.relative_high
 
 
 def relative_text(difference: Difference | None) -> str:
-    """Relative change with its interval, in percent; an en dash where it is undefined."""
+    """Relative change with its interval, in percent; an en dash if undefined."""
     change = relative(difference)
     if change is None:
-        return "–"
-    return f"{signed(100 * change.value)} % [{signed(100 * change.low)}, {signed(100 * change.high)}]"
+        return NONE
+    value, low, high = (signed(100 * one) for one in change)
+    return f"{value} % [{low}, {high}]"
 
 
 def judge(difference: Difference, p_value: float) -> str:
-    """SEEN: told apart, and lower; NOT_SEEN: told apart, and higher; UNDECIDED otherwise, or with too few seeds."""
+    """SEEN: significantly lower; NOT_SEEN: significantly higher; UNDECIDED: neither, or too few seeds."""
     if difference.seeds < MINIMUM_SEEDS or p_value >= ALPHA:
         return UNDECIDED
     return SEEN if difference.difference < 0 else NOT_SEEN
 
 
-def counts_of(numbers: Numbers, student: Student, what: str) -> ErrorCounts | None:
-    """Headline errors of a task, or for LOSS the held-out loss on task text in nats, which is known by seed alone."""
-    if what == LOSS:
-        return seed_counts(numbers.values(student, "mlm", "loss", Place("heldout_task")))
-    return numbers.errors(student, HEADLINE[what])
-
-
-def comparable_students(numbers: Numbers, students: list[Student], what: str) -> dict[Student, ErrorCounts]:
-    """The counts of those students that can all be compared with each other; the first come first."""
-    found: dict[Student, ErrorCounts] = {}
+def comparable_students(numbers: Numbers, students: list[Student], what: str) -> dict[str, ErrorCounts]:
+    """The errors (for LOSS the losses) of the students comparable with the first, by name; empty for fewer than two."""
+    found: dict[str, ErrorCounts] = {}
     for student in students:
-        counts = counts_of(numbers, student, what)
+        counts = numbers.errors(student, *JUDGED[what])
         if counts is not None and all(comparable(other, counts) for other in found.values()):
-            found[student] = counts
-    # A student alone, or with one seed and no utterances, has nothing to be compared with.
+            found[student.name] = counts
     return found if len(found) > 1 else {}
 
 
-def task_verdict(numbers: Numbers, what: str) -> SetVerdict | None:
-    """Which transfer set won among the students distilled from the generic teacher; None where none can be compared."""
-    found = comparable_students(numbers, numbers.distilled("generic"), what)
-    if not found:
-        return None
-    counts = {student.name: errors for student, errors in found.items()}
-    return SetVerdict(verdict(counts), {student.name: student for student in found}, counts)
+def task_verdict(numbers: Numbers, what: str) -> Verdict | None:
+    """The best transfer set among the students of the generic teacher; None if no two can be compared."""
+    counts = comparable_students(numbers, numbers.distilled("generic"), what)
+    return verdict(counts) if counts else None
 
 
-def set_name(numbers: Numbers, student: Student) -> str:
-    """The transfer set's part of a student's label."""
-    return numbers.label(student).removeprefix("distilled, ").removeprefix("MLM only, ")
+def between(numbers: Numbers, a: str, b: str, what: str) -> Difference:
+    """One student against another, by their names, both from one verdict."""
+    found = numbers.difference(numbers.named[a], numbers.named[b], *JUDGED[what])
+    assert found is not None  # a verdict compares what is comparable
+    return found
+
+
+def label(numbers: Numbers, student: Student) -> str:
+    """The student's label as Markdown."""
+    return escaped(numbers.label(student))
+
+
+def set_name(numbers: Numbers, name: str) -> str:
+    """The transfer set's part of the label of the student of this name, as Markdown."""
+    return escaped(numbers.label(numbers.named[name]).removeprefix("distilled, "))
 
 
 def verdict_text(numbers: Numbers, task: str) -> str:
-    """One or two sentences for a task."""
+    """The verdict on a task in one or two sentences."""
     name, measure = TASK_NAMES[task], HEADLINE[task]
     title = "error" if task == "dc" else "semantic error rate"
-    judged = task_verdict(numbers, task)
-    if judged is None:
-        means = {student: numbers.mean(student, task, measure.error) for student in numbers.distilled("generic")}
-        known = {student: mean.mean for student, mean in means.items() if mean}
+    result = task_verdict(numbers, task)
+    if result is None:
+        means = {who.name: numbers.mean(who, task, measure.error) for who in numbers.distilled("generic")}
+        known = {name: mean.mean for name, mean in means.items() if mean}
         if len(known) < 2:
             return f"**{name}: nothing to compare.** Fewer than two transfer sets have results."
         best = min(known, key=known.__getitem__)
         return (
-            f"**{name}: no winner can be named.** The lowest {title} is {set_name(numbers, best)}'s "
-            f"({100 * known[best]:.2f} %), but with one seed and no records of single utterances a difference has no "
-            f"interval."
+            f"**{name}: no winner can be named.** {sentence(set_name(numbers, best))} has the lowest {title} "
+            f"({100 * known[best]:.2f} %), but with one seed and no records of single utterances, a difference has no "
+            "interval."
         )
-    result, students, _ = judged
-    best = students[result.best]
-    ranked = sorted(result.comparisons, key=lambda key: result.comparisons[key].rate_a)
-    rival = students[result.tied[1] if len(result.tied) > 1 else ranked[0]]
-    difference = judged.between(best.name, rival.name)
+    tied = list(result.tied[1:]) or sorted(result.comparisons, key=lambda key: result.comparisons[key].rate_a)[:1]
+    best, rival = set_name(numbers, result.best), set_name(numbers, tied[0])
+    difference = between(numbers, result.best, tied[0], task)
     rate = f"{100 * min(item.rate_b for item in result.comparisons.values()):.2f} %"
     change = f"{relative_text(difference)}, {plural(difference.seeds, 'seed')}"
     if result.winner:
-        return (
-            f"**{name}: {set_name(numbers, best)} won** with {article(title)} {title} of {rate}, against the next "
-            f"best, "
-            f"{set_name(numbers, rival)}: {change}."
-        )
-    tied = [set_name(numbers, students[key]) for key in result.tied[1:]] or [set_name(numbers, rival)]
-    against = f"against {set_name(numbers, rival)}: " if len(tied) > 1 else "relative change "
+        article = "an" if title[0] in "aeiou" else "a"
+        return f"**{name}: {best} won** with {article} {title} of {rate}, against the next best, {rival}: {change}."
+    against = f"against {rival}: " if len(tied) > 1 else "relative change "
     few = f"; fewer than {MINIMUM_SEEDS} seeds decide nothing" if difference.seeds < MINIMUM_SEEDS else ""
     return (
-        f"**{name}: no winner at this size.** {sentence(set_name(numbers, best))} has the lowest {title} ({rate}) "
-        f"but is not told apart from {listed(tied)} ({against}{change}{few})."
+        f"**{name}: no winner at this size.** {sentence(best)} has the lowest {title} ({rate}), but does not differ "
+        f"significantly from {listed([set_name(numbers, one) for one in tied])} ({against}{change}{few})."
     )
 
 
 def loss_text(numbers: Numbers) -> str | None:
-    """The verdict on held-out masked-LM loss on task text; None where it was not measured."""
-    judged = task_verdict(numbers, LOSS)
-    if judged is None:
+    """The verdict on held-out masked-LM loss on task text; None if it was not measured."""
+    result = task_verdict(numbers, LOSS)
+    if result is None:
         return None
-    result, students, _ = judged
-    best = set_name(numbers, students[result.best])
-    rates = {key: item.rate_a for key, item in result.comparisons.items()}
+    rates = {name: item.rate_a for name, item in result.comparisons.items()}
     lowest = next(iter(result.comparisons.values())).rate_b
-    others = listed(
-        [f"{rates[key]:.2f} ({set_name(numbers, students[key])})" for key in sorted(rates, key=rates.__getitem__)]
-    )
-    told = "" if result.winner else "; not all of these are told apart"
+    others = [f"{rates[name]:.2f} ({set_name(numbers, name)})" for name in sorted(rates, key=rates.__getitem__)]
+    doubt = "" if result.winner else "; not all of these differ significantly"
     return (
-        f"On held-out task text the masked-LM loss of the students distilled from the generic teacher is lowest for "
-        f"{best}: "
-        f"{lowest:.2f} nats a masked token, against {others}{told}. That is the pretraining objective, not the task."
+        "On held-out task text, among the students distilled from the generic teacher, the masked-LM loss is lowest "
+        f"for {set_name(numbers, result.best)}: {lowest:.2f} nats per masked token, against {listed(others)}{doubt}. "
+        "That is the pretraining objective, not the task."
     )
 
 
 def unigram_text(numbers: Numbers) -> str | None:
-    """Names the students whose held-out loss is nowhere below a unigram's; None where every one is below it."""
+    """Names the students whose held-out loss is nowhere below a unigram's; None if there are none."""
     weak = []
     for student in numbers.students:
         below = []
@@ -200,102 +164,100 @@ def unigram_text(numbers: Numbers) -> str | None:
             losses = [numbers.mean(student, "mlm", key, Place(f"heldout_{kind}")) for key in ("loss", "unigram_loss")]
             if losses[0] is not None and losses[1] is not None:
                 below.append(losses[0].mean < losses[1].mean)
+        # Below the unigram on either kind of text is enough: a student of generic text need not know the task's.
         if below and not any(below):
-            weak.append(numbers.label(student))
+            weak.append(label(numbers, student))
     if not weak:
         return None
     measured = [one for one in numbers.students if one.kind != "scratch"]
     who = "every student" if len(weak) == len(measured) else "; ".join(weak)
     return (
         f"No better than a unigram on held-out text, of the task or generic: {who}. Such an encoder has not learned to "
-        f"use context yet, so its results after finetuning say little about its transfer set; a longer distillation "
-        f"(config.distill.steps) comes first."
+        "use context yet, so its results after finetuning say little about its transfer set. Distill longer first "
+        "(config.distill.steps)."
     )
 
 
 def scratch_text(numbers: Numbers) -> str | None:
-    """How the best distilled student stands to the student without any distillation, for all tasks in one sentence."""
-    parts = []
-    for task in numbers.tasks():
-        answer = distilled_beats_scratch(numbers, task)
-        if answer.status in (SEEN, NOT_SEEN, UNDECIDED):
-            words = {SEEN: "better", NOT_SEEN: "worse", UNDECIDED: "not told apart"}[answer.status]
-            parts.append(f"{TASK_NAMES[task]} {words} ({answer.reason})")
+    """The best distilled student against the one from scratch, for all tasks in one sentence; None if not run."""
+    words = {SEEN: "better", NOT_SEEN: "worse", UNDECIDED: "no significant difference"}
+    answers = {task: distilled_beats_scratch(numbers, task) for task in numbers.tasks()}
+    parts = [
+        f"{TASK_NAMES[task]} {words[answer.status]} ({answer.reason})"
+        for task, answer in answers.items()
+        if answer.status in words
+    ]
     return f"Against the same student from scratch: {'; '.join(parts)}." if parts else None
 
 
 def distilled_beats_scratch(numbers: Numbers, task: str) -> Answer:
-    """The best of the students distilled from the generic teacher against the one from scratch, Holm-adjusted."""
+    """The best student of the generic teacher against the one from scratch, Holm-adjusted."""
     scratch = numbers.scratch
     counts = comparable_students(numbers, [scratch, *numbers.distilled("generic")], task) if scratch else {}
-    if scratch is None or scratch not in counts:
-        return Answer(NOT_RUN, "no from-scratch student beside a distilled one, or no interval")
-    differences, adjusted = compare_all({who.name: errors for who, errors in counts.items()}, scratch.name)
+    if scratch is None or scratch.name not in counts:
+        return Answer(NOT_RUN, "no from-scratch student to compare a distilled one with, or no interval")
+    differences, adjusted = compare_all(counts, scratch.name)
     best = min(differences, key=lambda name: differences[name].rate_a)
-    student = next(student for student in counts if student.name == best)
-    reason = f"{numbers.label(student)}: {relative_text(differences[best])}"
+    reason = f"{label(numbers, numbers.named[best])}: {relative_text(differences[best])}"
     return Answer(judge(differences[best], adjusted[best]), reason)
 
 
 def task_only_is_best(numbers: Numbers, what: str) -> Answer:
     """The task-only transfer set against all others, for a task or for LOSS."""
-    judged, task_only = task_verdict(numbers, what), numbers.with_share(1.0)
-    if judged is None or task_only is None or task_only.name not in judged.students:
-        return Answer(NOT_RUN, "no task-only transfer set beside another, or no interval")
-    result, students, _ = judged
+    result, task_only = task_verdict(numbers, what), numbers.with_share(1.0)
+    if result is None or task_only is None or task_only.name not in (result.best, *result.comparisons):
+        return Answer(NOT_RUN, "no task-only transfer set to compare with another, or no interval")
     if result.best == task_only.name:
-        next_best = min(result.comparisons, key=lambda key: result.comparisons[key].rate_a)
-        change = relative_text(judged.between(task_only.name, next_best))
-        reason = f"lowest; against the next, {set_name(numbers, students[next_best])}, {change}"
+        rival = min(result.comparisons, key=lambda name: result.comparisons[name].rate_a)
+        change = relative_text(between(numbers, result.best, rival, what))
+        reason = f"lowest; against the next, {set_name(numbers, rival)}, {change}"
         return Answer(SEEN if result.winner else UNDECIDED, reason)
-    difference = judged.between(task_only.name, result.best)
-    best = set_name(numbers, students[result.best])
-    reason = f"{best} is lowest; task-only against it {relative_text(difference)}"
+    difference = between(numbers, task_only.name, result.best, what)
+    reason = f"{set_name(numbers, result.best)} is lowest; task-only against it {relative_text(difference)}"
     return Answer(judge(difference, result.adjusted[task_only.name]), reason)
 
 
 def adapted_is_better(numbers: Numbers, what: str) -> Answer:
-    """The adapted teacher's student against the generic teacher's, over the same text; for a task or for LOSS."""
+    """The adapted teacher's student against the generic teacher's on the same text, for a task or for LOSS."""
     adapted = numbers.distilled("adapted")
     if not adapted:
         return Answer(NOT_RUN, "no student was distilled from an adapted teacher")
     student = adapted[-1]  # the largest share of task text
     other = Student("distilled", student.transfer_set, "generic")
-    counts = comparable_students(numbers, [student, other], what)
-    if not counts:
-        return Answer(NOT_RUN, "not both teachers' students have results, or no interval")
-    difference = compare(counts[student], counts[other])
-    reason = f"over {set_name(numbers, other)}, adapted against generic teacher {relative_text(difference)}"
+    difference = numbers.difference(student, other, *JUDGED[what])
+    if difference is None:
+        return Answer(NOT_RUN, "only one of the two teachers' students has results, or no interval")
+    reason = f"on {set_name(numbers, other.name)}, adapted against generic teacher {relative_text(difference)}"
     return Answer(judge(difference, difference.p_value), reason)
 
 
 def domain_gains(numbers: Numbers) -> list[DomainGain]:
-    """The study's domains, the least similar to generic text last."""
+    """The study's domains, from the most to the least similar to generic text."""
     task_only, generic_only = numbers.with_share(1.0), numbers.with_share(0.0)
     rows = []
     for entry in numbers.inputs.similarity:
         place = Place(domain=entry["domain"])
         gains = {task: numbers.difference(task_only, generic_only, HEADLINE[task], place) for task in numbers.tasks()}
-        values = {name: entry[name] for name in ("tokens", "jsd", "jsd_matched", "overlap")}
-        rows.append(DomainGain(domain=entry["domain"], gains=gains, **values))
+        values = {name: entry[name] for name in ("domain", "tokens", "jsd", "jsd_matched", "overlap")}
+        rows.append(DomainGain(**values, gains=gains))
     key = divergence_key(rows)
     return sorted(rows, key=lambda row: (getattr(row, key) is None, getattr(row, key) or 0.0, row.domain))
 
 
 def divergence_key(rows: list[DomainGain]) -> str:
-    """The divergence at matched sizes where most domains have it, else the plain one, which grows as samples shrink."""
+    """The divergence at matched sizes if most domains have it, else the plain one, which grows as samples shrink."""
     matched = sum(row.jsd_matched is not None for row in rows)
     return "jsd_matched" if matched >= max(3, len(rows) / 2) else "jsd"
 
 
 def similarity_points(rows: list[DomainGain], task: str) -> list[tuple[str, float, float]]:
-    """(domain, divergence, relative error reduction) of the domains in which all three are defined."""
+    """(domain, divergence, relative error reduction) of the domains for which both are defined."""
     key = divergence_key(rows)
     points = []
     for row in rows:
         change, divergence = relative(row.gains[task]), getattr(row, key)
         if divergence is not None and change is not None:
-            points.append((row.domain, divergence, -change.value))
+            points.append((row.domain, divergence, -change[0]))
     return points
 
 
@@ -306,7 +268,7 @@ def correlation(rows: list[DomainGain], task: str) -> RankCorrelation:
 
 
 def correlation_text(found: RankCorrelation) -> str:
-    """A rank correlation with its interval and p-value, or that there is none."""
+    """A rank correlation with its interval and p-value, or a clause that there is none."""
     if found.rho is None or found.low is None or found.high is None:
         return f"no rank correlation from {plural(found.count, 'domain')}"
     interval = f"[{signed(found.low, 2)}, {signed(found.high, 2)}]"
@@ -320,23 +282,22 @@ def gain_correlates(rows: list[DomainGain], task: str) -> Answer:
         return Answer(NOT_RUN, correlation_text(found))
     if found.p_value >= ALPHA:
         return Answer(UNDECIDED, correlation_text(found))
-    return Answer(SEEN, f"{correlation_text(found)}: the {'less' if found.rho > 0 else 'more'} similar gain more")
+    return Answer(SEEN, f"{correlation_text(found)}: {'less' if found.rho > 0 else 'more'} similar domains gain more")
 
 
-def findings(numbers: Numbers, rows: list[DomainGain]) -> list[Finding]:
-    """The paper's four findings, each with what this study says to it; `rows` are `domain_gains`."""
+def findings(numbers: Numbers, gains: list[DomainGain]) -> dict[str, dict[str, Answer]]:
+    """The paper's four findings: claim -> task or LOSS -> this study's answer."""
     tasks = numbers.tasks()
-
-    def answers(question: Callable[[Numbers, str], Answer], with_loss: bool) -> dict[str, Answer]:
-        return {what: question(numbers, what) for what in [*tasks, *([LOSS] if with_loss else [])]}
-
-    by_domain = {task: gain_correlates(rows, task) for task in tasks}
-    return [
-        Finding("A distilled student beats one from scratch", answers(distilled_beats_scratch, False)),
-        Finding("The best transfer set is task text only", answers(task_only_is_best, True)),
-        Finding("The gain from task text correlates with similarity to generic text", by_domain),
-        Finding("An adapted teacher gives still better students", answers(adapted_is_better, True)),
-    ]
+    return {
+        "A distilled student beats one from scratch": {task: distilled_beats_scratch(numbers, task) for task in tasks},
+        "The best transfer set is task text only": {what: task_only_is_best(numbers, what) for what in [*tasks, LOSS]},
+        "The gain from task text correlates with similarity to generic text": {
+            task: gain_correlates(gains, task) for task in tasks
+        },
+        "An adapted teacher gives still better students": {
+            what: adapted_is_better(numbers, what) for what in [*tasks, LOSS]
+        },
+    }
 
 
 def plural(count: int, noun: str) -> str:
@@ -350,10 +311,5 @@ def listed(names: list[str]) -> str:
 
 
 def sentence(text: str) -> str:
-    """With a capital letter."""
+    """The text with a capital letter first."""
     return text[:1].upper() + text[1:]
-
-
-def article(noun: str) -> str:
-    """ "a" or "an"."""
-    return "an" if noun[0] in "aeiou" else "a"

@@ -1,7 +1,7 @@
-"""The look that all figures of a report share: one color and marker for each student everywhere, SVG and PNG of each.
+"""The look of all figures: one color and marker for each student, SVG and PNG of each figure.
 
-Colors are Okabe and Ito's, which stay apart under the common kinds of color blindness; markers tell kinds of student
-apart as well.
+The colors are Okabe and Ito's, which stay distinct under the common kinds of color blindness; markers distinguish the
+kinds of student as well.
 """
 
 import io
@@ -16,16 +16,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 
 from kd_jax.runtime.files import write_atomically
 from kd_jax.study.plan import Student
-from kd_jax.study.report.inputs import Numbers
+from kd_jax.study.report.numbers import Numbers
 
 INK, SOFT, GRID = "#1c2430", "#5b6675", "#e3e7ec"
 SCRATCH, MLM, ADAPTED = "#7a7a7a", "#e69f00", "#d55e00"
 GENERIC_ONLY, TASK_ONLY = "#56b4e9", "#003f73"  # ends of the blue scale of task shares
 MARKERS = {"scratch": "X", "mlm": "s", "distilled": "o", "teacher": "v"}
-WIDTH = 7.4  # inches; figures are shown at most about as wide
+WIDTH = 7.4  # inches, about the widest that figures are shown
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "font.family": "DejaVu Sans",
@@ -42,7 +43,7 @@ STYLE: dict[Any, Any] = {
     "text.color": INK,
     "grid.color": GRID,
     "legend.frameon": False,
-    "svg.hashsalt": "kd_jax",
+    "svg.hashsalt": "kd_jax",  # without it, each SVG has random ids and no two runs write the same bytes
     "savefig.facecolor": "white",
 }
 
@@ -68,7 +69,7 @@ def marker(student: Student) -> str:
 
 
 def write_figure(figure: Figure, folder: pathlib.Path, name: str) -> None:
-    """Writes <name>.svg and <name>.png, each whole or not at all; the same figure gives the same bytes."""
+    """Writes <name>.svg and <name>.png, each atomically; the same figure gives the same bytes."""
     for kind, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
         buffer = io.BytesIO()
         with rc_context(STYLE):
@@ -79,7 +80,7 @@ def write_figure(figure: Figure, folder: pathlib.Path, name: str) -> None:
 def panel_grid(rows: int, columns: int, height: float, **options) -> tuple[Figure, np.ndarray]:
     """A figure of the common width, `height` inches high, with Axes [rows, columns]."""
     layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, wspace=0.05, hspace=0.05)
-    figure = Figure(figsize=(WIDTH, height), layout=layout)
+    figure = Figure(figsize=(WIDTH, height), layout=layout)  # not pyplot's: that keeps every figure in memory
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     return figure, axes
@@ -95,7 +96,7 @@ def rows_axis(axes: Axes, names: Sequence[str]) -> None:
 
 
 def seed_points(axes: Axes, values: Iterable[float], row: float, style: tuple[str, str]) -> None:
-    """A point for each seed and a larger one for their mean."""
+    """A small point for each seed and a large one for their mean; style: color and marker."""
     values = list(values)
     if not values:
         return
@@ -103,3 +104,10 @@ def seed_points(axes: Axes, values: Iterable[float], row: float, style: tuple[st
     if len(values) > 1:
         axes.plot(values, [row] * len(values), shape, color=shade, alpha=0.4, markersize=4, markeredgewidth=0)
     axes.plot([np.mean(values)], [row], shape, color=shade, markersize=8, markeredgecolor="white", markeredgewidth=0.8)
+
+
+def legend_point(shade: str, shape: str, label: str, **options) -> Line2D:
+    """A legend's entry that is a marker without a line."""
+    return Line2D(
+        [], [], **{"color": shade, "marker": shape, "linestyle": "none", "markersize": 7, "label": label, **options}
+    )

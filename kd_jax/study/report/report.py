@@ -1,18 +1,26 @@
-"""The report of a study: report.md, report.html and figures, and the summary for the terminal."""
+"""The report of a study: report.md, report.html, figures, and the summary for the terminal.
 
+The report is composed once, as Markdown. The HTML page is rendered from it, with the figures embedded, so it needs no
+network.
+"""
+
+import base64
+import html
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import re
+import string
+import textwrap
+from collections.abc import Collection, Mapping
+from importlib import resources
+from typing import Any
 
-from matplotlib.figure import Figure
+from markdown_it import MarkdownIt
 
 from kd_jax.runtime.files import write_atomically
 from kd_jax.runtime.paths import as_path, make_folder
-from kd_jax.study.report import figures, tables
-from kd_jax.study.report.choosing import choosing_section
-from kd_jax.study.report.document import Block, Bullets, Document, Picture, Section, Text, markdown
+from kd_jax.study.report import tables
+from kd_jax.study.report.figures import FIGURES
 from kd_jax.study.report.findings import (
-    LOSS,
     NOT_RUN,
     DomainGain,
     correlation,
@@ -20,85 +28,143 @@ from kd_jax.study.report.findings import (
     divergence_key,
     domain_gains,
     findings,
+    label,
     loss_text,
+    plural,
     scratch_text,
     similarity_points,
     unigram_text,
     verdict_text,
 )
-from kd_jax.study.report.html import page
-from kd_jax.study.report.inputs import HEADLINE, TASK_NAMES, TEST, Numbers, Place, ReportInputs
+from kd_jax.study.report.numbers import HEADLINE, JUDGED_NAMES, TASK_NAMES, TEST, Numbers, ReportInputs
 from kd_jax.study.report.plotting import write_figure
+from kd_jax.text_tables import aligned_table, escaped
 
-__all__ = ["ReportInputs", "ReportPaths", "summary_text", "write_report"]
-
+WIDTH = 110  # characters in a line of the summary
+RESULTS = "Results"
+HELDOUT = "Held-out masked-LM loss"
+CURVES = "Error against the share of task text"
+SIMILARITY = "Similarity to generic text against the gain"
+FINDING_SECTIONS = (RESULTS, f"{CURVES}; {HELDOUT}", SIMILARITY, f"{RESULTS}; {HELDOUT}")
 OWN_CHOICES = (
     "The sizes of teacher and students, the shares of task text, the amounts of text and the measure of similarity are "
-    "this study's own "
-    "choices; the paper's (Peris et al. 2022, arXiv 2210.04834) are not public, so its numbers are not to be compared "
-    "with these."
+    "this study's own choices. The paper's (Peris et al. 2022, arXiv 2210.04834) are not public, so do not compare its "
+    "numbers with these."
 )
-RESULTS, CURVES, SIMILARITY = (
-    "Results",
-    "Error against the share of task text",
-    "Similarity to generic text against the gain",
-)
-HELDOUT = "Held-out masked-LM loss"
-FINDING_PLACES = (RESULTS, f"{CURVES}; {HELDOUT}", SIMILARITY, f"{RESULTS}; {HELDOUT}")
-
-Draw = Callable[[str, Figure | None, str, str, str], Block]
 
 
-class ReportPaths(NamedTuple):
-    """Where the parts of a report lie."""
+def write_report(folder: pathlib.Path, inputs: ReportInputs) -> None:
+    """Writes report.md, report.html and figures/*.svg, *.png under `folder`, each file atomically.
 
-    markdown: pathlib.Path
-    html: pathlib.Path
-    figures: pathlib.Path
-
-
-def write_report(folder: pathlib.Path, inputs: ReportInputs) -> ReportPaths:
-    """Writes report.md, report.html and figures/*.svg, *.png under `folder`, each whole or not at all.
-
-    Raises UserError where a file cannot be written. What a study did not run is said in a sentence, never an error.
+    Raises UserError if a file cannot be written. A part that the study did not run gives a sentence, never an error.
     """
     folder = as_path(folder)
-    paths = ReportPaths(folder / "report.md", folder / "report.html", folder / "figures")
-
-    def draw(name: str, figure: Figure | None, caption: str, alternative: str, missing: str) -> Block:
-        if figure is None:
-            return Text(missing)
-        write_figure(figure, paths.figures, name)
-        return Picture(name, caption, alternative)
-
-    make_folder(paths.figures)
-    document = build(inputs, draw)
-    write_atomically(paths.markdown, markdown(document))
-    write_atomically(paths.html, page(document, paths.figures))
-    return paths
+    make_folder(folder / "figures")
+    drawn = {name: one.draw(inputs.numbers) for name, one in FIGURES.items()}
+    for name, figure in drawn.items():
+        if figure is not None:
+            write_figure(figure, folder / "figures", name)
+    title = f"{inputs.name}: on which text to distill"
+    sections = compose(inputs, [name for name, figure in drawn.items() if figure is not None])
+    write_atomically(folder / "report.md", markdown(title, sections))
+    write_atomically(folder / "report.html", page(title, sections, folder))
 
 
 def summary_text(inputs: ReportInputs) -> str:
     """The result table and the verdict as plain text of at most 110 columns, for the terminal."""
-    numbers = inputs.numbers
+
+    def wrapped(text: str) -> str:
+        return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+
     lines = [inputs.name]
-    if numbers.students:
-        for table in tables.terminal_tables(numbers):
-            lines += ["", _wrapped(table.caption), tables.plain(table)]
-    lines += ["", *(_wrapped(text.replace("**", "")) for text in _verdict_sentences(numbers))]
-    lines += [_wrapped(f"Note: {note}") for note in inputs.notes]
+    if inputs.numbers.students:
+        for table in tables.terminal_tables(inputs.numbers):
+            lines += ["", wrapped(table.caption), aligned_table(table.header, table.rows, rule=True, width=WIDTH)]
+    lines += ["", *(wrapped(plain(text)) for text in _verdict_sentences(inputs.numbers))]
+    lines += [wrapped(f"Note: {note}") for note in inputs.notes]
     return "\n".join(lines)
 
 
-def _wrapped(text: str, width: int = 110) -> str:
-    lines, line = [], ""
-    for word in text.split():
-        if line and len(line) + 1 + len(word) > width:
-            lines.append(line)
-            line = word
-        else:
-            line = f"{line} {word}".strip()
-    return "\n".join([*lines, line])
+def compose(inputs: ReportInputs, drawn: Collection[str]) -> dict[str, str]:
+    """The sections of the report: title -> Markdown. `drawn` are the names of the figures that have been drawn."""
+    numbers, gains = inputs.numbers, domain_gains(inputs.numbers)
+    shown = {
+        name: f"![{one.alternative}](figures/{name}.svg)\n\n*{one.caption}*" if name in drawn else one.missing
+        for name, one in FIGURES.items()
+    }
+    return {
+        "Verdict": _verdict_section(numbers),
+        RESULTS: _results_section(numbers),
+        HELDOUT: _heldout_section(numbers, shown["heldout_loss"]),
+        CURVES: shown["share_curves"],
+        "Unseen and tail utterances": _test_sets_section(numbers, shown["test_sets"]),
+        "By locale": _locale_section(numbers, shown["locales"]),
+        "Noise of the teachers": _teacher_section(numbers, shown["teacher_noise"]),
+        SIMILARITY: _similarity_section(numbers, gains, shown["similarity"]),
+        "Size and latency": latency_section(inputs.latency),
+        "Training curves": shown["training"],
+        "The paper's four findings": _findings_section(numbers, gains),
+        "How it was done": _method_section(numbers),
+    }
+
+
+def markdown(title: str, sections: Mapping[str, str]) -> str:
+    """The report in GitHub's Markdown."""
+    return "\n\n".join([f"# {escaped(title)}", *(f"## {name}\n\n{text}" for name, text in sections.items())]) + "\n"
+
+
+def page(title: str, sections: Mapping[str, str], folder: pathlib.Path) -> str:
+    """The report as one HTML page; the figures are read from `folder`/figures."""
+    renderer = html_renderer(folder)
+    anchors = {name: re.sub(r"\W", "-", name.lower()) for name in sections}
+    verdict, *others = (
+        f'<section id="{anchors[name]}">\n<h2>{html.escape(name)}</h2>\n{renderer.render(text)}</section>'
+        for name, text in sections.items()
+    )
+    contents = "".join(
+        f'<li><a href="#{anchor}">{html.escape(name)}</a></li>' for name, anchor in list(anchors.items())[1:]
+    )
+    template = string.Template(resources.files("kd_jax.study.report").joinpath("page.html").read_text(encoding="utf-8"))
+    return template.substitute(title=html.escape(title), verdict=verdict, contents=contents, sections="\n".join(others))
+
+
+def html_renderer(folder: pathlib.Path) -> MarkdownIt:
+    """Markdown to HTML, with tables; images are embedded from `folder`, and <br> is the only HTML that passes."""
+
+    def text(self, tokens, index, options, env) -> str:
+        """Keeps numbers with their percent sign and intervals in one line."""
+        shown = html.escape(tokens[index].content, quote=False).replace(" %", "\u00a0%")
+        return re.sub(r"\[[^\]]*\]", lambda interval: interval.group().replace(" ", "\u00a0"), shown)
+
+    def image(self, tokens, index, options, env) -> str:
+        data = base64.b64encode((folder / tokens[index].attrs["src"]).read_bytes()).decode()
+        return f'<img alt="{html.escape(tokens[index].content)}" src="data:image/svg+xml;base64,{data}">'
+
+    def html_inline(self, tokens, index, options, env) -> str:
+        # Names are escaped when the Markdown is composed; this holds even if one was forgotten.
+        content = tokens[index].content
+        return content if content == "<br>" else html.escape(content)
+
+    renderer = MarkdownIt("commonmark", {"html": True, "xhtmlOut": False}).enable("table").disable("html_block")
+    for rule in (text, image, html_inline):
+        renderer.add_render_rule(rule.__name__, rule)
+    renderer.add_render_rule("table_open", lambda *_: '<div class="scroll"><table>\n')
+    renderer.add_render_rule("table_close", lambda *_: "</table></div>\n")
+    return renderer
+
+
+def plain(text: str) -> str:
+    """A paragraph of Markdown as it is read."""
+    (inline,) = MarkdownIt("commonmark").parseInline(text)
+    return "".join(token.content for token in inline.children or ())
+
+
+def _bullets(items: list[str]) -> str:
+    return "\n".join(f"- {item}" for item in items)
+
+
+def _joined(*blocks: str) -> str:
+    return "\n\n".join(block for block in blocks if block)
 
 
 def _verdict_sentences(numbers: Numbers) -> list[str]:
@@ -108,282 +174,194 @@ def _verdict_sentences(numbers: Numbers) -> list[str]:
     return sentences + [text for text in (scratch_text(numbers), loss_text(numbers), unigram_text(numbers)) if text]
 
 
-def build(inputs: ReportInputs, draw: Draw) -> Document:
-    """The whole report; `draw` writes a figure and gives the block that shows it."""
-    numbers = inputs.numbers
-    gains = domain_gains(numbers)
-    sections = [
-        _verdict_section(numbers),
-        _results_section(numbers),
-        _heldout_section(numbers, draw),
-        _curve_section(numbers, draw),
-        _test_sets_section(numbers, draw),
-        _locale_section(numbers, draw),
-        _teacher_section(numbers, draw),
-        _similarity_section(numbers, gains, draw),
-        choosing_section(inputs.latency),
-        _training_section(numbers, draw),
-        _findings_section(numbers, gains),
-        _method_section(numbers),
-    ]
-    return Document(f"{inputs.name}: on which text to distill", sections)
+def _verdict_section(numbers: Numbers) -> str:
+    notes = _bullets([f"**Note:** {escaped(note)}" for note in numbers.inputs.notes])
+    return _joined(*_verdict_sentences(numbers), notes, OWN_CHOICES)
 
 
-def _verdict_section(numbers: Numbers) -> Section:
-    blocks: list[Block] = [Text(text) for text in _verdict_sentences(numbers)]
-    if numbers.inputs.notes:
-        blocks.append(Bullets([f"**Note:** {note}" for note in numbers.inputs.notes]))
-    return Section("Verdict", [*blocks, Text(OWN_CHOICES)])
-
-
-def _results_section(numbers: Numbers) -> Section:
+def _results_section(numbers: Numbers) -> str:
     if not numbers.students or not numbers.tasks():
-        return Section(RESULTS, [Text("No student was finetuned and tested, so there is no table.")])
-    blocks: list[Block] = [tables.result_table(numbers)]
-    for task in HEADLINE:
-        if task not in numbers.tasks():
-            blocks.append(Text(f"{TASK_NAMES[task]} was not part of this study."))
+        return "No student was finetuned and tested, so there is no table."
+    missing = [f"{TASK_NAMES[task]} was not part of this study." for task in HEADLINE if task not in numbers.tasks()]
     if numbers.scratch is None or not any(student.kind == "mlm" for student in numbers.students):
-        blocks.append(Text("A baseline is missing: from scratch, or MLM alone on the same text."))
-    return Section(RESULTS, [*blocks, Text(_interval_text(numbers))])
-
-
-def _interval_text(numbers: Numbers) -> str:
-    text = (
-        "Intervals come from a paired bootstrap over seeds and utterances (locales of one utterance together). They "
-        "cover seeds and test "
-        "utterances; they do not cover what all seeds share: the teacher, the texts, the finetuning recipe, the "
-        "languages."
+        missing.append("A baseline is missing: from scratch, or MLM alone on the same text.")
+    intervals = (
+        "Intervals come from a paired bootstrap over seeds and utterances; all locales of one utterance are drawn "
+        "together. They cover seeds and test utterances. They do not cover what all seeds share: the teacher, the "
+        "texts, the finetuning recipe, the languages."
     )
     if not numbers.inputs.records:
-        text = "No records of single utterances were given, so intervals cover seeds only."
-    return text + (" With one seed they cover test utterances only." if len(numbers.seeds()) == 1 else "")
+        intervals = "No records of single utterances were given, so intervals cover seeds only."
+    if len(numbers.seeds()) == 1:
+        intervals += " With one seed they cover test utterances only."
+    return _joined(tables.result_table(numbers).markdown(), *missing, intervals)
 
 
-def _heldout_section(numbers: Numbers, draw: Draw) -> Section:
-    figure = draw(
-        "heldout_loss",
-        figures.heldout_loss(numbers),
-        "Held-out masked-LM loss (lower is better). Small points are seeds, large ones their means; the dashed line is "
-        "a unigram's loss.",
-        "Dot plot of held-out masked-LM loss by student and teacher, on task and on generic text",
-        "No held-out masked-LM loss was measured.",
+def _heldout_section(numbers: Numbers, figure: str) -> str:
+    if figure == FIGURES["heldout_loss"].missing:
+        return figure
+    meaning = (
+        "This is what the students learned before any finetuning. It differs between students at sizes at which the "
+        "downstream tasks do not yet. Training on task text aims at a low loss on task text, so a low loss shows that "
+        "distillation worked, not that it helps."
     )
-    if isinstance(figure, Text):
-        return Section(HELDOUT, [figure])
-    text = (
-        "What the students learned before any finetuning. It can be told at sizes at which the downstream tasks cannot "
-        "be; a low loss on "
-        "task text is what training on task text aims at, so it shows that distillation worked rather than that it "
-        "helps."
-    )
-    return Section(HELDOUT, [Text(text), figure, tables.heldout_table(numbers)])
+    return _joined(meaning, figure, tables.heldout_table(numbers).markdown())
 
 
-def _curve_section(numbers: Numbers, draw: Draw) -> Section:
-    return Section(
-        CURVES,
-        [
-            draw(
-                "share_curves",
-                figures.share_curves(numbers),
-                "Error against the share of task text in the transfer set. The line joins the means over seeds of the "
-                "students distilled "
-                "from the generic teacher; students by MLM alone and from the adapted teacher stand beside their "
-                "share. Axes start where "
-                "the data do, not at zero.",
-                "Line plots of each error rate against the share of task text",
-                "No distilled student was tested, so there is no curve.",
-            )
-        ],
-    )
-
-
-def _test_sets_section(numbers: Numbers, draw: Draw) -> Section:
-    title = "Unseen and tail utterances"
+def _test_sets_section(numbers: Numbers, figure: str) -> str:
     names = {name for task in numbers.tasks() for name in numbers.test_sets(task)}
-    blocks: list[Block] = []
-    for name, meaning in (
-        ("test_unseen", "utterances whose text is not in train"),
-        ("tail", "utterances with at least one word that is not in train"),
-    ):
-        if name not in names:
-            blocks.append(Text(f"There are no results on `{name}` ({meaning})."))
-            continue
-        blocks.append(Text(f"`{name}`: {meaning}{_same_as_test(numbers, name)}."))
-        blocks.append(tables.result_table(numbers, name))
-    if names - {TEST}:
-        figure = draw(
-            "test_sets",
-            figures.by_test_set(numbers),
-            "The headline error rates by test set. Small points are seeds, large ones their means.",
-            "Dot plot of error rates by test set and student",
-            "",
-        )
-        blocks.append(figure)
-    return Section(title, blocks)
+    meanings = {
+        "test_unseen": "utterances whose text is not in train",
+        "tail": "utterances with at least one word that is not in train",
+    }
+    blocks = []
+    for name, meaning in meanings.items():
+        if name in names:
+            blocks.append(f"`{name}`: {meaning}{_same_as_test(numbers, name)}.")
+            blocks.append(tables.result_table(numbers, name).markdown())
+        else:
+            blocks.append(f"There are no results on `{name}` ({meaning}).")
+    return _joined(*blocks, figure if names - {TEST} else "")
 
 
 def _same_as_test(numbers: Numbers, name: str) -> str:
-    """A remark where a test set holds every test utterance, so that its numbers repeat those of test."""
+    """A remark if a test set holds every test utterance, so that its numbers repeat those of test."""
     for task in numbers.tasks():
-        metric = "error_rate" if task == "dc" else "exact_match"
-        for student in numbers.students[:1]:
-            counts = [numbers.count(student, task, metric, Place(test_set)) for test_set in (name, TEST)]
-            if counts[0] is None or counts[0] != counts[1]:
+        if numbers.students:
+            count = tables.utterances_of(numbers, task, name)
+            if count is None or count != tables.utterances_of(numbers, task, TEST):
                 return ""
     return "; here these are all test utterances, so the numbers are those of the first table"
 
 
-def _locale_section(numbers: Numbers, draw: Draw) -> Section:
-    title, tasks = "By locale", [task for task in numbers.tasks() if numbers.locales(task)]
+def _locale_section(numbers: Numbers, figure: str) -> str:
+    tasks = [task for task in numbers.tasks() if numbers.locales(task)]
     if not tasks:
-        return Section(title, [Text("There are no results by locale.")])
-    figure = draw(
-        "locales",
-        figures.by_locale(numbers),
-        "The headline error rates by locale. Small points are seeds, large ones their means.",
-        "Dot plot of error rates by locale and student",
-        "None of the students that this figure compares was tested.",
-    )
-    return Section(title, [figure, *(tables.locale_table(numbers, task) for task in tasks)])
+        return "There are no results by locale."
+    return _joined(figure, *(tables.locale_table(numbers, task).markdown() for task in tasks))
 
 
-def _teacher_section(numbers: Numbers, draw: Draw) -> Section:
-    title = "Noise of the teachers"
-    figure = draw(
-        "teacher_noise",
-        figures.teacher_noise(numbers),
-        "Held-out masked-LM loss and masked-token accuracy of each teacher by language. A teacher at or right of the "
-        "unigram's mark knows no "
-        "more about such text than how often each piece occurs.",
-        "Dot plots of teacher loss and accuracy by language on task and generic text",
-        "No teacher's held-out loss was measured.",
-    )
-    blocks: list[Block] = [figure]
-    if isinstance(figure, Picture):
-        blocks.append(tables.teacher_table(numbers))
-    if len(numbers.teachers) == 1:
-        blocks.append(Text(f"There is one teacher, the {numbers.label(numbers.teachers[0])}."))
-    return Section(title, blocks)
+def _teacher_section(numbers: Numbers, figure: str) -> str:
+    table = tables.teacher_table(numbers)
+    one = f"There is one teacher, the {label(numbers, numbers.teachers[0])}." if len(numbers.teachers) == 1 else ""
+    return _joined(figure, table.markdown() if table.rows else "", one)
 
 
-def _similarity_section(numbers: Numbers, gains: Sequence[DomainGain], draw: Draw) -> Section:
-    rows = list(gains)
-    if not rows:
-        return Section(SIMILARITY, [Text("No domain's text was compared with the generic text.")])
+def _similarity_section(numbers: Numbers, gains: list[DomainGain], figure: str) -> str:
+    if not gains:
+        return "No domain's text was compared with the generic text."
     tasks = numbers.tasks()
-    lines = [f"{TASK_NAMES[task]}: {correlation_text(correlation(rows, task))}." for task in tasks]
-    left_out = {task: len(rows) - len(similarity_points(rows, task)) for task in tasks}
-    lines += [
-        f"{TASK_NAMES[task]}: {count} of {len(rows)} domains have no gain (no result, or no error to reduce) and are "
-        f"left out."
-        for task, count in left_out.items()
-        if count
-    ]
-    used = "at a matched number of tokens" if divergence_key(rows) == "jsd_matched" else "over all of the text"
+    lines = [f"{TASK_NAMES[task]}: {correlation_text(correlation(gains, task))}." for task in tasks]
+    for task in tasks:
+        if left_out := len(gains) - len(similarity_points(gains, task)):
+            lines.append(
+                f"{TASK_NAMES[task]}: {left_out} of {plural(len(gains), 'domain')} left out because they have no gain "
+                "(no result, or no error to reduce)."
+            )
+    sizes = "at a matched number of tokens" if divergence_key(gains) == "jsd_matched" else "over all of the text"
+    return _joined(
+        f"For each domain: the Jensen-Shannon divergence of its train text from the generic train text ({sizes}) "
+        "against the relative error reduction, task text only against generic text only. ρ below zero: the more "
+        "similar domains gain more; above zero: the less similar. The interval is a bootstrap over domains, rough with "
+        "fewer than ten of them; the fewer utterances a domain has, the noisier its gain.",
+        _bullets(lines),
+        figure,
+        tables.domain_table(gains, tasks).markdown(),
+    )
+
+
+def latency_section(latency: Mapping[str, Any] | None) -> str:
+    """The section that helps to choose a student's size; `latency` is latency.json."""
+    if not latency or not latency["models"]:
+        return "Size and latency were not measured (config.study.latency)."
+    timed = [one["batches"] for one in latency["models"] if one["batches"]]
+    rows = ", ".join(
+        f"{plural(batch['utterances'], 'utterance')} in {batch['rows']}" for batch in (timed[0] if timed else ())
+    )
+    calls = min((batch["calls"] for batches in timed for batch in batches), default=0)
+    heads = {"dc": "DC head", "icner": "ICNER heads"}[latency["task"]]
     text = (
-        f"For each domain, the Jensen-Shannon divergence of its train text from the generic train text ({used}) "
-        f"against the relative error "
-        "reduction by task text only against generic text only. ρ below zero: the more similar domains gain more; "
-        "above: the less similar. "
-        "The interval is a bootstrap over domains, rough below ten of them; a domain's gain is noisier the fewer "
-        "utterances it has."
+        f"Each encoder with the {heads}, in {latency['dtype']} on one device ({escaped(latency['device'])}; the "
+        f"machine has {latency['cores']} cores). Times are of one call as `predict` makes it, from rows of "
+        f"{latency['length']} tokens ({rows} rows) to classes, without reading and tokenizing: p50 and p95 over "
+        f"{calls} calls or more, alternating between the encoders. Parameters include the token embeddings; bytes in "
+        "int8 are of the matrices in int8 with their scales."
     )
-    figure = draw(
-        "similarity",
-        figures.similarity_scatter(numbers, rows),
-        "One point a domain. The intervals of the gains are in the table.",
-        "Scatter plot of each domain's divergence from generic text against its gain from task text",
-        "There are no gains by domain: that takes a generic-only and a task-only student, and records or several "
-        "seeds.",
-    )
-    return Section(SIMILARITY, [Text(text), Bullets(lines), figure, tables.domain_table(rows, tasks)])
+    if left_out := [escaped(one["name"]) for one in latency["models"] if not one["batches"]]:
+        text += f" Too large for one device, so not timed: {', '.join(left_out)}."
+    return _joined(tables.latency_table(latency).markdown(), text)
 
 
-def _training_section(numbers: Numbers, draw: Draw) -> Section:
-    figure = draw(
-        "training",
-        figures.training_curves(numbers),
-        "Masked-LM loss on each run's own training text, so curves on different text are not to be compared with each "
-        "other; a line a seed.",
-        "Line plots of training loss against the step for teachers and students",
-        "No training curves were recorded.",
-    )
-    return Section("Training curves", [figure])
-
-
-def _findings_section(numbers: Numbers, gains: Sequence[DomainGain]) -> Section:
-    found = findings(numbers, list(gains))
-    names = {**TASK_NAMES, LOSS: "held-out task loss"}
+def _findings_section(numbers: Numbers, gains: list[DomainGain]) -> str:
+    found = findings(numbers, gains)
     details = []
-    for number, finding in enumerate(found, start=1):
-        clauses = [f"{names[what]} **{answer.status}**: {answer.reason}" for what, answer in finding.answers.items()]
-        details.append(f"**{number}.** " + ("; ".join(clauses) if clauses else NOT_RUN) + ".")
-    warning = [Text(f"**To be read with this in mind:** {text}")] if (text := unigram_text(numbers)) else []
-    blocks: list[Block] = [*warning, tables.findings_table(found, FINDING_PLACES), Bullets(details)]
-    return Section("The paper's four findings", blocks)
+    for number, answers in enumerate(found.values(), start=1):
+        clauses = [f"{JUDGED_NAMES[what]} **{answer.status}**: {answer.reason}" for what, answer in answers.items()]
+        details.append(f"**{number}.** {'; '.join(clauses) or NOT_RUN}.")
+    warning = f"**Read with this in mind:** {text}" if (text := unigram_text(numbers)) else ""
+    return _joined(warning, tables.findings_table(found, FINDING_SECTIONS).markdown(), _bullets(details))
 
 
-def _method_section(numbers: Numbers) -> Section:
+def _method_section(numbers: Numbers) -> str:
     inputs = numbers.inputs
-    blocks: list[Block] = []
-    if inputs.config:
-        blocks.append(Bullets(_settings(inputs)))
+    blocks = [_bullets(_settings(inputs.config))]
     if inputs.recipes:
         if len({(row["learning_rate"], row["epochs"]) for row in inputs.recipes}) == 1:
             row = inputs.recipes[0]
             recipe = f"learning rate {row['learning_rate']:g}, {row['epochs']:g} epochs"
-            blocks.append(Text(f"One finetuning recipe was given for all students ({recipe}); nothing was searched."))
+            blocks.append(f"One finetuning recipe was given for all students ({recipe}); nothing was searched.")
         else:
-            blocks.append(tables.recipe_table(numbers))
+            blocks.append(tables.recipe_table(numbers).markdown())
     if inputs.realized:
-        blocks.append(tables.text_table(numbers))
-    blocks.append(Bullets(_provenance_lines(inputs)))
+        blocks.append(tables.text_table(numbers).markdown())
+    blocks.append(_bullets(_provenance_lines(inputs.provenance)))
     if inputs.provenance.get("seconds"):
-        blocks.append(tables.time_table(inputs.provenance["seconds"]))
-    return Section("How it was done", blocks)
+        blocks.append(tables.time_table(inputs.provenance["seconds"]).markdown())
+    return _joined(*blocks)
 
 
-def _settings(inputs: ReportInputs) -> list[str]:
-    """What of the config a reader needs to judge the numbers."""
-    config = inputs.config
+def _settings(config: Mapping[str, Any]) -> list[str]:
+    """The part of the config that a reader needs to judge the numbers."""
     sizes = [
         f"{name}: {config[name]['num_layers']} layers × {config[name]['hidden_size']}"
         for name in ("teacher", "student")
         if name in config
     ]
     lines = [f"Encoders of our own choice: {', '.join(sizes)}."] if sizes else []
-    imported = config["study"]["teacher_import"] if "study" in config else ""
-    if imported:
-        lines.append(f"The generic teacher was pretrained by others: `{imported}`.")
-    teacher = "the masked-LM head of the imported teacher alone" if imported else "teacher"
-    if imported and not config["study"]["train_head"]:
-        config = {name: block for name, block in config.items() if name != "pretrain"}
-    for name, what in (("pretrain", teacher), ("adapt", "adapted teacher, further"), ("distill", "each student")):
+    trained = {"pretrain": "teacher", "adapt": "adapted teacher, further", "distill": "each student"}
+    if "study" in config and (imported := config["study"]["teacher_import"]):
+        lines.append(f"The generic teacher was pretrained by others: {_code(imported)}.")
+        trained["pretrain"] = "the masked-LM head of the imported teacher alone"
+        if not config["study"]["train_head"]:
+            del trained["pretrain"]
+    for name, what in trained.items():
         if name in config:
             steps, batch = config[name]["steps"], config[name]["batch_size"]
-            lines.append(
-                f"`{name}` ({what}): {steps} steps of {batch} rows, learning rate {config[name]['learning_rate']:g}."
-            )
+            rate = config[name]["learning_rate"]
+            lines.append(f"`{name}` ({what}): {steps} steps of {batch} rows, learning rate {rate:g}.")
     if "study" in config:
-        seeds = ", ".join(str(seed) for seed in config["study"]["seeds"])
         lines.append(
-            f"Seeds {seeds}: a seed varies the student's initialization, the order of the data in distillation and "
-            f"finetuning, and dropout. "
-            "Teachers, row stores, masks (`masking.seed`) and the chosen recipe are the same for all seeds."
+            f"Seeds {', '.join(map(str, config['study']['seeds']))}: a seed varies the student's initialization, the "
+            "order of the data in distillation and finetuning, and dropout. Teachers, row stores, masks "
+            "(`masking.seed`) and the chosen recipe are the same for all seeds."
         )
     return lines
 
 
-def _provenance_lines(inputs: ReportInputs) -> list[str]:
+def _provenance_lines(provenance: Mapping[str, Any]) -> list[str]:
     """Everything in provenance but the stages' seconds, one line each."""
     lines = []
-    for name, value in inputs.provenance.items():
-        if name == "seconds":
-            continue
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {item}" for key, item in value.items() if item is not None)
-        label = "config hash" if name == "config" else name.replace("_", " ")
-        lines.append(f"{label}: `{'unknown' if value in (None, '') else value}`")
+    for name, value in provenance.items():
+        if name != "seconds":
+            if isinstance(value, dict):
+                value = ", ".join(f"{key} {item}" for key, item in value.items() if item is not None)
+            title = "config hash" if name == "config" else escaped(name.replace("_", " "))
+            lines.append(f"{title}: {_code('unknown' if value in (None, '') else str(value))}")
     return lines or ["The command, commit and versions were not recorded."]
+
+
+def _code(text: str) -> str:
+    """Text as inline code, between more backticks than it holds in a row."""
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if len(ticks) > 1 else ""
+    return f"{ticks}{space}{' '.join(text.split())}{space}{ticks}"

@@ -7,7 +7,7 @@ import pytest
 
 from kd_jax.study.plan import Student
 from kd_jax.study.report import figures, findings, plotting
-from kd_jax.study.report.inputs import Place, ReportInputs
+from kd_jax.study.report.numbers import Place, ReportInputs
 from tests.support.report_inputs import STUDENTS, synthetic_inputs
 
 
@@ -56,19 +56,20 @@ def test_heldout_loss_shows_means_and_the_unigram(inputs):
 
 def test_scatter_has_one_named_point_a_domain(inputs):
     rows = findings.domain_gains(inputs.numbers)
-    panel = figures.similarity_scatter(inputs.numbers, rows).axes[0]
+    panel = figures.similarity_scatter(inputs.numbers).axes[0]
     points = findings.similarity_points(rows, "dc")
     assert {text.get_text() for text in panel.texts} == {domain for domain, _, _ in points}
     assert {(round(x, 6), round(100 * y, 6)) for _, x, y in points} <= drawn(panel)
 
 
 def test_training_curves_prefer_the_masked_lm_part():
-    rows = [(0, {"mlm": 5.0, "loss": 9.0}), (10, {"loss": 4.0}), (20, {"heldout_task/loss": 1.0}), (30, {"loss": None})]
+    rows = [{"step": 0, "mlm": 5.0, "loss": 9.0}, {"step": 10, "loss": 4.0}]
+    rows += [{"step": 20, "heldout_task/loss": 1.0}, {"step": 30, "loss": None}]
     assert figures.curve_points(rows) == [(0, 5.0), (10, 4.0)]
 
 
 def test_a_run_without_losses_draws_no_curve():
-    curves = {"teacher, generic": [(10, {"heldout_task/loss": 3.0})]}
+    curves = {"teacher, generic": [{"step": 10, "heldout_task/loss": 3.0}]}
     assert figures.training_curves(ReportInputs(name="x", curves=curves).numbers) is None
 
 
@@ -85,7 +86,7 @@ def test_nothing_to_show_is_none():
     assert figures.by_locale(numbers) is None
     assert figures.by_test_set(numbers) is None
     assert figures.teacher_noise(numbers) is None
-    assert figures.similarity_scatter(numbers, []) is None
+    assert figures.similarity_scatter(numbers) is None
     assert figures.training_curves(numbers) is None
 
 

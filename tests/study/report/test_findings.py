@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from kd_jax.study.report import findings
-from kd_jax.study.report.inputs import ReportInputs
+from kd_jax.study.report.numbers import LOSS, ReportInputs
 from tests.support.report_inputs import DOMAINS, synthetic_inputs
 
 SHARES = {"generic": 0.0, "task": 1.0}
@@ -37,7 +37,7 @@ def test_seeds_that_disagree_give_no_winner():
     wide = rows_of("distilled", "task", "generic", (0.10, 0.30, 0.19))
     text = findings.verdict_text(numbers_of(GENERIC, wide), "dc")
     assert text.startswith("**DC: no winner at this size.** Task 100 % has the lowest error (19.67 %)")
-    assert "not told apart from generic only" in text
+    assert "does not differ significantly from generic only" in text
 
 
 def test_findings_are_seen_not_seen_or_undecided():
@@ -61,7 +61,7 @@ def test_adapted_teacher_is_compared_on_the_same_transfer_set():
     adapted = rows_of("distilled", "task", "adapted", (0.090, 0.091, 0.088))
     answer = findings.adapted_is_better(numbers_of(GENERIC, TASK, adapted), "dc")
     assert answer.status == findings.SEEN
-    assert answer.reason.startswith("over task 100 %, adapted against generic teacher −10.6 % [")
+    assert answer.reason.startswith("on task 100 %, adapted against generic teacher −10.6 % [")
 
 
 def test_heldout_loss_has_its_own_verdict():
@@ -71,8 +71,8 @@ def test_heldout_loss_has_its_own_verdict():
         rows_of("distilled", "task", "generic", (4.60, 4.63, 4.69), **place),
     )
     text = findings.loss_text(numbers)
-    assert "lowest for task 100 %: 4.64 nats a masked token, against 7.05 (generic only)." in text
-    assert findings.task_only_is_best(numbers, findings.LOSS).status == findings.SEEN
+    assert "lowest for task 100 %: 4.64 nats per masked token, against 7.05 (generic only)." in text
+    assert findings.task_only_is_best(numbers, LOSS).status == findings.SEEN
 
 
 def test_students_no_better_than_a_unigram_are_named():

@@ -1,16 +1,18 @@
 """The report as a whole: its sections, well-formed self-contained HTML, honest sentences where things are missing."""
 
+import copy
 import dataclasses
 import html.parser
+import pathlib
 import re
 
 import pytest
 
-from kd_jax.study.report.document import Picture, Text, markdown
-from kd_jax.study.report.html import inline
-from kd_jax.study.report.report import ReportInputs, build, summary_text, write_report
+from kd_jax.study.report.figures import FIGURES
+from kd_jax.study.report.numbers import ReportInputs
+from kd_jax.study.report.report import compose, html_renderer, latency_section, plain, summary_text, write_report
 from kd_jax.types import UserError
-from tests.support.report_inputs import STUDENTS, synthetic_inputs
+from tests.support.report_inputs import LATENCY, STUDENTS, synthetic_inputs
 
 SECTIONS = [
     "Verdict",
@@ -35,6 +37,7 @@ class Page(html.parser.HTMLParser):
     def __init__(self, text: str):
         super().__init__()
         self.open, self.headings, self.sources, self.ids, self.links, self.anywhere = [], [], [], [], [], []
+        self.text = []
         self.feed(text)
         self.close()
         assert self.open == []
@@ -52,13 +55,15 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
+        self.text.append(data)
         if self.open and self.open[-1] == "h2":
             self.headings.append(data)
 
 
 def document_text(inputs: ReportInputs) -> str:
-    """The report's Markdown without drawing anything to disk."""
-    return markdown(build(inputs, lambda name, figure, *rest: Picture(name, *rest[:2]) if figure else Text(rest[2])))
+    """The report's Markdown, with the figures that there would be."""
+    sections = compose(inputs, [name for name, one in FIGURES.items() if one.draw(inputs.numbers)])
+    return "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
 
 
 @pytest.fixture(scope="module")
@@ -67,19 +72,21 @@ def inputs() -> ReportInputs:
 
 
 @pytest.fixture(scope="module")
-def paths(inputs, tmp_path_factory):
-    return write_report(tmp_path_factory.mktemp("report"), inputs)
+def folder(inputs, tmp_path_factory) -> pathlib.Path:
+    written = tmp_path_factory.mktemp("report")
+    write_report(written, inputs)
+    return written
 
 
-def test_every_section_stands_in_both_files_in_order(paths):
-    text = paths.markdown.read_text(encoding="utf-8")
+def test_every_section_stands_in_both_files_in_order(folder):
+    text = (folder / "report.md").read_text(encoding="utf-8")
     assert re.findall(r"^## (.+)$", text, flags=re.MULTILINE) == SECTIONS
-    page = Page(paths.html.read_text(encoding="utf-8"))
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
     assert page.headings == SECTIONS
 
 
-def test_html_is_one_file_with_its_figures_and_no_network(paths):
-    text = paths.html.read_text(encoding="utf-8")
+def test_html_is_one_file_with_its_figures_and_no_network(folder):
+    text = (folder / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert len(page.sources) == 7 and all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
@@ -87,14 +94,14 @@ def test_html_is_one_file_with_its_figures_and_no_network(paths):
     assert "http" not in re.sub(r'src="[^"]*"', "", text)
 
 
-def test_markdown_names_figures_that_exist_and_its_tables_are_whole(paths):
-    text = paths.markdown.read_text(encoding="utf-8")
+def test_markdown_names_figures_that_exist_and_its_tables_are_whole(folder):
+    text = (folder / "report.md").read_text(encoding="utf-8")
     names = re.findall(r"\]\(figures/(\w+)\.svg\)", text)
-    assert sorted(names) == sorted(path.stem for path in paths.figures.glob("*.png"))
-    assert sorted(names) == sorted(path.stem for path in paths.figures.glob("*.svg"))
+    assert sorted(names) == sorted(path.stem for path in (folder / "figures").glob("*.png"))
+    assert sorted(names) == sorted(path.stem for path in (folder / "figures").glob("*.svg"))
     for table in re.findall(r"(?:^\|.*\|\n)+", text, flags=re.MULTILINE):
         assert len({line.count(" |") for line in table.splitlines()}) == 1
-    assert [path.name for path in paths.markdown.parent.iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
 
 
 def test_the_notes_and_our_own_choices_stand_in_the_verdict(inputs):
@@ -110,9 +117,26 @@ def test_summary_is_narrow_and_holds_the_verdict(inputs):
     assert "**" not in text
 
 
-def test_inline_text_is_escaped():
-    assert inline("a < b & `c>d` **e**") == "a &lt; b &amp; <code>c&gt;d</code> <strong>e</strong>"
-    assert inline("1\n2") == "1<small>2</small>"
+def test_names_of_users_are_shown_as_they_are(tmp_path):
+    """Whatever a domain, a locale or the study is called, it stays text in both files."""
+    name = "<script>*a*|`b`_c_ [d](e) & \\f"
+    inputs = synthetic_inputs(size=60, tasks=("dc",))
+    similarity = [{**inputs.similarity[0], "domain": name}, *inputs.similarity[1:]]
+    notes = [f"Mind {name}"]
+    inputs = dataclasses.replace(inputs, name=name, similarity=similarity, notes=notes, selected=())
+    inputs.provenance["command_line"] = f"run ``{name}``"
+    write_report(tmp_path, inputs)
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    text = "".join(page.text)
+    assert "script" not in page.anywhere and "e" not in page.links
+    assert text.count(name) == 5  # title, heading, note, domain and command
+    assert f"Note: Mind {name}" in " ".join(summary_text(inputs).split("\n"))
+
+
+def test_only_line_breaks_pass_as_html():
+    rendered = html_renderer(pathlib.Path()).render("a<br>b <b>c</b> 5 % [1, 2]\n\n<div>d</div>\n")
+    assert rendered == ("<p>a<br>b &lt;b&gt;c&lt;/b&gt; 5\u00a0% [1,\u00a02]</p>\n<p>&lt;div&gt;d&lt;/div&gt;</p>\n")
+    assert plain("**a** `b` c\\_") == "a b c_"
 
 
 def test_one_seed_is_said_and_names_no_winner():
@@ -151,7 +175,8 @@ def test_missing_baselines_are_said():
 
 def test_a_study_without_any_result_is_still_a_report(tmp_path):
     inputs = ReportInputs(name="Nothing")
-    page = Page(write_report(tmp_path, inputs).html.read_text(encoding="utf-8"))
+    write_report(tmp_path, inputs)
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert page.headings == SECTIONS
     assert "No verdict." in summary_text(inputs)
 
@@ -167,6 +192,33 @@ def test_a_single_recipe_is_said():
     inputs = synthetic_inputs(size=60, tasks=("dc",))
     recipes = [{**row, "dev_score": None} for row in inputs.recipes if row["chosen"]]
     assert "nothing was searched" in document_text(dataclasses.replace(inputs, recipes=recipes))
+
+
+def test_how_latency_was_measured_is_said():
+    text = latency_section(LATENCY)
+    for words in (
+        "ICNER heads",
+        "float32",
+        "rows of 64 tokens (1 utterance in 1, 64 utterances in 11 rows)",
+        "200 calls",
+    ):
+        assert words in text, words
+    assert "Too large" not in text
+
+
+def test_what_was_not_timed_is_said():
+    values = copy.deepcopy(LATENCY)
+    values["models"][0]["batches"] = []
+    text = latency_section(values)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert rows[2][-3:] == ["–", "–", "reference"] and rows[3][-1] == "–"
+    assert "Too large for one device, so not timed: teacher." in text
+    assert "64 utterances in 11 rows" in text
+
+
+def test_without_a_measurement_of_latency_it_says_so():
+    for nothing in (None, {**LATENCY, "models": []}):
+        assert latency_section(nothing).startswith("Size and latency were not measured")
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_mistake(tmp_path):

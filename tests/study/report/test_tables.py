@@ -4,8 +4,9 @@ import pytest
 
 from kd_jax.study.plan import Student
 from kd_jax.study.report import tables
-from kd_jax.study.report.inputs import Numbers, ReportInputs
-from tests.support.report_inputs import synthetic_inputs
+from kd_jax.study.report.numbers import Numbers, ReportInputs
+from kd_jax.text_tables import aligned_table
+from tests.support.report_inputs import LATENCY, synthetic_inputs
 
 SHARES = {"generic": 0.0, "half": 0.5, "task": 1.0}
 
@@ -148,11 +149,27 @@ def test_time_table_adds_by_phase_and_leaves_unknown_times_out():
     assert rows["all"] == ["4", "15"]
 
 
-def test_plain_tables_are_aligned_and_narrow():
+def test_latency_table_has_a_row_for_each_encoder():
+    table = tables.latency_table(LATENCY)
+    assert table.header[0] == "Encoder" and table.header[-1] == "64 utterances, times as fast as the teacher"
+    teacher, student = table.rows
+    assert teacher == [
+        "teacher",
+        "3 × 192",
+        "1,768,000",
+        "1,000,000",
+        "7.07",
+        "1.77",
+        "6.00 (7.00)",
+        "24.00 (25.00)",
+        "reference",
+    ]
+    assert student[-3:] == ["2.00 (3.00)", "8.00 (9.00)", "3.0"]
+
+
+def test_terminal_tables_are_aligned_and_star_what_leaves_out_zero():
     scores, changes = tables.terminal_tables(numbers_of(dc_rows()))
-    lines = tables.plain(scores).splitlines()
+    lines = aligned_table(scores.header, scores.rows, rule=True, width=110).splitlines()
     assert lines[0].startswith("Student") and set(lines[1]) == {"-"}
     assert lines[2].index("30.00") == lines[3].index("20.00")
     assert {cells[0]: cells[1].strip() for cells in changes.rows}["distilled, task 100 %"] == "−40.0 *"
-    wide = tables.Table(["Student", "a"], [["x" * 200, "1"]], "")
-    assert all(len(line) <= 110 for line in tables.plain(wide).splitlines())
