@@ -20,12 +20,12 @@ Check = Callable[[str, str], list[str]]
 def read_import_table(document: str) -> dict[str, set[str]]:
     """Package -> dotted names below kd_jax that it may import, from the table "Who may import whom".
 
-    Every package may import itself, `types` and `config`; `types` and `config` may only import what their rows say.
+    Every package may import itself, `types`, `text_tables` and `config`; `types` and `config` may only import what their rows say.
     """
     table: dict[str, set[str]] = {}
     section = document.split("## Who may import whom", 1)[1].split("\n## ", 1)[0]
     for package, cell in re.findall(r"^\| `(\w+)` \| (.*?) \|", section, flags=re.MULTILINE):
-        table[package] = {package} if package in ("types", "config") else {package, "types", "config"}
+        table[package] = {package} if package in ("types", "text_tables", "config") else {package, "types", "text_tables", "config"}
         for word in (word.strip() for word in cell.split(",")):
             if name := re.fullmatch(r"`([\w.]+)`", word):
                 table[package].add(name.group(1))
