@@ -6,7 +6,7 @@ for a key that is not declared here, and an override of an unknown key is an err
 
 from ml_collections import ConfigDict
 
-from kd_jax.models.presets import PRESETS
+from kd_jax.models.encoder_config import PRESETS
 
 
 def source(kind: str, format: str, languages: tuple[str, ...], **changes) -> ConfigDict:
@@ -86,7 +86,7 @@ def sharding(**changes) -> ConfigDict:
 
 
 def encoder(preset: str, **changes) -> ConfigDict:
-    """The encoder keys of a named size (kd_jax/models/presets.py); vocab_size 0 means the tokenizer's."""
+    """The encoder keys of a named size (kd_jax/models/encoder_config.py); vocab_size 0 means the tokenizer's."""
     keys = ConfigDict(dict(PRESETS[preset]))
     keys.update(changes)
     return keys

@@ -15,8 +15,7 @@ from benchmarks import __main__ as benchmark
 from benchmarks import agreement, machine, memory, rounds, step_section, worker, workers
 from benchmarks.flops import cached_flops, distill_flops
 from configs import benchmark as experiment
-from kd_jax.models.encoder_config import encoder_config
-from kd_jax.models.presets import PRESETS
+from kd_jax.models.encoder_config import PRESETS, encoder_config
 from kd_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
