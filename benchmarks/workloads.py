@@ -16,7 +16,7 @@ from kd_jax.data.text.utterances import LabelMaps
 from kd_jax.data.transfer_set import TransferSet
 from kd_jax.models.encoder_config import EncoderConfig, encoder_config
 from kd_jax.models.functional import Functional
-from kd_jax.models.huggingface.names import to_huggingface
+from kd_jax.models.huggingface.checkpoint import to_huggingface
 from kd_jax.steps.teacher_logits import TeacherForm
 from kd_jax.steps.teacher_predictions import make_prediction_step
 

@@ -12,9 +12,8 @@ from kd_jax.data.embedded.utterances import embedded_texts
 from kd_jax.data.masking import mask_rows, num_slots, row_keys
 from kd_jax.data.packing import pack_stream, positions
 from kd_jax.data.text.tokenizer import train_tokenizer
-from kd_jax.models.encoder_config import encoder_config
+from kd_jax.models.encoder_config import PRESETS, encoder_config
 from kd_jax.models.functional import Functional
-from kd_jax.models.presets import PRESETS
 from kd_jax.models.projection import WithProjections
 from kd_jax.steps.distill import DistillSettings, make_distill_objective
 from kd_jax.steps.pretrain import make_pretrain_objective

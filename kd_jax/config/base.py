@@ -13,7 +13,7 @@ from kd_jax.config.data import Cache, Masking, Nlu, Rows, Select, Source, Tokeni
 from kd_jax.config.execution import Execution
 from kd_jax.config.settings import block
 from kd_jax.config.training import Distill, Finetune, Pretrain, Training
-from kd_jax.models.presets import PRESETS
+from kd_jax.models.encoder_config import PRESETS
 
 
 def source(kind: str, format: str, languages: tuple[str, ...], **changes: Any) -> ConfigDict:
@@ -22,7 +22,7 @@ def source(kind: str, format: str, languages: tuple[str, ...], **changes: Any) -
 
 
 def encoder(preset: str, **changes: Any) -> ConfigDict:
-    """The encoder keys of a named size (kd_jax/models/presets.py); vocab_size 0 means the tokenizer's."""
+    """The encoder keys of a named size (kd_jax/models/encoder_config.py); vocab_size 0 means the tokenizer's."""
     keys = ConfigDict(dict(PRESETS[preset]))
     keys.update(changes)
     return keys

@@ -40,7 +40,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.rows.length = 64  # tokens in a packed row; longer texts are cut into several
     config.rows.heldout_share = 0.05  # of generic text, for the masked-LM loss; 0.02 is enough for a million texts
 
-    # Sizes: tiny, student_small, teacher_small, ... in kd_jax/models/presets.py, with numbers of your own. For a
+    # Sizes: tiny, student_small, teacher_small, ... in kd_jax/models/encoder_config.py, with numbers of your own. For a
     # published teacher, set study.teacher_import to its name on the hub (configs/massive_me5.py in the repository).
     config.teacher = base.encoder("teacher_small", hidden_size=160, num_layers=3, num_heads=5, intermediate_size=256)
     config.student = base.encoder("student_small", hidden_size=96, num_heads=3, intermediate_size=144)

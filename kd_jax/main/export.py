@@ -28,8 +28,8 @@ from kd_jax.jobs.model_card import INTENT_HEAD, model_card
 from kd_jax.jobs.serving import RECORD
 from kd_jax.main import command
 from kd_jax.models.functional import Functional, parameter_count
+from kd_jax.models.huggingface.checkpoint import exported, tokenizer_ids
 from kd_jax.models.huggingface.config import CONFIG
-from kd_jax.models.huggingface.export import exported, tokenizer_ids
 from kd_jax.models.huggingface.files import SINGLE
 from kd_jax.runtime.files import read_json
 from kd_jax.runtime.paths import as_path, need_local
@@ -104,7 +104,7 @@ def write_transformers(folder: pathlib.Path, one: Trained) -> None:
     found = exported(one.model, one.params, one.classes)
     ids = tokenizer_ids(shape, cls=tokenizer.cls_id, sep=tokenizer.sep_id, pad=tokenizer.pad_id)
     write(folder / CONFIG, found.config | ids)
-    for name, tensors in ((SINGLE, found.tensors), (INTENT_HEAD, found.beside)):
+    for name, tensors in ((SINGLE, found.tensors), (INTENT_HEAD, found.intent_head)):
         if tensors:
             save_file(tensors, folder / name, metadata={"format": "pt"})
 

@@ -6,25 +6,39 @@ import jax
 import jax.export
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
-from kd_jax.models.attention import Attention, at_columns, rotary_tables
-from kd_jax.models.encoder_config import ACTIVATIONS, EncoderConfig, output_std
-from kd_jax.models.linear import LayerNorm, Linear
-from kd_jax.models.random_numbers import drop, truncated_normal
-from kd_jax.models.row_layout import by_rows
-from kd_jax.types import UserError
+from kd_jax.models.attention import Attention, Projections, at_columns, rotary_tables
+from kd_jax.models.encoder_config import EncoderConfig
+from kd_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, drop, truncated_normal
+from kd_jax.types import Array, Batch, UserError, row_axes
 
 
 class Captured(NamedTuple):
-    """Hidden states of an encoder, and what of its inner states was asked for, all in the compute dtype.
+    """Hidden states of an encoder and the requested inner states, all in the compute dtype.
 
-    hidden, embeddings and those of layers are [R, L, H]; projections are [R, L, N, D] for N heads of size D.
+    States are [R, L, H]; projections are [R, L, N, D] for N heads of size D.
     """
 
-    hidden: jax.Array  # what the encoder gives
-    embeddings: jax.Array | None  # what layer 0 reads
-    layers: dict[int, jax.Array]  # what a layer gives, before any final norm
-    projections: dict[int, tuple[jax.Array, ...]]  # (query, key, value) as projected, neither turned nor scaled
+    hidden: jax.Array  # the encoder's output
+    embeddings: jax.Array | None  # the input of layer 0
+    layers: dict[int, jax.Array]  # the output of a layer, before any final norm
+    projections: dict[int, Projections]  # before rotation and scaling
+
+
+def by_rows(x: jax.Array) -> jax.Array:
+    """The same activations [R, ...] or [R * L, ...], with rows over the devices that share them out."""
+    # Without this constraint XLA may lay activations along the parameters' axes, since `fsdp` shards both rows and
+    # parameters. Every layer would then sum activations over the devices; gathering its parameters moves far less.
+    axes, _ = row_axes(x.shape[0])
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
+
+
+# What a layer's tokens attend to: a mask [R, L, L], and the rotary tables or None. By whether the layer is global.
+Views = dict[bool, tuple[jax.Array, jax.Array | None]]
+
+# The states after the last layer, after the captured layers, and the captured projections.
+_Outcome = tuple[jax.Array, dict[int, jax.Array], dict[int, Projections]]
 
 
 class MLP(nnx.Module):
@@ -37,9 +51,9 @@ class MLP(nnx.Module):
         # A gated layer's two halves are the activated input and its gate, in this order.
         outputs, axes = ((2, inner), ("embed", None, "mlp")) if config.gated else ((inner,), ("embed", "mlp"))
         self.input = Linear((hidden,), outputs, axes, bias=bias, std=std, rngs=rngs)
-        self.output = Linear((inner,), (hidden,), ("mlp", "embed"), bias=bias, std=output_std(config), rngs=rngs)
+        self.output = Linear((inner,), (hidden,), ("mlp", "embed"), bias=bias, std=config.output_std, rngs=rngs)
 
-    def __call__(self, x_TxH):
+    def __call__(self, x_TxH: jax.Array) -> jax.Array:
         activation = ACTIVATIONS[self.config.activation]
         inner = self.input(x_TxH)
         if not self.config.gated:
@@ -58,17 +72,27 @@ class Layer(nnx.Module):
         self.mlp_norm = LayerNorm(config)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x_TxH, mask_RxLxL, tables, skip_norm, dropout_key, at_RxK=None):
-        """The states after the layer, and the attention's projections. `skip_norm` is a bool or a traced bool scalar:
-        leave out the attention norm. With columns `at_RxK` of each row, only their states are computed, [R * K, H].
+    def __call__(
+        self,
+        x_TxH: jax.Array,
+        view: tuple[jax.Array, jax.Array | None],
+        skip_norm: jax.Array | bool,
+        dropout_key: jax.Array | None,
+        at_RxK: jax.Array | None,
+    ) -> tuple[jax.Array, Projections]:
+        """The states after the layer, and the attention's projections.
+
+        skip_norm: leave out the attention norm. With columns `at_RxK` of each row, only their states are computed,
+        [R * K, H].
         """
         rate, post = self.config.dropout, self.config.norm_placement == "post"
         if post or (isinstance(skip_norm, bool) and skip_norm):
             normed = x_TxH
         else:
             normed = self.attention_norm(x_TxH)
+            # Traced in a scan, whose layers share one program: compute the norm, then choose.
             normed = normed if isinstance(skip_norm, bool) else jnp.where(skip_norm, x_TxH, normed)
-        mixed, projected = self.attention(normed, mask_RxLxL, tables, dropout_key, at_RxK)
+        mixed, projected = self.attention(normed, *view, dropout_key, at_RxK)
         x_TxH = x_TxH if at_RxK is None else at_columns(x_TxH, at_RxK)
         x_TxH = x_TxH + drop(mixed, rate, dropout_key, 1)
         if post:
@@ -83,7 +107,7 @@ class Embeddings(nnx.Module):
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.config = config
 
-        def table(rows, axis):
+        def table(rows: int, axis: str | None) -> nnx.Param[jax.Array]:
             shape = (rows, config.hidden_size)
             return nnx.Param(truncated_normal(rngs.params(), shape, config.initializer_range), axes=(axis, "embed"))
 
@@ -93,7 +117,10 @@ class Embeddings(nnx.Module):
         self.types = table(config.type_vocab_size, None) if config.type_vocab_size else None
         self.norm = LayerNorm(config) if config.embedding_norm else None
 
-    def __call__(self, tokens_RxL, positions_RxL, compute_dtype, dropout_key):
+    def __call__(
+        self, tokens_RxL: jax.Array, positions_RxL: jax.Array, compute_dtype: Any, dropout_key: jax.Array | None
+    ) -> jax.Array:
+        """Embeddings [R * L, H] in the compute dtype."""
         x = jnp.take(self.tokens[...], tokens_RxL.reshape(-1), axis=0)
         if self.positions is not None:
             x = x + jnp.take(self.positions[...], positions_RxL.reshape(-1) + self.config.position_offset, axis=0)
@@ -105,7 +132,11 @@ class Embeddings(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Tokens to hidden states. The parameters of all layers are stacked on axis 0 of `layers`, scanned or not."""
+    """Tokens to hidden states.
+
+    The parameters of all layers are stacked on axis 0 of `layers`, scanned or not: a scan compiles one layer for any
+    depth, checkpoints do not depend on the choice, and a few large arrays are cheaper to update and save than many.
+    """
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -113,7 +144,7 @@ class Encoder(nnx.Module):
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
-        def stacked(rngs):
+        def stacked(rngs: nnx.Rngs) -> Layer:
             return Layer(config, rngs=rngs)
 
         self.layers = stacked(rngs)
@@ -121,55 +152,53 @@ class Encoder(nnx.Module):
 
     def __call__(
         self,
-        tokens_RxL: jax.Array,
-        segment_ids_RxL: jax.Array,
-        positions_RxL: jax.Array,
-        *,
+        batch: Batch,
         compute_dtype: Any,
         dropout_key: jax.Array | None = None,
+        *,
         layers: tuple[int, ...] = (),
         projections: tuple[int, ...] = (),
         embeddings: bool = False,
-        at_RxK: jax.Array | None = None,
+        at_RxK: Array | None = None,
     ) -> Captured:
         """Hidden states [R, L, H] in `compute_dtype`, and the states after `layers`, the projections of the layers in
-        `projections` and the embeddings. What is not asked for is not kept: a scan over the layers carries no more than
-        that. Texts of one row do not see each other; a text longer than `max_positions` raises UserError. What stands
-        at padding is finite and without meaning.
+        `projections` and the embeddings. Only these are kept: a scan over the layers carries nothing else. Texts of one
+        row do not attend to each other; a text longer than `max_positions` raises UserError. States at padding are
+        finite and meaningless.
 
-        With columns `at_RxK` of each row, the hidden states are those at them, [R, K, H]. Where the last layer is
-        unrolled and nothing is asked for of it, its queries and all that follows are computed for them alone.
+        With columns `at_RxK` of each row, the hidden states are those at them, [R, K, H]. If the last layer is unrolled
+        and not captured, its queries and all that follows are computed at these columns only.
         """
         config = self.config
+        at_RxK = None if at_RxK is None else jnp.asarray(at_RxK)
+        names = ("tokens", "segment_ids", "positions")
+        tokens_RxL, segment_ids_RxL, positions_RxL = (jnp.asarray(batch[name]) for name in names)
         rows, length = tokens_RxL.shape
         if length > config.max_positions:
             raise UserError(
-                f"rows.length: rows of {length} tokens do not suit a model of {config.max_positions} positions; "
+                f"rows.length: rows of {length} tokens do not fit a model with {config.max_positions} positions; "
                 f"shorten the rows or raise max_positions"
             )
         for layer in (*layers, *projections):
             if not 0 <= layer < config.num_layers:
                 raise ValueError(f"layer {layer} is not one of the {config.num_layers} layers")
-        # Padding is a segment of its own, so every token sees at least itself and no softmax is empty.
+        # Padding is a segment of its own, so every token attends at least to itself and no softmax is empty.
         whole = segment_ids_RxL[:, :, None] == segment_ids_RxL[:, None, :]
         columns = jnp.arange(length)
         near = jnp.abs(columns[:, None] - columns[None, :]) <= config.local_window // 2
-        masks = {True: whole, False: whole & near[None]}
-        tables = {True: None, False: None}
+        views: Views = {True: (whole, None), False: (whole & near[None], None)}
         if config.positions == "rotary":
-            # A program that is exported for any length knows no more of it than that it is at most max_positions.
+            # A program exported for any length only knows that the length is at most max_positions.
             longest = config.max_positions if jax.export.is_symbolic_dim(length) else length
-            tables = {
-                True: rotary_tables(positions_RxL, longest, config.head_dim, config.global_theta),
-                False: rotary_tables(positions_RxL, longest, config.head_dim, config.local_theta),
-            }
+            for kind, theta in ((True, config.global_theta), (False, config.local_theta)):
+                views[kind] = views[kind][0], rotary_tables(positions_RxL, longest, config.head_dim, theta)
         first_TxH = self.embeddings(tokens_RxL, positions_RxL, compute_dtype, dropout_key)
         wanted = sorted(set(layers)), sorted(set(projections))
         narrow = at_RxK if config.scan == "unroll" and config.num_layers - 1 not in (*layers, *projections) else None
         if config.scan == "scan":
-            x_TxH, after, projected = self._scanned(first_TxH, masks, tables, dropout_key, *wanted)
+            x_TxH, after, projected = self._scanned(first_TxH, views, dropout_key, *wanted)
         else:
-            x_TxH, after, projected = self._unrolled(first_TxH, masks, tables, dropout_key, *wanted, narrow)
+            x_TxH, after, projected = self._unrolled(first_TxH, views, dropout_key, *wanted, narrow)
         if at_RxK is not None and narrow is None:
             x_TxH = at_columns(x_TxH, at_RxK)
         if self.final_norm is not None:
@@ -183,64 +212,74 @@ class Encoder(nnx.Module):
             projections=projected,
         )
 
-    def _unrolled(self, x_TxH, masks, tables, dropout_key, layers, projections, at_RxK):
+    def _unrolled(
+        self,
+        x_TxH: jax.Array,
+        views: Views,
+        key: jax.Array | None,
+        layers: list[int],
+        projections: list[int],
+        at_RxK: jax.Array | None,
+    ) -> _Outcome:
+        """Layer by layer: compiles longer, but each layer knows its kind, and the last one may be narrowed."""
         config = self.config
         graph, stacked = nnx.split(self.layers)
 
-        def apply(layer, x_TxH, parameters, masks, tables, dropout_key, at_RxK):
+        # Everything traced is an argument: jax.checkpoint would keep what the function closes over.
+        def apply(layer: int, x_TxH: jax.Array, parameters: Any, views: Views, key: Any, at_RxK: Any) -> Any:
             x_TxH = by_rows(x_TxH)
-            key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer + 1)
             skip_norm = config.skip_first_attention_norm and layer == 0
-            kind = config.is_global(layer)
-            x_TxH, projected = nnx.merge(graph, parameters)(x_TxH, masks[kind], tables[kind], skip_norm, key, at_RxK)
+            layer_key = None if key is None else jax.random.fold_in(key, layer + 1)
+            view = views[config.is_global(layer)]
+            x_TxH, projected = nnx.merge(graph, parameters)(x_TxH, view, skip_norm, layer_key, at_RxK)
             return x_TxH, projected if layer in projections else None
 
         if config.remat:
             apply = jax.checkpoint(apply, static_argnums=0)
-        after, projected = {}, {}
+        after: dict[int, jax.Array] = {}
+        projected: dict[int, Any] = {}
         for layer in range(config.num_layers):
             parameters = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
             at_last = at_RxK if layer == config.num_layers - 1 else None
-            x_TxH, projected[layer] = apply(layer, x_TxH, parameters, masks, tables, dropout_key, at_last)
+            x_TxH, projected[layer] = apply(layer, x_TxH, parameters, views, key, at_last)
             after[layer] = x_TxH
         return x_TxH, {layer: after[layer] for layer in layers}, {layer: projected[layer] for layer in projections}
 
-    def _scanned(self, x_TxH, masks, tables, dropout_key, layers, projections):
+    def _scanned(
+        self, x_TxH: jax.Array, views: Views, key: jax.Array | None, layers: list[int], projections: list[int]
+    ) -> _Outcome:
+        """One compiled layer in a loop; captured states are written to buffers that the loop carries."""
         config = self.config
         graph, stacked = nnx.split(self.layers)
-        mixed = any(not config.is_global(layer) for layer in range(config.num_layers))
+        has_local = config.global_every > 1 and config.num_layers > 1
 
-        def apply(x_TxH, layer, parameters):
+        def apply(x_TxH: jax.Array, layer: jax.Array, parameters: Any) -> Any:
             x_TxH = by_rows(x_TxH)
-            mask, table = masks[True], tables[True]
-            if mixed:
+            view = views[True]
+            if has_local:
                 is_global = layer % config.global_every == 0
-                mask = jnp.where(is_global, masks[True], masks[False])
-                if table is not None:
-                    table = jnp.where(is_global, tables[True], tables[False])
+                view = jax.tree.map(lambda a, b: jnp.where(is_global, a, b), views[True], views[False])
             skip_norm = layer == 0 if config.skip_first_attention_norm else False
-            key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer + 1)
-            x_TxH, projected = nnx.merge(graph, parameters)(x_TxH, mask, table, skip_norm, key)
+            layer_key = None if key is None else jax.random.fold_in(key, layer + 1)
+            x_TxH, projected = nnx.merge(graph, parameters)(x_TxH, view, skip_norm, layer_key, None)
             return x_TxH, projected if projections else None
 
         if config.remat:
             apply = jax.checkpoint(apply, prevent_cse=False)
 
-        def body(carry, scanned):
+        def body(carry: Any, scanned: Any) -> Any:
             x_TxH, after, projected = carry
             layer, parameters = scanned
             x_TxH, projections_here = apply(x_TxH, layer, parameters)
-            # Outside of what remat computes again, so that the buffers are not kept for each layer.
+            # Outside of the rematerialized function, which would keep the buffers once per layer.
             after = _put(after, layers, layer, x_TxH)
             return (x_TxH, after, _put(projected, projections, layer, projections_here)), None
 
-        rows, length, _ = masks[True].shape
+        rows, length, _ = views[True][0].shape
         heads = (rows, length, config.num_heads, config.head_dim)
-        carry = (
-            x_TxH,
-            _buffer(layers, config.num_layers, x_TxH.shape, x_TxH.dtype),
-            (_buffer(projections, config.num_layers, heads, x_TxH.dtype),) * 3,
-        )
+        after = _buffer(layers, config.num_layers, x_TxH.shape, x_TxH.dtype)
+        projected = (_buffer(projections, config.num_layers, heads, x_TxH.dtype),) * 3
+        carry = (x_TxH, after, projected)
         (x_TxH, after, projected), _ = jax.lax.scan(body, carry, (jnp.arange(config.num_layers), stacked))
         return (
             x_TxH,
@@ -250,16 +289,15 @@ class Encoder(nnx.Module):
 
 
 def _buffer(wanted: list[int], num_layers: int, shape: tuple[int, ...], dtype: Any) -> Any:
-    """Room for the states of the wanted layers, in order, and where the last layer is not among them one place more."""
+    """Space for the states of the wanted layers, in order, and one slot to discard those of layers after them."""
     spare = bool(wanted) and wanted[-1] < num_layers - 1
     return jnp.zeros((len(wanted) + spare, *shape), dtype) if wanted else None
 
 
 def _put(buffer: Any, wanted: list[int], layer: jax.Array, state: Any) -> Any:
-    """The buffer with a layer's state where it belongs. Every layer writes to the place of the next wanted one, which
-    overwrites it; those after the last wanted one write to the spare place.
-    """
+    """The buffer with a layer's state in its slot."""
     if not wanted:
         return buffer
-    place = jnp.sum(jnp.asarray(wanted) < layer)
-    return jax.tree.map(lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, place, 0), buffer, state)
+    # A condition would copy the buffer. Every layer writes to the slot of the next wanted one, which overwrites it.
+    slot = jnp.sum(jnp.asarray(wanted) < layer)
+    return jax.tree.map(lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, slot, 0), buffer, state)

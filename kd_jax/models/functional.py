@@ -1,17 +1,18 @@
-"""Models as pure functions of plain parameter trees: what steps, trainer and evaluation call."""
+"""Models as pure functions of plain parameter trees, for steps, trainer and evaluation."""
 
 import dataclasses
 import functools
+import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from kd_jax.models.encoder import Captured
+from kd_jax.models.encoder import Captured, Encoder
 from kd_jax.models.encoder_config import EncoderConfig
-from kd_jax.models.heads import IntentSlotModel, MaskedLanguageModel, SequenceClassifier, encode
+from kd_jax.models.heads import MaskedHead, SequenceHead, TokenHead, gather_positions
 from kd_jax.types import Array, Batch, Params
 
 
@@ -20,7 +21,7 @@ class Functional:
     """One kind of model at one size: "mlm", "dc" (needs `domains`) or "icner" (needs `intents` and `tags`).
 
     Hashable, so a jitted function may close over it. Parameters are nested dicts of float32 arrays with string keys;
-    those of all layers are stacked on axis 0 under params["encoder"]["layers"]. `compute_dtype` is that of
+    those of all layers are stacked on axis 0 under params["encoder"]["layers"]. `compute_dtype` is the dtype of
     activations and logits. Without a `dropout_key` everything is deterministic.
     """
 
@@ -31,19 +32,12 @@ class Functional:
     tags: int = 0
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
-    def _build(self, rngs: nnx.Rngs) -> nnx.Module:
-        if self.kind == "mlm":
-            return MaskedLanguageModel(self.config, rngs=rngs)
-        if self.kind == "dc":
-            return SequenceClassifier(self.config, self.domains, rngs=rngs)
-        return IntentSlotModel(self.config, self.intents, self.tags, rngs=rngs)
-
     def _merge(self, params: Params) -> Any:
         return nnx.merge(_graph_and_state(self)[0], params)
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters from a PRNG key; may be jitted with output shardings."""
-        return nnx.to_pure_dict(nnx.state(self._build(nnx.Rngs(params=key)), nnx.Param))
+        return nnx.to_pure_dict(nnx.state(_Model(self, nnx.Rngs(params=key)), nnx.Param))
 
     def abstract(self) -> Params:
         """The parameters as jax.ShapeDtypeStruct."""
@@ -52,21 +46,23 @@ class Functional:
     def logical_axes(self) -> Params:
         """For each parameter the names of its axes: "layers", "vocab", "positions", "embed", "heads", "mlp" or None."""
 
-        def names(path: tuple, variable: nnx.Variable) -> tuple[str | None, ...]:
-            return (("layers",) if path[:2] == ("encoder", "layers") else ()) + variable.get_metadata("axes")
-
-        flat = nnx.to_flat_state(_graph_and_state(self)[1])
-        return nnx.traversals.unflatten_mapping({path: names(path, variable) for path, variable in flat})
+        found: dict[Any, tuple[str | None, ...]] = {}
+        for path, variable in nnx.to_flat_state(_graph_and_state(self)[1]):
+            stacked = ("layers",) if path[:2] == ("encoder", "layers") else ()
+            found[path] = (*stacked, *variable.get_metadata("axes"))
+        return unflatten_dict(found)
 
     def hidden(self, params: Params, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
-        """Hidden states [R, L, H] of every token, of any kind of model; padding is finite and without meaning."""
+        """Hidden states [R, L, H] of every token, of any kind of model; those of padding are finite and meaningless."""
         return self.capture(params, batch, dropout_key).hidden
 
     def hidden_at(
         self, params: Params, batch: Batch, columns_RxK: Array, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        """Hidden states [R, K, H] at those columns of each row alone: of an unrolled model's last layer nothing is
-        computed for the others but keys and values. With dropout, not the masks that `hidden` draws.
+        """Hidden states [R, K, H] at those columns of each row only.
+
+        The last layer of an unrolled model computes just keys and values for the other columns. Dropout draws other
+        masks than in `hidden`.
         """
         return self.capture(params, batch, dropout_key, columns_RxK=columns_RxK).hidden
 
@@ -81,20 +77,12 @@ class Functional:
         embeddings: bool = False,
         columns_RxK: Array | None = None,
     ) -> Captured:
-        """What `hidden` gives, and with it the states after `layers`, the query, key and value projections of the
-        layers in `projections`, and the embeddings. Layers count from 0; ValueError for one that is not there. With
+        """`hidden`, plus the states after `layers`, the query, key and value projections of the layers in
+        `projections`, and the embeddings. Layers count from 0; ValueError for one that does not exist. With
         `columns_RxK` the hidden states are those of `hidden_at`.
         """
-        return encode(
-            self._merge(params).encoder,
-            batch,
-            jnp.dtype(self.compute_dtype),
-            dropout_key,
-            layers=layers,
-            projections=projections,
-            embeddings=embeddings,
-            at_RxK=None if columns_RxK is None else jnp.asarray(columns_RxK),
-        )
+        wanted = {"layers": layers, "projections": projections, "embeddings": embeddings, "at_RxK": columns_RxK}
+        return self._merge(params).encoder(batch, jnp.dtype(self.compute_dtype), dropout_key, **wanted)
 
     def mlm_logits(self, params: Params, hidden_RxKxH: jax.Array) -> jax.Array:
         """Masked-LM logits [R, K, V] of hidden states gathered at the wanted positions."""
@@ -102,7 +90,7 @@ class Functional:
         return model.mlm_head(hidden_RxKxH, model.encoder.embeddings.tokens[...])
 
     def mlm_features(self, params: Params, hidden_RxKxH: jax.Array) -> jax.Array:
-        """What `decoder` turns into masked-LM logits: features [R, K, H] of hidden states at the wanted positions."""
+        """Features [R, K, H] of hidden states at the wanted positions, which `decoder` turns into masked-LM logits."""
         return self._merge(params).mlm_head.transform(hidden_RxKxH)
 
     def decoder(self, params: Params) -> tuple[jax.Array, jax.Array | None]:
@@ -111,29 +99,52 @@ class Functional:
         return params["encoder"]["embeddings"]["tokens"], bias
 
     def domain_logits(self, params: Params, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
-        """Logits [R, S, domains]."""
-        return self._merge(params)(batch, jnp.dtype(self.compute_dtype), dropout_key)
+        """Logits [R, S, domains] of the utterances whose first tokens are at `first_positions`."""
+        first_RxSxH = self.hidden_at(params, batch, batch["first_positions"], dropout_key)
+        return self._merge(params).domain_head(first_RxSxH, _head_key(dropout_key, 0))
 
     def intent_and_tag_logits(
         self, params: Params, batch: Batch, dropout_key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Logits [R, S, intents] and [R, L, tags]."""
-        return self._merge(params)(batch, jnp.dtype(self.compute_dtype), dropout_key)
+        hidden_RxLxH, model = self.hidden(params, batch, dropout_key), self._merge(params)
+        first_RxSxH = gather_positions(hidden_RxLxH, jnp.asarray(batch["first_positions"]))
+        intents = model.intent_head(first_RxSxH, _head_key(dropout_key, 0))
+        return intents, model.tag_head(hidden_RxLxH, _head_key(dropout_key, 1))
+
+
+class _Model(nnx.Module):
+    """An encoder with the heads of one kind."""
+
+    def __init__(self, model: Functional, rngs: nnx.Rngs):
+        self.encoder = Encoder(model.config, rngs=rngs)
+        if model.kind == "mlm":
+            self.mlm_head = MaskedHead(model.config, rngs=rngs)
+        elif model.kind == "dc":
+            self.domain_head = SequenceHead(model.config, model.domains, rngs=rngs)
+        else:
+            self.intent_head = SequenceHead(model.config, model.intents, rngs=rngs)
+            self.tag_head = TokenHead(model.config, model.tags, rngs=rngs)
+
+
+def _head_key(dropout_key: jax.Array | None, head: int) -> jax.Array | None:
+    # The encoder folds layer + 1 into the same key; counting down from 2**31 - 1 never meets those numbers.
+    return None if dropout_key is None else jax.random.fold_in(dropout_key, 2**31 - 1 - head)
 
 
 @functools.cache
 def _graph_and_state(model: Functional) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: model._build(nnx.Rngs(params=0))))
+    # Shapes only, and cached: merging parameters into this graph is all that a call costs at trace time.
+    return nnx.split(nnx.eval_shape(lambda: _Model(model, nnx.Rngs(params=0))))
 
 
 def parameter_count(params: Params) -> dict[str, int]:
-    """{"total": all, "without_embeddings": less the token, position and type tables and the decoder's bias}."""
+    """{"total": all, "without_embeddings": without the token, position and type tables and the decoder's bias}."""
     total = embeddings = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        names = tuple(entry.key for entry in path)
-        size = int(np.prod(leaf.shape))
+    for path, leaf in flatten_dict(params).items():
+        size = math.prod(leaf.shape)
         total += size
-        if (names[:2] == ("encoder", "embeddings") and names[2] != "norm") or names == ("mlm_head", "bias"):
+        if (path[:2] == ("encoder", "embeddings") and path[2] != "norm") or path == ("mlm_head", "bias"):
             embeddings += size
     return {"total": total, "without_embeddings": total - embeddings}
 
@@ -150,13 +161,13 @@ def flops_per_row(
 
     Attention is counted over the whole row, as it is computed. Training counts three times the forward pass (Kaplan
     et al., arXiv 2001.08361), and with remat the layers' forward pass once more. `masked_slots` 0 leaves the
-    masked-LM head out. last_layer_at: the number of columns that `hidden_at` is asked for; None counts the whole row.
+    masked-LM head out. last_layer_at: the number of columns given to `hidden_at`; None counts the whole row.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     matrices = (3 if config.gated else 2) * hidden * inner
 
     def layer(asking: int) -> float:
-        """Keys and values of the whole row; queries, output and feed-forward of the columns that ask."""
+        """Keys and values of the whole row; queries, output and feed-forward of `asking` columns."""
         return 2.0 * (length * 2 * hidden**2 + asking * (2 * hidden**2 + matrices + 2 * length * hidden))
 
     narrow = last_layer_at if last_layer_at is not None and config.scan == "unroll" else length

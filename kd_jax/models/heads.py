@@ -1,18 +1,11 @@
-"""Heads for masked-LM, domain classification, and intents with slots, in the shapes of their `transformers`
-counterparts.
-"""
-
-from typing import Any
+"""Heads for masked-LM, domain classification, and intents with slots, shaped like those of `transformers`."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kd_jax.models.encoder import Captured, Encoder
-from kd_jax.models.encoder_config import ACTIVATIONS, EncoderConfig, output_std
-from kd_jax.models.linear import LayerNorm, Linear
-from kd_jax.models.random_numbers import drop
-from kd_jax.types import Batch
+from kd_jax.models.encoder_config import EncoderConfig
+from kd_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, drop
 
 
 def gather_positions(hidden_RxLxH: jax.Array, positions_RxK: jax.Array) -> jax.Array:
@@ -21,12 +14,12 @@ def gather_positions(hidden_RxLxH: jax.Array, positions_RxK: jax.Array) -> jax.A
 
 
 def _dense(config: EncoderConfig, rngs: nnx.Rngs) -> Linear:
-    size, std = (config.hidden_size,), output_std(config)
-    return Linear(size, size, ("embed", None), bias=config.head_bias, std=std, rngs=rngs)
+    size = (config.hidden_size,)
+    return Linear(size, size, ("embed", None), bias=config.head_bias, std=config.output_std, rngs=rngs)
 
 
 def _classifier(config: EncoderConfig, classes: int, rngs: nnx.Rngs) -> Linear:
-    # ModernBERT starts its classifiers at hidden_size ** -0.5, the others at the range of all matrices.
+    # As in `transformers`: ModernBERT draws its classifiers with std hidden_size ** -0.5, the others like all matrices.
     std = config.hidden_size**-0.5 if config.head_style == "modernbert" else config.initializer_range
     return Linear((config.hidden_size,), (classes,), ("embed", None), bias=True, std=std, rngs=rngs)
 
@@ -43,7 +36,7 @@ class MaskedHead(nnx.Module):
         self.bias = nnx.Param(bias, axes=("vocab",)) if config.decoder_bias else None
 
     def transform(self, hidden_RxKxH: jax.Array) -> jax.Array:
-        """What the token table is multiplied with, [R, K, H] in the dtype of the hidden states."""
+        """The features [R, K, H] that the token table turns into logits, in the dtype of the hidden states."""
         return self.norm(ACTIVATIONS[self.activation](self.dense(hidden_RxKxH)))
 
     def __call__(self, hidden_RxKxH: jax.Array, table_VxH: jax.Array) -> jax.Array:
@@ -93,62 +86,3 @@ class TokenHead(nnx.Module):
         if self.dense is not None and self.norm is not None:
             x = self.norm(ACTIVATIONS[config.head_activation](self.dense(x)))
         return self.classifier(drop(x, config.dropout, dropout_key, 0))
-
-
-def encode(
-    encoder: Encoder, batch: Batch, compute_dtype: Any, dropout_key: jax.Array | None, **wanted: Any
-) -> Captured:
-    """Hidden states [R, L, H] of a batch, and what is wanted beside them or instead (`layers`, `projections`,
-    `embeddings`, `at_RxK`)."""
-    return encoder(
-        jnp.asarray(batch["tokens"]),
-        jnp.asarray(batch["segment_ids"]),
-        jnp.asarray(batch["positions"]),
-        compute_dtype=compute_dtype,
-        dropout_key=dropout_key,
-        **wanted,
-    )
-
-
-def _head_key(dropout_key: jax.Array | None, head: int) -> jax.Array | None:
-    """The encoder folds small numbers into its key, one a layer; the heads take theirs from the far end."""
-    return None if dropout_key is None else jax.random.fold_in(dropout_key, 2**31 - 1 - head)
-
-
-class MaskedLanguageModel(nnx.Module):
-    """An encoder with its masked-LM head, whose decoder is tied to the token embeddings."""
-
-    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
-        self.encoder = Encoder(config, rngs=rngs)
-        self.mlm_head = MaskedHead(config, rngs=rngs)
-
-
-class SequenceClassifier(nnx.Module):
-    """Domain classification (DC)."""
-
-    def __init__(self, config: EncoderConfig, domains: int, *, rngs: nnx.Rngs):
-        self.encoder = Encoder(config, rngs=rngs)
-        self.domain_head = SequenceHead(config, domains, rngs=rngs)
-
-    def __call__(self, batch: Batch, compute_dtype: Any, dropout_key: jax.Array | None) -> jax.Array:
-        """Logits [R, S, domains] of the utterances whose first tokens stand at `first_positions`."""
-        first_RxS = jnp.asarray(batch["first_positions"])
-        first = encode(self.encoder, batch, compute_dtype, dropout_key, at_RxK=first_RxS).hidden
-        return self.domain_head(first, _head_key(dropout_key, 0))
-
-
-class IntentSlotModel(nnx.Module):
-    """Intent classification and named-entity recognition together (ICNER): a sequence classifier and a token
-    classifier.
-    """
-
-    def __init__(self, config: EncoderConfig, intents: int, tags: int, *, rngs: nnx.Rngs):
-        self.encoder = Encoder(config, rngs=rngs)
-        self.intent_head = SequenceHead(config, intents, rngs=rngs)
-        self.tag_head = TokenHead(config, tags, rngs=rngs)
-
-    def __call__(self, batch: Batch, compute_dtype: Any, dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """Intent logits [R, S, intents] and tag logits [R, L, tags]."""
-        hidden = encode(self.encoder, batch, compute_dtype, dropout_key).hidden
-        first = gather_positions(hidden, jnp.asarray(batch["first_positions"]))
-        return self.intent_head(first, _head_key(dropout_key, 0)), self.tag_head(hidden, _head_key(dropout_key, 1))

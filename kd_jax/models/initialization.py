@@ -1,4 +1,4 @@
-"""A student that starts as chosen layers of its teacher."""
+"""A student initialized with chosen layers of its teacher."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
 from kd_jax.types import Params, UserError
 
-# Fields that give parameters their shape or decide what a layer computes with them.
+# Fields that shape parameters or decide what a layer computes with them.
 _SHARED = (
     *("hidden_size", "num_heads", "intermediate_size", "positions", "norm_placement", "embedding_norm", "final_norm"),
     *("skip_first_attention_norm", "use_bias", "norm_bias", "norm_epsilon", "activation", "gated"),
@@ -28,13 +28,10 @@ def from_teacher(
 ) -> Params:
     """Student parameters with copies of the teacher's embeddings, norms, head, and layer `layers[i]` as layer i.
 
-    Both are of kind "mlm". kept int [student pieces]: the teacher's id of each piece of a trimmed vocabulary. Of a
-    longer table of positions the first rows are taken. Token types that the student does not have are added to its
-    positions, as every token has type 0. Raises UserError naming config.student.<field> where the two do not fit, and
-    ValueError for layers or pieces that the teacher does not have.
-
-    Where the first layer has no attention norm (ModernBERT), the teacher's layer 0 reads what the norm of the
-    embeddings gives. As a later layer of the student, it gets that norm for the attention norm that it never learned.
+    Both are of kind "mlm". kept int [student tokens]: the teacher's id of each token of a trimmed vocabulary. A longer
+    table of positions is cut. Token types that the student lacks are added to its positions, as every token has type 0.
+    Raises UserError naming config.student.<field> where the two do not fit, and ValueError for layers or tokens that
+    the teacher does not have.
     """
     check_shapes(student.config, teacher.config, kept)
     if len(layers) != student.config.num_layers or not all(0 <= layer < teacher.config.num_layers for layer in layers):
@@ -42,43 +39,43 @@ def from_teacher(
             f"layers {layers} do not fill {student.config.num_layers} out of {teacher.config.num_layers} layers"
         )
     if kept is not None and (kept.min() < 0 or kept.max() >= teacher.config.vocab_size):
-        raise ValueError(f"kept: ids from {kept.min()} to {kept.max()} for {teacher.config.vocab_size} pieces")
-    pieces = None if kept is None else jnp.asarray(kept)
-    # Under jit all arrays are new ones: a training step takes its state's memory over, and the teacher must outlive it.
-    started = jax.jit(lambda params, pieces: _copied(student.config, teacher.config, params, layers, pieces))
-    return {**student_params, **started(teacher_params, pieces)}
+        raise ValueError(f"kept: ids from {kept.min()} to {kept.max()} for {teacher.config.vocab_size} tokens")
+    tokens = None if kept is None else jnp.asarray(kept)
+    # jit returns new arrays: the training step donates its state's memory, and the teacher's must survive that.
+    copied = jax.jit(lambda params, tokens: _copied(student.config, teacher.config, params, layers, tokens))
+    return {**student_params, **copied(teacher_params, tokens)}
 
 
 def remarks(student: EncoderConfig, teacher: EncoderConfig, layers: tuple[int, ...]) -> tuple[str, ...]:
-    """One sentence for each layer that does not work in the student as it did in the teacher, for the run's notes."""
+    """One sentence for each layer that works differently in the student than in the teacher, for the run's notes."""
     reach = {True: "the whole text", False: "its local window"}
-    found = []
+    found: list[str] = []
     for layer, origin in enumerate(layers):
         ours, theirs = student.is_global(layer), teacher.is_global(origin)
         if ours != theirs:
-            found.append(
-                f"student layer {layer} attends to {reach[ours]}, teacher layer {origin}, which it starts as, to "
-                f"{reach[theirs]}"
-            )
+            origins = f"teacher layer {origin}, its origin, to {reach[theirs]}"
+            found.append(f"student layer {layer} attends to {reach[ours]}, {origins}")
     if teacher.skip_first_attention_norm and layers[0] != 0:
-        found.append(f"student layer 0 reads no normed states, as teacher layer {layers[0]}, which it starts as, does")
+        found.append(f"student layer 0 has no attention norm, unlike teacher layer {layers[0]}, its origin")
     return tuple(found)
 
 
-def _copied(student: EncoderConfig, teacher: EncoderConfig, params: Params, layers: tuple[int, ...], pieces: Any):
+def _copied(student: EncoderConfig, teacher: EncoderConfig, params: Params, layers: tuple[int, ...], tokens: Any):
     """The encoder and the masked-LM head of the student."""
     encoder = dict(params["encoder"])
     embeddings, head = dict(encoder["embeddings"]), dict(params["mlm_head"])
-    if pieces is not None:
-        embeddings["tokens"] = jnp.take(embeddings["tokens"], pieces, axis=0)
+    if tokens is not None:
+        embeddings["tokens"] = jnp.take(embeddings["tokens"], tokens, axis=0)
         if teacher.decoder_bias:
-            head["bias"] = jnp.take(head["bias"], pieces, axis=0)
+            head["bias"] = jnp.take(head["bias"], tokens, axis=0)
     if teacher.positions == "learned":
         embeddings["positions"] = embeddings["positions"][: student.max_positions + student.position_offset]
     if teacher.type_vocab_size and not student.type_vocab_size:
         embeddings["positions"] = embeddings["positions"] + embeddings.pop("types")[:1]
     chosen = jax.tree.map(lambda leaf: jnp.take(leaf, jnp.asarray(layers), axis=0), encoder["layers"])
     if teacher.skip_first_attention_norm and teacher.embedding_norm:
+        # ModernBERT's layer 0 has no attention norm, since it reads what the norm of the embeddings gives. As a later
+        # layer of the student it gets that norm instead of the attention norm that was never trained.
         first = [layer for layer, origin in enumerate(layers) if origin == 0]
         for name, leaf in chosen["attention_norm"].items():
             chosen["attention_norm"][name] = leaf.at[jnp.asarray(first, int)].set(embeddings["norm"][name][None])
@@ -86,7 +83,7 @@ def _copied(student: EncoderConfig, teacher: EncoderConfig, params: Params, laye
 
 
 def check_shapes(student: EncoderConfig, teacher: EncoderConfig, kept: np.ndarray | None) -> None:
-    """Raises UserError naming the first field in which a student cannot start as layers of that teacher."""
+    """Raises UserError naming the first field in which a student does not fit the layers of that teacher."""
     fields = list(_SHARED)
     learned = student.positions == "learned"
     if learned:
@@ -103,16 +100,16 @@ def check_shapes(student: EncoderConfig, teacher: EncoderConfig, kept: np.ndarra
         mine, theirs = getattr(student, field), getattr(teacher, field)
         if mine != theirs:
             raise UserError(
-                f"config.student.{field}: it is {mine!r}, the teacher's is {theirs!r}, and a student that starts as "
-                f"layers of its teacher has the same; set it to {theirs!r}, or start the student at random"
+                f"config.student.{field}: it is {mine!r}, the teacher's is {theirs!r}, and a student initialized with "
+                f"its teacher's layers needs the same; set it to {theirs!r}, or initialize the student at random"
             )
     if learned and student.max_positions > teacher.max_positions:
         raise UserError(
-            f"config.student.max_positions: it is {student.max_positions}, and the table of positions that the student "
-            f"would take from its teacher has {teacher.max_positions}; give at most that, or start it at random"
+            f"config.student.max_positions: it is {student.max_positions}, and the teacher's table of positions has "
+            f"{teacher.max_positions}; give at most that, or initialize the student at random"
         )
     if kept is not None and len(kept) != student.vocab_size:
         raise UserError(
             f"config.student.vocab_size: it is {student.vocab_size}, and the trimmed vocabulary has {len(kept)} "
-            f"pieces; set it to 0 to take those"
+            f"tokens; set it to 0 to take those"
         )

@@ -1,13 +1,15 @@
-"""Which layers of the teacher a student learns from, and which ones it starts as."""
+"""Which layers of the teacher a student learns from, and which ones it is initialized with."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from kd_jax.types import UserError
 
+_LAYERS = "use uniform, last, or pairs like ((0, 3), (1, 7))"
 
-def read_layers(text: str, key: str) -> str | tuple:
-    """What a config's string stands for: a word like "uniform", layers "0,3", or pairs "0:3,1:7" (student:teacher)."""
+
+def read_layers(text: str, key: str) -> str | tuple[Any, ...]:
+    """The meaning of a config's string: a word like "uniform", layers "0,3", or pairs "0:3,1:7" (student:teacher)."""
     if not text or text[0].isalpha():
         return text
     try:
@@ -21,41 +23,37 @@ def layer_map(spec: Any, student_layers: int, teacher_layers: int, key: str) -> 
     """Pairs (student layer, teacher layer), counted from 0.
 
     spec: "uniform" pairs every layer of the student with one of the teacher at the same relative depth, so that the
-    last meets the last (TinyBERT, Jiao et al., arXiv 1909.10351); "last" the last layers alone; or pairs like
-    ((0, 3), (1, 7)), where negative numbers count from the end. Raises UserError with the place `config.<key>`.
+    last meets the last (TinyBERT, Jiao et al., arXiv 1909.10351); "last" the last layers only; or pairs like
+    ((0, 3), (1, 7)), where negative numbers count from the end. Raises UserError naming `config.<key>`.
     """
+    if spec == "uniform":
+        return tuple(enumerate(_uniform(student_layers, teacher_layers)))
+    if spec == "last":
+        return ((student_layers - 1, teacher_layers - 1),)
     if isinstance(spec, str):
-        if spec == "uniform":
-            return tuple(enumerate(_uniform(student_layers, teacher_layers)))
-        if spec == "last":
-            return ((student_layers - 1, teacher_layers - 1),)
-        raise UserError(f"config.{key}: {spec!r} is unknown; use uniform, last, or pairs like ((0, 3), (1, 7))")
-    if not _is_list(spec) or not spec or not all(_is_list(pair) and len(pair) == 2 for pair in spec):
-        raise UserError(
-            f"config.{key}: {spec!r} is no list of pairs (student layer, teacher layer); use uniform, last, or pairs "
-            "like ((0, 3), (1, 7))"
-        )
+        raise UserError(f"config.{key}: {spec!r} is unknown; {_LAYERS}")
+    listed = _listed(spec)
+    if not listed or not all(len(_listed(pair)) == 2 for pair in listed):
+        raise UserError(f"config.{key}: {spec!r} is no list of pairs (student layer, teacher layer); {_LAYERS}")
     pairs = tuple(
         (_layer(mine, student_layers, "student", key), _layer(theirs, teacher_layers, "teacher", key))
-        for mine, theirs in spec
+        for mine, theirs in listed
     )
     for pair in pairs:
         if pairs.count(pair) > 1:
-            raise UserError(f"config.{key}: the pair {pair} stands there twice; leave one out")
+            raise UserError(f"config.{key}: the pair {pair} is listed twice; leave one out")
     return pairs
 
 
 def initial_layers(spec: Any, student_layers: int, teacher_layers: int, key: str) -> tuple[int, ...]:
-    """For each layer of the student the layer of the teacher that it starts as, counted from 0.
+    """For each layer of the student the layer of the teacher that it is initialized with, counted from 0.
 
     spec: "uniform" as in `layer_map`, "first", "last", or one number for each layer of the student, where negative ones
-    count from the end. Raises UserError with the place `config.<key>`.
+    count from the end. Raises UserError naming `config.<key>`.
     """
-    if isinstance(spec, str):
-        if spec == "uniform":
-            return _uniform(student_layers, teacher_layers)
-        if spec not in ("first", "last"):
-            raise UserError(f"config.{key}: {spec!r} is unknown; use uniform, first, last, or layers like (0, 3)")
+    if spec == "uniform":
+        return _uniform(student_layers, teacher_layers)
+    if spec in ("first", "last"):
         if student_layers > teacher_layers:
             raise UserError(
                 f"config.{key}: the teacher has {teacher_layers} layers, fewer than the student's {student_layers}, so "
@@ -63,7 +61,9 @@ def initial_layers(spec: Any, student_layers: int, teacher_layers: int, key: str
             )
         start = 0 if spec == "first" else teacher_layers - student_layers
         return tuple(range(start, start + student_layers))
-    if not _is_list(spec) or len(spec) != student_layers:
+    if isinstance(spec, str):
+        raise UserError(f"config.{key}: {spec!r} is unknown; use uniform, first, last, or layers like (0, 3)")
+    if len(_listed(spec)) != student_layers:
         raise UserError(
             f"config.{key}: {spec!r} does not name one layer of the teacher for each of the student's "
             f"{student_layers}; use uniform, first, last, or {student_layers} numbers"
@@ -72,7 +72,7 @@ def initial_layers(spec: Any, student_layers: int, teacher_layers: int, key: str
 
 
 def _uniform(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
-    """Layers at equal steps that end at the last one; a teacher of fewer layers lends some of them twice."""
+    """Layers at equal steps that end at the last one; a teacher with fewer layers lends some of them twice."""
     steps = (round((layer + 1) * teacher_layers / student_layers) for layer in range(student_layers))
     return tuple(max(step, 1) - 1 for step in steps)
 
@@ -89,5 +89,6 @@ def _layer(layer: Any, num_layers: int, whose: str, key: str) -> int:
     return layer % num_layers
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
+def _listed(value: Any) -> Sequence[Any]:
+    """The value if it is a list or tuple, else nothing."""
+    return cast(Sequence[Any], value) if isinstance(value, Sequence) and not isinstance(value, str) else ()

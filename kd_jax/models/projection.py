@@ -1,4 +1,4 @@
-"""Linear maps from a student's width to its teacher's, learned beside the student and left behind with the teacher."""
+"""Linear maps from a student's width to its teacher's, trained with the student and dropped after distillation."""
 
 import dataclasses
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax.models.functional import Functional
-from kd_jax.models.random_numbers import truncated_normal
+from kd_jax.models.layers import truncated_normal
 from kd_jax.types import Params, UserError
 
 PROJECTIONS = "projections"
@@ -17,23 +17,20 @@ PROJECTIONS = "projections"
 class WithProjections:
     """A student and its projections, each (name, inputs, outputs); hashable like the student.
 
-    Parameters are those of the student, and with them, where there are projections, params["projections"][name] with a
-    float32 "kernel" [inputs, outputs]. The student's are the same for a key as without projections.
+    Parameters are the student's, plus, if there are projections, params["projections"][name] with a float32 "kernel"
+    [inputs, outputs]. The student's parameters for a key are the same as without projections.
     """
 
     student: Functional
     projections: tuple[tuple[str, int, int], ...] = ()
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh parameters from a PRNG key; may be jitted with output shardings.
-
-        A kernel is normal with standard deviation inputs ** -0.5: projected states are about as large as the student's,
-        so from the first step on a distance has the size that its weight was chosen for, and its gradient reaches the
-        student neither blown up nor damped.
-        """
+        """Fresh parameters from a PRNG key; may be jitted with output shardings."""
 
         def kernel(number: int, inputs: int, outputs: int) -> jax.Array:
-            # The student folds small numbers into the key; the projections take theirs from the far end.
+            # The student folds small numbers into the same key; counting down from 2**31 - 1 never meets them.
+            # With std inputs ** -0.5 projected states are about as large as the student's, so a distance has the size
+            # its weight was chosen for from the first step on, and its gradient is neither blown up nor damped.
             return truncated_normal(jax.random.fold_in(key, 2**31 - 1 - number), (inputs, outputs), inputs**-0.5)
 
         kernels = {name: {"kernel": kernel(number, *sizes)} for number, (name, *sizes) in enumerate(self.projections)}
@@ -48,7 +45,7 @@ class WithProjections:
         return self._with(self.student.abstract(), kernels)
 
     def logical_axes(self) -> Params:
-        """For each parameter the names of its axes, as `Functional.logical_axes` gives them."""
+        """The names of each parameter's axes, as `Functional.logical_axes` gives them."""
         return self._with(
             self.student.logical_axes(), {name: {"kernel": ("embed", None)} for name, _, _ in self.projections}
         )
@@ -65,7 +62,7 @@ class WithProjections:
         return {name: tree for name, tree in params.items() if name != PROJECTIONS}
 
     def project(self, params: Params, name: str, x_RxLxH: jax.Array) -> jax.Array:
-        """The states in the width of the projection's outputs, in their own dtype."""
+        """The states at the projection's output width, in their own dtype."""
         kernel = params[PROJECTIONS][name]["kernel"]
         return jnp.einsum("rlh,ho->rlo", x_RxLxH, kernel.astype(x_RxLxH.dtype))
 
@@ -73,16 +70,15 @@ class WithProjections:
 def needs_projection(setting: str, student_width: int, teacher_width: int, key: str) -> bool:
     """Whether states are projected before they are compared; "auto" projects where the widths differ.
 
-    Raises UserError with the place `config.<key>` where "always" projects equal widths, or "never" leaves different
-    ones as they are.
+    Raises UserError naming `config.<key>` if "always" would project equal widths, or "never" leaves different ones.
     """
     if setting not in ("auto", "always", "never"):
         raise UserError(f"config.{key}: {setting!r} is unknown; use auto, always or never")
     differ = student_width != teacher_width
     if setting == "always" and not differ:
         raise UserError(
-            f"config.{key}: a projection where none is needed, as student and teacher are both {student_width} wide; "
-            "use auto or never"
+            f"config.{key}: no projection is needed, as student and teacher are both {student_width} wide; use auto or "
+            "never"
         )
     if setting == "never" and differ:
         raise UserError(

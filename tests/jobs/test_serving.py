@@ -7,11 +7,12 @@ import sys
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from kd_jax.config import to_dict
 from kd_jax.jobs import finetune, serving
 from kd_jax.main import evaluate, export, predict
-from kd_jax.models.int8 import flat_names, quantized
+from kd_jax.models.int8 import quantized
 from kd_jax.types import UserError
 from tests.support.finished_runs import smoke_config, write_finetuned, write_student
 
@@ -125,7 +126,7 @@ def test_predict_reads_a_folder_without_the_prepared_data(data, runs, tmp_path):
         }
         assert served.model == model
         small = quantized(params)
-        for name, values in flat_names(served.params).items():
+        for name, values in flatten_dict(served.params, sep=".").items():
             scale = small.get(name + ".scale_int8", 1.0)
             np.testing.assert_array_equal(values, small[name] * scale)
     run = predict.Predictor([str(folder / "dc"), str(folder / "icner")]).predict(texts)

@@ -14,8 +14,8 @@ from kd_jax.jobs import trained
 from kd_jax.main import distill, evaluate, finetune_dc, import_model, pretrain
 from kd_jax.models.encoder_config import encoder_config
 from kd_jax.models.functional import Functional
+from kd_jax.models.huggingface.checkpoint import head_map, to_huggingface
 from kd_jax.models.huggingface.config import their_config
-from kd_jax.models.huggingface.names import head_map, to_huggingface
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.types import UserError
 from tests.support.finished_runs import smoke_config

@@ -2,9 +2,8 @@
 
 import dataclasses
 
-from kd_jax.models.encoder_config import encoder_config
+from kd_jax.models.encoder_config import PRESETS, encoder_config
 from kd_jax.models.flops import cached_flops, distill_flops
-from kd_jax.models.presets import PRESETS
 
 
 def test_flops_of_a_step():

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from kd_jax.models.functional import Functional
-from kd_jax.models.huggingface.names import from_huggingface
 from tests.support.golden_models import FAMILIES, FILE, LENGTH, PAD, SIZES, our_config, texts, uniform, weights
+from tests.support.huggingface import from_huggingface
 
 DRAWN = (-0.5143415927886963, -0.3838307857513428, -0.4897853136062622, 0.16344690322875977)
 MEANT = "if you meant this, write the golden outputs again with tests/support/make_golden.py, which asks PyTorch"

@@ -119,11 +119,11 @@ def test_remarks_name_layers_that_change_their_work():
     student = dataclasses.replace(modern, num_layers=2)
     assert remarks(student, modern, (0, 2)) == ()
     assert remarks(student, modern, (0, 0)) == (
-        "student layer 1 attends to its local window, teacher layer 0, which it starts as, to the whole text",
+        "student layer 1 attends to its local window, teacher layer 0, its origin, to the whole text",
     )
     assert remarks(student, modern, (2, 1)) == (
-        "student layer 0 attends to the whole text, teacher layer 2, which it starts as, to its local window",
-        "student layer 0 reads no normed states, as teacher layer 2, which it starts as, does",
+        "student layer 0 attends to the whole text, teacher layer 2, its origin, to its local window",
+        "student layer 0 has no attention norm, unlike teacher layer 2, its origin",
     )
     assert remarks(small_config("bert"), small_config("bert"), (2, 1, 0)) == ()
 

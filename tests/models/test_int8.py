@@ -1,12 +1,12 @@
 """Matrices in int8: the error stays within half a scale, a channel's scale is its own, and the bytes are as counted."""
 
-import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from kd_jax.models.functional import Functional
-from kd_jax.models.int8 import SCALE, dequantized, flat_names, input_axes, nested, quantized, weight_bytes
+from kd_jax.models.int8 import SCALE, dequantized, input_axes, quantized, weight_bytes
 from tests.support.finished_runs import random_params
 from tests.support.small_models import FAMILIES, small_config
 
@@ -17,17 +17,10 @@ def model_and_params(request):
     return model, random_params(model)
 
 
-def test_flat_names_and_back(model_and_params):
-    _, params = model_and_params
-    flat = flat_names(params)
-    assert "encoder.layers.attention.output.kernel" in flat
-    jax.tree.map(np.testing.assert_array_equal, nested(flat), params)
-
-
 def test_every_matrix_and_nothing_else_is_int8(model_and_params):
     _, params = model_and_params
     tensors = quantized(params)
-    for name, leaf in flat_names(params).items():
+    for name, leaf in flatten_dict(params, sep=".").items():
         matrix = name.endswith(("kernel", "embeddings.tokens", "embeddings.positions", "embeddings.types"))
         assert tensors[name].dtype == (np.int8 if matrix else np.float32), name
         assert (name + SCALE in tensors) == matrix
@@ -37,8 +30,8 @@ def test_every_matrix_and_nothing_else_is_int8(model_and_params):
 
 def test_error_is_at_most_half_a_scale(model_and_params):
     _, params = model_and_params
-    tensors, flat = quantized(params), flat_names(params)
-    for name, values in flat_names(dequantized(tensors)).items():
+    tensors, flat = quantized(params), flatten_dict(params, sep=".")
+    for name, values in flatten_dict(dequantized(tensors), sep=".").items():
         bound = tensors[name + SCALE] / 2 if name + SCALE in tensors else 0.0
         assert (np.abs(np.asarray(values) - np.asarray(flat[name])) <= bound * (1 + 1e-5)).all(), name
 
@@ -52,10 +45,10 @@ def test_a_scale_belongs_to_one_output_channel_of_one_layer():
         ("encoder.embeddings.tokens", (4,)),
         ("domain_head.classifier.kernel", (slice(None), 1)),
     ):
-        flat = {key: np.array(leaf) for key, leaf in flat_names(params).items()}
-        before = quantized(nested(flat))
+        flat = {key: np.array(leaf) for key, leaf in flatten_dict(params, sep=".").items()}
+        before = quantized(unflatten_dict(flat, sep="."))
         flat[name][index] *= 1000.0
-        after = quantized(nested(flat))
+        after = quantized(unflatten_dict(flat, sep="."))
         ratio = after[name + SCALE] / before[name + SCALE]
         assert ((ratio > 1.5).sum(), np.isclose(ratio, 1.0).sum()) == (1, ratio.size - 1), name
         np.testing.assert_array_equal(after[name], before[name])
@@ -71,7 +64,7 @@ def test_bytes_are_those_of_the_file(model_and_params, tmp_path):
     counted = weight_bytes(model.abstract())
     for kind, tensors in (
         ("int8", quantized(params)),
-        ("float32", {n: np.asarray(x) for n, x in flat_names(params).items()}),
+        ("float32", {n: np.asarray(x) for n, x in flatten_dict(params, sep=".").items()}),
     ):
         save_file(tensors, tmp_path / kind)
         assert sum(one.nbytes for one in load_file(tmp_path / kind).values()) == counted[kind]

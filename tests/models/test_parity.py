@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from kd_jax.models.functional import Functional
-from kd_jax.models.huggingface.names import from_huggingface, to_huggingface
+from kd_jax.models.huggingface.checkpoint import to_huggingface
+from tests.support.huggingface import from_huggingface
 from tests.support.small_models import small_config
 
 torch = pytest.importorskip("torch", reason="parity needs PyTorch")

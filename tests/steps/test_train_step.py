@@ -7,9 +7,8 @@ import optax
 import pytest
 
 from kd_jax.config.training import KL, Term, Training
-from kd_jax.models.encoder_config import EncoderConfig
+from kd_jax.models.encoder_config import PRESETS, EncoderConfig
 from kd_jax.models.functional import Functional
-from kd_jax.models.presets import PRESETS
 from kd_jax.models.projection import WithProjections
 from kd_jax.steps.distill import DistillSettings, make_distill_objective
 from kd_jax.steps.pretrain import make_pretrain_objective

@@ -7,7 +7,7 @@ import numpy as np
 
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
-from kd_jax.models.huggingface.names import to_huggingface
+from kd_jax.models.huggingface.checkpoint import to_huggingface
 from tests.support.small_models import small_config
 
 FAMILIES = ("bert", "distilbert", "roberta", "xlmr_xl", "modernbert")

@@ -8,8 +8,8 @@ import pathlib
 import numpy as np
 import torch
 
-from kd_jax.models.huggingface.names import TIED
-from kd_jax.models.huggingface.names import family as huggingface_family
+from kd_jax.models.huggingface.checkpoint import TIED
+from kd_jax.models.huggingface.config import family as huggingface_family
 from tests.models import test_parity
 from tests.support import golden_models
 

@@ -6,9 +6,8 @@ import functools
 import jax
 import numpy as np
 
-from kd_jax.models.encoder_config import EncoderConfig, encoder_config
+from kd_jax.models.encoder_config import PRESETS, EncoderConfig, encoder_config
 from kd_jax.models.functional import Functional
-from kd_jax.models.presets import PRESETS
 
 FAMILIES = {"bert": "mbert", "roberta": "xlmr_base", "xlmr_xl": "xlmr_xl", "modernbert": "mmbert_small"}
 VOCAB = 50

@@ -5,9 +5,8 @@ import json
 
 import pytest
 
-from kd_jax.models.encoder_config import EncoderConfig
+from kd_jax.models.encoder_config import PRESETS, EncoderConfig
 from kd_jax.models.huggingface.config import encoder_values, read_config, their_config
-from kd_jax.models.presets import PRESETS
 from kd_jax.types import UserError
 from tests.support.small_models import FAMILIES, small_config
 
@@ -83,7 +82,7 @@ def test_there_and_back(name):
         ("mbert", {"model_type": "gpt2"}, "model_type: 'gpt2' is not supported"),
         ("mbert", {"position_embedding_type": "relative_key"}, "position_embedding_type: 'relative_key'"),
         ("mbert", {"hidden_act": "mish"}, "hidden_act: 'mish'"),
-        ("mbert", {"num_hidden_layers": "12"}, "num_hidden_layers: '12'"),
+        ("mbert", {"num_hidden_layers": "12"}, "num_hidden_layers.*'12'"),
         ("mbert", {"num_attention_heads": 7}, "hidden_size: 768 is no multiple of 7"),
         ("mbert", {"tie_word_embeddings": False}, "tie_word_embeddings: False"),
         ("mbert", {"is_decoder": True}, "is_decoder: True"),
@@ -92,7 +91,7 @@ def test_there_and_back(name):
         ("distil_mbert", {"sinusoidal_pos_embds": True}, "sinusoidal_pos_embds: True"),
         ("mmbert_base", {"mlp_bias": True}, "mlp_bias"),
         ("mmbert_base", {"layer_types": ["sliding_attention"] * 22}, "layer_types"),
-        ("mmbert_base", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_type 'yarn'"),
+        ("mmbert_base", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_parameters.*yarn"),
     ],
 )
 def test_what_is_not_supported_is_named(kind, changes, words):

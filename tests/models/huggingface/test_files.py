@@ -12,11 +12,12 @@ from safetensors.numpy import save_file
 from kd_jax.config.execution import Mesh
 from kd_jax.models.functional import Functional
 from kd_jax.models.huggingface import files as huggingface_files
+from kd_jax.models.huggingface.checkpoint import BODY, head_map, name_map, to_huggingface
 from kd_jax.models.huggingface.config import read_config
 from kd_jax.models.huggingface.files import INDEX, SINGLE, TensorFiles, check_files, load_params
-from kd_jax.models.huggingface.names import BODY, from_huggingface, head_map, name_map, to_huggingface
 from kd_jax.trainer.mesh import make_mesh, shardings
 from kd_jax.types import UserError
+from tests.support.huggingface import from_huggingface
 from tests.support.small_models import FAMILIES, parameters, small_config
 
 ALL = (*FAMILIES, "distilbert")

@@ -1,4 +1,4 @@
-"""Models of each kind and family in the form of `transformers`: they read back, and torch computes the same."""
+"""Tensors of each family: round trip, merged projections, clear errors; exports, which PyTorch computes the same."""
 
 import json
 
@@ -8,15 +8,77 @@ import pytest
 from safetensors.numpy import save_file
 
 from kd_jax.models.functional import Functional
+from kd_jax.models.huggingface.checkpoint import exported, name_map, to_huggingface, tokenizer_ids
 from kd_jax.models.huggingface.config import encoder_values
-from kd_jax.models.huggingface.export import exported, tokenizer_ids
-from kd_jax.models.huggingface.names import from_huggingface
 from kd_jax.types import UserError
-from tests.support.small_models import packed_batch, parameters, small_config
+from tests.support.huggingface import from_huggingface
+from tests.support.small_models import FAMILIES, packed_batch, parameters, small_config
 
-FAMILIES = ("bert", "distilbert", "roberta", "xlmr_xl", "modernbert")
+EXPORTED = ("bert", "distilbert", "roberta", "xlmr_xl", "modernbert")
 CLASSES = {"domains": ("alarm", "music", "news"), "intents": ("play", "stop"), "tags": ("O", "B-time", "I-time")}
 LENGTHS = (12, 5)
+
+
+@pytest.fixture(params=FAMILIES)
+def case(request):
+    config = small_config(request.param)
+    params = parameters(Functional("mlm", config))
+    return config, params, to_huggingface(params, config)
+
+
+def test_round_trip(case):
+    config, params, tensors = case
+    assert tensors.keys() == {entry.name for entry in name_map(config)}
+    jax.tree.map(np.testing.assert_array_equal, from_huggingface(tensors, config), jax.tree.map(np.asarray, params))
+
+
+def test_every_value_has_exactly_one_place(case):
+    config, _, tensors = case
+    numbered, first = {}, 2  # above the ones of the norm that is left out
+    for name, tensor in tensors.items():
+        numbered[name] = np.arange(first, first + tensor.size, dtype=np.float32).reshape(tensor.shape)
+        first += tensor.size
+    values = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(from_huggingface(numbered, config))])
+    unused = config.hidden_size if config.skip_first_attention_norm else 0
+    assert len(values) == sum(tensor.size for tensor in tensors.values()) + unused
+    assert len(np.unique(values[values > 1])) == len(values) - unused
+
+
+def test_tensors_lie_where_the_encoder_reads_them():
+    config = small_config("bert")
+    tensors = to_huggingface(parameters(Functional("mlm", config)), config)
+    x = np.random.default_rng(0).normal(size=16).astype(np.float32)
+    params = from_huggingface(tensors, config)
+    kernel = params["encoder"]["layers"]["attention"]["query_key_value"]["kernel"]
+    for part, name in enumerate(("query", "key", "value")):
+        weight = tensors[f"bert.encoder.layer.2.attention.self.{name}.weight"]
+        ours = np.einsum("h,hnd->nd", x, kernel[2, :, part])
+        np.testing.assert_allclose(ours.ravel(), weight @ x, rtol=1e-4, atol=1e-5)
+    table = tensors["bert.embeddings.word_embeddings.weight"]
+    np.testing.assert_array_equal(params["encoder"]["embeddings"]["tokens"], table)
+    output = params["encoder"]["layers"]["attention"]["output"]["kernel"][1]
+    weight = tensors["bert.encoder.layer.1.attention.output.dense.weight"]
+    np.testing.assert_allclose(np.einsum("nd,ndh->h", x.reshape(2, 8), output), weight @ x, rtol=1e-4, atol=1e-5)
+
+
+def test_errors_name_the_tensor(case):
+    config, _, tensors = case
+    last = list(tensors)[-4]
+    with pytest.raises(UserError, match=last.replace(".", r"\.")):
+        from_huggingface({name: tensor for name, tensor in tensors.items() if name != last}, config)
+    with pytest.raises(UserError, match="surprise"):
+        from_huggingface(tensors | {"surprise.weight": np.zeros(3)}, config)
+    with pytest.raises(UserError, match=last.replace(".", r"\.")):
+        from_huggingface(tensors | {last: np.zeros((5, 3, 2), np.float32)}, config)
+
+
+def test_untied_embeddings_are_refused():
+    config = small_config("modernbert")
+    tensors = to_huggingface(parameters(Functional("mlm", config)), config)
+    table = tensors["model.embeddings.tok_embeddings.weight"]
+    from_huggingface(tensors | {"decoder.weight": table.copy()}, config)
+    with pytest.raises(UserError, match=r"decoder\.weight"):
+        from_huggingface(tensors | {"decoder.weight": table + 1}, config)
 
 
 def model_of(family, kind):
@@ -27,7 +89,7 @@ def model_of(family, kind):
 
 
 def test_a_masked_lm_reads_back_exactly():
-    for family in FAMILIES:
+    for family in EXPORTED:
         model = model_of(family, "mlm")
         params = parameters(model)
         found = exported(model, params, {})
@@ -36,7 +98,7 @@ def test_a_masked_lm_reads_back_exactly():
         assert encoder_values(found.config, "x")["hidden_size"] == model.config.hidden_size
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EXPORTED)
 def test_classes_that_only_pad_are_left_out(family):
     dc = exported(model_of(family, "dc"), parameters(model_of(family, "dc")), CLASSES)
     assert dc.config["id2label"] == {"0": "alarm", "1": "music", "2": "news"}
@@ -48,7 +110,7 @@ def test_classes_that_only_pad_are_left_out(family):
     icner = exported(model_of(family, "icner"), parameters(model_of(family, "icner")), CLASSES)
     assert icner.config["intents"] == ["play", "stop"]
     assert len(icner.tensors["classifier.weight"]) == 3
-    assert len(icner.beside["classifier.weight"]) == len(icner.beside["classifier.bias"]) == 2
+    assert len(icner.intent_head["classifier.weight"]) == len(icner.intent_head["classifier.bias"]) == 2
 
 
 def test_padding_that_positions_are_counted_by():
@@ -59,7 +121,7 @@ def test_padding_that_positions_are_counted_by():
     assert tokenizer_ids(small_config("bert"), cls=2, sep=3, pad=0)["pad_token_id"] == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EXPORTED)
 @pytest.mark.parametrize("kind", ["mlm", "dc", "icner"])
 def test_torch_computes_the_same(family, kind, tmp_path):
     torch = pytest.importorskip("torch", reason="parity needs PyTorch")

@@ -4,9 +4,8 @@ import dataclasses
 
 import pytest
 
-from kd_jax.models.encoder_config import EncoderConfig, encoder_config
+from kd_jax.models.encoder_config import PRESETS, EncoderConfig, encoder_config
 from kd_jax.models.functional import Functional, parameter_count
-from kd_jax.models.presets import PRESETS
 
 # Of the `transformers` masked-LM classes with tied embeddings, counted from their definitions: body, tables and head.
 PUBLISHED = {
