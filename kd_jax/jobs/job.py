@@ -22,7 +22,7 @@ from kd_jax.runtime.watchdog import Watchdog
 from kd_jax.steps.objective import Objective
 from kd_jax.steps.train_step import make_train_step
 from kd_jax.trainer.checkpoint import FOLDER, Checkpoints
-from kd_jax.trainer.goodput import Account
+from kd_jax.trainer.goodput import Goodput
 from kd_jax.trainer.loop import Phase, fit
 from kd_jax.trainer.mesh import DEFAULT, Rules, batch_sharding, describe_shardings, rules_of
 from kd_jax.trainer.metrics import MetricsWriter
@@ -135,7 +135,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, job: Job, prepared: Prepare
     directory = RunDirectory(workdir, job.command, resolved)
     if directory.done:
         return
-    account = Account(workdir)
+    goodput = Goodput(workdir)
     settings = FrozenConfigDict({key: block[key] for key in STEP_KEYS})
     rules = rules_of(config.sharding[job.table], f"sharding.{job.table}")
     teacher_rules = rules_of(config.sharding.teacher, "sharding.teacher")
@@ -173,9 +173,9 @@ def train(config: ConfigDict, workdir: pathlib.Path, job: Job, prepared: Prepare
             description=workdir.name,
             lines=sharding_lines(job, compiled, mesh, teacher_rules) if mesh.size > 1 else (),
             progress=config.progress,
-            account=account,
+            goodput=goodput,
         )
-    directory.finish(parameters_fingerprint=params_fingerprint(state["params"]), **account.summary())
+    directory.finish(parameters_fingerprint=params_fingerprint(state["params"]), **goodput.summary())
 
 
 def sharding_lines(job: Job, compiled: Programs, mesh, teacher_rules: Rules) -> list[str]:
