@@ -17,7 +17,7 @@ from kd_jax.models.projection import WithProjections
 from kd_jax.steps.objective import Objective
 from kd_jax.steps.train_step import make_train_step
 from kd_jax.trainer.checkpoint import FOLDER, Checkpoints
-from kd_jax.trainer.goodput import Account
+from kd_jax.trainer.goodput import Goodput
 from kd_jax.trainer.loop import fit
 from kd_jax.trainer.mesh import DEFAULT, batch_sharding, describe_shardings, process_share, shardings
 from kd_jax.trainer.metrics import MetricsWriter
@@ -77,7 +77,7 @@ def train(job: Job, directory: RunDirectory, mesh: jax.sharding.Mesh, execution:
     writer = MetricsWriter(
         directory.path, execution.tensorboard, tracker(execution.wandb, directory.path, directory.config)
     )
-    account = Account(directory.path)
+    goodput = Goodput(directory.path)
     draw, begin, abstract = state_functions(job.model, settings.of_step, mesh, job.rules)
     steps = [compiled_step(phase.objective, job.model, settings.of_step, mesh, job.rules) for phase in job.phases]
     seed = np.int32(job.seed)
@@ -107,9 +107,9 @@ def train(job: Job, directory: RunDirectory, mesh: jax.sharding.Mesh, execution:
             description=directory.path.name,
             lines=[*sharding_lines(abstract["params"], "trained:"), *job.tables] if mesh.size > 1 else (),
             progress=execution.progress,
-            account=account,
+            goodput=goodput,
         )
-    return {"parameters_fingerprint": params_fingerprint(state["params"]), **account.summary()}
+    return {"parameters_fingerprint": params_fingerprint(state["params"]), **goodput.summary()}
 
 
 @functools.cache

@@ -1,14 +1,13 @@
-"""Copies of remote files on this host: fetched once, checked against their checksums, and the way back.
+"""Copies of remote files on this host: fetched once and checked against their checksums; and files put on a store.
 
-    <local root>/copies/<digest of the manifest>/   files of one remote folder, each there only when it is whole
-    <local root>/outgoing/<digest of the address>/  what is made here and then put on a remote store
+    <local root>/copies/<digest of the manifest>/   files of one remote folder, each only once it is complete
+    <local root>/outgoing/<digest of the address>/  files made here before they are put on a remote store
 
-The manifest of a remote folder names its files, {name: {"bytes": int, "sha256": hex}}, so that equal content is fetched
-once whatever its address, and other content never mixes with it.
+The manifest of a remote folder names its files, {name: {"bytes": int, "sha256": hex}}. A copy's folder is named by the
+manifest and not by the address, so equal content is fetched once, and different content never mixes.
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
@@ -19,13 +18,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from kd_jax.runtime.files import write_atomically
+from fsspec.core import url_to_fs
+
+from kd_jax.runtime.files import full_disk_is_user_error
 from kd_jax.runtime.paths import digest, is_remote, reaching
 from kd_jax.types import UserError
 
 Files = Mapping[str, Mapping[str, Any]]  # name, with / between folders -> {"bytes": size, "sha256": hex}
 
-_CHUNK = 8 * 2**20  # bytes read or written at a time
 _STREAMS = 4  # files on their way at the same time
 
 _chosen_root = ""
@@ -46,12 +46,12 @@ def local_root() -> pathlib.Path:
 
 
 def outgoing(remote: pathlib.Path) -> pathlib.Path:
-    """The local folder for what is made here before it goes to `remote`; the same for the same address."""
+    """The local folder for files made here before they go to `remote`; the same address gives the same folder."""
     return local_root() / "outgoing" / digest(os.fspath(remote))[:24]
 
 
 def on_this_host(path: pathlib.Path) -> pathlib.Path:
-    """A local path as it is; for a remote one the local folder for what goes there."""
+    """A local path as it is; for a remote one its `outgoing` folder."""
     return outgoing(path) if is_remote(path) else path
 
 
@@ -67,9 +67,9 @@ def sha256_of(path: pathlib.Path) -> str:
 
 
 def fetch(source: pathlib.Path, target: pathlib.Path, expected: Mapping[str, Any]) -> None:
-    """Copies a remote file to a local place, where it appears only when its size and checksum are as expected.
+    """Copies a remote file to a local path, where it appears only if its size and checksum are as expected.
 
-    One of several processes or threads fetches, the others wait for it; the lock of a killed one ends with it. Raises
+    One of several processes or threads fetches, the others wait; the kernel frees the lock of a killed one. Raises
     UserError for a file that is missing, changed or unreachable, and for a full disk.
     """
     if _is_there(target, expected):
@@ -101,34 +101,21 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
 
 
 def _copy_checked(source: pathlib.Path, partial: pathlib.Path, expected: Mapping[str, Any]) -> None:
-    content, size = hashlib.sha256(), 0
     try:
-        with open(partial, "wb") as file:
-            for chunk in _chunks(source):
-                content.update(chunk)
-                size += len(chunk)
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
+        # The disk's errors are caught inside, or a full disk would be taken for an unreachable store.
+        with reaching(source), full_disk_is_user_error(partial, "or set config.storage.local to another disk"):
+            store, name = url_to_fs(os.fspath(source))
+            store.get_file(name, os.fspath(partial))
+            with open(partial, "rb+") as file:
+                os.fsync(file.fileno())
     except FileNotFoundError:
         raise UserError(f"{source}: is missing, though the manifest names it; upload the folder again") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+    size, content = partial.stat().st_size, sha256_of(partial)
+    if size != expected["bytes"] or content != expected["sha256"]:
         raise UserError(
-            f"{partial.parent}: the disk is full; free some space, or set config.storage.local to another disk"
-        ) from error
-    if size != expected["bytes"] or content.hexdigest() != expected["sha256"]:
-        raise UserError(
-            f"{source}: is damaged: {size} bytes with SHA-256 {content.hexdigest()[:12]}, the manifest says "
+            f"{source}: is damaged: {size} bytes with SHA-256 {content[:12]}, the manifest says "
             f"{expected['bytes']} and {expected['sha256'][:12]}; upload the folder again"
         )
-
-
-def _chunks(source: pathlib.Path) -> Iterator[bytes]:
-    with reaching(source), source.open("rb") as incoming:
-        while chunk := incoming.read(_CHUNK):
-            yield chunk
 
 
 def check_names(files: Files, where: object) -> None:
@@ -142,8 +129,8 @@ def check_names(files: Files, where: object) -> None:
 class LocalCopy:
     """The files of one remote folder on this host, each fetched when it is asked for, the others in the background.
 
-    manifest: identifies the content; it has the key "files". What fails in the background is tried again, and told,
-    when the file is asked for.
+    manifest: identifies the content; it has the key "files". A fetch that fails in the background is repeated, and its
+    error raised, when the file is asked for.
     """
 
     def __init__(self, remote: pathlib.Path, manifest: Mapping[str, Any], background: bool = True):
@@ -156,21 +143,21 @@ class LocalCopy:
             for name in self._files:
                 self._waiting.put(name)
             for number in range(min(_STREAMS, len(self._files))):
-                # Daemons, so that a command that is done does not wait for files it never needed.
+                # Daemon threads, not a pool: a finished command must not wait for files that it never needed.
                 threading.Thread(target=self._fetch_waiting, name=f"fetch-{number}", daemon=True).start()
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
     def file(self, name: str) -> pathlib.Path:
-        """The local place of a file, when it is there; UserError as for `fetch`."""
+        """The local path of a file, once it is there; UserError as for `fetch`."""
         if name not in self._files:
             raise UserError(f"{self._remote / name}: its manifest names no such file; upload the folder again")
         fetch(self._remote / name, self.folder / name, self._files[name])
         return self.folder / name
 
     def part(self, prefix: str = "") -> pathlib.Path:
-        """The local place of a folder of it ("" is the whole), when all its files are there."""
+        """The local path of a folder of it ("" is all of it), once all its files are there."""
         names = [name for name in self._files if not prefix or name.startswith(f"{prefix}/")]
         with ThreadPoolExecutor(_STREAMS) as pool:
             list(pool.map(self.file, names))
@@ -189,14 +176,11 @@ def copy_folder(manifest: Mapping[str, Any]) -> pathlib.Path:
 
 def put(folder: pathlib.Path, remote: pathlib.Path, names: Iterable[str]) -> None:
     """Puts files of a local folder on a remote store, several at a time; each appears whole or not at all."""
+
+    def put_file(name: str) -> None:
+        with reaching(remote):
+            store, target = url_to_fs(os.fspath(remote / name))
+            store.put_file(os.fspath(folder / name), target)
+
     with ThreadPoolExecutor(_STREAMS) as pool:
-        list(pool.map(lambda name: _put_file(folder / name, remote / name), names))
-
-
-def _put_file(source: pathlib.Path, target: pathlib.Path) -> None:
-    if source.stat().st_size <= _CHUNK:
-        write_atomically(target, source.read_bytes())
-        return
-    with reaching(target), open(source, "rb") as file, target.open("wb") as out:
-        while chunk := file.read(_CHUNK):
-            out.write(chunk)
+        list(pool.map(put_file, names))

@@ -5,8 +5,9 @@ import errno
 import json
 import os
 import pathlib
-import threading
+import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from kd_jax.runtime.paths import as_path, is_remote, reaching, unreachable
@@ -113,58 +114,49 @@ def read_json_lines(path: str | os.PathLike, *, growing: bool = False) -> list[d
 
 
 class GrowingFile:
-    """A text file that lines are appended to: a local one is flushed at once, a remote one is put whole again.
+    """A text file that lines are appended to: a local one is flushed at once, a remote one is put again as a whole.
 
-    The puts are made by a thread of their own, every ten seconds at the most, and by `sync` and `close`. One that fails
-    is tried again with the next; `sync` and `close` raise UserError.
+    Puts happen in a thread, every ten seconds at most, and in `sync` and `close`. One that fails is repeated with the
+    next; `sync` and `close` raise UserError.
     """
 
     def __init__(self, path: pathlib.Path):
         self._path = path
         self._file = None if is_remote(path) else open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
         self._lines: list[str] = []
-        self._written = 0  # lines that are in the store
-        self._changed, self._closed = threading.Event(), threading.Event()
-        self._lock = threading.Lock()
         if self._file is None:
             with contextlib.suppress(FileNotFoundError), reaching(path):
                 self._lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            self._written = len(self._lines)
-            threading.Thread(target=self._put_now_and_then, name="growing file", daemon=True).start()
+        self._stored, self._last_put = len(self._lines), 0.0
+        self._putter = ThreadPoolExecutor(1, thread_name_prefix="growing file")  # one thread: puts keep their order
 
     def write(self, line: str) -> None:
         """Appends a line, which ends in a newline."""
         if self._file is not None:
             self._file.write(line)
             self._file.flush()
-        else:
-            self._lines.append(line)
-            self._changed.set()
+            return
+        self._lines.append(line)
+        if time.monotonic() - self._last_put >= _SECONDS_BETWEEN_PUTS:
+            self._last_put = time.monotonic()
+            self._putter.submit(self._put)
 
     def sync(self) -> None:
         """Returns when every line so far is in the store."""
         if self._file is None:
-            self._put()
+            self._putter.submit(self._put).result()
 
     def close(self) -> None:
         """`sync`, and the end."""
-        self._closed.set()
-        self._changed.set()
-        if self._file is not None:
-            self._file.close()
-        else:
-            self._put()
+        try:
+            self.sync()
+        finally:
+            self._putter.shutdown()
+            if self._file is not None:
+                self._file.close()
 
     def _put(self) -> None:
-        with self._lock:
-            count = len(self._lines)
-            if count > self._written:
-                write_atomically(self._path, "".join(self._lines[:count]))
-                self._written = count
-
-    def _put_now_and_then(self) -> None:
-        while self._changed.wait() and not self._closed.is_set():
-            self._changed.clear()
-            with contextlib.suppress(UserError):
-                self._put()
-            self._closed.wait(_SECONDS_BETWEEN_PUTS)
+        count = len(self._lines)
+        if count > self._stored:
+            write_atomically(self._path, "".join(self._lines[:count]))
+            self._stored = count

@@ -1,4 +1,4 @@
-"""What the wall time of a run went to, since its first start, and which of its steps were lost or skipped."""
+"""Goodput: where the wall time of a run went since its first start, and which of its steps were lost or skipped."""
 
 import contextlib
 import os
@@ -13,15 +13,15 @@ from kd_jax.runtime.paths import as_path, make_folder
 from kd_jax.trainer.metrics import TIME
 
 FILE = "goodput.json"
-# What is done at a time. Everything else is start-up, the time between two starts, and steps that were lost.
+# Everything else is start-up, the time between two starts, and steps that were lost.
 KINDS = ("steps", "data_wait", "compile", "evaluation", "checkpoint")
 
 
-class Account:
-    """Seconds by kind, counted up to each checkpoint and from there on, so that what a killed run lost is not in them.
+class Goodput:
+    """Seconds by kind. They are saved with each checkpoint, so they never include what a killed run lost.
 
     Goodput is the share of the wall time since the first start that went into steps which count. `folder` keeps the
-    first start and the lost steps over restarts; None keeps nothing.
+    first start and the number of lost steps over restarts; None keeps nothing.
     """
 
     def __init__(self, folder: str | os.PathLike | None = None):
@@ -29,14 +29,14 @@ class Account:
         self._seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
         self._kind: str | None = None
         self._since = time.monotonic()
-        self.skipped: list[int] = []  # steps whose update was left out, since their loss was not finite
+        self.skipped: list[int] = []  # steps whose update was skipped because their loss was not finite
         before: dict[str, Any] = {"first_start": time.time(), "starts": 0, "lost_steps": 0}
         if self._file is not None and self._file.exists():
             before = read_json(self._file)
         self._began, self._starts, self._lost = before["first_start"], before["starts"], before["lost_steps"]
 
     def start(self, saved: Mapping[str, Any] | None, lost_steps: int) -> None:
-        """Goes on from what a checkpoint holds (None: there is none); lost_steps: done after it, and to be repeated."""
+        """Continues from what a checkpoint holds, None without one; lost_steps: done after it, and to be repeated."""
         if saved is not None:
             self._seconds |= {kind: float(seconds) for kind, seconds in saved["seconds"].items()}
             self.skipped = [int(step) for step in saved["skipped"]]
@@ -49,7 +49,7 @@ class Account:
 
     @contextlib.contextmanager
     def spent(self, kind: str) -> Iterator[None]:
-        """What is inside counts as `kind`, and not as what is around it."""
+        """The time in the block counts as `kind`, and not as the kind of the block around it."""
         former = self._turn(kind)
         try:
             yield

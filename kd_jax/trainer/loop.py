@@ -18,7 +18,7 @@ from kd_jax.runtime.preemption import Preempted
 from kd_jax.runtime.progress import Progress
 from kd_jax.runtime.watchdog import alive
 from kd_jax.trainer.checkpoint import Checkpoints
-from kd_jax.trainer.goodput import Account
+from kd_jax.trainer.goodput import Goodput
 from kd_jax.trainer.mesh import global_batch, process_share, replicated, row_multiple
 from kd_jax.trainer.metrics import TIME, MetricsWriter, Window
 from kd_jax.trainer.state import State
@@ -49,7 +49,7 @@ def fit(
     identity: dict[str, Any],
     evaluate: Callable[[Params, int], Mapping[str, float | None]] | None = None,
     tokens_in: Callable[[Batch], tuple[int, int]] = count_tokens,
-    account: Account | None = None,
+    goodput: Goodput | None = None,
     description: str = "train",
     lines: Sequence[str] = (),
     progress: bool = False,
@@ -61,24 +61,24 @@ def fit(
     with constants(), which is called when the phase begins. batch_at(step): this process's rows, NumPy, called on a
     thread of its own one step ahead.
     evaluate(params, step): called every `job.evaluate_every` steps and at the end; it may raise
-    Preempted. account: what becomes of it is in the checkpoints. lines: printed at the start.
+    Preempted. goodput: its state is saved in every checkpoint. lines: printed at the start.
     Read of `job`: steps, log_every, evaluate_every, checkpoint_every, skip_non_finite.
 
     Raises UserError when `identity` is not that of the checkpoint, and when a metric is not finite in more steps than
     `job.skip_non_finite`, and Preempted after the checkpoint that a preemption asks for.
     """
-    account = account or Account()
+    goodput = goodput or Goodput()
     # 1. This run's own checkpoint, 2. whatever the command starts from.
     checkpoints.check(identity)
     restored = checkpoints.restore(abstract)
     state, meta = restored if restored is not None else (initial_state(), {})
     start = int(state["step"])
-    account.start(meta.get("account"), writer.start(start, meta.get("rows")))
+    goodput.start(meta.get("account"), writer.start(start, meta.get("rows")))
     phase: Any = None
     constants: Any = None
 
     bar = Progress(description, start, job.steps, lines, shown=progress)
-    run = _Run(job, writer, bar, Window(meta.get("window")), account)
+    run = _Run(job, writer, bar, Window(meta.get("window")), goodput)
     readers = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
     with bar, readers as reader, contextlib.ExitStack() as saving:
 
@@ -90,7 +90,7 @@ def fit(
             if evaluate is not None:
                 bar.note(f"evaluating at step {step}")
                 alive(f"the evaluation at step {step}")
-                with account.spent("evaluation"):
+                with goodput.spent("evaluation"):
                     writer.write(step, evaluate(state["params"], step))
 
         # A preemption does not wait for an evaluation that was due: it is made up for here.
@@ -99,11 +99,11 @@ def fit(
         ahead = collections.deque(reader.submit(read, step) for step in range(start, min(start + 1, job.steps)))
         if preemption.reached():  # while the parameters were read, say
             raise Preempted("nothing was to be saved yet")
-        saving.enter_context(account.spent("steps"))
+        saving.enter_context(goodput.spent("steps"))
         for step in range(start + 1, job.steps + 1):
             alive(f"step {step}")
             began = time.perf_counter()
-            with account.spent("data_wait"):
+            with goodput.spent("data_wait"):
                 batch, tokens = ahead.popleft().result()
             waited = time.perf_counter() - began
             if step < job.steps:
@@ -114,7 +114,7 @@ def fit(
                 run.settle()
                 constants = None  # two teachers are never held at once
                 phase, constants = due, jax.tree.map(lambda leaf: _on_mesh(leaf, mesh), due[2]())
-            with account.spent("compile") if compiles else contextlib.nullcontext():
+            with goodput.spent("compile") if compiles else contextlib.nullcontext():
                 state, metrics = due[1](state, constants, batch)
             run.dispatched(step, metrics, _summed(tokens), began, waited)
 
@@ -135,16 +135,16 @@ def fit(
                     "window": run.window.totals(),
                     "rows": writer.rows,
                     "evaluation_due": evaluation_due and stop,
-                    "account": account.saved(),
+                    "account": goodput.saved(),
                 }
-                with account.spent("checkpoint"):
+                with goodput.spent("checkpoint"):
                     writer.sync()
                     checkpoints.save(step, state, meta)
             if stop:
                 checkpoints.wait()
                 raise Preempted(f"step {step} of {job.steps} is saved")
         alive("the last checkpoint")
-        with account.spent("checkpoint"):
+        with goodput.spent("checkpoint"):
             checkpoints.wait()
     return state
 
@@ -152,8 +152,8 @@ def fit(
 class _Run:
     """Reads each step's metrics while the next one runs, and writes the row of a logged step."""
 
-    def __init__(self, job: Training, writer: MetricsWriter, bar: Progress, window: Window, account: Account):
-        self.window, self._account = window, account
+    def __init__(self, job: Training, writer: MetricsWriter, bar: Progress, window: Window, goodput: Goodput):
+        self.window, self._goodput = window, goodput
         self._job, self._writer, self._bar = job, writer, bar
         self._pending: tuple[int, Mapping[str, Term], Any, bool] | None = None
         self._compiled = False
@@ -198,8 +198,8 @@ class _Run:
         if step % self._job.log_every == 0 or step == self._job.steps:
             rates = self._rates()
             times = {f"{TIME}{name}": value for name, value in rates.items() if name != "useful_share"}
-            times |= self._account.times()
-            skipped = {SKIPPED: len(self._account.skipped)} if self._job.skip_non_finite else {}
+            times |= self._goodput.times()
+            skipped = {SKIPPED: len(self._goodput.skipped)} if self._job.skip_non_finite else {}
             self._writer.write(step, self.window.take() | skipped | times)
             self._clear()
 
@@ -211,9 +211,9 @@ class _Run:
             "",
         )
         if allowed and terms[SKIPPED][0] == 1.0:
-            if len(self._account.skipped) < allowed:
-                self._account.skipped.append(step)
-                self._bar.say(f"{what}; its update is left out, {len(self._account.skipped)} of {allowed}")
+            if len(self._goodput.skipped) < allowed:
+                self._goodput.skipped.append(step)
+                self._bar.say(f"{what}; its update is left out, {len(self._goodput.skipped)} of {allowed}")
                 return dict.fromkeys(terms, (0.0, 0.0))
             skipped = f", after {allowed} steps that were skipped (skip_non_finite)"
         raise UserError(

@@ -1,6 +1,6 @@
 """A process of its own that fetches everything of a remote folder: python store_member.py STORE LOCAL NAME [KILL].
 
-Reading takes its time. It makes LOCAL/ready-<pid>, waits for LOCAL/go, and prints the names that it read from the
+Each fetch takes its time. It makes LOCAL/ready-<pid>, waits for LOCAL/go, and prints the names that it read from the
 store. KILL: it kills itself at the end of the file of that name, before it is in its place.
 """
 
@@ -16,19 +16,10 @@ from kd_jax.runtime.files import read_json
 from kd_jax.runtime.paths import as_path
 from tests.support import fake_store
 
-
-def slow(chunks):
-    """The chunks, each a moment later."""
-    for chunk in chunks:
-        time.sleep(0.02)
-        yield chunk
-
-
 if __name__ == "__main__":
     store, local, name, *kill = sys.argv[1:]
     read = fake_store.install(pathlib.Path(store))
     copies.keep_copies_in(local)
-    copies._CHUNK = 16
     remote = as_path(name)
     manifest = read_json(remote / "manifest.json")
     read.clear()
@@ -41,7 +32,13 @@ if __name__ == "__main__":
             real(descriptor)
 
         copies.os.fsync = die
-    take, copies._chunks = copies._chunks, lambda source: slow(take(source))
+    checksum = copies.sha256_of
+
+    def slow(path):
+        time.sleep(0.2)
+        return checksum(path)
+
+    copies.sha256_of = slow
     (pathlib.Path(local) / f"ready-{os.getpid()}").touch()
     while not (pathlib.Path(local) / "go").exists():
         time.sleep(0.01)

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from kd_jax.trainer import goodput as module
-from kd_jax.trainer.goodput import Account
+from kd_jax.trainer.goodput import Goodput
 
 
 class Clock:
@@ -27,17 +27,17 @@ def clock(monkeypatch):
 
 
 def test_every_second_counts_once_and_as_the_innermost_kind(clock):
-    account = Account()
-    account.start(None, 0)
+    goodput = Goodput()
+    goodput.start(None, 0)
     clock.now += 5  # start-up
-    with account.spent("steps"):
+    with goodput.spent("steps"):
         clock.now += 10
-        with account.spent("data_wait"):
+        with goodput.spent("data_wait"):
             clock.now += 2
         clock.now += 20
-        with account.spent("compile"):
+        with goodput.spent("compile"):
             clock.now += 3
-    assert account.summary() == {
+    assert goodput.summary() == {
         "goodput": 30 / 40,
         "wall_seconds": 40.0,
         "steps_seconds": 30.0,
@@ -53,16 +53,16 @@ def test_every_second_counts_once_and_as_the_innermost_kind(clock):
 
 
 def test_what_is_still_going_on_counts(clock):
-    account = Account()
-    with account.spent("steps"):
+    goodput = Goodput()
+    with goodput.spent("steps"):
         clock.now += 8
-        assert account.times()["time/goodput"] == 1.0
+        assert goodput.times()["time/goodput"] == 1.0
         clock.now += 2
-        assert account.saved()["seconds"]["steps"] == 10.0
+        assert goodput.saved()["seconds"]["steps"] == 10.0
 
 
 def test_a_restart_goes_on_from_the_checkpoint_and_counts_what_was_lost(clock, tmp_path):
-    first = Account(tmp_path)
+    first = Goodput(tmp_path)
     first.start(None, 0)
     with first.spent("steps"):
         clock.now += 10
@@ -70,7 +70,7 @@ def test_a_restart_goes_on_from_the_checkpoint_and_counts_what_was_lost(clock, t
         saved = json.loads(json.dumps(first.saved()))
         clock.now += 7  # these steps are not saved: the process is killed
     clock.now += 3  # and started again
-    second = Account(tmp_path)
+    second = Goodput(tmp_path)
     second.start(saved, 7)
     with second.spent("steps"):
         clock.now += 30
@@ -78,11 +78,11 @@ def test_a_restart_goes_on_from_the_checkpoint_and_counts_what_was_lost(clock, t
     assert (found["steps_seconds"], found["wall_seconds"], found["goodput"]) == (40.0, 50.0, 0.8)
     assert (found["starts"], found["lost_steps"], found["other_seconds"]) == (2, 7, 10.0)
     assert found["skipped_steps"] == [3]
-    third = Account(tmp_path)  # killed before its first checkpoint: what was lost before is not forgotten
+    third = Goodput(tmp_path)  # killed before its first checkpoint: what was lost before is not forgotten
     third.start(saved, 5)
     assert third.summary()["lost_steps"] == 12
 
 
 def test_metrics_are_times():
-    names = set(Account().times())
+    names = set(Goodput().times())
     assert names == {f"time/{kind}_seconds" for kind in module.KINDS} | {"time/goodput"}

@@ -17,7 +17,7 @@ from kd_jax.runtime import preemption
 from kd_jax.runtime.files import read_json_lines
 from kd_jax.runtime.preemption import Preempted, Preemption, interruptible
 from kd_jax.runtime.watchdog import Watchdog
-from kd_jax.trainer.goodput import Account
+from kd_jax.trainer.goodput import Goodput
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.trainer.metrics import TIME
 from kd_jax.trainer.optimizer import make_optimizer
@@ -279,14 +279,14 @@ def spoiled(*steps):
 
 def test_steps_that_are_not_finite_are_skipped_counted_and_left_out_of_the_means(tmp_path, capsys):
     """Rows of 4 steps; steps 6, 9 to 12 are spoiled (counted from 1), so that the last row has nothing to count."""
-    job, account = toy_job(skip_non_finite=5), Account()
-    state = train(tmp_path, job, batches=spoiled(5, 8, 9, 10, 11), account=account)
+    job, goodput = toy_job(skip_non_finite=5), Goodput()
+    state = train(tmp_path, job, batches=spoiled(5, 8, 9, 10, 11), goodput=goodput)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["params"]))
     assert int(state["opt_state"]["adam"].count) == 7
     rows = rows_without_time(tmp_path)
     assert [row["skipped_steps"] for row in rows] == [0, 1, 5]
     assert rows[1]["loss"] > 0 and rows[2]["loss"] is None and rows[2]["useful_share"] > 0
-    assert account.summary()["skipped_steps"] == [6, 9, 10, 11, 12]
+    assert goodput.summary()["skipped_steps"] == [6, 9, 10, 11, 12]
     assert "step 6: grad_norm, loss is not a finite number; its update is left out, 1 of 5" in capsys.readouterr().err
 
 
@@ -302,10 +302,10 @@ def test_skipped_steps_are_exact_under_resume(tmp_path):
     straight = train(tmp_path / "straight", job, batches=spoiled(*bad))
     with pytest.raises(OSError, match="the text is gone"):
         train(tmp_path / "broken", toy_job(skip_non_finite=3, checkpoint_every=8), batches=broken)
-    account = Account()
-    assert_identical(straight, train(tmp_path / "broken", job, batches=spoiled(*bad), account=account))
+    goodput = Goodput()
+    assert_identical(straight, train(tmp_path / "broken", job, batches=spoiled(*bad), goodput=goodput))
     assert rows_without_time(tmp_path / "straight") == rows_without_time(tmp_path / "broken")
-    assert account.skipped == [3, 7, 9]
+    assert goodput.skipped == [3, 7, 9]
 
 
 def test_one_step_more_than_allowed_ends_the_run(tmp_path):
@@ -326,10 +326,10 @@ def test_the_account_goes_on_over_restarts_and_counts_what_was_lost(tmp_path):
 
     job = toy_job(log_every=1, evaluate_every=4)
     with pytest.raises(OSError, match="the text is gone"):
-        train(tmp_path, job, batches=broken, account=Account(tmp_path), evaluate=evaluate)
-    account = Account(tmp_path)
-    train(tmp_path, job, account=account, evaluate=evaluate)
-    found = account.summary()
+        train(tmp_path, job, batches=broken, goodput=Goodput(tmp_path), evaluate=evaluate)
+    goodput = Goodput(tmp_path)
+    train(tmp_path, job, goodput=goodput, evaluate=evaluate)
+    found = goodput.summary()
     assert (found["starts"], found["lost_steps"]) == (2, 3)  # saved at 5; the rows went to 8
     assert found["evaluation_seconds"] >= 3 * 0.05  # at 4 (saved with step 5), 8 (again) and 12
     assert found["compile_seconds"] > 0 and found["checkpoint_seconds"] > 0
