@@ -1,11 +1,15 @@
 """Settings of the text: where it comes from, how it becomes rows, how rows are mixed and masked."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
 
-from kd_jax.config.settings import Invalid, check, one_of
+from ml_collections import ConfigDict
+
+from kd_jax.config.settings import Invalid, Settings, check, one_of, read
 
 KINDS = ("generic", "task")  # of a source's text
+SOURCE_FORMATS = ("embedded", "text", "jsonl", "parquet", "huggingface", "tfds", "utterances")
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,12 @@ class Nlu:
     name: str = ""
     locales: tuple[str, ...] = ("en-US",)
     max_train: int = 0
+
+    def __post_init__(self):
+        one_of(self.format, ("embedded", "massive", "massive_parquet", "huggingface"), "format")
+        once = 0 < len(self.locales) == len(set(self.locales))
+        check(once, "locales", f"{self.locales} is empty or names a locale twice", "name each locale once")
+        check(self.max_train >= 0, "max_train", f"{self.max_train} is negative", "0 keeps all")
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class Source:
 
     def __post_init__(self):
         check(self.kind in KINDS, "kind", f"{self.kind!r} is unknown", "use 'generic' or 'task'")
+        one_of(self.format, SOURCE_FORMATS, "format")
         check(bool(self.languages), "languages", "is empty", "name at least one language")
         share = self.spoken_share
         check(0 <= share <= 1, "spoken_share", f"{share} is outside 0 to 1", "give a share")
@@ -71,8 +82,8 @@ class TokenizerSettings:
     """Which tokenizer the rows are made with: `config.tokenizer`.
 
     kind: train | load.
-    path: load: folder or hub name.
-    model: train: bpe | unigram.
+    path: load: tokenizer.json, vocab.txt, a folder with one of them or a SentencePiece model, or a name on the hub.
+    model: train: bpe.
     vocab_size: train: tokens, special ones included.
     texts_per_store: train: texts read from each source and language.
     """
@@ -145,6 +156,23 @@ class Prepare:
     tokenizer: TokenizerSettings
     rows: Rows
     select: Select
+
+
+def read_prepare(config: ConfigDict | Mapping[str, Any]) -> Prepare:
+    """What `prepare` reads of a whole config, or the "config" of a manifest. Raises UserError."""
+
+    def of(kind: type[Settings], block: Any, key: str) -> Settings:
+        # A manifest has no "select" where nothing was selected, and an old one lacks the keys that came later.
+        defaults = {one.name: one.default for one in fields(kind) if one.default is not MISSING}  # type: ignore[arg-type]
+        return read(kind, {**defaults, **block}, key)
+
+    return Prepare(
+        nlu=of(Nlu, config["nlu"], "nlu"),
+        sources={name: of(Source, block, f"sources.{name}") for name, block in config["sources"].items()},
+        tokenizer=of(TokenizerSettings, config["tokenizer"], "tokenizer"),
+        rows=of(Rows, config["rows"], "rows"),
+        select=of(Select, config.get("select", {}), "select"),
+    )
 
 
 @dataclass(frozen=True)

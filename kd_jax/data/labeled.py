@@ -14,17 +14,17 @@ from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.data.text.utterances import CHARACTER_LOCALES, LabelMaps, Utterance
 from kd_jax.types import Batch
 
-# Utterance slots a row: one for every so many tokens. Spoken utterances take more than this on average.
-TOKENS_A_SLOT = 4
+# Utterance slots of a row: one for every so many tokens. Spoken utterances take more than this on average.
+TOKENS_PER_SLOT = 4
 
 
 class LabeledSet:
-    """Utterances as pieces and label ids. `task` is "dc" (labels are domains) or "icner" (intents, and tags).
+    """Utterances as tokens and label ids. `task` is "dc" (labels are domains) or "icner" (intents, and tags).
 
-    An utterance of more than length - 2 pieces is cut there; `truncated` counts those. Labels and tags unseen in
-    train are -1. Arrays: labels int32 [utterances]; flat ones of all pieces, of which utterance i has
-    offsets[i]:offsets[i + 1]: pieces, words (the word each belongs to), word_starts (bool, on the first piece of each
-    word) and tags (0 where no word starts). A word that the tokenizer empties, or that was cut off, has no piece.
+    An utterance of more than length - 2 tokens is cut there; `truncated` counts those. Labels and tags unseen in
+    train are -1. Arrays: labels int32 [utterances]; flat ones of all tokens, where utterance i has
+    offsets[i]:offsets[i + 1]: tokens, words (the word of each), word_starts (bool, on the first token of each word)
+    and tags (0 where no word starts). A word that the tokenizer empties, or that was cut off, has no token.
     """
 
     def __init__(
@@ -36,29 +36,27 @@ class LabeledSet:
         encoded = tokenizer.encode_words([one.words for one in utterances], joined)
         self.truncated = sum(len(ids) > length - 2 for ids, _ in encoded)
         encoded = [(ids[: length - 2], words[: length - 2]) for ids, words in encoded]
-        none = np.zeros(0, np.int32)
+        none = np.zeros(0, np.int32)  # np.concatenate takes no empty list
         self.offsets = np.zeros(len(encoded) + 1, np.int64)
         np.cumsum([len(ids) for ids, _ in encoded], out=self.offsets[1:])
-        self.pieces = np.concatenate([none, *(ids for ids, _ in encoded)])
+        self.tokens = np.concatenate([none, *(ids for ids, _ in encoded)])
         self.words = np.concatenate([none, *(words for _, words in encoded)])
         self.word_starts = np.ones(len(self.words), bool)
         self.word_starts[1:] = self.words[1:] != self.words[:-1]
+        # Two utterances in a row may end and begin with the same word number.
         self.word_starts[self.offsets[:-1][np.diff(self.offsets) > 0]] = True
         label_id = label_maps.domain_id if task == "dc" else label_maps.intent_id
         names = (one.domain if task == "dc" else one.intent for one in utterances)
         self.labels = np.array([label_id(name) for name in names], np.int32)
-        self.tags = np.zeros(len(self.pieces), np.int32)
+        self.tags = np.zeros(len(self.tokens), np.int32)
         if task == "icner":
             tag_ids = [np.array([label_maps.tag_id(tag) for tag in one.tags], np.int32) for one in utterances]
             each = [ids[words] for ids, (_, words) in zip(tag_ids, encoded)]
             self.tags = np.where(self.word_starts, np.concatenate([none, *each]), 0).astype(np.int32)
-        self.fingerprint = self._fingerprint()
-
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{self.task} {self.length} {self.tokenizer.fingerprint}".encode())
-        for values in (self.offsets, self.pieces, self.words, self.labels, self.tags):
+        digest = hashlib.sha256(f"{task} {length} {tokenizer.fingerprint}".encode())
+        for values in (self.offsets, self.tokens, self.words, self.labels, self.tags):
             digest.update(values.tobytes())
-        return digest.hexdigest()
+        self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -67,14 +65,13 @@ class LabeledSet:
 def _pack(
     labeled: LabeledSet, chosen: np.ndarray, length: int, row_multiple: int, least_rows: int
 ) -> tuple[Batch, np.ndarray]:
-    """(batch, utterance index int32 [R, S], -1 where unused) of the chosen utterances, longest first, each where it
-    fits best.
+    """(batch, utterance index int32 [R, S], -1 where unused) of the chosen utterances.
 
     R is the least multiple of `row_multiple` that holds them, and at least `least_rows`.
     """
     slots = num_utterance_slots(length)
     sizes = np.diff(labeled.offsets)[chosen]
-    order = np.argsort(-sizes, kind="stable")
+    order = np.argsort(-sizes, kind="stable")  # longest first: best fit then leaves the least padding
     chosen, sizes = chosen[order], sizes[order]
     fit = BestFit(length, open_rows=len(chosen), max_segments=slots)
     row, column, number = (np.array(values, np.int64) for values in fit.place((sizes + 2).tolist())[:3])
@@ -90,7 +87,7 @@ def _pack(
     flat[starts] = tokenizer.cls_id
     flat[starts + sizes + 1] = tokenizer.sep_id
     source, target = runs(labeled.offsets[chosen], sizes), runs(starts + 1, sizes)
-    flat[target] = labeled.pieces[source]
+    flat[target] = labeled.tokens[source]
     segment_ids.reshape(-1)[runs(starts, sizes + 2)] = np.repeat(number, sizes + 2)
     tags = labeled.tags[source]
     if labeled.task == "icner":
@@ -99,7 +96,6 @@ def _pack(
 
     utterance_index = np.full((rows, slots), -1, np.int32)
     utterance_index[row, number - 1] = chosen
-    used = utterance_index >= 0
     first_positions = np.zeros((rows, slots), np.int32)
     first_positions[row, number - 1] = column
     labels = np.zeros((rows, slots), np.int32)
@@ -109,7 +105,7 @@ def _pack(
         "segment_ids": segment_ids,
         "positions": positions(segment_ids),
         "first_positions": first_positions,
-        "utterance_weights": used.astype(np.float32),
+        "utterance_weights": (utterance_index >= 0).astype(np.float32),
         "utterance_labels": labels,
         "tag_labels": tag_labels,
         "tag_weights": tag_weights,
@@ -119,7 +115,7 @@ def _pack(
 
 def num_utterance_slots(length: int) -> int:
     """Utterance slots S of a row of `length` tokens."""
-    return max(1, length // TOKENS_A_SLOT)
+    return max(1, length // TOKENS_PER_SLOT)
 
 
 class FinetuneBatches:
@@ -132,7 +128,7 @@ class FinetuneBatches:
     def __init__(self, labeled: LabeledSet, batch_size: int, length: int, seed: int, row_multiple: int):
         self.labeled, self.batch_size, self.length, self.row_multiple = labeled, batch_size, length, row_multiple
         self._key = name_key("finetuning order", seed)
-        mean_tokens = len(labeled.pieces) / len(labeled) + 2
+        mean_tokens = len(labeled.tokens) / len(labeled) + 2
         # A tenth more than the mean holds nearly every batch of usual size.
         self._least_rows = math.ceil(
             max(1.1 * mean_tokens * batch_size / length, batch_size / num_utterance_slots(length))
@@ -142,9 +138,9 @@ class FinetuneBatches:
 
     def utterances(self, step: int) -> np.ndarray:
         """int64 [batch_size]: which utterances batch `step` has."""
-        place = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
-        epoch, place = np.divmod(place, len(self.labeled))
-        return permute(place, len(self.labeled), counter_keys(self._key, epoch))
+        drawn = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
+        epoch, position = np.divmod(drawn, len(self.labeled))
+        return permute(position, len(self.labeled), counter_keys(self._key, epoch))
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
         """This process's contiguous slice of the rows of batch `step` (a finetuning batch, see kd_jax.types)."""
@@ -154,9 +150,7 @@ class FinetuneBatches:
 
 
 def packed(labeled: LabeledSet, length: int, batch_rows: int) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Every utterance once, for evaluation: (batch, utterance index int32 [R, S], -1 where unused), R = `batch_rows`
-    always.
-    """
+    """Every utterance once, for evaluation: (batch of `batch_rows` rows, utterance index int32 [R, S], -1 unused)."""
     batch, utterance_index = _pack(labeled, np.arange(len(labeled)), length, batch_rows, least_rows=0)
     for start in range(0, len(utterance_index), batch_rows):
         rows = slice(start, start + batch_rows)

@@ -1,10 +1,10 @@
-"""Packing: texts that share a row of fixed length, told apart by segment ids 1, 2, ...; 0 is padding."""
+"""Packing: texts that share a row of fixed length, kept apart by segment ids 1, 2, ...; 0 is padding."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-# [cls], one piece, [sep]: a row with less room than this takes no further text.
+# [cls], one token, [sep]: a row with less room than this takes no further text.
 SMALLEST_SEGMENT = 3
 
 
@@ -18,25 +18,27 @@ def positions(segment_ids: np.ndarray) -> np.ndarray:
 
 
 def maskable(tokens: np.ndarray, segment_ids: np.ndarray, special_ids: Sequence[int]) -> np.ndarray:
-    """bool [R, L]: real pieces that are no special token, which masking may take and which shares are counted in."""
+    """bool [R, L]: real tokens that are not special: those that masking may take and that shares are counted in."""
     result = segment_ids > 0
-    for special in special_ids:
+    for special in special_ids:  # five comparisons are faster than np.isin
         result &= tokens != special
     return result
 
 
 class BestFit:
-    """Places items of given sizes into rows: the open row with the least sufficient room, else a new row.
+    """Assigns items of given sizes to rows: the open row with the least sufficient room, else a new row.
 
-    At most `open_rows` rows stay open; beyond that the fullest is closed. A row also closes when no text fits into it
-    any more or when it holds `max_segments` texts.
+    At most `open_rows` rows stay open; one more closes the fullest. A row also closes when no text fits into it any
+    more, or when it holds `max_segments` texts.
     """
 
     def __init__(self, length: int, open_rows: int, max_segments: int):
         self.length, self.open_rows, self.max_segments = length, open_rows, max_segments
         self.num_rows = 0
         self._by_room: list[list[int]] = [[] for _ in range(length + 1)]
-        self._rooms = 0  # bit r is set while some open row has room r
+        # Bit r is set while some open row has room r. So the best fit is the lowest set bit from `size` upwards, found
+        # in one operation on an integer of length + 1 bits instead of a search.
+        self._rooms = 0
         self._segments: dict[int, int] = {}  # texts in each open row
 
     def place(self, sizes: Iterable[int]) -> tuple[list[int], list[int], list[int], list[int]]:
@@ -47,7 +49,7 @@ class BestFit:
         for size in sizes:
             fitting = rooms >> size
             if fitting:
-                room = size + (fitting & -fitting).bit_length() - 1
+                room = size + (fitting & -fitting).bit_length() - 1  # x & -x keeps the lowest set bit
                 row = by_room[room].pop()
                 if not by_room[room]:
                     rooms ^= 1 << room
@@ -68,7 +70,7 @@ class BestFit:
             rooms |= 1 << room
             if len(segments) > self.open_rows:
                 room = (rooms & -rooms).bit_length() - 1
-                fullest = by_room[room].pop(0)
+                fullest = by_room[room].pop(0)  # of equally full rows the oldest
                 if not by_room[room]:
                     rooms ^= 1 << room
                 del segments[fullest]
@@ -78,9 +80,9 @@ class BestFit:
 
 
 class Packer:
-    """Packs texts into rows of `length` as they come: each becomes [cls] pieces [sep], and shares a row with others.
+    """Packs texts into rows of `length` as they arrive: each becomes [cls] tokens [sep] and shares a row with others.
 
-    A text of more than length - 2 pieces becomes consecutive segments; a text without pieces is left out. The rows do
+    A text of more than length - 2 tokens becomes consecutive segments; a text without tokens is left out. The rows do
     not depend on how the texts are cut into chunks. Memory: one chunk and `open_rows` rows.
     """
 
@@ -92,23 +94,24 @@ class Packer:
         self._segments = np.zeros((0, length), np.int32)
 
     def add(self, texts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Takes texts, each int [pieces] without special tokens; gives the rows that were finished, in order.
+        """Takes texts, each int [tokens] without special tokens; gives the rows that were finished, in order.
 
         They are (tokens int32 [n, L], segment_ids int32 [n, L]); n may be 0.
         """
-        pieces_each = np.fromiter((len(text) for text in texts), np.int64, len(texts))
-        if not pieces_each.sum():
+        tokens_each = np.fromiter((len(text) for text in texts), np.int64, len(texts))
+        if not tokens_each.sum():
             return self._tokens[:0], self._segments[:0]
-        sizes = _segment_sizes(pieces_each, self.length - 2)
+        sizes = _segment_sizes(tokens_each, self.length - 2)
         first_new = self._fit.num_rows
-        placed_rows, columns, numbers, closed = self._fit.place((sizes + 2).tolist())
+        rows, columns, numbers, closed = self._fit.place((sizes + 2).tolist())
 
         ids = np.concatenate([self._ids, np.arange(first_new, self._fit.num_rows)])
         tokens = np.full((len(ids), self.length), self.pad_id, np.int32)
         segments = np.zeros((len(ids), self.length), np.int32)
         tokens[: len(self._ids)], segments[: len(self._ids)] = self._tokens, self._segments
 
-        starts = np.searchsorted(ids, placed_rows) * self.length + np.asarray(columns)
+        # Only `place` loops over texts; the tokens of all of them are written at once, into the flattened rows.
+        starts = np.searchsorted(ids, rows) * self.length + np.asarray(columns)
         flat = tokens.reshape(-1)
         flat[starts] = self.cls_id
         flat[starts + sizes + 1] = self.sep_id
@@ -142,10 +145,10 @@ def runs(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return np.arange(sizes.sum()) + np.repeat(starts - before, sizes)
 
 
-def _segment_sizes(pieces_each: np.ndarray, most: int) -> np.ndarray:
-    """Pieces of each segment when texts are cut after every `most` pieces; texts without pieces have none."""
-    parts = -(-pieces_each // most)
+def _segment_sizes(tokens_each: np.ndarray, most: int) -> np.ndarray:
+    """Tokens of each segment when texts are cut after every `most` tokens; texts without tokens have none."""
+    parts = -(-tokens_each // most)
     sizes = np.full(parts.sum(), most)
     last = np.cumsum(parts)[parts > 0] - 1
-    sizes[last] = (pieces_each - (parts - 1) * most)[parts > 0]
+    sizes[last] = (tokens_each - (parts - 1) * most)[parts > 0]
     return sizes

@@ -1,7 +1,7 @@
 """Counter-based random numbers, and permutations whose element at any index is computed directly.
 
 Everything that looks random in the data (row order, masks, finetuning samples) is a pure function of integers through
-these, so nothing has to be replayed to reach step k.
+these. So nothing is replayed to reach step k, and no generator's state is saved.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import hashlib
 import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_ROUNDS = 6
+_ROUNDS = 6  # four are proven to suffice with random round functions (Luby and Rackoff 1988); two more for a mere hash
 
 
 def splitmix64(values: np.ndarray) -> np.ndarray:
@@ -27,17 +27,22 @@ def name_key(*parts: str | int) -> int:
 
 
 def counter_keys(base: int | np.ndarray, *counters: np.ndarray) -> np.ndarray:
-    """uint64 [n] keys, one for each tuple of counters (non-negative integers [n]) under a base key (scalar or uint64
-    [n]).
+    """uint64 [n] keys, one for each tuple of counters (non-negative integers [n]).
+
+    base: the key that they all depend on, a scalar or uint64 [n].
     """
     keys = np.broadcast_to(np.asarray(base, np.uint64), np.shape(counters[0]))
     for counter in counters:
+        # Mixed before it is added, so that neighboring counters of two bases do not meet.
         keys = splitmix64(keys + splitmix64(np.asarray(counter).astype(np.uint64)))
     return keys
 
 
 def _feistel(values: np.ndarray, bits: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """A bijection of range(2**bits) for each key: the two halves (one bit apart for odd bits) change in turn."""
+    """A bijection of range(2**bits) for each key; the halves differ by one bit where `bits` is odd.
+
+    Each round changes one half by a hash of the other, which any hash function makes reversible.
+    """
     low_bits = bits - bits // np.uint64(2)
     masks = ((np.uint64(1) << low_bits) - np.uint64(1), (np.uint64(1) << (bits // np.uint64(2))) - np.uint64(1))
     low, high = values & masks[0], values >> low_bits
@@ -50,9 +55,9 @@ def _feistel(values: np.ndarray, bits: np.ndarray, keys: np.ndarray) -> np.ndarr
 def permute(index: np.ndarray, size: np.ndarray | int, keys: np.ndarray) -> np.ndarray:
     """Where a random permutation of range(size) sends `index`: int64 [n], with a permutation for each key (uint64 [n]).
 
-    `index` is int64 [n] in [0, size), `size` a scalar or int64 [n], below 2**52. A Feistel network over the next power
-    of two that repeats until the value is inside the range (cycle walking; Black and Rogaway, CT-RSA 2002); O(1)
-    memory.
+    index: int64 [n] in [0, size). size: a scalar or int64 [n], below 2**52. Takes no memory beyond its result: a
+    Feistel network permutes the next power of two, and values outside the range go through it again until they fall
+    inside (cycle walking; Black and Rogaway, CT-RSA 2002), which takes fewer than two passes on average.
     """
     size = np.broadcast_to(np.asarray(size, np.int64), np.shape(index))
     bits = np.frexp((size - 1).astype(np.float64))[1].astype(np.uint64)  # bit length of size - 1, exact below 2**53

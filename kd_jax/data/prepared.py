@@ -6,83 +6,93 @@ A prepared folder holds
     tokenizer/
     rows/train/<name>/          a store for each source and language, and for what config.select chose of generic text
     rows/heldout/<name>/        held-out generic text, and the dev partition
-    manifest.json               written last: what was built, from which config
+    manifest.json               written last: what was built, and from which config
 """
 
-import functools
+import hashlib
 import itertools
 import json
 import os
 import pathlib
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from kd_jax.data.manifest import differences, read_manifest, write_manifest
-from kd_jax.data.rows import MANIFEST, RowStore, StoreWriter, new_folder
-from kd_jax.data.text.decontamination import FilterCount
+from kd_jax.config import differences
+from kd_jax.config.data import Prepare, Source, read_prepare
+from kd_jax.data.rows import MANIFEST, STORE_FILES, RowStore, StoreWriter, new_folder, read_manifest
 from kd_jax.data.text.files import fill_path
-from kd_jax.data.text.selection import check_selection, choose
+from kd_jax.data.text.selection import choose
 from kd_jax.data.text.splits import Splits
 from kd_jax.data.text.tokenizer import Tokenizer, train_tokenizer
 from kd_jax.data.text.utterances import Utterance, load_utterances, read_massive, write_massive
-from kd_jax.runtime.copies import LocalCopy, copy_folder, outgoing, put
-from kd_jax.runtime.files import full_disk_is_user_error, read_json, write_atomically
+from kd_jax.runtime.copies import LocalCopy, copy_folder, describe, outgoing, put
+from kd_jax.runtime.files import full_disk_is_user_error, read_json, write_atomically, write_json
 from kd_jax.runtime.paths import as_path, digest, is_remote
 from kd_jax.types import UserError
 
 # The parts of the config that decide what is built; "select" only where it selects something.
 PARTS = ("nlu", "sources", "tokenizer", "rows", "select")
 
-# Name of the held-out stores made from the dev partition, one a locale.
+# Name of the held-out stores made from the dev partition, one per locale.
 DEV = "task"
 
 _CHUNK_TEXTS = 2048
 
 
 class Prepared:
-    """A finished prepared folder. Attributes: manifest (dict), config (the part it was built from), fingerprint (of
-    all content).
+    """A finished prepared folder. Attributes: manifest (dict), fingerprint (of all content).
 
-    A remote one is fetched to this host, once, from now on in the background. Raises UserError when `folder` is none.
+    A remote one is fetched to this host, once, in the background from now on. Raises UserError when `folder` is none.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike[str]):
         if not str(folder):
             raise UserError("config.prepared: is empty; set it to the folder that prepare wrote")
         self.folder = as_path(folder)
         manifest = read_manifest(self.folder)
         if manifest is None:
             raise UserError(f"config.prepared: {self.folder} is no finished prepared folder; run prepare into it first")
-        self.manifest: dict[str, Any] = manifest
-        self.config = ConfigDict(manifest["config"])
+        self.manifest = manifest
         self.fingerprint: str = manifest["fingerprint"]
-        self._copy = remote_copy(self.folder, manifest) if is_remote(self.folder) else None
+        self._copy: LocalCopy | None = None
+        if is_remote(self.folder):
+            if "files" not in manifest:
+                raise UserError(
+                    f"{self.folder}: its manifest has no checksums, an older version wrote it; run prepare into "
+                    "another folder"
+                )
+            self._copy = LocalCopy(self.folder, manifest)
+
+    @cached_property
+    def settings(self) -> Prepare:
+        """What it was built from."""
+        return read_prepare(self.manifest["config"])
 
     def _part(self, name: str) -> pathlib.Path:
-        """A subfolder on this host, whole."""
+        """A subfolder on this host, with all its files."""
         return self.folder / name if self._copy is None else self._copy.part(name)
 
-    @functools.cached_property
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that its rows were made with."""
-        tokenizer = Tokenizer.load(str(self._part("tokenizer")))
+        tokenizer = Tokenizer.load(self._part("tokenizer"))
         if tokenizer.fingerprint != self.manifest["tokenizer_fingerprint"]:
             raise UserError(
                 f"{self.folder / 'tokenizer'}: is not the tokenizer its rows were built with; run prepare again"
             )
         return tokenizer
 
-    @functools.cached_property
+    @cached_property
     def utterances(self) -> list[Utterance]:
         """The labeled utterances of all partitions and locales."""
-        return read_massive(self._part("utterances"), self.config.nlu.locales)
+        return read_massive(self._part("utterances"), self.settings.nlu.locales)
 
     def stores(self, split: str) -> list[RowStore]:
         """The row stores of a split, "train" or "heldout", in the order of the config."""
@@ -95,44 +105,38 @@ class Prepared:
         return RowStore(copy.folder / name, tokenizer, find=lambda file: copy.file(f"{name}/{file}"))
 
 
-def remote_copy(folder: pathlib.Path, manifest: dict[str, Any]) -> LocalCopy:
-    """This host's copy of a remote prepared folder. Raises UserError for one that was written without checksums."""
-    if "files" not in manifest:
-        raise UserError(
-            f"{folder}: its manifest has no checksums, an older version wrote it; run prepare into another folder"
-        )
-    return LocalCopy(folder, manifest)
+# Called with texts and what is done with them; gives the same texts. It may count them, and may stop by raising.
+Watch = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
-# Called with texts and what is done with them, it gives the texts back; it may count them, and may stop by raising.
-Watch = Callable[[Iterable, str], Iterable]
-
-
-def prepare(config: ConfigDict, folder: str | os.PathLike, watch: Watch = lambda texts, doing: texts) -> None:
-    """Builds a prepared folder from config.nlu, sources, tokenizer, rows and select.
+def prepare(
+    settings: Prepare,
+    raw: Mapping[str, Any],
+    workdir: str | os.PathLike[str],
+    watch: Watch = lambda texts, doing: texts,
+) -> None:
+    """Builds a prepared folder; `raw` is the config as plain values, whose PARTS the manifest keeps.
 
     What a killed call finished is kept; a finished folder is left as it is, and refused if its config differs. Memory
-    is bounded but for the utterances. A remote folder is built on this host, where what was built is kept as its copy,
-    and then put. Raises UserError for mistakes in the config or the data, and for a full disk.
+    is bounded but for the utterances. A remote folder is built on this host, where it stays as the host's copy, and
+    then uploaded. Raises UserError for mistakes in the config or the data, and for a full disk.
     """
-    folder = as_path(folder)
-    parts = [part for part in PARTS if part != "select" or config.select.share != 0]
-    values = {part: json.loads(json.dumps(config[part].to_dict())) for part in parts}
-    finished = read_manifest(folder)
-    if finished is not None:
-        different = differences(finished["config"], values)
-        if different:
+    folder = as_path(workdir)
+    parts = [part for part in PARTS if part != "select" or settings.select.share != 0]
+    values: dict[str, Any] = json.loads(json.dumps({part: raw[part] for part in parts}))  # tuples become lists
+    if (finished := read_manifest(folder)) is not None:
+        if different := differences(finished["config"], values, "config"):
             raise UserError(
                 f"{folder}: was prepared with another config ({'; '.join(different)}); "
                 "choose another folder or remove this one"
             )
         return
-    check_settings(config)
+    check_settings(settings)
     if not is_remote(folder):
-        _build(config, values, folder, watch)
+        _build(settings, values, folder, watch)
         return
     home = outgoing(folder)
-    _build(config, values, home, watch)
+    _build(settings, values, home, watch)
     manifest = read_json(home / MANIFEST)
     put(home, folder, manifest["files"])
     write_atomically(folder / MANIFEST, (home / MANIFEST).read_bytes())
@@ -144,196 +148,191 @@ def prepare(config: ConfigDict, folder: str | os.PathLike, watch: Watch = lambda
         os.rename(home, copy)
 
 
-def _build(config: ConfigDict, values: dict[str, Any], folder: pathlib.Path, watch: Watch) -> None:
-    """Writes a prepared folder on a local disk, the manifest last."""
-    with full_disk_is_user_error(folder):
-        utterances = load_utterances(config.nlu)
-        with new_folder(folder / "utterances") as temporary:
-            write_massive(utterances, temporary)
-        builder = _Builder(config, values, folder, utterances, watch)
-        manifests = builder.stores()
-        builder.remove_strays(manifests)
-        write_manifest(folder, values, utterances, builder.tokenizer, manifests)
-
-
-def check_settings(config: ConfigDict) -> None:
-    """Refuses settings that cannot work before anything is read."""
-    if not config.sources:
+def check_settings(settings: Prepare) -> None:
+    """Refuses blocks of the config that do not go together, before anything is read. Raises UserError."""
+    sources, select, tokenizer = settings.sources, settings.select, settings.tokenizer
+    generic = {name: source for name, source in sources.items() if source.kind == "generic"}
+    if not sources:
         raise UserError("config.sources: is empty; name at least one source of text")
-    for name, source in config.sources.items():
-        if source.kind not in ("generic", "task"):
-            raise UserError(f"config.sources.{name}.kind: {source.kind!r} is unknown; use 'generic' or 'task'")
-        if not source.languages:
-            raise UserError(f"config.sources.{name}.languages: is empty; name at least one language")
-        if source.kind == "generic" and name == DEV:
-            raise UserError(
-                f"config.sources.{name}: the name is taken by the dev partition's rows; give the source another"
-            )
-    check_selection(config)
-    pairs = [(name, source.kind, language) for name, source in config.sources.items() for language in source.languages]
-    stores = Counter(f"{name}-{language}" for name, _, language in pairs)
-    stores.update({_selected_name(name, language) for name, kind, language in pairs if kind == "generic"})
-    twice = [store for store, count in stores.items() if count > 1]
-    if twice:
+    if DEV in generic:
+        raise UserError(f"config.sources.{DEV}: the name is taken by the dev partition's rows; choose another")
+    stores = Counter(f"{name}-{language}" for name, source in sources.items() for language in source.languages)
+    stores.update({_selected_name(name, language) for name, source in generic.items() for language in source.languages})
+    if twice := [store for store, count in stores.items() if count > 1]:
         raise UserError(f"config.sources: {', '.join(twice)} would be built twice; name each source and language once")
-    rows = config.rows
-    if not 0 < rows.heldout_share <= 0.5:
-        raise UserError(f"config.rows.heldout_share: {rows.heldout_share} is outside (0, 0.5]; 0.02 is usual")
-    if rows.length < 8:
-        raise UserError(f"config.rows.length: {rows.length} tokens are too few for a text; use at least 8")
-    if rows.open_rows < 1:
-        raise UserError(f"config.rows.open_rows: {rows.open_rows} is below 1; 64 is usual")
+    # Not checked by TokenizerSettings itself: folders that an older version prepared with "unigram" stay readable.
+    if tokenizer.kind == "train" and tokenizer.model != "bpe":
+        raise UserError(
+            f"config.tokenizer.model: {tokenizer.model!r} cannot be trained; use 'bpe', or load a unigram "
+            "(SentencePiece) tokenizer with config.tokenizer.kind=load"
+        )
+    if select.share == 0:
+        return
+    if not generic:
+        raise UserError("config.select.share: there is no generic source to select from; add one or set it to 0")
+    spoken = {locale.split("-")[0] for locale in settings.nlu.locales}
+    for name, source in generic.items():
+        unspoken = [language for language in source.languages if language.split("-")[0] not in spoken]
+        if unspoken and select.target == "language":
+            raise UserError(
+                f"config.select.target: {name} has text in {', '.join(unspoken)}, which no locale of config.nlu "
+                "speaks; use 'all' or leave the language out"
+            )
 
 
 def _selected_name(source: str, language: str) -> str:
     return f"{source}.selected-{language}"
 
 
+def _build(settings: Prepare, values: dict[str, Any], folder: pathlib.Path, watch: Watch) -> None:
+    """Writes a prepared folder on a local disk, the manifest last."""
+    with full_disk_is_user_error(folder):
+        utterances = load_utterances(settings.nlu)
+        with new_folder(folder / "utterances") as temporary:
+            write_massive(utterances, temporary)
+        builder = _Builder(settings, values, folder, utterances, watch)
+        manifests = builder.stores()
+        # An unfinished call with another config may have left other stores.
+        wanted = {folder / "rows" / one["split"] / one["name"] for one in manifests}
+        for store in set((folder / "rows").glob("*/*")) - wanted:
+            shutil.rmtree(store)
+        write_manifest(folder, values, utterances, builder.tokenizer, manifests)
+
+
 class _Builder:
-    """What building the stores of one prepared folder shares."""
+    """What building the stores of one prepared folder shares.
+
+    Each store's manifest keeps a digest of all that its rows depend on ("built_from"). After a kill, a store whose
+    digest is still the same is kept, and any other is built again.
+    """
 
     def __init__(
-        self, config: ConfigDict, values: dict, folder: pathlib.Path, utterances: list[Utterance], watch: Watch
+        self,
+        settings: Prepare,
+        values: dict[str, Any],
+        folder: pathlib.Path,
+        utterances: list[Utterance],
+        watch: Watch,
     ):
-        self.config, self.values, self.folder = config, values, folder
+        self.settings, self.values, self.folder = settings, values, folder
         self.utterances, self._watch = utterances, watch
-        self.splits = Splits(config, utterances)
+        self.splits = Splits(settings, utterances)
         self.tokenizer = self._tokenizer()
 
     def stores(self) -> list[dict[str, Any]]:
         """The manifests of all stores, built or found finished."""
-        manifests = []
-        for name, source in self.config.sources.items():
+        manifests: list[dict[str, Any]] = []
+        for name, source in self.settings.sources.items():
             for language in source.languages:
                 manifests += self._source_stores(name, source, language)
-                if source.kind == "generic" and self.config.select.share > 0:
-                    manifests.append(self._selected_store(name, language))
-        for locale in self.config.nlu.locales:
-            manifests += self._dev_store(locale)
+                if source.kind == "generic" and self.settings.select.share > 0:
+                    manifests += self._selected_store(name, language)
+        for locale in self.settings.nlu.locales:
+            if dev := [one.text for one in self.utterances if one.locale == locale and one.partition == "dev"]:
+                identity = {"name": f"{DEV}-{locale}", "source": DEV, "kind": "task", "language": locale}
+                manifests += self._built(identity, ("heldout",), ("dev", locale), partial(_none_held_out, dev))
         return manifests
 
     def _tokenizer(self) -> Tokenizer:
-        folder = self.folder / "tokenizer"
-        settings = self.config.tokenizer
+        folder, settings = self.folder / "tokenizer", self.settings.tokenizer
         # Training reads the texts that are not held out; loading reads none.
-        texts_from = [self.values["nlu"], self.values["sources"], self.config.rows.heldout_share]
+        texts_from = [self.values["nlu"], self.values["sources"], self.settings.rows.heldout_share]
         built_from = digest([self.values["tokenizer"], texts_from if settings.kind == "train" else None])
         marker = folder / "built_from.txt"
-        if marker.is_file() and marker.read_text() == built_from:
-            return Tokenizer.load(str(folder))
-        if settings.kind == "load":
-            tokenizer = Tokenizer.load(fill_path(settings.path, key="config.tokenizer.path"))
-        elif settings.kind == "train":
-            stores = [(name, language) for name, one in self.config.sources.items() for language in one.languages]
-            texts = (itertools.islice(self.splits.train(*store), settings.texts_per_store) for store in stores)
-            texts = self._watch(itertools.chain.from_iterable(texts), "tokenizer")
-            tokenizer = train_tokenizer(texts, settings.model, settings.vocab_size)
-        else:
-            raise UserError(f"config.tokenizer.kind: {settings.kind!r} is unknown; use 'train' or 'load'")
-        with new_folder(folder) as temporary:
-            tokenizer.save(temporary)
-            (temporary / marker.name).write_text(built_from)
-        # What was saved is what every later command reads.
-        return Tokenizer.load(str(folder))
+        if not (marker.is_file() and marker.read_text() == built_from):
+            if settings.kind == "load":
+                tokenizer = Tokenizer.load(fill_path(settings.path, key="config.tokenizer.path"))
+            else:
+                stores = [(name, language) for name, one in self.settings.sources.items() for language in one.languages]
+                each = (itertools.islice(self.splits.train(*store), settings.texts_per_store) for store in stores)
+                texts = self._watch(itertools.chain.from_iterable(each), "tokenizer")
+                tokenizer = train_tokenizer(texts, settings.vocab_size)
+            with new_folder(folder) as temporary:
+                tokenizer.save(temporary)
+                (temporary / marker.name).write_text(built_from)
+        return Tokenizer.load(folder)  # also where it was just trained: what was saved is what later commands read
 
-    def _source_stores(self, name: str, source: ConfigDict, language: str) -> list[dict[str, Any]]:
+    def _source_stores(self, name: str, source: Source, language: str) -> list[dict[str, Any]]:
         """The train store of one language of a source and, for generic text, its held-out store, in one pass."""
-        built_from = self._digest(self._reading(name), language)
+        identity = {"name": f"{name}-{language}", "source": name, "kind": source.kind, "language": language}
         splits = ("train", "heldout") if source.kind == "generic" else ("train",)
-        store_name = f"{name}-{language}"
-        found = [self._finished(split, store_name, built_from) for split in splits]
-        if all(found):
-            return [manifest for manifest in found if manifest]
-        count = FilterCount()
-        with ExitStack() as stack:
-            writers = [
-                stack.enter_context(self._writer(stack, split, store_name, name, source.kind, language, built_from))
-                for split in splits
-            ]
-            marked = self._watch(self.splits.marked(name, language, count), store_name)
-            for chunk in _encode_ahead(marked, self.tokenizer):
-                for writer, heldout in zip(writers, (False, True)):
-                    writer.add([ids for ids, is_heldout in chunk if is_heldout == heldout])
-            # Which side a removed text would have been on is not counted; all are told of at the train store.
-            removed = {"decontaminated": count.removed}
-            return [writer.finish(removed if split == "train" else {}) for writer, split in zip(writers, splits)]
+        removed: Counter[str] = Counter(decontaminated=0)
+        return self._built(
+            identity,
+            splits,
+            (self._reading(name), language),
+            lambda: self._watch(self.splits.marked(name, language, removed), identity["name"]),
+            removed,
+        )
 
-    def _selected_store(self, name: str, language: str) -> dict[str, Any]:
+    def _selected_store(self, name: str, language: str) -> list[dict[str, Any]]:
         """The train store of the generic texts of one language that are like the task's train utterances."""
-        select, store_name = self.config.select, _selected_name(name, language)
+        select, store = self.settings.select, _selected_name(name, language)
         target = self.splits.task(language if select.target == "language" else "")
-        built_from = self._digest("selected", self._reading(name), language, self.values["select"], digest(target))
-        found = self._finished("train", store_name, built_from)
-        if found:
-            return found
+        removed: Counter[str] = Counter()
 
         def read(doing: str) -> Iterable[str]:
-            return self._watch(self.splits.train(name, language), f"{store_name}: {doing}")
+            return self._watch(self.splits.train(name, language), f"{store}: {doing}")
 
-        chosen = choose(lambda: read("weighing"), target, select)
-        with ExitStack() as stack:
-            writer = stack.enter_context(
-                self._writer(stack, "train", store_name, name, "selected", language, built_from)
-            )
-            marked = ((text, False) for text in chosen.of(read("packing")))
-            for chunk in _encode_ahead(marked, self.tokenizer):
-                writer.add([ids for ids, _ in chunk])
-            return writer.finish({"not selected": chosen.texts - len(chosen.places)})
+        def texts() -> Iterator[tuple[str, bool]]:
+            chosen = choose(lambda: read("weighing"), target, select)
+            removed["not selected"] = chosen.texts - len(chosen.indices)
+            yield from _none_held_out(chosen.of(read("packing")))
 
-    def _dev_store(self, locale: str) -> list[dict[str, Any]]:
-        """The held-out task store of one locale, or nothing where the dev partition is empty."""
-        texts = [one.text for one in self.utterances if one.locale == locale and one.partition == "dev"]
-        if not texts:
-            return []
-        name = f"{DEV}-{locale}"
-        built_from = self._digest("dev", locale)
-        found = self._finished("heldout", name, built_from)
-        if found:
-            return [found]
-        with ExitStack() as stack:
-            writer = stack.enter_context(self._writer(stack, "heldout", name, DEV, "task", locale, built_from))
-            writer.add(self.tokenizer.encode(texts))
-            return [writer.finish({})]
+        identity = {"name": store, "source": name, "kind": "selected", "language": language}
+        built_from = ("selected", self._reading(name), language, self.values["select"], digest(target))
+        return self._built(identity, ("train",), built_from, texts, removed)
 
     def _reading(self, name: str) -> dict[str, Any]:
         """The keys of a source that decide which texts it gives."""
         return {key: value for key, value in self.values["sources"][name].items() if key not in ("weight", "languages")}
 
-    def _digest(self, *parts: Any) -> str:
-        return digest([parts, self.values["nlu"], self.values["rows"], self.tokenizer.fingerprint])
+    def _built(
+        self,
+        identity: dict[str, str],
+        splits: Sequence[str],
+        built_from: tuple[Any, ...],
+        texts: Callable[[], Iterable[tuple[str, bool]]],
+        removed: Mapping[str, int] | None = None,
+    ) -> list[dict[str, Any]]:
+        """The manifests of a store in each of `splits`; where one is missing, they are written in one pass.
 
-    def _store_folder(self, split: str, name: str) -> pathlib.Path:
-        return self.folder / "rows" / split / name
+        texts: gives (text, whether it belongs to the second split). removed: counts, filled by then, of texts left
+        out, which the first store's manifest keeps.
+        """
+        depends_on = digest([built_from, self.values["nlu"], self.values["rows"], self.tokenizer.fingerprint])
+        folders = [self.folder / "rows" / split / identity["name"] for split in splits]
+        found = [manifest for folder in folders if (manifest := read_manifest(folder)) is not None]
+        if len(found) == len(splits) and all(one["built_from"] == depends_on for one in found):
+            return found
+        rows = self.settings.rows
+        with ExitStack() as stack:
+            writers = [
+                stack.enter_context(
+                    StoreWriter(
+                        stack.enter_context(new_folder(folder)),
+                        **identity,
+                        split=split,
+                        length=rows.length,
+                        open_rows=rows.open_rows,
+                        tokenizer=self.tokenizer,
+                        built_from=depends_on,
+                    )
+                )
+                for folder, split in zip(folders, splits)
+            ]
+            for chunk in _encode_ahead(texts(), self.tokenizer):
+                for writer, second in zip(writers, (False, True)):
+                    writer.add([ids for ids, is_second in chunk if is_second == second])
+            return [writer.finish(removed or {} if number == 0 else {}) for number, writer in enumerate(writers)]
 
-    def _finished(self, split: str, name: str, built_from: str) -> dict[str, Any] | None:
-        manifest = read_manifest(self._store_folder(split, name))
-        return manifest if manifest is not None and manifest["built_from"] == built_from else None
 
-    def _writer(self, stack, split, name, source, kind, language, built_from) -> StoreWriter:
-        temporary = stack.enter_context(new_folder(self._store_folder(split, name)))
-        return StoreWriter(
-            temporary,
-            name=name,
-            source=source,
-            kind=kind,
-            language=language,
-            split=split,
-            length=self.config.rows.length,
-            open_rows=self.config.rows.open_rows,
-            tokenizer=self.tokenizer,
-            built_from=built_from,
-        )
-
-    def remove_strays(self, manifests: Sequence[dict[str, Any]]) -> None:
-        """Removes stores that an unfinished call with another config left."""
-        wanted = {self._store_folder(manifest["split"], manifest["name"]) for manifest in manifests}
-        for store in (self.folder / "rows").glob("*/*"):
-            if store not in wanted:
-                shutil.rmtree(store)
+def _none_held_out(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    return ((text, False) for text in texts)
 
 
 def _encode_ahead(marked: Iterable[tuple[str, bool]], tokenizer: Tokenizer) -> Iterator[list[tuple[np.ndarray, bool]]]:
-    """Chunks of (pieces, mark) of marked texts; a thread tokenizes the next chunk while this one is packed."""
+    """Chunks of (tokens, mark) of marked texts; a thread tokenizes the next chunk while this one is packed."""
 
     def encode(chunk: list[tuple[str, bool]]) -> list[tuple[np.ndarray, bool]]:
         return list(zip(tokenizer.encode([text for text, _ in chunk]), (mark for _, mark in chunk)))
@@ -348,3 +347,38 @@ def _encode_ahead(marked: Iterable[tuple[str, bool]], tokenizer: Tokenizer) -> I
             pending = following
         if pending is not None:
             yield pending.result()
+
+
+def write_manifest(
+    folder: pathlib.Path,
+    values: dict[str, Any],
+    utterances: Sequence[Utterance],
+    tokenizer: Tokenizer,
+    manifests: Sequence[dict[str, Any]],
+) -> None:
+    """Completes `folder`, which was built from `values` (config.<part> by part) and holds stores of these manifests."""
+    utterance_files = [f"utterances/{locale}.jsonl" for locale in values["nlu"]["locales"]]
+    content = hashlib.sha256()
+    for file in utterance_files:
+        content.update((folder / file).read_bytes())
+    content.update(tokenizer.fingerprint.encode())
+    removed: Counter[str] = Counter()
+    for manifest in manifests:
+        content.update(f"{manifest['split']} {manifest['name']} {manifest['fingerprint']}".encode())
+        if manifest["kind"] != "selected":  # its texts were counted at the store that it is a part of
+            removed.update(manifest["removed"])
+    # In the order in which a training run asks for them: a remote folder is fetched in this order.
+    files = [f"tokenizer/{file.name}" for file in sorted((folder / "tokenizer").iterdir())]
+    for manifest in sorted(manifests, key=lambda manifest: manifest["split"] != "train"):
+        files += [f"rows/{manifest['split']}/{manifest['name']}/{file}" for file in STORE_FILES]
+    whole = {
+        "config": values,
+        "fingerprint": content.hexdigest(),
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "utterances": dict(sorted(Counter(f"{one.locale} {one.partition}" for one in utterances).items())),
+        "removed": dict(removed),
+        "stores": manifests,
+        "files": describe(folder, files + utterance_files),
+    }
+    write_json(folder / MANIFEST, whole)

@@ -2,30 +2,29 @@
 
 import contextlib
 import hashlib
-import json
 import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from kd_jax.data.packing import SMALLEST_SEGMENT, Packer, maskable
 from kd_jax.data.text.tokenizer import Tokenizer
-from kd_jax.runtime.files import full_disk_is_user_error
+from kd_jax.runtime.files import full_disk_is_user_error, read_json, write_json
 from kd_jax.types import UserError
 
 MANIFEST = "manifest.json"
-TOKENS, SEGMENTS, PIECE_COUNTS = "tokens.npy", "segments.npy", "piece_counts.npy"
-STORE_FILES = (MANIFEST, PIECE_COUNTS, TOKENS, SEGMENTS)
+TOKENS, SEGMENTS, TOKEN_COUNTS = "tokens.npy", "segments.npy", "piece_counts.npy"
+STORE_FILES = (MANIFEST, TOKEN_COUNTS, TOKENS, SEGMENTS)
 
 
 @contextlib.contextmanager
 def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary folder that takes the name and place of `folder` when the block ends well, and vanishes otherwise.
+    """A temporary folder that is renamed to `folder` when the block ends well, and removed otherwise.
 
-    What a killed process left is removed at the next try.
+    So a folder under its own name is always whole. What a killed process left is removed at the next try.
     """
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -40,41 +39,20 @@ def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         raise
 
 
-class _ArrayFile:
-    """A .npy file of rows whose number is known only at the end; also the digest of its rows."""
-
-    def __init__(self, path: pathlib.Path, length: int, dtype: np.dtype):
-        self.length, self.dtype, self.rows = length, dtype, 0
-        self.digest = hashlib.sha256()
-        self._file = open(path, "wb")  # noqa: SIM115, closed by `close`
-        self._header()
-
-    def _header(self) -> None:
-        description = np.lib.format.dtype_to_descr(self.dtype)
-        values = {"descr": description, "fortran_order": False, "shape": (self.rows, self.length)}
-        np.lib.format.write_array_header_1_0(self._file, values)  # leaves room for the row count to grow
-        self._data_start = self._file.tell()
-
-    def append(self, rows: np.ndarray) -> None:
-        data = np.ascontiguousarray(rows, self.dtype).data
-        self._file.write(data)
-        self.digest.update(data)
-        self.rows += len(rows)
-
-    def finish(self) -> None:
-        start = self._data_start
-        self._file.seek(0)
-        self._header()
-        if self._data_start != start:
-            raise RuntimeError("the .npy header changed its length")
-        self.close()
-
-    def close(self) -> None:
-        self._file.close()
+def read_manifest(folder: pathlib.Path) -> dict[str, Any] | None:
+    """The manifest of a store or a prepared folder, None where there is none; UserError for broken JSON."""
+    try:
+        return read_json(folder / MANIFEST)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(
+            f"{folder / MANIFEST}: broken JSON ({error}); remove the folder and run prepare again"
+        ) from None
 
 
 def no_text(source: str, language: str, split: str, removed: Mapping[str, int]) -> UserError:
-    """The error for one language of a source of which nothing is trained on, or nothing is held out."""
+    """The error for one language of a source that leaves nothing to train on, or nothing to hold out."""
     if split == "heldout":
         return UserError(
             f"config.sources.{source}: no text of {language} was held out; raise config.rows.heldout_share or give "
@@ -86,6 +64,38 @@ def no_text(source: str, language: str, split: str, removed: Mapping[str, int]) 
         f"config.sources.{source}: no text of {language} is left to train on{left_out}; give more text, or lower "
         "config.rows.heldout_share"
     )
+
+
+class _ArrayFile:
+    """A .npy file whose number of rows is known only at the end; also the digest of its rows."""
+
+    def __init__(self, path: pathlib.Path, length: int, dtype: type[np.generic]):
+        self.length, self.dtype, self.rows = length, np.dtype(dtype), 0
+        self.digest = hashlib.sha256()
+        self._file = open(path, "wb")  # noqa: SIM115, closed by `close`
+        self._data_start = self._header()
+
+    def _header(self) -> int:
+        description = np.lib.format.dtype_to_descr(self.dtype)
+        values = {"descr": description, "fortran_order": False, "shape": (self.rows, self.length)}
+        # NumPy pads the header so that the first number may grow to any size: it is overwritten in place at the end.
+        np.lib.format.write_array_header_1_0(self._file, values)
+        return self._file.tell()
+
+    def append(self, rows: np.ndarray) -> None:
+        data = np.ascontiguousarray(rows, self.dtype).data
+        self._file.write(data)
+        self.digest.update(data)
+        self.rows += len(rows)
+
+    def finish(self) -> None:
+        self._file.seek(0)
+        if self._header() != self._data_start:
+            raise RuntimeError("the .npy header changed its length")
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class StoreWriter:
@@ -112,24 +122,22 @@ class StoreWriter:
         self._identity = {"name": name, "source": source, "kind": kind, "language": language, "split": split}
         self._built_from = built_from
         self._packer = Packer(length, tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id, open_rows)
-        self._tokens = _ArrayFile(
-            folder / TOKENS, length, np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32)
-        )
-        self._segments = _ArrayFile(
-            folder / SEGMENTS, length, np.dtype(np.uint8 if length // SMALLEST_SEGMENT <= 255 else np.uint16)
-        )
-        self._piece_counts = np.zeros(tokenizer.vocab_size, np.int64)
+        # The smallest types that hold every id: rows are read at random, so half the bytes is half the disk cache.
+        self._tokens = _ArrayFile(folder / TOKENS, length, np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32)
+        most_segments = length // SMALLEST_SEGMENT
+        self._segments = _ArrayFile(folder / SEGMENTS, length, np.uint8 if most_segments <= 255 else np.uint16)
+        self._counts = np.zeros(tokenizer.vocab_size, np.int64)
         self._texts = self._empty = self._real_tokens = 0
 
-    def __enter__(self) -> "StoreWriter":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._tokens.close()
         self._segments.close()
 
     def add(self, texts: Sequence[np.ndarray]) -> None:
-        """Takes texts, each int [pieces] without special tokens; one without pieces is counted as empty."""
+        """Takes texts, each int [tokens] without special tokens; one without tokens is counted as empty."""
         empty = sum(len(text) == 0 for text in texts)
         self._texts += len(texts) - empty
         self._empty += empty
@@ -139,8 +147,8 @@ class StoreWriter:
         self._tokens.append(tokens)
         self._segments.append(segment_ids)
         self._real_tokens += int(np.count_nonzero(segment_ids))
-        pieces = tokens[maskable(tokens, segment_ids, self.tokenizer.special_ids)]
-        self._piece_counts += np.bincount(pieces, minlength=len(self._piece_counts))
+        counted = tokens[maskable(tokens, segment_ids, self.tokenizer.special_ids)]
+        self._counts += np.bincount(counted, minlength=len(self._counts))
 
     def finish(self, removed: Mapping[str, int]) -> dict[str, Any]:
         """Completes the files and returns the manifest; `removed` counts texts left out before, by reason.
@@ -148,24 +156,24 @@ class StoreWriter:
         Raises UserError when there is no row.
         """
         self._append(*self._packer.finish())
-        rows = self._tokens.rows
+        rows, identity = self._tokens.rows, self._identity
         removed = {**removed, "empty": self._empty}
         if not rows:
-            raise no_text(self._identity["source"], self._identity["language"], self._identity["split"], removed)
+            raise no_text(identity["source"], identity["language"], identity["split"], removed)
         self._tokens.finish()
         self._segments.finish()
-        np.save(self.folder / PIECE_COUNTS, self._piece_counts)
+        np.save(self.folder / TOKEN_COUNTS, self._counts)
         digests = f"{self._tokens.digest.hexdigest()} {self._segments.digest.hexdigest()}"
         content = f"{self.length} {self.tokenizer.fingerprint} {digests}"
         manifest = {
-            **self._identity,
+            **identity,
             "rows": rows,
             "length": self.length,
             "texts": self._texts,
             "texts_per_row": self._texts / rows,
             "tokens": self._real_tokens,
-            "maskable": int(self._piece_counts.sum()),
-            "unique_pieces": int(np.count_nonzero(self._piece_counts)),
+            "maskable": int(self._counts.sum()),
+            "unique_pieces": int(np.count_nonzero(self._counts)),
             "packing_efficiency": self._real_tokens / (rows * self.length),
             "removed": removed,
             "tokens_type": self._tokens.dtype.name,
@@ -174,7 +182,7 @@ class StoreWriter:
             "fingerprint": hashlib.sha256(content.encode()).hexdigest(),
             "built_from": self._built_from,
         }
-        (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        write_json(self.folder / MANIFEST, manifest)
         return manifest
 
 
@@ -186,26 +194,21 @@ class RowStore:
     the content), tokenizer_fingerprint. Raises UserError when the folder is no whole store, or was built with another
     tokenizer than `tokenizer_fingerprint`.
 
-    find: gives the place of one of its files, for a store whose files are still being fetched from a remote one; rows
-    are then waited for when the first are asked for.
+    find: gives the path of one of its files, for a store whose files are still being fetched from a remote one.
     """
 
     def __init__(
         self,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike[str],
         tokenizer_fingerprint: str | None = None,
         find: Callable[[str], pathlib.Path] | None = None,
     ):
         self.folder = pathlib.Path(folder)
         self._find = find or (lambda name: self.folder / name)
-        remedy = "remove the folder and run prepare again"
-        try:
-            self.manifest = json.loads(self._find(MANIFEST).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{self.folder}: no finished row store is here; run prepare") from None
-        except ValueError as error:
-            raise UserError(f"{self.folder / MANIFEST}: broken JSON ({error}); {remedy}") from None
-        manifest = self.manifest
+        manifest = read_manifest(self._find(MANIFEST).parent)
+        if manifest is None:
+            raise UserError(f"{self.folder}: no finished row store is here; run prepare")
+        self.manifest = manifest
         self.name: str = manifest["name"]
         self.source: str = manifest["source"]
         self.kind: str = manifest["kind"]
@@ -218,11 +221,12 @@ class RowStore:
         self.maskable: int = manifest["maskable"]
         self.fingerprint: str = manifest["fingerprint"]
         self.tokenizer_fingerprint: str = manifest["tokenizer_fingerprint"]
-        if tokenizer_fingerprint is not None and tokenizer_fingerprint != self.tokenizer_fingerprint:
+        if tokenizer_fingerprint not in (None, self.tokenizer_fingerprint):
             raise UserError(
                 f"{self.folder}: its rows were built with tokenizer {self.tokenizer_fingerprint}, not "
                 f"{tokenizer_fingerprint}; run prepare again into another folder"
             )
+        # Local files are checked at once; files on their way are waited for only when the first rows are read.
         self._arrays: tuple[np.ndarray, np.ndarray] | None = None if find else self._open_arrays()
 
     def _open_arrays(self) -> tuple[np.ndarray, np.ndarray]:
@@ -245,12 +249,12 @@ class RowStore:
         return np.asarray(rows)  # a view of the mapped file without memmap's slower indexing
 
     def token_counts(self, vocabulary: int) -> np.ndarray:
-        """int64 [vocabulary]: how often each maskable piece occurs in the store; 0 for special tokens."""
-        path = self._find(PIECE_COUNTS)
+        """int64 [vocabulary]: how often each maskable token occurs in the store; 0 for special tokens."""
+        path = self._find(TOKEN_COUNTS)
         counts = np.load(path, allow_pickle=False)
         if counts.shape != (vocabulary,):
             raise UserError(
-                f"{path}: counts {counts.shape} pieces, not {vocabulary}; remove the folder and prepare again"
+                f"{path}: counts {counts.shape} tokens, not {vocabulary}; remove the folder and prepare again"
             )
         return counts
 

@@ -1,10 +1,13 @@
 """A teacher's predictions on disk: written once for each (store, row, masking epoch), read by every student.
 
 begun.json, <store>.visits.npy what it is made from, and which rows in which masking epochs
-<name>.npy                     arrays that all parts need beside them
+<name>.npy                     arrays that all parts need
 manifest.json                  written last: the same, the statistics of each part, and every file's checksum
-parts/<store>-<number>.npy     records of the rows: corrupted ids, mask places, targets, and the teacher's values
+parts/<store>-<number>.npy     records of the rows: corrupted ids, mask positions, targets, and the teacher's values
 parts/<store>-<number>.json    a part's checksum and statistics, written after it
+
+Parts are small files of their own, so that several machines can write one cache, a killed one loses at most one part,
+and a reader far away starts before it has all of them.
 """
 
 import functools
@@ -15,12 +18,12 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from kd_jax.data.batches import process_slice
+from kd_jax.config.data import Masking
+from kd_jax.data.batches import rows_of_batch
 from kd_jax.data.packing import positions
 from kd_jax.data.permutation import name_key
 from kd_jax.data.rows import MANIFEST, RowStore
@@ -66,15 +69,16 @@ class Layout:
     fields: Mapping[str, tuple[str, tuple[int, ...]]]  # name -> (NumPy type, shape of one slot's value)
 
     @functools.cached_property
-    def record(self) -> np.dtype:
+    def record(self) -> np.dtype[np.void]:
+        # The smallest types that hold the values: a cache has a record for every row that any run visits.
         ids = np.uint16 if self.vocab_size <= 2**16 else np.int32
-        places = np.uint8 if self.length <= 2**8 else np.uint16
+        columns = np.uint8 if self.length <= 2**8 else np.uint16
         return np.dtype(
             [
                 ("tokens", ids, (self.length,)),
-                ("positions", places, (self.slots,)),
+                ("positions", columns, (self.slots,)),
                 ("targets", ids, (self.slots,)),
-                ("used", np.uint16),
+                ("used", np.uint16),  # used slots come first, so their number stands for the weights
                 *((name, np.dtype(kind), (self.slots, *shape)) for name, (kind, shape) in self.fields.items()),
             ]
         )
@@ -91,6 +95,7 @@ class Layout:
     def unpack(self, records: np.ndarray, segment_ids: np.ndarray) -> Batch:
         """The masked-LM batch of records [R], with the teacher's values under "teacher_<field>"."""
         used = np.arange(self.slots)[None, :] < records["used"][:, None]
+        values = {f"teacher_{name}": records[name] for name in self.fields}
         return {
             "tokens": records["tokens"].astype(np.int32),
             "segment_ids": segment_ids,
@@ -98,18 +103,13 @@ class Layout:
             "masked_positions": records["positions"].astype(np.int32),
             "masked_targets": records["targets"].astype(np.int32),
             "masked_weights": used.astype(np.float32),
-            **{f"teacher_{name}": _readable(records[name]) for name in self.fields},
+            # Ids as int32, which indexing on devices takes; floats stay as small as they are.
+            **{key: one.astype(np.int32 if one.dtype.kind == "u" else one.dtype) for key, one in values.items()},
         }
 
 
-def _readable(values: np.ndarray) -> np.ndarray:
-    """Small unsigned ids as int32; floats as they are."""
-    return values.astype(np.int32) if values.dtype.kind == "u" else np.ascontiguousarray(values)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A file of records: those of a store's visits in [first, last), in the order of (masking epoch, row)."""
+class _Part(NamedTuple):
+    """A file of records: visits [first, last) of a store, in the order of (masking epoch, row)."""
 
     name: str
     store: int
@@ -120,13 +120,12 @@ class _Part:
 class CacheWriter:
     """What is to be written, part by part, and which parts are there already.
 
-    identity: what a reader compares, as JSON values; a folder begun with another identity or other visits is refused. A
-    part is written under a temporary name and renamed, its JSON after it, so a killed command loses at most one part.
+    identity: JSON values that a reader compares; a folder begun with another identity or other visits is refused.
     """
 
     def __init__(
         self,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike[str],
         stores: Sequence[RowStore],
         visits: Sequence[np.ndarray],
         layout: Layout,
@@ -141,31 +140,27 @@ class CacheWriter:
             for number, (store, (_, rows)) in enumerate(zip(stores, self._visits, strict=True))
             for index, first in enumerate(range(0, len(rows), rows_per_part))
         ]
+        bits = {store.name: np.packbits(seen, axis=1) for store, seen in zip(stores, visits, strict=True)}
+        self._begun = {
+            "identity": json.loads(json.dumps(identity)),
+            "visits": {name: hashlib.sha256(values.tobytes()).hexdigest() for name, values in bits.items()},
+            "rows_per_part": rows_per_part,
+            "length": layout.length,
+            "slots": layout.slots,
+            "vocab_size": layout.vocab_size,
+            "fields": {name: [kind, list(shape)] for name, (kind, shape) in layout.fields.items()},
+        }
         with full_disk_is_user_error(self.folder):
             make_folder(self.folder / PARTS)
-            self._claim(visits, json.loads(json.dumps(identity)), rows_per_part)
-
-    def _claim(self, visits: Sequence[np.ndarray], identity: dict[str, Any], rows_per_part: int) -> None:
-        """Writes what the parts belong to, or compares it with what an earlier start wrote."""
-        packed = {store.name: np.packbits(seen, axis=1) for store, seen in zip(self.stores, visits, strict=True)}
-        self._begun = {
-            "identity": identity,
-            "visits": {name: hashlib.sha256(bits.tobytes()).hexdigest() for name, bits in packed.items()},
-            "rows_per_part": rows_per_part,
-            "length": self.layout.length,
-            "slots": self.layout.slots,
-            "vocab_size": self.layout.vocab_size,
-            "fields": {name: [kind, list(shape)] for name, (kind, shape) in self.layout.fields.items()},
-        }
-        if BEGUN not in names_in(self.folder):
-            for name, bits in packed.items():
-                self._write_array(visits_file(name), bits)
-            write_json(self.folder / BEGUN, self._begun)
-        elif read_json(self.folder / BEGUN) != self._begun:
-            raise UserError(
-                f"{self.folder}: holds a cache begun with another teacher, data or config; remove it or choose another "
-                "--workdir"
-            )
+            if BEGUN not in names_in(self.folder):
+                for name, values in bits.items():
+                    self._write_array(visits_file(name), values)
+                write_json(self.folder / BEGUN, self._begun)  # last: with it, the visits are there
+            elif read_json(self.folder / BEGUN) != self._begun:
+                raise UserError(
+                    f"{self.folder}: holds a cache begun with another teacher, data or config; remove it or choose "
+                    "another --workdir"
+                )
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -182,7 +177,7 @@ class CacheWriter:
         return part.store, rows[part.first : part.last], epochs[part.first : part.last]
 
     def write(self, number: int, records: np.ndarray, statistics: Mapping[str, float]) -> None:
-        """Writes the records of a part, and with its checksum the sums that the report is made from."""
+        """Writes the records of a part, and then its checksum with the sums that the report is made from."""
         part = self._parts[number]
         with full_disk_is_user_error(self.folder):
             written = self._write_array(part_file(part.name), records)
@@ -190,7 +185,7 @@ class CacheWriter:
             write_json(self.folder / f"{PARTS}/{part.name}.json", {**note, **written, **statistics})
 
     def attach(self, name: str, values: np.ndarray) -> None:
-        """Writes an array that all parts need beside them; one that is there already is left as it is."""
+        """Writes an array that all parts need; one that is there already is left as it is."""
         if not self.attached(name):
             with full_disk_is_user_error(self.folder):
                 self._write_array(f"{name}.npy", values)
@@ -204,18 +199,13 @@ class CacheWriter:
         if self.missing(0, 1):
             return None
         notes = [read_json(self.folder / PARTS / f"{part.name}.json") for part in self._parts]
+        # Of the parts alone, in their order; the same whoever wrote which part.
         content = hashlib.sha256("".join(note["sha256"] for note in notes).encode()).hexdigest()
         visits = [visits_file(store.name) for store in self.stores]
         files = {name: self._described(name) for name in (*visits, *(f"{name}.npy" for name in attached))}
-        # A part that an older version began has no size in its note.
-        files |= {
-            part_file(note["name"]): {key: note[key] for key in ("bytes", "sha256")}
-            if "bytes" in note
-            else self._described(part_file(note["name"]))
-            for note in notes
-        }
-        beside = {name: files[f"{name}.npy"]["sha256"] for name in attached}
-        manifest = {**self._begun, "parts": notes, "attached": beside, "fingerprint": content, "files": files}
+        files |= {part_file(note["name"]): {key: note[key] for key in ("bytes", "sha256")} for note in notes}
+        sums = {name: files[f"{name}.npy"]["sha256"] for name in attached}
+        manifest = {**self._begun, "parts": notes, "attached": sums, "fingerprint": content, "files": files}
         write_json(self.folder / MANIFEST, manifest)
         return manifest
 
@@ -224,15 +214,19 @@ class CacheWriter:
         np.save(buffer, values, allow_pickle=False)
         data = buffer.getvalue()
         write_atomically(self.folder / name, data)
-        self._sums[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        self._sums[name] = _described(data)
         return self._sums[name]
 
     def _described(self, name: str) -> dict[str, Any]:
+        """Size and checksum of a file, which another process may have written."""
         if name not in self._sums:
             with reaching(self.folder):
-                data = (self.folder / name).read_bytes()
-            self._sums[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+                self._sums[name] = _described((self.folder / name).read_bytes())
         return self._sums[name]
+
+
+def _described(data: bytes) -> dict[str, Any]:
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 class TeacherCache:
@@ -242,7 +236,7 @@ class TeacherCache:
     manifest, identity, layout, fingerprint (of the content). Raises UserError when the folder is none.
     """
 
-    def __init__(self, folder: str | os.PathLike, key: str = "teacher_cache"):
+    def __init__(self, folder: str | os.PathLike[str], key: str = "teacher_cache"):
         self.folder, self._key = as_path(folder), key
         try:
             self.manifest: dict[str, Any] = read_json(self.folder / MANIFEST)
@@ -260,7 +254,7 @@ class TeacherCache:
         self.identity, self.fingerprint = self.manifest["identity"], self.manifest["fingerprint"]
         fields = {name: (kind, tuple(shape)) for name, (kind, shape) in self.manifest["fields"].items()}
         self.layout = Layout(self.manifest["length"], self.manifest["slots"], self.manifest["vocab_size"], fields)
-        self._parts: dict[str, list[dict]] = {}
+        self._parts: dict[str, list[dict[str, Any]]] = {}
         for note in self.manifest["parts"]:
             self._parts.setdefault(note["store"], []).append(note)
         self._open: dict[str, np.ndarray] = {}
@@ -278,73 +272,71 @@ class TeacherCache:
                 )
 
     def _find(self, name: str) -> pathlib.Path | None:
-        """The place of a file on this host, or None where the cache has none of that name."""
+        """The path of a file on this host, or None where the cache has none of that name."""
         if self._copy is None:
             return self.folder / name if (self.folder / name).is_file() else None
         return self._copy.file(name) if name in self._copy else None
 
     def entries(self, store: RowStore, masking_epochs: int) -> np.ndarray:
-        """int32 [masking epochs, rows]: the place of a row's record among its store's, -1 where there is none."""
+        """int32 [masking epochs, rows]: the number of a row's record among its store's, -1 where there is none."""
         if store.name not in self._entries:
-            bits_file = self._find(visits_file(store.name))
-            if bits_file is None:
-                self._entries[store.name] = np.full((masking_epochs, store.num_rows), -1, np.int32)
-            else:
-                bits = np.load(bits_file, allow_pickle=False)
-                seen = np.unpackbits(bits, axis=1, count=store.num_rows).astype(bool)
-                order = np.cumsum(seen.reshape(-1), dtype=np.int64).reshape(seen.shape) - 1
-                self._entries[store.name] = np.where(seen, order, -1).astype(np.int32)
+            seen = np.zeros((masking_epochs, store.num_rows), bool)
+            if (bits := self._find(visits_file(store.name))) is not None:
+                packed = np.load(bits, allow_pickle=False)
+                seen = np.unpackbits(packed, axis=1, count=store.num_rows).astype(bool)
+            # Records stand in the order of (masking epoch, row), so a running count of the visits numbers them.
+            order = np.cumsum(seen.reshape(-1), dtype=np.int64).reshape(seen.shape) - 1
+            self._entries[store.name] = np.where(seen, order, -1).astype(np.int32)
         return self._entries[store.name]
 
     def records(self, store: RowStore, entries: np.ndarray) -> np.ndarray:
-        """The records [n] at places int [n] of a store's."""
-        parts = self._parts[store.name]
+        """The records [n] with the numbers int [n] among a store's."""
         size = self.manifest["rows_per_part"]
         found = np.empty(len(entries), self.layout.record)
         for number in np.unique(entries // size):
             mine = entries // size == number
-            found[mine] = self._part(parts[number])[entries[mine] - number * size]
+            found[mine] = self._part(self._parts[store.name][number])[entries[mine] - number * size]
         return found
 
     def attached(self, name: str) -> np.ndarray | None:
-        """An array that lies beside the parts, or None where there is none of that name."""
+        """An array that all parts need, or None where there is none of that name."""
         if name not in self.manifest["attached"]:
             return None
-        file = self._find(f"{name}.npy")
-        if file is None or sha256_of(file) != self.manifest["attached"][name]:
-            raise self._changed(f"{name}.npy", "write the cache again")
+        file = self._verified(f"{name}.npy", self.manifest["attached"][name], "write the cache again")
         return np.load(file, allow_pickle=False)
 
-    def _changed(self, name: str, remedy: str) -> UserError:
+    def _part(self, note: dict[str, Any]) -> np.ndarray:
+        name = note["name"]
+        if name not in self._open:
+            file = self._verified(
+                part_file(name), note["sha256"], f"remove it and {PARTS}/{name}.json, and run cache_teacher again"
+            )
+            self._open[name] = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
+        return self._open[name]
+
+    def _verified(self, name: str, checksum: str, remedy: str) -> pathlib.Path:
+        """The path of a file on this host, whose checksum is as expected; else a UserError."""
+        file = self._find(name)
+        if file is not None and sha256_of(file) == checksum:
+            return file
+        folder = self.folder
         if self._copy is not None:
             folder, remedy = self._copy.folder, "remove this copy, it is then fetched again"
-        else:
-            folder = self.folder
-        return UserError(f"{folder / name}: is missing or was changed, its checksum differs; {remedy}")
-
-    def _part(self, note: dict) -> np.ndarray:
-        if note["name"] not in self._open:
-            name = part_file(note["name"])
-            file = self._find(name)
-            if file is None or sha256_of(file) != note["sha256"]:
-                raise self._changed(name, f"remove it and {note['name']}.json beside it, and run cache_teacher again")
-            self._open[note["name"]] = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
-        return self._open[note["name"]]
+        raise UserError(f"{folder / name}: is missing or was changed, its checksum differs; {remedy}")
 
 
 class CachedBatches:
-    """Batch k of a transfer set with the teacher's cached values beside it; masks are read, not drawn.
+    """Batch k of a transfer set together with the teacher's cached values; masks are read, not drawn.
 
     Raises UserError when the cache lacks a row that the first `steps` batches visit.
     """
 
-    def __init__(
-        self, cache: TeacherCache, transfer_set: TransferSet, masking: ConfigDict, batch_size: int, steps: int
-    ):
+    def __init__(self, cache: TeacherCache, transfer_set: TransferSet, masking: Masking, batch_size: int, steps: int):
         self.cache, self.transfer_set, self.batch_size = cache, transfer_set, batch_size
         self._epochs = masking.epochs
         self._stores = transfer_set.stores
         self._entries = [cache.entries(store, masking.epochs) for store in self._stores]
+        # Now, and not when the row comes up after hours of training.
         seen = visited(transfer_set, steps * batch_size, masking.epochs)
         for store, wanted, entries in zip(self._stores, seen, self._entries, strict=True):
             lacking = int(np.count_nonzero(wanted & (entries < 0)))
@@ -359,11 +351,9 @@ class CachedBatches:
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
         """This process's contiguous slice of the rows of batch `step`, with the fields of `Layout.unpack`."""
-        first, last = process_slice(self.batch_size, process_index, process_count)
-        index = np.arange(step * self.batch_size + first, step * self.batch_size + last, dtype=np.int64)
-        source, epoch, row = self.transfer_set.locate(index)
-        records = np.empty(len(index), self.cache.layout.record)
-        segment_ids = np.empty((len(index), self.cache.layout.length), np.int32)
+        source, epoch, row = rows_of_batch(self.transfer_set, step, self.batch_size, process_index, process_count)
+        records = np.empty(len(row), self.cache.layout.record)
+        segment_ids = np.empty((len(row), self.cache.layout.length), np.int32)
         for number in np.unique(source):
             mine = np.flatnonzero(source == number)
             entries = self._entries[number][epoch[mine] % self._epochs, row[mine]]

@@ -1,4 +1,8 @@
-"""The transfer set: a pure function from a global row index to (source, epoch, row)."""
+"""The transfer set: a pure function from a global row index to (source, epoch, row).
+
+Sources are mixed by a fixed schedule of PERIOD slots that repeats forever. So any row is located without a buffer and
+without replaying the rows before it: a run resumes exactly, and the number of hosts changes nothing.
+"""
 
 import heapq
 import json
@@ -7,58 +11,55 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from kd_jax.config.data import KINDS, Transfer
 from kd_jax.data.permutation import counter_keys, name_key, permute
 from kd_jax.data.rows import RowStore
 from kd_jax.types import UserError
 
-# The schedule repeats after this many rows; a source has a whole number of them in each.
+# Rows in one period of the schedule. Shares are rounded to whole rows of it, so to 1/65,536.
 PERIOD = 2**16
-
-# Kinds of text that shares are given to, and the kinds of store that may fill the generic share.
-KINDS = ("generic", "task")
-GENERIC = ("generic", "selected")
 
 
 class TransferSet:
-    """Mixes row stores in fixed shares; nothing is buffered, so any index is located at once.
+    """Mixes row stores in fixed shares: after i rows, a source with share s has been drawn s * i times, within one.
 
-    `transfer` is config.transfer; `weights` gives each source's weight among the sources of its kind and language
-    (config.sources.<name>.weight); `seed` orders the rows within each epoch. After any number i of rows, a source
-    with share s has been drawn s * i times, off by less than one row. Stores that transfer.generic leaves out are kept
-    in `stores`, with share 0. Raises UserError for shares that the stores cannot fill.
+    transfer: config.transfer. weights: config.sources.<name>.weight, by source. seed: orders the rows of each epoch.
+    Stores of the generic kind that `transfer.generic` does not name stay in `stores`, with share 0. Raises UserError
+    for shares that the stores cannot fill.
     """
 
-    def __init__(self, stores: Sequence[RowStore], *, transfer: ConfigDict, seed: int, weights: Mapping[str, float]):
+    def __init__(self, stores: Sequence[RowStore], *, transfer: Transfer, seed: int, weights: Mapping[str, float]):
         if not stores:
             raise UserError("config.prepared: holds no rows to train on; name at least one source in config.sources")
         lengths = {store.length for store in stores}
         if len(lengths) > 1:
             raise UserError(f"config.prepared: its rows have several lengths, {sorted(lengths)}; run prepare again")
         self.stores = tuple(stores)
-        self.generic: str = transfer.generic  # the kind of store that fills the generic share
-        self._units = np.array([_units(store, transfer.unit) / store.num_rows for store in stores])
-        unit_shares = _unit_shares(stores, transfer, weights)
-        row_shares = unit_shares / self._units
+        self.generic = transfer.generic  # the kind of store that fills the generic share
+        # Shares are meant in tokens or utterances, but rows are drawn, and rows of two stores hold different amounts.
+        amounts = [store.maskable if transfer.unit == "tokens" else store.texts for store in stores]
+        per_row = np.array([amount / store.num_rows for amount, store in zip(amounts, stores)])
+        row_shares = _unit_shares(stores, transfer, weights) / per_row
         self._quotas = _quotas(row_shares / row_shares.sum(), [store.name for store in stores])
         self.row_shares = self._quotas / PERIOD
         self._schedule, self._ranks = _schedule(self._quotas)
         self._num_rows = np.array([store.num_rows for store in stores], np.int64)
+        # Keyed by the stores' content, so equal rows keep their order when a store is renamed.
         self._keys = np.array([name_key("row order", seed, store.fingerprint) for store in stores], np.uint64)
         self.fingerprint = f"{name_key(json.dumps([self._quotas.tolist(), self._keys.tolist()])):016x}"
 
     def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(source int32 [n], epoch int64 [n], row int64 [n]) of global row indices int64 [n], exact up to 2**40.
 
-        `source` counts in the order of `stores`; within an epoch every row of a source is drawn once, in that epoch's
-        order.
+        `source` counts in the order of `stores`. In each epoch, every row of a source is drawn once, in an order of
+        that epoch's own.
         """
         period, slot = np.divmod(np.asarray(index, np.int64), PERIOD)
         source = self._schedule[slot]
-        rank = period * self._quotas[source] + self._ranks[slot]
-        epoch, place = np.divmod(rank, self._num_rows[source])
-        row = permute(place, self._num_rows[source], counter_keys(self._keys[source], epoch))
+        rank = period * self._quotas[source] + self._ranks[slot]  # earlier draws of this source
+        epoch, position = np.divmod(rank, self._num_rows[source])
+        row = permute(position, self._num_rows[source], counter_keys(self._keys[source], epoch))
         return source, epoch, row
 
     def drawn(self, rows: int) -> np.ndarray:
@@ -74,12 +75,13 @@ class TransferSet:
         """
         drawn = self.drawn(rows)
         epochs = drawn / self._num_rows
+        tokens, utterances = ([getattr(store, name) for store in self.stores] for name in ("maskable", "texts"))
         amounts = {
             "rows": drawn.astype(np.float64),
-            "tokens": epochs * [store.maskable for store in self.stores],
-            "utterances": epochs * [store.texts for store in self.stores],
-            "unique_tokens": np.minimum(epochs, 1) * [store.maskable for store in self.stores],
-            "unique_utterances": np.minimum(epochs, 1) * [store.texts for store in self.stores],
+            "tokens": epochs * tokens,
+            "utterances": epochs * utterances,
+            "unique_tokens": np.minimum(epochs, 1) * tokens,
+            "unique_utterances": np.minimum(epochs, 1) * utterances,
         }
 
         def entry(members: np.ndarray) -> dict[str, float]:
@@ -89,55 +91,30 @@ class TransferSet:
             result["epochs"] = float(drawn[members].sum() / self._num_rows[members].sum())
             return result
 
-        kinds = [_kind(store, self.generic) for store in self.stores]
-        each = {
-            store.name: entry(np.arange(len(self.stores)) == i)
-            for i, store in enumerate(self.stores)
-            if kinds[i] is not None
-        }
+        kinds = [_share_of(store, self.generic) for store in self.stores]
         of_kind = {kind: np.array([one == kind for one in kinds]) for kind in KINDS}
+        number = np.arange(len(self.stores))
         return {
             "rows": rows,
             "generic": self.generic,
-            "stores": each,
+            "stores": {store.name: entry(number == i) for i, store in enumerate(self.stores) if kinds[i]},
             "kinds": {kind: entry(members) for kind, members in of_kind.items() if members.any()},
         }
 
 
-def _kind(store: RowStore, generic: str) -> str | None:
-    """Which of KINDS the store fills a share of; None for one that is left out."""
-    if store.kind not in GENERIC:
-        return store.kind
+def _share_of(store: RowStore, generic: str) -> str | None:
+    """Which of KINDS the store fills a share of; None for generic text that the transfer set leaves out."""
+    if store.kind == "task":
+        return "task"
     return "generic" if store.kind == generic else None
 
 
-def _units(store: RowStore, unit: str) -> int:
-    if unit == "tokens":
-        return store.maskable
-    if unit == "utterances":
-        return store.texts
-    raise UserError(f"config.transfer.unit: {unit!r} is not known; use 'tokens' or 'utterances'")
-
-
-def _language(store: RowStore) -> str:
-    return store.language.split("-")[0]
-
-
-def _unit_shares(stores: Sequence[RowStore], transfer: ConfigDict, weights: Mapping[str, float]) -> np.ndarray:
-    """float64 [stores], sums to 1: each store's share, counted in `transfer.unit`."""
-    if not 0 <= transfer.task_share <= 1:
-        raise UserError(f"config.transfer.task_share: {transfer.task_share} is outside 0 to 1; give a share, e.g. 0.5")
-    if not transfer.language_temperature >= 0:
-        raise UserError(
-            f"config.transfer.language_temperature: {transfer.language_temperature} is negative; use 1 to keep the "
-            "proportions, 0 for uniform"
-        )
-    if transfer.generic not in GENERIC:
-        raise UserError(f"config.transfer.generic: {transfer.generic!r} is not known; use 'generic' or 'selected'")
+def _unit_shares(stores: Sequence[RowStore], transfer: Transfer, weights: Mapping[str, float]) -> np.ndarray:
+    """float64 [stores], sums to 1: share by kind, then by language, then by source, counted in `transfer.unit`."""
     members: dict[str, dict[str, list[int]]] = {kind: defaultdict(list) for kind in KINDS}
     for i, store in enumerate(stores):
-        if (kind := _kind(store, transfer.generic)) is not None:
-            members[kind][_language(store)].append(i)
+        if (kind := _share_of(store, transfer.generic)) is not None:
+            members[kind][store.language.split("-")[0]].append(i)  # "de-DE" shares a language with "de"
     if transfer.generic == "selected" and not members["generic"]:
         raise UserError(
             "config.transfer.generic: 'selected' needs selected text, but config.prepared holds none; run prepare into "
@@ -152,29 +129,26 @@ def _unit_shares(stores: Sequence[RowStore], transfer: ConfigDict, weights: Mapp
                 f"config.transfer.task_share: {transfer.task_share} needs {kind} text, but config.prepared holds none; "
                 f"add a source of kind {kind!r} or change the share"
             )
-        mix = _language_mix(stores, members, kind, transfer)
-        for language, share in mix.items():
-            if not members[kind][language]:
+        for language, share in _language_shares(stores, members, kind, transfer).items():
+            inside = members[kind][language]
+            if not inside:
                 wanted = transfer.generic if kind == "generic" else kind
                 raise UserError(
                     f"config.transfer.language_mix: {transfer.language_mix!r} needs {wanted} text in {language!r}, but "
                     "config.prepared holds none; add a source for it or use 'own'"
                 )
-            inner = _source_shares(stores, members[kind][language], weights)
-            result[members[kind][language]] = kind_share * share * inner
+            result[inside] = kind_share * share * _source_shares([stores[i] for i in inside], weights)
     return result / result.sum()
 
 
-def _language_mix(stores, members, kind: str, transfer: ConfigDict) -> dict[str, float]:
-    """What `kind` follows: p(language) ~ tokens ** temperature, counted in the kind that sets the mix."""
+def _language_shares(
+    stores: Sequence[RowStore], members: Mapping[str, Mapping[str, list[int]]], kind: str, transfer: Transfer
+) -> dict[str, float]:
+    """Languages of `kind`: p(language) ~ tokens ** temperature, counted in the kind of text that sets the mix."""
     mix = transfer.language_mix
     if mix == "uniform":
         languages = dict.fromkeys([*members["generic"], *members["task"]])
         return {language: 1 / len(languages) for language in languages}
-    if mix not in ("task", "generic", "own"):
-        raise UserError(
-            f"config.transfer.language_mix: {mix!r} is not known; use 'task', 'generic', 'own' or 'uniform'"
-        )
     leading = kind if mix == "own" else mix
     if not members[leading]:
         raise UserError(
@@ -188,28 +162,24 @@ def _language_mix(stores, members, kind: str, transfer: ConfigDict) -> dict[str,
     return {language: power / sum(powers.values()) for language, power in powers.items()}
 
 
-def _source_shares(stores, inside: list[int], weights: Mapping[str, float]) -> np.ndarray:
+def _source_shares(stores: Sequence[RowStore], weights: Mapping[str, float]) -> np.ndarray:
     """Shares of the stores of one kind and language: by source weight, and by tokens between a source's own locales."""
     tokens: dict[str, int] = defaultdict(int)
-    for i in inside:
-        tokens[stores[i].source] += stores[i].maskable
+    for store in stores:
+        tokens[store.source] += store.maskable
     for source in tokens:
         if source not in weights:
             raise UserError(
                 f"config.sources: has no {source!r}, which config.prepared holds; add it or prepare another folder"
             )
-        if not weights[source] > 0:
-            raise UserError(
-                f"config.sources.{source}.weight: {weights[source]} is not above 0; leave the source out instead"
-            )
-    shares = np.array([weights[stores[i].source] * stores[i].maskable / tokens[stores[i].source] for i in inside])
+    shares = np.array([weights[store.source] * store.maskable / tokens[store.source] for store in stores])
     return shares / shares.sum()
 
 
-def _quotas(row_shares: np.ndarray, names: list[str]) -> np.ndarray:
+def _quotas(row_shares: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """int64 [sources], sums to PERIOD: rows of each source in a period, by largest remainder."""
     for name, share in zip(names, row_shares):
-        if 0 < share < 1 / PERIOD:
+        if 0 < share < 1 / PERIOD:  # would be rounded to no row at all, silently
             raise UserError(
                 f"config.transfer: {name} would get {share:.2g} of the rows, less than one in {PERIOD}; raise its "
                 "weight or its language's share (language_temperature), or leave it out"
@@ -217,25 +187,26 @@ def _quotas(row_shares: np.ndarray, names: list[str]) -> np.ndarray:
     exact = row_shares * PERIOD
     quotas = np.floor(exact).astype(np.int64)
     missing = PERIOD - int(quotas.sum())
-    remainders = np.where(row_shares > 0, exact - quotas, -1.0)
+    remainders = np.where(row_shares > 0, exact - quotas, -1.0)  # a source without a share gets no spare row
     quotas[np.argsort(-remainders, kind="stable")[:missing]] += 1
     return quotas
 
 
 def _schedule(quotas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(source int32 [PERIOD], rank int64 [PERIOD]): which source each slot draws, for the how-manieth time in the
-    period.
+    """(source int32 [PERIOD], rank int64 [PERIOD]): the source of each slot, and its earlier draws in the period.
 
-    The j-th draw of a source with q draws falls into the slots floor(j D / q) .. ceil((j + 1) D / q) - 1, earliest
-    deadline first; its count after i slots is then within one of i q / D (P-fairness: Baruah, Cohen, Plaxton and
-    Varvel, Algorithmica 1996).
+    With D = PERIOD, draw j of a source with quota q may take the slots floor(j D / q) .. ceil((j + 1) D / q) - 1.
+    These are the windows of proportionate (Pfair) scheduling: any schedule that keeps them has drawn each source
+    within one of i q / D after i slots. Earliest deadline first finds one, since the quotas fill the period exactly
+    (Baruah, Cohen, Plaxton and Varvel, Algorithmica 1996).
     """
     source = np.repeat(np.arange(len(quotas)), quotas)
     rank = np.concatenate([np.arange(quota) for quota in quotas])
     release = rank * PERIOD // quotas[source]
     deadline = -(-(rank + 1) * PERIOD // quotas[source])
     order = np.argsort(release, kind="stable")
-    priority = (deadline * PERIOD + source)[order].tolist()  # fewer sources than slots, so the pair fits one number
+    # The heap holds (deadline, source) as one integer, which compares faster than a tuple; source < PERIOD.
+    priority = (deadline * PERIOD + source)[order].tolist()
     waiting: list[int] = []
     added = 0
     schedule = np.empty(PERIOD, np.int32)
@@ -245,6 +216,5 @@ def _schedule(quotas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             added += 1
         schedule[slot] = heapq.heappop(waiting) % PERIOD
     ranks = np.empty(PERIOD, np.int64)
-    by_source = np.argsort(schedule, kind="stable")
-    ranks[by_source] = rank
+    ranks[np.argsort(schedule, kind="stable")] = rank  # the slots of each source, in order, get its ranks 0, 1, ...
     return schedule, ranks

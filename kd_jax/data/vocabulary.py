@@ -1,11 +1,16 @@
-"""A student's trimmed vocabulary: the pieces that the train rows use, numbered anew, over the same prepared rows."""
+"""A student's trimmed vocabulary: the tokens that the train rows use, numbered anew, over the same prepared rows."""
 
 import functools
 import hashlib
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
+import tokenizers
 
+from kd_jax.config.data import Vocabulary
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.rows import RowStore
 from kd_jax.data.text.tokenizer import Tokenizer
@@ -13,33 +18,33 @@ from kd_jax.types import UserError
 
 
 class TrimmedTokenizer(Tokenizer):
-    """A tokenizer whose ids are places in `kept`, int32 ascending ids of `full`; other pieces become <unk>."""
+    """A tokenizer whose id i stands for id kept[i] of `full`, int32 ascending; other tokens become <unk>."""
 
     def __init__(self, full: Tokenizer, kept: np.ndarray):
         if full.unk_id is None:
             raise UserError(
-                "config.vocabulary.trim: the tokenizer has no unknown piece for what is dropped; set it to False"
+                "config.vocabulary.trim: the tokenizer has no unknown token to replace dropped ones; set it to False"
             )
         self.full, self.kept, self.backend = full, kept, full.backend
         self.vocab_size = len(kept)
         to_ours = np.full(full.vocab_size, -1, np.int32)
         to_ours[kept] = np.arange(len(kept), dtype=np.int32)
-        self.from_full = np.where(to_ours < 0, to_ours[full.unk_id], to_ours)  # int32 [full pieces]
+        self.from_full = np.where(to_ours < 0, to_ours[full.unk_id], to_ours)  # int32 [full tokens]
         ours = {role: int(to_ours[getattr(full, role)]) for role in ("cls_id", "sep_id", "pad_id", "mask_id", "unk_id")}
         self.cls_id, self.sep_id, self.pad_id, self.mask_id, self.unk_id = ours.values()
         self.special_ids = tuple(sorted(ours.values()))
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the full tokenizer's fingerprint and the kept pieces."""
+        """SHA-256 (hex) of the full tokenizer's fingerprint and the kept tokens."""
         return hashlib.sha256(self.full.fingerprint.encode() + self.kept.astype("<i4").tobytes()).hexdigest()
 
     def tokens(self) -> list[str]:
-        """The piece of each id."""
-        pieces = self.full.tokens()
-        return [pieces[i] for i in self.kept]
+        """The token of each id."""
+        names = self.full.tokens()
+        return [names[i] for i in self.kept]
 
-    def save(self, folder) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Not possible: the ids are no part of the tokenizer's file. Raises TypeError."""
         raise TypeError("a trimmed tokenizer is derived from its prepared folder; save the full one, or `standalone`")
 
@@ -48,7 +53,7 @@ class TrimmedTokenizer(Tokenizer):
 
 
 class _TrimmedStore(RowStore):
-    """A row store with the ids of a trimmed vocabulary; its fingerprint, and so its masks' places, are the same."""
+    """A row store with the ids of a trimmed vocabulary. Its fingerprint is the store's, so its masks are, too."""
 
     def __init__(self, store: RowStore, tokenizer: TrimmedTokenizer):
         self.__dict__.update(store.__dict__)
@@ -60,7 +65,7 @@ class _TrimmedStore(RowStore):
 
     def token_counts(self, vocabulary: int) -> np.ndarray:
         if vocabulary != self._tokenizer.vocab_size:
-            raise ValueError(f"{vocabulary} pieces asked for, the trimmed vocabulary has {self._tokenizer.vocab_size}")
+            raise ValueError(f"{vocabulary} tokens wanted, the trimmed vocabulary has {self._tokenizer.vocab_size}")
         return self._store.token_counts(self._tokenizer.full.vocab_size)[self._tokenizer.kept]
 
 
@@ -80,20 +85,17 @@ class TrimmedPrepared(Prepared):
         return [_TrimmedStore(store, self.tokenizer) for store in self.full.stores(split)]
 
 
-def seen_by_student(prepared: Prepared, vocabulary: ConfigDict) -> Prepared:
+def seen_by_student(prepared: Prepared, vocabulary: Vocabulary) -> Prepared:
     """The prepared folder with the vocabulary that config.vocabulary gives its students.
 
-    A trimmed one keeps the special pieces and those that occur `min_count` times in the train rows of all sources
-    together: the same for all transfer sets. Held-out text may hold dropped pieces: they read as <unk> and are never
+    A trimmed one keeps the special tokens and those that occur `min_count` times in the train rows of all sources
+    together: the same for all transfer sets. Held-out text may hold dropped tokens: they read as <unk> and are never
     masked.
     """
-    if vocabulary.dropped not in ("renormalize", "unknown"):
-        raise UserError(f"config.vocabulary.dropped: {vocabulary.dropped!r} is unknown; use 'renormalize' or 'unknown'")
     if not vocabulary.trim:
         return prepared
-    if vocabulary.min_count < 1:
-        raise UserError(f"config.vocabulary.min_count: {vocabulary.min_count} is below 1; 1 keeps every piece in use")
     full = prepared.tokenizer
+    # Selected text is a part of the generic text, and would be counted twice.
     counts = sum(store.token_counts(full.vocab_size) for store in prepared.stores("train") if store.kind != "selected")
     keep = np.asarray(counts) >= vocabulary.min_count
     keep[list(full.special_ids)] = True
@@ -101,5 +103,106 @@ def seen_by_student(prepared: Prepared, vocabulary: ConfigDict) -> Prepared:
 
 
 def kept_ids(prepared: Prepared) -> np.ndarray | None:
-    """int32 [student pieces]: the full tokenizer's id of each piece, or None where nothing is trimmed."""
+    """int32 [student tokens]: the full tokenizer's id of each token, or None where nothing is trimmed."""
     return prepared.kept if isinstance(prepared, TrimmedPrepared) else None
+
+
+def standalone(trimmed: TrimmedTokenizer, texts: Sequence[str] = ()) -> tuple[Tokenizer, int]:
+    """(tokenizer, helpers): a tokenizer file of its own, for exports; `helpers` more ids follow those of `trimmed`.
+
+    A text whose tokens were all kept gets the ids that the student was trained with. In another text, dropped tokens
+    are split into smaller kept ones, where the student's own reading has <unk>. BPE builds a token from smaller ones;
+    those that were not kept are the helpers, which a model reads and predicts as <unk>. Raises UserError for a
+    tokenizer that cannot be trimmed, or that would read one of `texts` differently.
+    """
+    content = json.loads(trimmed.full.backend.to_str())
+    ids = {token: i for i, token in enumerate(trimmed.tokens())}
+    model, kind = content["model"], content["model"]["type"]
+    helpers: list[str] = []
+    if kind == "BPE":
+        helpers = _trim_bpe(model, ids)
+    elif kind == "Unigram":
+        _trim_unigram(model, ids)
+    elif kind in ("WordPiece", "WordLevel"):
+        model["vocab"] = {token: i for token, i in ids.items() if token in model["vocab"]}
+    else:
+        raise _cannot_trim(f"a {kind} tokenizer cannot be")
+    added = [token for token in content["added_tokens"] if token["content"] in ids]
+    content["added_tokens"] = [token | {"id": ids[token["content"]]} for token in added]
+    if kind != "Unigram":  # whose ids are positions in its list, so that other tokens come after it
+        model["vocab"] |= {token["content"]: ids[token["content"]] for token in added}
+    _renumber(content["post_processor"], ids)
+    found = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)), "config.vocabulary")
+    _check(trimmed, found, len(helpers), texts)
+    return found, len(helpers)
+
+
+def _cannot_trim(problem: str) -> UserError:
+    return UserError(
+        f"config.export.checkpoint: its vocabulary is trimmed, and {problem}; train the student with "
+        "config.vocabulary.trim=False to export it"
+    )
+
+
+def _trim_bpe(model: dict[str, Any], ids: dict[str, int]) -> list[str]:
+    """Keeps the merges that lead to kept tokens; returns the intermediate tokens that are not kept."""
+    merges = [tuple(one.split(" ")) if isinstance(one, str) else tuple(one) for one in model["merges"]]
+    prefix = model["continuing_subword_prefix"] or ""
+
+    def result(pair: tuple[str, ...]) -> str:
+        first, second = pair
+        return first + second.removeprefix(prefix)
+
+    parts: dict[str, list[tuple[str, ...]]] = {}
+    for pair in merges:
+        parts.setdefault(result(pair), []).append(pair)
+    needed, left = set[str](), [token for token in ids if token in model["vocab"]]
+    while left:
+        token = left.pop()
+        if token not in needed:
+            needed.add(token)
+            left += [part for pair in parts.get(token, ()) for part in pair]
+    model["merges"] = [list(pair) for pair in merges if result(pair) in needed]
+    helpers = sorted(needed - ids.keys(), key=lambda token: model["vocab"][token])
+    model["vocab"] = {token: ids[token] for token in ids if token in needed}
+    model["vocab"] |= {token: len(ids) + number for number, token in enumerate(helpers)}
+    if model["unk_token"] is None and not model["byte_fallback"]:  # a byte-level one, some of whose bytes were dropped
+        model["unk_token"] = next((name for name in ("<unk>", "[UNK]") if name in ids), None)
+    return helpers
+
+
+def _trim_unigram(model: dict[str, Any], ids: dict[str, int]) -> None:
+    scores = dict(model["vocab"])
+    if model["unk_id"] is not None:
+        unknown = model["vocab"][model["unk_id"]][0]
+        # An unknown character costs a fixed amount more than the unlikeliest token, which may be a dropped one.
+        scores[unknown] = min(scores.values())
+        model["unk_id"] = ids[unknown]
+    model["vocab"] = [[token, scores[token]] for token in ids if token in scores]
+
+
+def _renumber(processor: Any, ids: dict[str, int]) -> None:
+    """Gives the special tokens of a post-processor their new ids."""
+    if processor is None:
+        return
+    for one in processor["processors"] if processor["type"] == "Sequence" else []:
+        _renumber(one, ids)
+    if processor["type"] in ("BertProcessing", "RobertaProcessing"):
+        for role in ("sep", "cls"):
+            processor[role] = [processor[role][0], ids[processor[role][0]]]
+    if processor["type"] == "TemplateProcessing":
+        for special in processor["special_tokens"].values():
+            if missing := [token for token in special["tokens"] if token not in ids]:
+                raise _cannot_trim(f"its tokenizer puts {missing[0]} around texts, which was dropped")
+            special["ids"] = [ids[token] for token in special["tokens"]]
+
+
+def _check(trimmed: TrimmedTokenizer, found: Tokenizer, helpers: int, texts: Sequence[str]) -> None:
+    """Raises UserError unless tokens and ids are the same, and those of every text whose tokens were all kept."""
+    same = found.tokens()[: trimmed.vocab_size] == trimmed.tokens() and found.vocab_size == trimmed.vocab_size + helpers
+    problem = "" if same and found.special_ids == trimmed.special_ids else "its tokens get other ids"
+    for text, full, ours in zip(texts, trimmed.full.encode(texts), found.encode(texts), strict=True):
+        if np.isin(full, trimmed.kept).all() and not np.array_equal(trimmed.from_full[full], ours):
+            problem = problem or f"{text!r} would be read differently"
+    if problem:
+        raise _cannot_trim(f"no tokenizer file says the same ({problem})")

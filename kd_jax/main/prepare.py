@@ -10,7 +10,10 @@ from collections.abc import Iterable, Iterator
 import jax
 from ml_collections import ConfigDict
 
-from kd_jax.data.prepared import prepare
+from kd_jax.config import to_dict
+from kd_jax.config.data import Transfer, read_prepare
+from kd_jax.config.settings import read
+from kd_jax.data.prepared import PARTS, prepare
 from kd_jax.data.text.check import check
 from kd_jax.main import command
 from kd_jax.runtime.preemption import Item, interruptible
@@ -22,28 +25,29 @@ from kd_jax.types import UserError
 def keys(config: ConfigDict) -> tuple[str, ...]:
     """The config keys that decide what this command writes."""
     del config
-    return ("nlu", "sources", "tokenizer", "rows", "select")
+    return PARTS
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Writes tokenizer, utterances and row stores under workdir; a finished folder is left as it is."""
+    settings = read_prepare(config)
 
     def watch(texts: Iterable[Item], doing: str) -> Iterator[Item]:
         return counted(interruptible(texts, doing, alone=True), doing, unit="texts", shown=config.progress)
 
     if jax.process_index() == 0:
-        prepare(config, workdir, watch=watch)
+        prepare(settings, to_dict(config), workdir, watch=watch)
     mark_done(workdir)  # the other processes wait here
 
 
 def run_check(config: ConfigDict, workdir: pathlib.Path | None) -> None:
-    """Prints what the data hold and what is wrong with them; raises UserError at the end where anything is."""
+    """Prints what the data hold and what is wrong with them; raises UserError at the end if anything is."""
     del workdir  # nothing is written
-    findings = check(config)
+    findings = check(read_prepare(config), read(Transfer, config.transfer, "transfer"))
     print("\n".join(findings.lines), flush=True)
     if findings.errors:
         count = f"{findings.errors:,} error{'s'[: findings.errors != 1]}"
-        raise UserError(f"the data have {count}, see above; mend what is wrong before prepare")
+        raise UserError(f"the data have {count}, see above; fix them before you run prepare")
 
 
 if __name__ == "__main__":

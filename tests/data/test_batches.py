@@ -2,8 +2,9 @@ import types
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
+from kd_jax.config.data import Masking, Transfer
+from kd_jax.config.settings import block, read
 from kd_jax.data.batches import MaskedBatches, heldout_batches
 from kd_jax.data.packing import positions
 from kd_jax.data.rows import RowStore, StoreWriter
@@ -14,10 +15,8 @@ LENGTH = 32
 TOKENIZER = types.SimpleNamespace(
     vocab_size=500, cls_id=1, sep_id=2, pad_id=0, mask_id=4, special_ids=(0, 1, 2, 3, 4), fingerprint="tok"
 )
-MASKING = ConfigDict({"seed": 0, "rate": 0.15, "mask_share": 0.8, "random_share": 0.1, "epochs": 2})
-TRANSFER = ConfigDict(
-    {"task_share": 0.3, "generic": "generic", "unit": "tokens", "language_mix": "own", "language_temperature": 1.0}
-)
+MASKING = Masking(epochs=2)
+TRANSFER = Transfer(task_share=0.3, language_mix="own")
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +39,7 @@ def stores(tmp_path_factory):
 
 def make(stores, seed=0, batch_size=24, **masking):
     transfer_set = TransferSet(stores, transfer=TRANSFER, seed=seed, weights={"web": 1.0, "nlu": 1.0})
-    values = MASKING.copy_and_resolve_references()
-    values.update(masking)
+    values = read(Masking, block(Masking, **({"epochs": 2} | masking)), "masking")
     return MaskedBatches(stores, transfer_set, values, TOKENIZER, batch_size)
 
 

@@ -161,7 +161,7 @@ def test_batch_holds_its_utterances():
         batch = batches.batch(step)
         assert batch["utterance_weights"].sum() == 16 and len(batch["tokens"]) % 4 == 0
         expected = sorted(
-            (1, *labeled.pieces[labeled.offsets[i] : labeled.offsets[i + 1]].tolist(), 2)
+            (1, *labeled.tokens[labeled.offsets[i] : labeled.offsets[i + 1]].tolist(), 2)
             for i in batches.utterances(step)
         )
         slots = batch["utterance_weights"].astype(int) - 1
@@ -198,7 +198,7 @@ def test_seeds_and_data_tell_fingerprints_apart():
 
 
 def test_characters_are_joined_where_a_locale_has_no_spaces():
-    trained = train_tokenizer(["明天 早上", "明天早上", "wake me up", "wake up"] * 20, "unigram", 40)
+    trained = train_tokenizer(["明天 早上", "明天早上", "wake me up", "wake up"] * 20, 40)
     tags = ("B-t", "I-t", "I-t", "I-t")
     chinese = Utterance("0", "zh-CN", "train", "alarm", "set", "明天早上", tuple("明天早上"), tags)
     english = utterance(1, ["wake", "up"])
@@ -206,5 +206,5 @@ def test_characters_are_joined_where_a_locale_has_no_spaces():
     labeled = LabeledSet([chinese, english], trained, maps, "icner", 32)
     for i, text in enumerate(["明天早上", "wake up"]):
         inside = slice(labeled.offsets[i], labeled.offsets[i + 1])
-        np.testing.assert_array_equal(labeled.pieces[inside], trained.encode([text])[0])
+        np.testing.assert_array_equal(labeled.tokens[inside], trained.encode([text])[0])
     assert labeled.tags[0] == maps.tag_id("B-t")

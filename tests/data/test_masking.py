@@ -1,14 +1,13 @@
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
+from kd_jax.config.data import Masking
 from kd_jax.data.masking import mask_rows, num_slots, row_keys
 from kd_jax.data.packing import maskable
 
 PAD, CLS, SEP, UNK, MASK = range(5)
 SPECIAL = (PAD, CLS, SEP, UNK, MASK)
 VOCABULARY = 1000
-MASKING = ConfigDict({"seed": 0, "rate": 0.15, "mask_share": 0.8, "random_share": 0.1, "epochs": 8})
 
 
 def packed_rows(sizes_of_rows, length, seed=0):
@@ -27,15 +26,13 @@ def packed_rows(sizes_of_rows, length, seed=0):
 
 
 def masked(tokens, segment_ids, rows=None, epoch=0, seed=0, rate=0.15, **changes):
-    masking = MASKING.copy_and_resolve_references()
-    masking.update({"rate": rate, **changes})
     rows = np.arange(len(tokens)) if rows is None else rows
     return mask_rows(
         tokens,
         segment_ids,
         keys=row_keys(seed, "store", rows, np.full(len(rows), epoch)),
         slots=num_slots(tokens.shape[1], rate),
-        masking=masking,
+        masking=Masking(rate=rate, **changes),
         mask_id=MASK,
         special_ids=SPECIAL,
         random_ids=np.arange(5, VOCABULARY, dtype=np.int32),

@@ -5,11 +5,15 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from kd_jax.config import to_dict
+from kd_jax.config.base import source
+from kd_jax.config.data import Nlu, Rows, Select, TokenizerSettings, read_prepare
+from kd_jax.config.settings import block
 from kd_jax.data import prepared as prepared_module
 from kd_jax.data import rows as rows_module
-from kd_jax.data.prepared import Prepared, prepare
+from kd_jax.data.prepared import Prepared
 from kd_jax.data.text import splits as splits_module
-from kd_jax.data.text.decontamination import normalize
+from kd_jax.data.text.splits import normalize
 from kd_jax.data.text.tokenizer import Tokenizer, train_tokenizer
 from kd_jax.types import UserError
 
@@ -48,33 +52,27 @@ def texts(tmp_path_factory):
 def tokenizer(texts, tmp_path_factory):
     """A folder with a tokenizer trained on the generic text."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(texts[1], "bpe", 60).save(folder)
+    train_tokenizer(texts[1], 60).save(folder)
     return folder
-
-
-def source(**changes):
-    values = {
-        "kind": "generic", "format": "text", "languages": ("en",), "path": "", "field": "text", "name": "",
-        "subset": "", "split": "train", "streaming": False, "spoken_share": 0.0, "weight": 1.0, "max_texts": 0,
-    }  # fmt: skip
-    return ConfigDict(values | changes)
 
 
 @pytest.fixture
 def config(texts, tokenizer):
     result = ConfigDict()
-    nlu = str(texts[0] / "nlu")
-    result.nlu = {"format": "massive", "path": nlu, "name": "", "locales": ("en-US",), "max_train": 0}
+    result.nlu = block(Nlu, format="massive", path=str(texts[0] / "nlu"))
     result.sources = {
-        "web": source(path=str(texts[0] / "{language}.txt")),
-        "nlu": source(kind="task", format="utterances", languages=("en-US",)),
+        "web": source("generic", "text", ("en",), path=str(texts[0] / "{language}.txt")),
+        "nlu": source("task", "utterances", ("en-US",)),
     }
-    result.tokenizer = {
-        "kind": "load", "path": str(tokenizer), "model": "unigram", "vocab_size": 60, "texts_per_store": 500,
-    }  # fmt: skip
-    result.rows = {"length": 32, "heldout_share": 0.1, "open_rows": 16}
-    result.select = {"share": 0.0, "target": "language", "ngrams": 2, "buckets": 1000, "smoothing": 0.1, "seed": 0}
+    path = str(tokenizer)
+    result.tokenizer = block(TokenizerSettings, kind="load", path=path, vocab_size=60, texts_per_store=500)
+    result.rows = block(Rows, length=32, heldout_share=0.1, open_rows=16)
+    result.select = block(Select, buckets=1000)
     return result
+
+
+def prepare(config, folder):
+    prepared_module.prepare(read_prepare(config), to_dict(config), folder)
 
 
 def decoded(store, tokenizer):
@@ -130,7 +128,7 @@ def test_reading_back(config, texts, tmp_path):
     prepare(config, tmp_path / "p")
     prepared = Prepared(str(tmp_path / "p"))
     assert [one.text for one in prepared.utterances] == [record["utt"] for record in texts[2]]
-    assert prepared.config.rows.length == 32 and prepared.config["sources"]["web"].weight == 1.0
+    assert prepared.settings.rows.length == 32 and prepared.settings.sources["web"].weight == 1.0
     assert prepared.manifest["utterances"]["en-US train"] == sum(r["partition"] == "train" for r in texts[2])
     assert prepared.tokenizer.fingerprint == prepared.stores("train")[0].tokenizer_fingerprint
     assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["manifest.json", "rows", "tokenizer", "utterances"]
@@ -256,7 +254,7 @@ def test_selected_text_is_a_store_of_its_own(config, texts, tmp_path, monkeypatc
     assert others == without.manifest["stores"]
     assert prepared.manifest["removed"] == without.manifest["removed"]
     assert store.manifest["removed"] == {"not selected": generic.texts - store.texts, "empty": 0}
-    assert prepared.config.select.share == 0.05 and "select" not in without.config
+    assert prepared.settings.select.share == 0.05 and "select" not in without.manifest["config"]
 
 
 def test_selection_settings_decide_its_store_and_the_folder(config, texts, tmp_path, monkeypatch):
@@ -277,7 +275,7 @@ def test_selection_settings_decide_its_store_and_the_folder(config, texts, tmp_p
         for config.select.seed in (0, 5):
             prepare(config, tmp_path / "none")
         config.select.share = 0.05
-        with pytest.raises(UserError, match=r"config\.select: '\(absent\)'"):
+        with pytest.raises(UserError, match=r"config\.select: \(absent\)"):
             prepare(config, tmp_path / "none")
 
 
@@ -322,9 +320,9 @@ def test_a_loaded_tokenizer_is_the_one_of_its_folder(config, tokenizer, tmp_path
 def test_a_trained_tokenizer_reads_no_text_that_is_held_out(config, tmp_path, monkeypatch):
     given = []
 
-    def recording(texts, model, vocab_size):
+    def recording(texts, vocab_size):
         given.extend(texts)
-        return train_tokenizer(given, model, vocab_size)
+        return train_tokenizer(given, vocab_size)
 
     monkeypatch.setattr(prepared_module, "train_tokenizer", recording)
     config.tokenizer.kind, config.tokenizer.texts_per_store = "train", 700
@@ -354,14 +352,15 @@ def test_a_trained_tokenizer_reads_no_text_that_is_held_out(config, tmp_path, mo
             r"config\.sources\.web: no text of en was held out; raise config\.rows\.heldout_share",
         ),
         ("tokenizer.kind", "guess", r"config\.tokenizer\.kind"),
+        ("tokenizer", {"kind": "train", "model": "unigram"}, r"config\.tokenizer\.model: 'unigram' .*kind=load"),
         ("sources", {}, r"config\.sources: is empty"),
         ("select.share", 2.0, r"config\.select\.share: 2\.0"),
     ],
 )
 def test_mistakes_are_named(config, tmp_path, key, value, message):
     with config.ignore_type():
-        if key == "sources":
-            config.sources = ConfigDict()
+        if isinstance(value, dict):
+            config[key] = ConfigDict(value)
         else:
             config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=message):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tests.data.test_batches import MASKING, TOKENIZER, make, stores  # noqa: F4
 from tests.support import fake_store
 
 STEPS, WIDTH = 5, 3
-IDENTITY = {"teacher": "abc", "masking": MASKING.to_dict(), "rows": {"web-en": "x"}}
+IDENTITY = {"teacher": "abc", "masking": asdict(MASKING), "rows": {"web-en": "x"}}
 
 
 def features(batch) -> np.ndarray:
@@ -121,7 +122,7 @@ def test_what_differs_is_named(finished):
     with pytest.raises(UserError, match=r"another teacher .*abc.*xyz"):
         cache.check({**IDENTITY, "teacher": "xyz"})
     with pytest.raises(UserError, match="another masking"):
-        cache.check({**IDENTITY, "masking": {**MASKING.to_dict(), "seed": 1}})
+        cache.check({**IDENTITY, "masking": {**asdict(MASKING), "seed": 1}})
     with pytest.raises(UserError, match="another rows"):
         cache.check({**IDENTITY, "rows": {"web-en": "y"}})
 

@@ -2,8 +2,9 @@ import types
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
+from kd_jax.config.data import Transfer
+from kd_jax.config.settings import block, read
 from kd_jax.data.transfer_set import PERIOD, TransferSet
 from kd_jax.types import UserError
 
@@ -16,10 +17,7 @@ def store(name, language, kind, rows, maskable_per_row=100.0, texts_per_row=5, s
 
 
 def transfer(**changes):
-    values = {
-        "task_share": 0.5, "generic": "generic", "unit": "tokens", "language_mix": "own", "language_temperature": 1.0,
-    }  # fmt: skip
-    return ConfigDict(values | changes)
+    return read(Transfer, block(Transfer, **({"language_mix": "own"} | changes)), "transfer")
 
 
 def make(stores, seed=0, weights=None, **changes):
@@ -245,5 +243,3 @@ def test_missing_text_is_named():
         make(stores)
     with pytest.raises(UserError, match="has no 'nlu'"):
         make(two_kinds(), weights={"web": 1.0})
-    with pytest.raises(UserError, match=r"sources\.nlu\.weight"):
-        make(two_kinds(), weights={"web": 1.0, "nlu": 0.0})

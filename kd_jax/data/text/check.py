@@ -1,4 +1,4 @@
-"""Looks at a user's data before anything is prepared: all errors with their places, counts, lengths, duplicates."""
+"""Looks at a user's data before anything is prepared: all errors with file and line, counts, lengths, duplicates."""
 
 import dataclasses
 import itertools
@@ -6,16 +6,16 @@ import random
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Self
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from kd_jax.config.data import Prepare, Transfer
 from kd_jax.data.packing import pack_stream
 from kd_jax.data.prepared import check_settings
 from kd_jax.data.rows import no_text
-from kd_jax.data.text.decontamination import FilterCount, text_key
 from kd_jax.data.text.files import fill_path
-from kd_jax.data.text.splits import Splits
+from kd_jax.data.text.splits import Splits, text_key
 from kd_jax.data.text.tokenizer import Tokenizer, train_tokenizer
 from kd_jax.data.text.utterances import PARTITIONS, Utterance, load_utterances
 from kd_jax.types import UserError
@@ -27,8 +27,7 @@ _WIDTH = 110
 _UNBREAKABLE = "\u00a0"
 
 
-@dataclasses.dataclass
-class Findings:
+class Findings(NamedTuple):
     """What a check found: the lines to print, and the number of errors."""
 
     lines: list[str]
@@ -36,7 +35,7 @@ class Findings:
 
 
 class Errors:
-    """Keeps the first messages and counts all. As a context it takes the UserError that ends its block."""
+    """Keeps the first messages and counts all. As a context it catches the UserError that ends its block."""
 
     def __init__(self):
         self.count, self.first = 0, list[str]()
@@ -46,10 +45,10 @@ class Errors:
         if self.count <= SHOWN:
             self.first.append(str(error))
 
-    def __enter__(self) -> "Errors":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind, error, trace) -> bool:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         if isinstance(error, UserError):
             self.add(error)
             return True
@@ -62,22 +61,22 @@ class Errors:
         return [f"errors: {self.count:,}{more}", *(f"  {message}" for message in self.first)]
 
 
-def check(config: ConfigDict) -> Findings:
-    """Reads what `prepare` would read for config.nlu and config.sources, in the same way, and writes nothing.
+def check(settings: Prepare, transfer: Transfer) -> Findings:
+    """Reads what `prepare` would read, in the same way, and writes nothing.
 
     An error in a record does not end it; the next record is read. Lengths are measured on SAMPLE texts of each source
     and language, drawn at random, and of a source on the hub only the first REMOTE texts are read. Raises no UserError.
     """
     errors = Errors()
     with errors:
-        check_settings(config)
+        check_settings(settings)
     utterances: list[Utterance] = []
     with errors:
-        utterances = load_utterances(config.nlu, errors.add)
+        utterances = load_utterances(settings.nlu, errors.add)
     lines: list[str] = []
     if utterances:
         lines += [*partitions(utterances), "", *labels(utterances), "", *duplicates(utterances), ""]
-    lines += [*texts(config, utterances, errors), ""]
+    lines += [*texts(settings, transfer, utterances, errors), ""]
     return Findings(lines + errors.lines(), errors.count)
 
 
@@ -109,14 +108,14 @@ def label_counts(utterances: Iterable[Utterance]) -> dict[str, dict[str, Counter
 def labels(utterances: Sequence[Utterance]) -> Iterator[str]:
     """How often each domain, intent and slot occurs in train, and those that occur in dev or test only."""
     counts = label_counts(utterances)
-    for kind, by_partition in counts.items():
-        named = [f"{name}{_UNBREAKABLE}{count:,}" for name, count in by_partition["train"].most_common()]
-        yield from wrapped(f"{kind} in train ({len(named)}): {', '.join(named) or 'none'}")
-    for kind, by_partition in counts.items():
-        known = by_partition["train"]
-        unseen = {name: Counter(by_partition[name]) for name in ("dev", "test")}
-        for label in sorted((unseen["dev"].keys() | unseen["test"].keys()) - known.keys()):
-            where = ", ".join(f"{unseen[name][label]:,} in {name}" for name in unseen if unseen[name][label])
+    for kind, found in counts.items():
+        named = [f"{name}{_UNBREAKABLE}{count:,}" for name, count in found["train"].most_common()]
+        line = f"{kind} in train ({len(named)}): {', '.join(named) or 'none'}"
+        wrapped = textwrap.wrap(line, _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        yield from (one.replace(_UNBREAKABLE, " ") for one in wrapped)  # no break between a name and its count
+    for kind, found in counts.items():
+        for label in sorted((found["dev"].keys() | found["test"].keys()) - found["train"].keys()):
+            where = ", ".join(f"{count:,} in {name}" for name in ("dev", "test") if (count := found[name][label]))
             yield f"note: {kind[:-1]} {label!r} is not in train, so it is always predicted wrong: {where}"
 
 
@@ -130,12 +129,12 @@ def duplicates(utterances: Sequence[Utterance]) -> Iterator[str]:
     for name, other in (("dev", "train"), ("test", "train"), ("test", "dev")):
         here = (one for one in utterances if one.partition == name)
         pairs = [(one, twin) for one in here if (twin := found[other].get((one.locale, text_key(one.text))))]
-        share = f" ({len(pairs) / totals[name]:.1%})" if pairs else ""
         example = ""
         if pairs:
             one, twin = pairs[0]
-            example = f", e.g. {one.locale} {one.id} and {twin.id}: {textwrap.shorten(one.text, 60)!r}"
-        yield f"  {name} in {other}: {len(pairs):,} of {totals[name]:,}{share}{example}"
+            share = f"{len(pairs) / totals[name]:.1%}"
+            example = f" ({share}), e.g. {one.locale} {one.id} and {twin.id}: {textwrap.shorten(one.text, 60)!r}"
+        yield f"  {name} in {other}: {len(pairs):,} of {totals[name]:,}{example}"
 
 
 @dataclasses.dataclass
@@ -145,67 +144,67 @@ class Store:
     source: str
     kind: str
     language: str
-    whole: bool  # all of its texts were read, not the first of them
+    whole: bool  # all of its texts were read, not only the first
     read: int = 0
     heldout: int = 0
     left_out: int = 0
-    sample: list[str] = dataclasses.field(default_factory=list)
+    sample: list[str] = dataclasses.field(default_factory=list[str])
 
     @property
     def name(self) -> str:
         return f"{self.source}-{self.language}"
 
 
-def read_store(config: ConfigDict, splits: Splits, name: str, language: str, errors: Errors) -> Store:
+def read_store(settings: Prepare, splits: Splits, name: str, language: str, errors: Errors) -> Store:
     """Reads all texts of one language of a source (the first REMOTE of a source on the hub)."""
-    source = config.sources[name]
+    source = settings.sources[name]
     on_hub = source.format == "huggingface" and not source.path
-    store, count, rng = Store(name, source.kind, language, whole=not on_hub), FilterCount(), random.Random(0)
+    store, removed, rng = Store(name, source.kind, language, whole=not on_hub), Counter[str](), random.Random(0)
     with errors:
-        marked = splits.marked(name, language, count, errors.add)
+        marked = splits.marked(name, language, removed, errors.add)
         for text, is_heldout in itertools.islice(marked, REMOTE if on_hub else None):
             store.read += 1
             store.heldout += is_heldout
             # Every text has the same chance to stay in the sample (Vitter 1985, algorithm R).
-            place = store.read - 1 if store.read <= SAMPLE else rng.randrange(store.read)
-            if place < SAMPLE:
-                store.sample[place : place + 1] = [text]
-    store.left_out = count.removed
+            index = store.read - 1 if store.read <= SAMPLE else rng.randrange(store.read)
+            if index < SAMPLE:
+                store.sample[index : index + 1] = [text]
+    store.left_out = removed.total()
     return store
 
 
-def texts(config: ConfigDict, utterances: Sequence[Utterance], errors: Errors) -> Iterator[str]:
+def texts(settings: Prepare, transfer: Transfer, utterances: Sequence[Utterance], errors: Errors) -> Iterator[str]:
     """Counts and lengths of the texts of all sources, and the padding that packed rows avoid."""
-    config = config.copy_and_resolve_references()
-    for source in config.sources.values():
-        source.streaming = True  # of the hub only the beginning is read
-    splits = Splits(config, utterances)
+    # Of a data set on the hub only the beginning is read, so it is not downloaded.
+    sources = {name: dataclasses.replace(source, streaming=True) for name, source in settings.sources.items()}
+    settings = dataclasses.replace(settings, sources=sources)
+    splits = Splits(settings, utterances)
     stores = [
-        read_store(config, splits, name, language, errors)
-        for name, source in config.sources.items()
+        read_store(settings, splits, name, language, errors)
+        for name, source in settings.sources.items()
         for language in source.languages
     ]
     stores = [store for store in stores if store.read]
     if not stores:
         return
-    for one in [] if errors.count else stores:  # what is broken comes first
+    for one in [] if errors.count else stores:  # after a broken record, missing text is no news
         for split, count in (("train", one.read - one.heldout), ("heldout", one.heldout)):
             if one.whole and not count and (split == "train" or one.kind == "generic"):
                 errors.add(no_text(one.source, one.language, split, {"equal to dev or test": one.left_out}))
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for one in stores:
         words = [len(text.split()) for text in one.sample]
         rows.append((one.name, f"{one.read:,}", f"{one.heldout:,}", f"{one.left_out:,}", *spread(words)))
     yield from table(("texts", "kept", "of them held out", "left out", "words: mean", "95 %", "longest"), rows)
     yield "left out: equal to a dev or test utterance (case, punctuation and spaces aside)"
-    yield from languages(stores, config.transfer.language_mix)
+    yield from languages(stores, transfer.language_mix)
     yield ""
     with errors:
-        yield from pieces(config, stores)
+        yield from lengths(settings, stores)
 
 
 def languages(stores: Sequence[Store], mix: str) -> Iterator[str]:
-    """Languages of which the mix needs text of a kind that is not there."""
+    """Languages in which the mix needs text of a kind that has none."""
     found = {kind: {one.language.split("-")[0] for one in stores if one.kind == kind} for kind in ("generic", "task")}
     if not all(found.values()):
         return
@@ -216,24 +215,24 @@ def languages(stores: Sequence[Store], mix: str) -> Iterator[str]:
             yield f"note: no {kind} text in {', '.join(missing)}; {needed}"
 
 
-def pieces(config: ConfigDict, stores: Sequence[Store]) -> list[str]:
-    """Lengths in pieces of the tokenizer that config.tokenizer names; one to be trained is trained on the samples."""
-    settings, length = config.tokenizer, config.rows.length
-    if settings.kind == "load":
-        tokenizer = Tokenizer.load(fill_path(settings.path, key="config.tokenizer.path"))
-        about = f"{settings.path}, {tokenizer.vocab_size:,} pieces"
+def lengths(settings: Prepare, stores: Sequence[Store]) -> list[str]:
+    """Lengths in tokens of the tokenizer that config.tokenizer names; one to be trained is trained on the samples."""
+    length = settings.rows.length
+    if settings.tokenizer.kind == "load":
+        tokenizer = Tokenizer.load(fill_path(settings.tokenizer.path, key="config.tokenizer.path"))
+        about = f"{settings.tokenizer.path}, {tokenizer.vocab_size:,} tokens"
     else:
         sampled = itertools.chain.from_iterable(one.sample for one in stores)
-        tokenizer = train_tokenizer(sampled, settings.model, settings.vocab_size)
-        about = f"{tokenizer.vocab_size:,} pieces, trained on the sampled texts alone"
-    rows = []
+        tokenizer = train_tokenizer(sampled, settings.tokenizer.vocab_size)
+        about = f"{tokenizer.vocab_size:,} tokens, trained on the sampled texts alone"
+    rows: list[tuple[str, ...]] = []
     for one in stores:
         encoded = tokenizer.encode(one.sample)
         sizes = np.array([len(ids) for ids in encoded])
-        alone, packed = padding(encoded, tokenizer, length, config.rows.open_rows)
+        alone, packed = padding(encoded, tokenizer, length, settings.rows.open_rows)
         cut = f"{np.mean(sizes > length - 2):.1%}"
         rows.append((one.name, *spread(sizes), cut, f"{alone:.0%}", f"{packed:.0%}"))
-    head = ("pieces", "mean", "95 %", "longest", "cut", "padding: a text a row", "packed")
+    head = ("tokens", "mean", "95 %", "longest", "cut", "padding: one text per row", "packed")
     return [
         *table(head, rows),
         f"tokenizer: {about}; rows of {length} tokens (config.rows.length), longer texts are cut into several",
@@ -242,16 +241,12 @@ def pieces(config: ConfigDict, stores: Sequence[Store]) -> list[str]:
 
 def padding(encoded: list[np.ndarray], tokenizer: Tokenizer, length: int, open_rows: int) -> tuple[float, float]:
     """The share of padding in rows of `length` tokens with one text each, and with the texts packed."""
-    rows, real, segments = 0, 0, 0
-    for _, segment_ids in pack_stream(
-        [encoded], length, tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id, open_rows
-    ):
-        rows += len(segment_ids)
-        real += int(np.count_nonzero(segment_ids))
-        segments += int(segment_ids.max(axis=1).sum()) if len(segment_ids) else 0
-    if not rows:
+    ends = (tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id)
+    segment_ids = np.concatenate([ids for _, ids in pack_stream([encoded], length, *ends, open_rows)])
+    if not len(segment_ids):
         return 0.0, 0.0
-    return 1 - real / (segments * length), 1 - real / (rows * length)
+    real, segments = np.count_nonzero(segment_ids), int(segment_ids.max(axis=1).sum())
+    return 1 - real / (segments * length), 1 - real / segment_ids.size
 
 
 def spread(sizes: Sequence[int] | np.ndarray) -> tuple[str, str, str]:
@@ -266,9 +261,3 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
         for row in (head, *rows)
     ]
-
-
-def wrapped(line: str) -> list[str]:
-    """The line, broken where it is too long, but not at the spaces that are marked as unbreakable."""
-    lines = textwrap.wrap(line, _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    return [one.replace(_UNBREAKABLE, " ") for one in lines]

@@ -1,4 +1,4 @@
-"""Reads of user files and of the hub that end in one clear sentence when something is wrong with them."""
+"""Reads files and hub data sets of the user; what is wrong with them becomes one clear sentence."""
 
 import glob
 import gzip
@@ -13,20 +13,19 @@ from typing import Any
 from kd_jax.runtime.paths import reaching
 from kd_jax.types import UserError
 
-# What a reader does with a broken record: `raise_error`, or something that notes the error, and the next record is
-# read.
+# What a reader does with a broken record: `raise_error`, or note the error, after which the next record is read.
 Report = Callable[[UserError], None]
 
 
 def raise_error(error: UserError) -> None:
-    """The Report of readers that nobody asked to go on."""
+    """The default Report: the first broken record ends the reading."""
     raise error from None
 
 
 def fill_path(path: str, language: str = "", *, key: str = "path") -> str:
     """Fills {language}, ${VARIABLE} and a leading ~; UserError names an unset variable and the config `key`."""
 
-    def variable(match: re.Match) -> str:
+    def variable(match: re.Match[str]) -> str:
         value = os.environ.get(match[1], "")
         if not value:
             raise UserError(
@@ -43,11 +42,11 @@ def find_files(path: str, suffixes: tuple[str, ...], *, key: str = "path") -> li
     """What `path` means, sorted: the file, the folder's files with these suffixes (subfolders too), or the glob's."""
     if not path:
         raise UserError(f"{key}: is empty; name a file, a folder or a glob")
-    place = Path(path)
-    if place.is_file():
-        return [place]
-    if place.is_dir():
-        found = sorted(file for file in place.rglob("*") if file.name.endswith(suffixes) and file.is_file())
+    named = Path(path)
+    if named.is_file():
+        return [named]
+    if named.is_dir():
+        found = sorted(file for file in named.rglob("*") if file.name.endswith(suffixes) and file.is_file())
         problem = f"the folder {path} holds no file that ends in {' or '.join(suffixes)}"
     else:
         found = sorted(file for name in glob.glob(path, recursive=True) if (file := Path(name)).is_file())
@@ -59,7 +58,7 @@ def find_files(path: str, suffixes: tuple[str, ...], *, key: str = "path") -> li
 
 def decode_lines(lines: Iterable[bytes], name: str, report: Report = raise_error) -> Iterator[tuple[int, str]]:
     """(line number from 1, text without its line end); for bytes that are not UTF-8 a UserError with `name:line`."""
-    for number, raw in enumerate(lines, 1):
+    for number, raw in enumerate(lines, 1):  # line by line: a text reader would also break lines at U+2028
         try:
             text = raw.decode()
         except UnicodeDecodeError as error:
@@ -67,16 +66,17 @@ def decode_lines(lines: Iterable[bytes], name: str, report: Report = raise_error
             report(UserError(f"{name}:{number}: {at} is not UTF-8; convert the file to UTF-8"))
             continue
         if number == 1:
-            text = text.removeprefix("\ufeff")
+            text = text.removeprefix("\ufeff")  # the byte order mark
         yield number, text.rstrip("\r\n")
 
 
 def numbered_lines(path: Path, report: Report = raise_error) -> Iterator[tuple[int, str]]:
-    """Streams the numbered lines of a UTF-8 file, decompressed when its name ends in .gz; raises UserError for the file
-    as a whole, and gives `report` what is wrong with a line.
+    """Streams the numbered lines of a UTF-8 file, decompressed when its name ends in .gz.
+
+    Raises UserError for the file as a whole; what is wrong with a line goes to `report`.
     """
     try:
-        with reaching(path), path.open("rb") as file, unpacked(file, path.name) as lines:
+        with reaching(path), path.open("rb") as file, _unpacked(file, path.name) as lines:
             yield from decode_lines(lines, str(path), report)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: is not a whole gzip file ({error}); copy or download it again") from None
@@ -84,30 +84,44 @@ def numbered_lines(path: Path, report: Report = raise_error) -> Iterator[tuple[i
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path and its rights") from None
 
 
-def unpacked(file: Any, name: str) -> Any:
-    """An open binary file, decompressed when its name ends in .gz."""
+def _unpacked(file: Any, name: str) -> Any:
     return gzip.open(file) if name.endswith(".gz") else file
 
 
-def json_object(line: str, place: str) -> dict[str, Any]:
-    """The JSON object on one line; anything else raises a UserError that begins with `place`."""
+def json_records(
+    lines: Iterable[tuple[int, str]], name: str, report: Report = raise_error
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("name:line", the JSON object) of numbered lines that are not blank; broken ones go to `report`."""
+    for number, line in lines:
+        if line.strip():
+            where = f"{name}:{number}"
+            try:
+                record = json_object(line, where)
+            except UserError as error:
+                report(error)
+            else:
+                yield where, record
+
+
+def json_object(line: str, where: str) -> dict[str, Any]:
+    """The JSON object on one line; anything else raises a UserError that begins with `where`."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        where = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        raise UserError(f"{place}: broken JSON ({where}); write one JSON object on the line") from None
+        detail = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise UserError(f"{where}: broken JSON ({detail}); write one JSON object on the line") from None
     if not isinstance(record, dict):
-        raise UserError(f"{place}: holds a JSON {type(record).__name__}; write one JSON object on the line")
+        raise UserError(f"{where}: holds a JSON {type(record).__name__}; write one JSON object on the line")
     return record
 
 
 def load_hub(name: str, subset: str | None = None, **options: Any) -> Any:
     """`datasets.load_dataset(name, subset, **options)`, for a hub name or local folder; a failure is a UserError.
 
-    NAME@REVISION names a branch, tag or commit of a data set on the hub; of refs/convert/parquet, the automatic export,
-    which has a folder for each configuration, `subset` is the folder.
+    NAME@REVISION names a branch, tag or commit of a data set on the hub. In refs/convert/parquet, the automatic export,
+    `subset` is a folder, since that branch has no configurations.
     """
-    import datasets  # about a second, which runs on plain files need not pay
+    import datasets  # takes about a second, which plain files need not pay
 
     path, at, revision = name.partition("@")
     chosen: str | None = subset
@@ -124,7 +138,7 @@ def load_hub(name: str, subset: str | None = None, **options: Any) -> Any:
 
 
 def hub_error(name: str, subset: str | None, error: Exception) -> UserError:
-    """What to tell the user when the hub, the network or the `datasets` library gave up on a data set."""
+    """The error for a data set that the hub, the network or the `datasets` library could not deliver."""
     reason = str(error).strip().splitlines() or [""]
     what = f"{name} ({subset})" if subset else name
     return UserError(

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from kd_jax.config.data import Select
 from kd_jax.data.permutation import counter_keys, name_key, splitmix64
-from kd_jax.data.text.decontamination import normalize
+from kd_jax.data.text.splits import normalize
 from kd_jax.types import UserError
 
 _CHUNK_TEXTS = 4096
@@ -27,54 +27,25 @@ _UNSPACED = np.array(
 )
 
 
-def check_selection(config: ConfigDict) -> None:
-    """Raises a UserError for values of config.select that make no sense, or not with config.sources and config.nlu."""
-    select = config.select
-    if not 0 <= select.share <= 1:
-        raise UserError(f"config.select.share: {select.share} is outside 0 to 1; 0.05 chooses a twentieth of the texts")
-    if select.target not in ("language", "all"):
-        raise UserError(f"config.select.target: {select.target!r} is unknown; use 'language' or 'all'")
-    if select.ngrams < 1:
-        raise UserError(f"config.select.ngrams: {select.ngrams} is below 1; 2 counts words and pairs of words")
-    if select.buckets < 2:
-        raise UserError(f"config.select.buckets: {select.buckets} is below 2; 10000 is usual")
-    if not select.smoothing > 0:
-        raise UserError(f"config.select.smoothing: {select.smoothing} is not above 0; 0.1 is usual")
-    if select.share == 0:
-        return
-    generic = {name: source for name, source in config.sources.items() if source.kind == "generic"}
-    if not generic:
-        raise UserError("config.select.share: there is no generic source to select from; add one or set it to 0")
-    spoken = {locale.split("-")[0] for locale in config.nlu.locales}
-    for name, source in generic.items():
-        unspoken = [language for language in source.languages if language.split("-")[0] not in spoken]
-        if unspoken and select.target == "language":
-            raise UserError(
-                f"config.select.target: {name} has text in {', '.join(unspoken)}, which no locale of config.nlu "
-                "speaks; use 'all' or leave the language out"
-            )
-
-
 class Chosen(NamedTuple):
-    """Which of the texts of a stream were chosen: their places, ascending int64 [chosen], and how many texts it has."""
+    """Which texts of a stream were chosen: int64 [chosen] indices, ascending, and how many texts the stream has."""
 
-    places: np.ndarray
+    indices: np.ndarray
     texts: int
 
     def of(self, texts: Iterable[str]) -> Iterator[str]:
-        """The chosen ones of the same stream, in its order. Raises UserError where the stream has become another."""
-        number = 0
-        places = iter(self.places.tolist())
-        wanted = next(places, None)
+        """The chosen texts of the same stream, in its order. Raises UserError if the stream has changed."""
+        indices = iter(self.indices.tolist())
+        wanted, number = next(indices, None), 0
         for number, text in enumerate(texts, 1):
             if number - 1 == wanted:
                 yield text
-                wanted = next(places, None)
+                wanted = next(indices, None)
         _same_number(number, self.texts)
 
 
-def choose(read: Callable[[], Iterable[str]], target: Iterable[str], select: ConfigDict) -> Chosen:
-    """Resamples round(share * texts) of the texts, at least one; `select` is config.select.
+def choose(read: Callable[[], Iterable[str]], target: Iterable[str], select: Select) -> Chosen:
+    """Resamples round(share * texts) of the texts, at least one.
 
     `read` gives the texts and is called twice, to count their n-grams and to weigh them. Memory is a chunk of texts
     and 32 bytes for each chosen one. A pure function of texts, target and settings: a text's noise is a hash of the
@@ -87,18 +58,19 @@ def choose(read: Callable[[], Iterable[str]], target: Iterable[str], select: Con
     raw_counts, total = ngram_counts(read(), select)
     ratios = log_ratios(target_counts, raw_counts, select.smoothing)
     wanted = min(max(round(select.share * total), 1), total)
-    scores, places, seen = [np.empty(0)], [np.empty(0, np.int64)], 0
+    scores, indices, seen = [np.empty(0)], [np.empty(0, np.int64)], 0
     for texts in _chunks(read()):
         scores.append(log_weights(texts, ratios, select) + gumbel(texts, select.seed))
-        places.append(np.arange(seen, seen + len(texts)))
+        indices.append(np.arange(seen, seen + len(texts)))
         seen += len(texts)
+        # Cut back only once twice as many have gathered: the work per text stays constant, and so does the memory.
         if sum(map(len, scores)) >= 2 * wanted + _CHUNK_TEXTS:
-            scores, places = ([kept] for kept in _largest(np.concatenate(scores), np.concatenate(places), wanted))
+            scores, indices = ([kept] for kept in _largest(np.concatenate(scores), np.concatenate(indices), wanted))
     _same_number(seen, total)
-    return Chosen(_largest(np.concatenate(scores), np.concatenate(places), wanted)[1], total)
+    return Chosen(_largest(np.concatenate(scores), np.concatenate(indices), wanted)[1], total)
 
 
-def ngram_counts(texts: Iterable[str], select: ConfigDict) -> tuple[np.ndarray, int]:
+def ngram_counts(texts: Iterable[str], select: Select) -> tuple[np.ndarray, int]:
     """(how often each bucket's n-grams occur, int64 [buckets]; how many texts were read)."""
     counts, number = np.zeros(select.buckets, np.int64), 0
     for chunk in _chunks(texts):
@@ -110,19 +82,19 @@ def ngram_counts(texts: Iterable[str], select: ConfigDict) -> tuple[np.ndarray, 
 def log_ratios(target_counts: np.ndarray, raw_counts: np.ndarray, smoothing: float) -> np.ndarray:
     """float64 [buckets]: log p_target - log p_raw, where p is the share of a bucket plus smoothing / buckets.
 
-    As in DSIR, both probabilities get the same constant. Added to the counts it would weigh more in the smaller text,
-    and n-grams that are rare in the raw text and absent from the task's would seem task-like.
+    As in DSIR, both probabilities get the same constant. Added to the counts, it would weigh more in the smaller text,
+    and n-grams that are rare in the raw text and absent from the task's would look like the task's.
     """
     constant = smoothing / len(raw_counts)
     target, raw = (np.log(counts / max(counts.sum(), 1) + constant) for counts in (target_counts, raw_counts))
     return target - raw
 
 
-def log_weights(texts: list[str], ratios: np.ndarray, select: ConfigDict) -> np.ndarray:
+def log_weights(texts: list[str], ratios: np.ndarray, select: Select) -> np.ndarray:
     """float64 [texts]: the log importance weight of each text, `ratios` (float64 [buckets]) summed over its n-grams.
 
-    The sum is not divided by the text's length, as in DSIR: it is the log likelihood ratio of the whole text. Generic
-    n-grams lie below 0 on average, so of two texts that are alike in kind the shorter one weighs more.
+    As in DSIR, the sum is not divided by the text's length: it is the log likelihood ratio of the whole text. Generic
+    n-grams are below 0 on average, so of two similar texts the shorter one weighs more.
     """
     buckets, text = hashed_ngrams(texts, select.ngrams, select.buckets)
     return np.bincount(text, weights=ratios[buckets], minlength=len(texts))
@@ -143,8 +115,8 @@ def gumbel(texts: list[str], seed: int) -> np.ndarray:
 def hashed_ngrams(texts: list[str], ngrams: int, buckets: int) -> tuple[np.ndarray, np.ndarray]:
     """(bucket int64 [n], text int64 [n]) of every n-gram of 1 to `ngrams` words inside a text.
 
-    Words are those of the normalized text, without case and punctuation: utterances have neither, and n-grams of
-    punctuation would tell written from spoken form rather than one subject from another.
+    Words are those of the normalized text, without case and punctuation. Utterances have neither, so n-grams with
+    punctuation would separate written from spoken form rather than one subject from another.
     """
     words, text = _hashed_words([normalize(text) for text in texts])
     grams, of_text = words, text
@@ -158,7 +130,10 @@ def hashed_ngrams(texts: list[str], ngrams: int, buckets: int) -> tuple[np.ndarr
 
 
 def _hashed_words(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(hash uint64 [words], text int64 [words]) of the words of normalized texts, over all their characters at once."""
+    """(hash uint64 [words], text int64 [words]) of the words of normalized texts.
+
+    Works on the code points of all texts at once in NumPy; a loop over words in Python would take most of the time.
+    """
     codes = np.frombuffer("\n".join(texts).encode("utf-32-le"), np.uint32)
     ends = codes == ord("\n")
     blank = ends | (codes == ord(" "))
@@ -168,17 +143,17 @@ def _hashed_words(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     starts = np.flatnonzero(starts_here)
     if not starts.size:
         return np.empty(0, np.uint64), np.empty(0, np.int64)
-    place = np.arange(len(codes)) - starts[np.cumsum(starts_here) - 1]
-    # A word's hash is the mixed sum of the hashes of its (character, place) pairs.
-    pairs = splitmix64(codes.astype(np.uint64) | (place.astype(np.uint64) << np.uint64(32)))
+    column = np.arange(len(codes)) - starts[np.cumsum(starts_here) - 1]  # within the word
+    # A word's hash is the mixed sum of the hashes of its (character, column) pairs: sums need no loop over words.
+    pairs = splitmix64(codes.astype(np.uint64) | (column.astype(np.uint64) << np.uint64(32)))
     pairs[blank] = 0
     return splitmix64(np.add.reduceat(pairs, starts)), np.cumsum(ends)[starts]
 
 
-def _largest(values: np.ndarray, places: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `number` largest values and their places, in ascending places; of equal values the first."""
+def _largest(values: np.ndarray, indices: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `number` largest values and their indices, in ascending order of the latter; of equal values the first."""
     kept = np.sort(np.argsort(-values, kind="stable")[:number])
-    return values[kept], places[kept]
+    return values[kept], indices[kept]
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:

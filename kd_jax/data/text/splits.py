@@ -2,11 +2,10 @@
 
 import hashlib
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
-from ml_collections import ConfigDict
-
-from kd_jax.data.text.decontamination import FilterCount, HeldOut, normalize
+from kd_jax.config.data import Prepare
 from kd_jax.data.text.files import Report, raise_error
 from kd_jax.data.text.sources import read_texts
 from kd_jax.data.text.utterances import Utterance
@@ -16,47 +15,109 @@ _LETTERS = 24
 _HEAD = 40
 
 
+class _Removed(dict[int, int | None]):
+    """Translation table, filled on demand: marks that carry no letters are removed, everything else stays.
+
+    They are punctuation (P), symbols (S), invisible format and control characters (C) and variation selectors. White
+    space stays, and so do combining marks, without which Devanagari has no vowels.
+    """
+
+    def __missing__(self, code: int) -> int | None:
+        character = chr(code)
+        removed = unicodedata.category(character)[0] in "PSC" and not character.isspace()
+        removed |= 0xFE00 <= code <= 0xFE0F
+        self[code] = None if removed else code
+        return self[code]
+
+
+_REMOVED = _Removed()
+
+
+def normalize(text: str) -> str:
+    """NFKC, case folded, without punctuation, symbols and invisible characters, white space collapsed; idempotent."""
+    text = text.translate(_REMOVED)
+    if text.isascii():
+        return " ".join(text.lower().split())
+    # Marks are removed before NFKC, which would split a spacing accent (a symbol) into a space and a combining mark,
+    # and again after it, since NFKC and folding make new ones.
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold().translate(_REMOVED))
+    return " ".join(text.split())
+
+
+def text_key(text: str) -> str:
+    """What texts that count as equal share: the normalized text without spaces; `e-mail`, `e mail`, `email` are one."""
+    return normalize(text).replace(" ", "")
+
+
+class HeldOut:
+    """The dev and test texts of all locales; a text equals one of them when their `text_key` is the same."""
+
+    # Most texts differ from every held-out one in their first letters, and normalizing those is much faster.
+    PREFIX = 12
+    HEAD = 32
+
+    def __init__(self, utterances: Iterable[Utterance]):
+        self._texts = {text_key(utterance.text) for utterance in utterances if utterance.partition != "train"}
+        self._texts.discard("")
+        self._prefixes = {text[: self.PREFIX] for text in self._texts}
+
+    def __contains__(self, text: str) -> bool:
+        if len(text) > self.HEAD:
+            head = text_key(text[: self.HEAD])
+            # Combining marks after the cut may still reorder with those before it, back to the last base character.
+            stable = any(not unicodedata.combining(character) for character in head[self.PREFIX :])
+            if stable and head[: self.PREFIX] not in self._prefixes:
+                return False
+        return text_key(text) in self._texts
+
+    def filter(self, texts: Iterable[str], removed: Counter[str]) -> Iterator[str]:
+        """Yields the texts that equal no held-out text, and counts the others as removed["decontaminated"]."""
+        for text in texts:
+            if text in self:
+                removed["decontaminated"] += 1
+            else:
+                yield text
+
+
 class Splits:
     """The texts of config.sources and config.nlu by side; dev and test utterances are left out of all of them."""
 
-    def __init__(self, config: ConfigDict, utterances: Sequence[Utterance]):
-        self._config, self._utterances = config, utterances
+    def __init__(self, settings: Prepare, utterances: Sequence[Utterance]):
+        self._settings, self._utterances = settings, utterances
         self._held_out = HeldOut(utterances)
 
     def marked(
-        self, name: str, language: str, count: FilterCount, report: Report = raise_error
+        self, name: str, language: str, removed: Counter[str], report: Report = raise_error
     ) -> Iterator[tuple[str, bool]]:
-        """(text, whether it is held out) of one language of a source; `count` learns what was left out, `report`
-        what is wrong with a record.
+        """(text, whether it is held out) of one language of a source; see `HeldOut.filter` and `read_texts`.
 
-        Generic texts are held out by their content, so equal texts are on the same side.
+        Generic texts are held out by a hash of their content, so equal texts are on the same side.
         """
-        source = self._config.sources[name]
+        source = self._settings.sources[name]
         texts = read_texts(source, language, self._utterances, key=f"config.sources.{name}", report=report)
-        limit = self._config.rows.heldout_share * 2**64 if source.kind == "generic" else 0
-        for text in self._held_out.filter(texts, count):
+        limit = self._settings.rows.heldout_share * 2**64 if source.kind == "generic" else 0
+        for text in self._held_out.filter(texts, removed):
             yield text, limit > 0 and content_hash(text) < limit
 
     def train(self, name: str, language: str) -> Iterator[str]:
         """The texts of one language of a source that are trained on."""
-        return (text for text, heldout in self.marked(name, language, FilterCount()) if not heldout)
+        return (text for text, is_heldout in self.marked(name, language, Counter()) if not is_heldout)
 
     def task(self, language: str) -> list[str]:
         """The train utterances whose locale speaks `language`, e.g. "de" or "de-DE"; of every locale where it is ""."""
         base = language.split("-")[0]
-        texts = (
-            one.text for one in self._utterances if one.partition == "train" and base in ("", one.locale.split("-")[0])
-        )
-        return list(self._held_out.filter(texts, FilterCount()))
+        train = (one for one in self._utterances if one.partition == "train")
+        texts = (one.text for one in train if base in ("", one.locale.split("-")[0]))
+        return list(self._held_out.filter(texts, Counter()))
 
 
 def content_hash(text: str) -> int:
-    """A 64-bit hash of the first letters of the normalized text, which texts equal but for case and marks share.
+    """A 64-bit hash of the first letters of the normalized text: the same whatever its case, marks and ending.
 
     The letters are taken from the text's head where what follows cannot change them: normalizing all of it would take a
     sixth of the time of tokenizing it.
     """
-    letters = normalize(text[:_HEAD]).replace(" ", "")
+    letters = text_key(text[:_HEAD])
     if len(text) > _HEAD and all(unicodedata.combining(character) for character in letters[_LETTERS:]):
-        letters = normalize(text).replace(" ", "")
+        letters = text_key(text)
     return int.from_bytes(hashlib.blake2b(letters[:_LETTERS].encode(), digest_size=8).digest(), "little")

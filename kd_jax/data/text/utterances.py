@@ -1,4 +1,4 @@
-"""Labeled utterances in the schema of MASSIVE (FitzGerald et al. 2022), their IOB2 tags, and their label maps."""
+"""Labeled utterances in the schema of MASSIVE (FitzGerald et al. 2022): IOB2 tags, files, label maps."""
 
 import dataclasses
 import functools
@@ -9,25 +9,27 @@ import re
 import sys
 import tarfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
+from kd_jax.config.data import Nlu
 from kd_jax.data.text import files
+from kd_jax.runtime.files import write_json_lines
 from kd_jax.types import UserError
 
-# Locales that MASSIVE tags character by character, since their words are not set apart by spaces.
+# Locales that MASSIVE tags character by character, since they write no spaces between words.
 CHARACTER_LOCALES = frozenset({"ja-JP", "zh-CN", "zh-TW"})
 PARTITIONS = ("train", "dev", "test")
 FIELDS = ("id", "locale", "partition", "scenario", "intent", "utt", "annot_utt")
 
 MARK = re.compile(r"\[([^\[\]]*)\]")
 
+# Records as their file holds them, each with where it stands: "file:line" or "file: row 3".
+Records = Iterable[tuple[str, Mapping[str, Any]]]
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Span:
+
+class Span(NamedTuple):
     """A slot on the words [start, end) of an utterance."""
 
     slot: str
@@ -51,30 +53,29 @@ class Utterance:
     @property
     def spans(self) -> tuple[Span, ...]:
         """The slots, from left to right."""
-        starts = [index for index, tag in enumerate(self.tags) if tag.startswith("B-")]
-        return tuple(Span(self.tags[start][2:], start, _span_end(self.tags, start)) for start in starts)
+        found = []
+        for start, tag in enumerate(self.tags):
+            if tag.startswith("B-"):
+                end = start + 1
+                while end < len(self.tags) and self.tags[end] == f"I-{tag[2:]}":
+                    end += 1
+                found.append(Span(tag[2:], start, end))
+        return tuple(found)
 
     def annotated(self) -> str:
         """The text with its slots marked, e.g. `weck mich [date : diese woche] auf`."""
         word = r"\S" if self.locale in CHARACTER_LOCALES else r"\S+"
-        places = [match.span() for match in re.finditer(word, self.text)]
-        pieces, done = [], 0
+        columns = [match.span() for match in re.finditer(word, self.text)]
+        parts, done = [], 0
         for span in self.spans:
-            start, end = places[span.start][0], places[span.end - 1][1]
-            pieces.append(f"{self.text[done:start]}[{span.slot} : {self.text[start:end]}]")
+            start, end = columns[span.start][0], columns[span.end - 1][1]
+            parts.append(f"{self.text[done:start]}[{span.slot} : {self.text[start:end]}]")
             done = end
-        return "".join(pieces) + self.text[done:]
-
-
-def _span_end(tags: Sequence[str], start: int) -> int:
-    end = start + 1
-    while end < len(tags) and tags[end] == f"I-{tags[start][2:]}":
-        end += 1
-    return end
+        return "".join(parts) + self.text[done:]
 
 
 def split_words(text: str, locale: str) -> list[str]:
-    """What tags stand on: words between whitespace, or the characters that are not whitespace in CHARACTER_LOCALES."""
+    """What is tagged: words between whitespace, or in CHARACTER_LOCALES the characters that are not whitespace."""
     words = text.split()
     return list("".join(words)) if locale in CHARACTER_LOCALES else words
 
@@ -83,35 +84,35 @@ def parse_annotated(annot_utt: str, utt: str, locale: str) -> tuple[tuple[str, .
     """Words and IOB2 tags of `... [slot : text] ...`; raises ValueError with the reason when the marks are wrong."""
     words: list[str] = []
     tags: list[str] = []
-    plain = []
+    plain: list[str] = []
+
+    def add(text: str, slot: str = "") -> None:
+        found = split_words(text, locale)
+        if slot and not found:
+            raise ValueError(f"the slot mark of {slot!r} has no text")
+        # Interned: a data set has millions of tags and a hundred different ones.
+        tags.extend([sys.intern(f"{'BI'[number > 0]}-{slot}") if slot else "O" for number in range(len(found))])
+        words.extend(found)
+        plain.append(text)
+
     done = 0
     for mark in MARK.finditer(annot_utt):
-        before = annot_utt[done : mark.start()]
-        slot, colon, inside = mark[1].partition(":")
-        slot, inside = slot.strip(), inside.strip()
+        add(annot_utt[done : mark.start()])
+        slot, colon, inside = (part.strip() for part in mark[1].partition(":"))
         if not colon:
             raise ValueError(f"the slot mark {mark[0]!r} has no colon")
         if not slot:
             raise ValueError(f"the slot mark {mark[0]!r} has an empty slot name")
         if " " in slot:
             raise ValueError(f"the slot name {slot!r} holds a space")
-        marked = split_words(inside, locale)
-        if not marked:
-            raise ValueError(f"the slot mark {mark[0]!r} has no text")
-        outside = split_words(before, locale)
-        words += outside + marked
-        tags += ["O"] * len(outside) + [sys.intern(f"B-{slot}")] + [sys.intern(f"I-{slot}")] * (len(marked) - 1)
-        plain += [before, inside]
+        add(inside, slot)
         done = mark.end()
-    rest = annot_utt[done:]
-    outside = split_words(rest, locale)
-    words += outside
-    tags += ["O"] * len(outside)
-    plain.append(rest)
-    _check_brackets(plain, annot_utt)
+    add(annot_utt[done:])
+    if any("[" in part or "]" in part for part in plain):  # a bracket outside the innermost marks
+        depths = [annot_utt[:end].count("[") - annot_utt[:end].count("]") for end in range(len(annot_utt) + 1)]
+        raise ValueError(f"slot marks are {'nested or one is not closed' if max(depths) > 1 else 'unbalanced'}")
     expected = split_words(utt, locale)
-    stripped = split_words("".join(plain), locale)
-    if stripped != expected:
+    if split_words("".join(plain), locale) != expected:
         raise ValueError(f"without its marks annot_utt reads {' '.join(''.join(plain).split())!r} and not utt {utt!r}")
     if words != expected:
         raise ValueError("a slot mark begins or ends inside a word")
@@ -120,93 +121,60 @@ def parse_annotated(annot_utt: str, utt: str, locale: str) -> tuple[tuple[str, .
     return tuple(words), tuple(tags)
 
 
-def _check_brackets(plain: Sequence[str], annot_utt: str) -> None:
-    """What is left once the innermost marks are gone must hold no bracket; says whether the marks were nested."""
-    if not any("[" in piece or "]" in piece for piece in plain):
-        return
-    depth = 0
-    for character in annot_utt:
-        depth += (character == "[") - (character == "]")
-        if depth > 1:
-            raise ValueError("slot marks are nested or one is not closed")
-    raise ValueError("slot marks are unbalanced")
-
-
-def check_record(record: Mapping[str, Any], locale: str, place: str, seen: set[str]) -> Utterance:
-    """Checks one record of `locale`; `seen` holds the ids before it. Raises UserError that begins with `place`."""
+def _check_record(record: Mapping[str, Any], locale: str, where: str, seen: set[str]) -> Utterance:
+    """One record of `locale`; `seen` holds the ids before it. Raises UserError that begins with `where`."""
     for field in FIELDS:
         value = record.get(field)
         if not isinstance(value, str) or not value.strip():
-            if field not in record:
-                problem = f"field {field!r} is missing"
-            else:
-                problem = f"field {field!r} is {value!r} and not a string with text in it"
-            raise UserError(f"{place}: {problem}; write the fields {', '.join(FIELDS)} as strings")
+            missing = field not in record
+            problem = f"{field!r} is missing" if missing else f"{field!r} is {value!r} and not a string with text in it"
+            raise UserError(f"{where}: field {problem}; write the fields {', '.join(FIELDS)} as strings")
     if record["locale"] != locale:
         raise UserError(
-            f"{place}: locale is {record['locale']!r} in a file of {locale}; move the line or mend the field"
+            f"{where}: locale is {record['locale']!r} in a file of {locale}; move the line or fix the field"
         )
     if record["partition"] not in PARTITIONS:
-        raise UserError(f"{place}: unknown partition {record['partition']!r}; write train, dev or test")
+        raise UserError(f"{where}: unknown partition {record['partition']!r}; write train, dev or test")
     if record["id"] in seen:
-        raise UserError(
-            f"{place}: id {record['id']!r} stands a second time in {locale}; give each utterance its own id"
-        )
+        raise UserError(f"{where}: id {record['id']!r} occurs a second time in {locale}; give each utterance its own")
     seen.add(record["id"])
     try:
         words, tags = parse_annotated(record["annot_utt"], record["utt"], locale)
     except ValueError as error:
-        raise UserError(f"{place}: {error}; mend annot_utt or utt") from None
-    return Utterance(
-        id=record["id"],
-        locale=locale,
-        partition=record["partition"],
-        domain=sys.intern(record["scenario"]),
-        intent=sys.intern(record["intent"]),
-        text=record["utt"],
-        words=words,
-        tags=tags,
-    )
+        raise UserError(f"{where}: {error}; fix annot_utt or utt") from None
+    domain, intent = sys.intern(record["scenario"]), sys.intern(record["intent"])
+    return Utterance(record["id"], locale, record["partition"], domain, intent, record["utt"], words, tags)
 
 
-def _parse_lines(lines: Iterable[tuple[int, str]], name: str, locale: str, report: files.Report) -> list[Utterance]:
-    utterances = []
+def _utterances(records: Records, name: str, locale: str, report: files.Report) -> list[Utterance]:
+    """The utterances of one locale; `report` gets what is wrong with a record, and a locale without train text."""
+    utterances: list[Utterance] = []
     seen: set[str] = set()
-    for number, line in lines:
-        if line.strip():
-            place = f"{name}:{number}"
-            try:
-                utterances.append(check_record(files.json_object(line, place), locale, place, seen))
-            except UserError as error:
-                report(error)
-    check_train(utterances, name, locale, report)
-    return utterances
-
-
-def check_train(
-    utterances: Sequence[Utterance], name: str, locale: str, report: files.Report = files.raise_error
-) -> None:
-    """A UserError when a locale has no utterance, or none to train on."""
+    for where, record in records:
+        try:
+            utterances.append(_check_record(record, locale, where, seen))
+        except UserError as error:
+            report(error)
     if not utterances:
         report(UserError(f"{name}: holds no utterance of {locale}; check that the file is whole"))
     elif not any(utterance.partition == "train" for utterance in utterances):
         report(
             UserError(f"{name}: the train partition of {locale} is empty; mark some utterances with partition train")
         )
+    return utterances
 
 
-def unknown_locale(locale: str, place: object, available: Iterable[str]) -> UserError:
-    """What to tell the user about a locale that `place` does not have."""
+def _unknown_locale(locale: str, where: object, available: Iterable[str]) -> UserError:
     listed = ", ".join(sorted(available)) or "none"
-    return UserError(f"config.nlu.locales: {place} has no locale {locale!r}; it has: {listed}")
+    return UserError(f"config.nlu.locales: {where} has no locale {locale!r}; it has: {listed}")
 
 
 def read_massive(
-    folder: str | os.PathLike, locales: Sequence[str], report: files.Report = files.raise_error
+    folder: str | os.PathLike[str], locales: Sequence[str], report: files.Report = files.raise_error
 ) -> list[Utterance]:
     """Utterances of a folder of `<locale>.jsonl`, or of MASSIVE's own .tar.gz, in the order of `locales` and lines.
 
-    UserErrors with file and line for a broken line, and for a locale that is not there, go to `report`.
+    What is wrong with a line, or with a locale, goes to `report` as a UserError.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -215,113 +183,149 @@ def read_massive(
         raise UserError(
             f"config.nlu.path: no folder or tarball {folder}; name MASSIVE's folder of <locale>.jsonl files"
         )
-    utterances = []
+    utterances: list[Utterance] = []
     for locale in locales:
         file = folder / f"{locale}.jsonl"
-        if not file.is_file():
-            report(unknown_locale(locale, folder, (other.stem for other in folder.glob("*.jsonl"))))
-            continue
-        utterances += _parse_lines(files.numbered_lines(file, report), str(file), locale, report)
+        if file.is_file():
+            records = files.json_records(files.numbered_lines(file, report), str(file), report)
+            utterances += _utterances(records, str(file), locale, report)
+        else:
+            report(_unknown_locale(locale, folder, (other.stem for other in folder.glob("*.jsonl"))))
     return utterances
 
 
 def _read_tarball(tarball: Path, locales: Sequence[str], report: files.Report) -> list[Utterance]:
     """Reads `<any>/data/<locale>.jsonl` from the archive in one pass, without unpacking it."""
     found: dict[str, list[Utterance]] = {}
-    available = set()
+    available: set[str] = set()
     try:
         with tarfile.open(tarball, "r:*") as archive:
             for member in archive:
                 match = re.search(r"(?:^|/)data/([^/.][^/]*)\.jsonl$", member.name)
-                if match is None or not member.isfile():
+                lines = archive.extractfile(member) if match and member.isfile() else None
+                if match is None or lines is None:
                     continue
-                locale = match[1]
+                locale, name = match[1], f"{tarball}/{member.name}"
                 available.add(locale)
+                if locale in found:
+                    raise UserError(f"{tarball}: holds {locale}.jsonl twice; keep one release in the archive")
                 if locale in locales:
-                    if locale in found:
-                        raise UserError(f"{tarball}: holds {locale}.jsonl twice; keep one release in the archive")
-                    name = f"{tarball}/{member.name}"
-                    lines = archive.extractfile(member)
-                    assert lines is not None  # only of members that are not files
-                    found[locale] = _parse_lines(files.decode_lines(lines, name, report), name, locale, report)
+                    records = files.json_records(files.decode_lines(lines, name, report), name, report)
+                    found[locale] = _utterances(records, name, locale, report)
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise UserError(f"{tarball}: is not a whole tar archive ({error}); download it again") from None
     for locale in locales:
         if locale not in found:
-            report(unknown_locale(locale, tarball, available))
+            report(_unknown_locale(locale, tarball, available))
     return [utterance for locale in locales if locale in found for utterance in found[locale]]
 
 
-def write_massive(utterances: Iterable[Utterance], folder: str | os.PathLike) -> None:
-    """Writes `<locale>.jsonl` files in MASSIVE's schema; each appears under its name only when it is whole."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    by_locale: dict[str, list[Utterance]] = {}
-    for utterance in utterances:
-        by_locale.setdefault(utterance.locale, []).append(utterance)
-    for locale, members in by_locale.items():
-        partial = folder / f".{locale}.jsonl.partial"
-        try:
-            with open(partial, "w", encoding="utf-8", newline="\n") as lines:
-                for one in members:
-                    values = (one.id, locale, one.partition, one.domain, one.intent, one.text, one.annotated())
-                    lines.write(json.dumps(dict(zip(FIELDS, values, strict=True)), ensure_ascii=False) + "\n")
-            os.replace(partial, folder / f"{locale}.jsonl")
-        finally:
-            partial.unlink(missing_ok=True)
+def _read_parquet(folder: str, locales: Sequence[str], report: files.Report) -> list[Utterance]:
+    """Utterances of Parquet files, all in `folder` with a locale column, or in one subfolder for each locale."""
+    import datasets  # knows the label names in a Parquet file's metadata; takes a second to import
+    import pyarrow.parquet
+
+    if not Path(folder).is_dir():
+        raise UserError(f"config.nlu.path: no folder {folder}; name the folder of Parquet files")
+    utterances: list[Utterance] = []
+    for locale in locales:
+        own = Path(folder, locale)
+        available = {file.name for file in Path(folder).iterdir() if file.is_dir()}
+        members: list[tuple[str, Mapping[str, Any]]] = []
+        # Files of all locales are read again for each locale: they are small, and one locale's rows are held at a time.
+        for file in files.find_files(str(own if own.is_dir() else folder), (".parquet",), key="config.nlu.path"):
+            try:
+                names = pyarrow.parquet.read_schema(file).names
+                table = pyarrow.parquet.read_table(file, columns=[field for field in FIELDS if field in names])
+                columns, features = table.to_pydict(), datasets.Features.from_arrow_schema(table.schema)
+            except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{file}: cannot be read as Parquet ({error}); download it again") from None
+            records = list(_table_records(columns, features, str(file)))
+            members += [(where, record) for where, record in records if record["locale"] == locale]
+            available |= {str(record["locale"]) for _, record in records}
+        if members:
+            utterances += _utterances(members, folder, locale, report)
+        else:
+            report(_unknown_locale(locale, folder, available))
+    return utterances
 
 
-def load_utterances(nlu: ConfigDict, report: files.Report = files.raise_error) -> list[Utterance]:
-    """The labeled utterances that `config.nlu` names, `nlu.max_train` train utterances a locale at the most.
+def _read_hub(name: str, locales: Sequence[str], report: files.Report) -> list[Utterance]:
+    """Utterances of a data set on the hub (or a local folder) that has one configuration for each locale."""
+    if not name:
+        raise UserError("config.nlu.name: is empty; name the data set on the hub")
+    utterances: list[Utterance] = []
+    for locale in locales:
+        members: list[tuple[str, Mapping[str, Any]]] = []
+        for split, table in files.load_hub(name, locale).items():
+            table = table.select_columns([field for field in table.column_names if field in FIELDS])
+            records = _table_records(table.to_dict(), table.features, f"{name} ({locale}, {split})")
+            members += [(where, record) for where, record in records if record["locale"] == locale]
+        utterances += _utterances(members, name, locale, report)
+    return utterances
+
+
+def _table_records(
+    columns: Mapping[str, list[Any]], features: Mapping[str, Any], name: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows as records; numbers become the names that `features` gives them, and partitions 0, 1, 2 their own."""
+    named: list[list[Any]] = []
+    for field in FIELDS:
+        if field not in columns:
+            raise UserError(f"{name}: column {field!r} is missing; it has: {', '.join(columns)}")
+        names = getattr(features[field], "names", None) or (PARTITIONS if field == "partition" else ())
+        values = [names[value] if value in range(len(names)) else value for value in columns[field]]
+        # "validation" is the hub's own name for the split.
+        named.append(["dev" if field == "partition" and value == "validation" else value for value in values])
+    for row, values in enumerate(zip(*named, strict=True)):
+        yield f"{name}: row {row}", dict(zip(FIELDS, values, strict=True))
+
+
+def write_massive(utterances: Iterable[Utterance], folder: str | os.PathLike[str]) -> None:
+    """Writes `<locale>.jsonl` files in MASSIVE's schema, each atomically."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    by_locale: dict[str, list[dict[str, Any]]] = {}
+    for one in utterances:
+        values = (one.id, one.locale, one.partition, one.domain, one.intent, one.text, one.annotated())
+        by_locale.setdefault(one.locale, []).append(dict(zip(FIELDS, values, strict=True)))
+    for locale, records in by_locale.items():
+        write_json_lines(Path(folder, f"{locale}.jsonl"), records)
+
+
+def load_utterances(nlu: Nlu, report: files.Report = files.raise_error) -> list[Utterance]:
+    """The labeled utterances that `config.nlu` names, at most `nlu.max_train` train utterances per locale.
 
     Raises UserError when the config or a file as a whole is wrong; what is wrong with a record goes to `report`.
     """
-    locales = tuple(nlu.locales)
-    if not locales or len(set(locales)) < len(locales):
-        raise UserError(f"config.nlu.locales: {locales} is empty or names a locale twice; name each locale once")
-    if nlu.max_train < 0:
-        raise UserError(f"config.nlu.max_train: {nlu.max_train} is negative; 0 keeps all")
     path = files.fill_path(nlu.path, key="config.nlu.path")
     match nlu.format:
         case "embedded":
-            from kd_jax.data.embedded.utterances import embedded_utterances  # it builds on this module
+            from kd_jax.data.embedded.utterances import embedded_utterances  # it imports this module
 
-            utterances = embedded_utterances(locales)
+            utterances = embedded_utterances(nlu.locales)
         case "massive":
-            utterances = read_massive(path, locales, report)
-        case "massive_parquet" | "huggingface":
-            from kd_jax.data import utterance_tables  # it builds on this module
-
-            if nlu.format == "huggingface":
-                utterances = utterance_tables.read_hub(nlu.name, locales, report)
-            else:
-                utterances = utterance_tables.read_parquet(path, locales, report)
-        case other:
-            raise UserError(
-                f"config.nlu.format: unknown format {other!r}; write embedded, massive, massive_parquet or huggingface"
-            )
+            utterances = read_massive(path, nlu.locales, report)
+        case "massive_parquet":
+            utterances = _read_parquet(path, nlu.locales, report)
+        case _:  # Nlu knows no other format than "huggingface"
+            utterances = _read_hub(nlu.name, nlu.locales, report)
     return subset_train(utterances, nlu.max_train) if nlu.max_train else utterances
 
 
-def subset_train(utterances: Iterable[Utterance], max_train: int) -> list[Utterance]:
+def subset_train(utterances: Sequence[Utterance], max_train: int) -> list[Utterance]:
     """All dev and test utterances, and in each locale the `max_train` train utterances whose ids hash lowest.
 
-    So a parallel data set keeps the same ids in every locale, and a smaller subset lies inside a larger one.
+    So a parallel data set keeps the same ids in every locale, and a smaller subset is a part of a larger one.
     """
 
     def rank(utterance: Utterance) -> tuple[bytes, str]:
         return hashlib.sha256(utterance.id.encode()).digest(), utterance.id
 
-    utterances = list(utterances)
     train: dict[str, list[Utterance]] = {}
     for utterance in utterances:
         if utterance.partition == "train":
             train.setdefault(utterance.locale, []).append(utterance)
-    kept = {
-        (locale, utterance.id)
-        for locale, members in train.items()
-        for utterance in sorted(members, key=rank)[:max_train]
-    }
+    kept = {(locale, one.id) for locale, members in train.items() for one in sorted(members, key=rank)[:max_train]}
     return [one for one in utterances if one.partition != "train" or (one.locale, one.id) in kept]
 
 
@@ -348,9 +352,8 @@ class LabelMaps:
         )
 
     @classmethod
-    def for_domain(cls, utterances: Iterable[Utterance], domain: str) -> "LabelMaps":
+    def for_domain(cls, utterances: Sequence[Utterance], domain: str) -> "LabelMaps":
         """The maps of one domain's own train utterances; UserError when it has none."""
-        utterances = list(utterances)
         maps = cls.from_train(utterance for utterance in utterances if utterance.domain == domain)
         if not maps.domains:
             known = ", ".join(cls.from_train(utterances).domains)
@@ -376,9 +379,9 @@ class LabelMaps:
 
     def to_json(self) -> dict[str, list[str]]:
         """The names as a value that `json.dump` takes."""
-        return {field: list(names) for field, names in dataclasses.asdict(self).items()}
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Sequence[str]]) -> "LabelMaps":
         """The inverse of `to_json`."""
-        return cls(**{field.name: tuple(values[field.name]) for field in dataclasses.fields(cls)})
+        return cls(*(tuple(values[field.name]) for field in dataclasses.fields(cls)))

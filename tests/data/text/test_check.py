@@ -8,9 +8,12 @@ import sys
 
 import pytest
 
-from kd_jax.config import base
+from kd_jax.config import base, to_dict
+from kd_jax.config.data import Transfer, read_prepare
+from kd_jax.config.settings import read
 from kd_jax.data.prepared import prepare
-from kd_jax.data.text.check import REMOTE, SAMPLE, SHOWN, Errors, check, label_counts, padding
+from kd_jax.data.text import check as check_module
+from kd_jax.data.text.check import REMOTE, SAMPLE, SHOWN, Errors, label_counts, padding
 from kd_jax.data.text.tokenizer import train_tokenizer
 from kd_jax.data.text.utterances import Utterance
 from kd_jax.types import UserError
@@ -43,6 +46,10 @@ def config_of(folder, locales=("en-US",), **generic):
     config.rows.length = 16
     config.rows.heldout_share = 0.3  # of few texts
     return config
+
+
+def check(config):
+    return check_module.check(read_prepare(config), read(Transfer, config.transfer, "transfer"))
 
 
 @pytest.fixture
@@ -92,7 +99,7 @@ def test_text_that_is_all_on_one_side_is_an_error_as_it_is_for_prepare(whole, tm
     findings = check(config)
     assert findings.errors == 1 and f"config.sources.generic: no text of en {problem}" in findings.lines[-1]
     with pytest.raises(UserError) as error:
-        prepare(config, tmp_path / "p")
+        prepare(read_prepare(config), to_dict(config), tmp_path / "p")
     assert findings.lines[-1].strip() == str(error.value)
 
 
@@ -209,7 +216,7 @@ def test_the_sample_is_drawn_from_all_texts(whole):
 
 def test_padding_of_rows_counted_by_hand():
     texts = ["a b c d", "a b", "a b c d"]
-    tokenizer = train_tokenizer(texts, "bpe", 20)
+    tokenizer = train_tokenizer(texts, 20)
     encoded = tokenizer.encode(texts)
     sizes = [len(ids) for ids in encoded]
     assert sizes == [4, 2, 4]

@@ -1,14 +1,16 @@
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
+from kd_jax.config.data import Nlu, Prepare, Rows, Select, Source, TokenizerSettings
+from kd_jax.config.settings import block, read
+from kd_jax.data.prepared import check_settings
 from kd_jax.data.text import selection
 from kd_jax.data.text.selection import (
-    check_selection,
     choose,
     gumbel,
     hashed_ngrams,
@@ -22,8 +24,7 @@ TASK = ["wake me up at nine", "play some jazz", "turn off the light", "what is t
 
 
 def settings(**changes):
-    values = {"share": 0.1, "target": "language", "ngrams": 2, "buckets": 2**20, "smoothing": 0.5, "seed": 0}
-    return ConfigDict(values | changes)
+    return read(Select, block(Select, **({"share": 0.1, "buckets": 2**20, "smoothing": 0.5} | changes)), "select")
 
 
 def generic(number, seed=0):
@@ -108,10 +109,10 @@ def test_the_chosen_texts_of_a_mixed_stream_are_the_ones_like_the_task():
         texts[place] = text.capitalize() + "."
     select = settings(share=0.02, buckets=10_000)
     chosen = choose(lambda: iter(texts), TASK, select)
-    assert chosen.texts == 3000 and len(chosen.places) == 60
-    assert len(np.intersect1d(chosen.places, places)) >= 57
-    assert list(chosen.of(iter(texts))) == [texts[i] for i in chosen.places]
-    assert not np.intersect1d(choose(lambda: iter(texts), generic(50, seed=2), select).places, places).size
+    assert chosen.texts == 3000 and len(chosen.indices) == 60
+    assert len(np.intersect1d(chosen.indices, places)) >= 57
+    assert list(chosen.of(iter(texts))) == [texts[i] for i in chosen.indices]
+    assert not np.intersect1d(choose(lambda: iter(texts), generic(50, seed=2), select).indices, places).size
 
 
 def test_choosing_is_a_pure_function_of_the_texts(monkeypatch):
@@ -119,21 +120,21 @@ def test_choosing_is_a_pure_function_of_the_texts(monkeypatch):
     select = settings(share=0.05)
     chosen = choose(lambda: texts, TASK, select)
     monkeypatch.setattr(selection, "_CHUNK_TEXTS", 17)
-    np.testing.assert_array_equal(choose(lambda: iter(texts), TASK, select).places, chosen.places)
+    np.testing.assert_array_equal(choose(lambda: iter(texts), TASK, select).indices, chosen.indices)
     order = np.random.default_rng(0).permutation(len(texts))
     again = choose(lambda: [texts[i] for i in order], TASK, select)
-    assert set(order[again.places]) == set(chosen.places)
-    assert set(choose(lambda: texts, TASK, settings(share=0.05, seed=1)).places) != set(chosen.places)
+    assert set(order[again.indices]) == set(chosen.indices)
+    assert set(choose(lambda: texts, TASK, settings(share=0.05, seed=1)).indices) != set(chosen.indices)
 
 
 def test_share_is_of_the_texts_and_equal_texts_are_chosen_from_the_first():
     texts = generic(101)
     for share, wanted in ((1e-6, 1), (0.1, 10), (0.5, 50), (1.0, 101)):
-        places = choose(lambda: texts, TASK, settings(share=share)).places
+        places = choose(lambda: texts, TASK, settings(share=share)).indices
         assert len(places) == wanted and (np.diff(places) > 0).all()
     same = choose(lambda: ["play jazz"] * 10, TASK, settings(share=0.3))
-    np.testing.assert_array_equal(same.places, [0, 1, 2])
-    assert choose(list, TASK, settings()).places.size == 0
+    np.testing.assert_array_equal(same.indices, [0, 1, 2])
+    assert choose(list, TASK, settings()).indices.size == 0
 
 
 def test_resampling_follows_the_importance_weights():
@@ -150,9 +151,8 @@ def test_resampling_follows_the_importance_weights():
     rounds = 2000
     singles, pairs = np.zeros(5), np.zeros((5, 5))
     for seed in range(rounds):
-        select.seed = seed
-        for select.share, drawn in ((0.2, singles), (0.4, pairs)):
-            drawn[tuple(choose(lambda: texts, TASK, select).places)] += 1 / rounds
+        for share, drawn in ((0.2, singles), (0.4, pairs)):
+            drawn[tuple(choose(lambda: texts, TASK, replace(select, seed=seed, share=share)).indices)] += 1 / rounds
     for got, wanted in ((singles, p), (pairs, expected)):
         error = np.sqrt(wanted * (1 - wanted) / rounds)
         assert np.all(np.abs(got - wanted) <= 4 * error + 1e-12), (got, wanted)
@@ -187,23 +187,20 @@ def test_a_stream_that_changes_is_noticed():
     ],
 )
 def test_wrong_values_are_refused(changes, message):
-    sources = {"web": {"kind": "generic", "languages": ("en",)}}
-    config = ConfigDict({"select": settings(**changes), "sources": sources, "nlu": {"locales": ("en-US",)}})
     with pytest.raises(UserError, match=message):
-        check_selection(config)
+        settings(**changes)
 
 
 def test_a_selection_without_text_to_choose_from_or_to_be_like_is_refused():
-    config = ConfigDict({"select": settings(), "sources": {}, "nlu": {"locales": ("en-US", "de-DE")}})
-    config.sources.web = web = ConfigDict({"kind": "generic", "languages": ("en", "fr", "it")})
+    def check(select, kind="generic"):
+        nlu, sources = Nlu(locales=("en-US", "de-DE")), {"web": Source(kind, "text", ("en", "fr", "it"))}
+        check_settings(Prepare(nlu, sources, TokenizerSettings(), Rows(), select))
+
     with pytest.raises(UserError, match=r"config\.select\.target: web has text in fr, it, which no locale"):
-        check_selection(config)
-    config.select.target = "all"
-    check_selection(config)
-    web.kind = "task"
+        check(settings())
+    check(settings(target="all"))
     with pytest.raises(UserError, match="no generic source to select from"):
-        check_selection(config)
-    config.select.share = 0.0
-    check_selection(config)
+        check(settings(target="all"), "task")
+    check(settings(share=0.0), "task")
     with pytest.raises(UserError, match="no train utterance to be like"):
         choose(lambda: generic(5), [], settings())

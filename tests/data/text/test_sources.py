@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from kd_jax.config.base import source
+from kd_jax.config.data import Source
+from kd_jax.config.settings import read as read_settings
 from kd_jax.data.text.sources import read_texts, to_spoken
 from kd_jax.data.text.utterances import Utterance
 from kd_jax.types import UserError
@@ -28,9 +30,8 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def read(format, path="", language="de", utterances=(), **changes):
-    return list(
-        read_texts(source("generic", format, (language,), path=str(path), **changes), language, utterances, key=KEY)
-    )
+    block = source("generic", format, (language,), path=str(path), **changes)
+    return list(read_texts(read_settings(Source, block, "sources.web"), language, utterances, key=KEY))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_a_variable_in_the_path(tmp_path, monkeypatch):
     monkeypatch.setenv("KD_JAX_TEXTS", str(tmp_path))
     assert read("text", "${KD_JAX_TEXTS}/{language}.txt", "fr") == ["oui"]
     monkeypatch.delenv("KD_JAX_TEXTS")
-    block = source("generic", "text", ("fr",), path="${KD_JAX_TEXTS}/{language}.txt")
+    block = Source("generic", "text", ("fr",), path="${KD_JAX_TEXTS}/{language}.txt")
     # At the call and not at the first text, so that a wrong config is known before work begins.
     with pytest.raises(UserError, match=r"config.sources.web.path: environment variable KD_JAX_TEXTS is not set"):
         read_texts(block, "fr", (), key=KEY)
@@ -93,7 +94,7 @@ def test_jsonl(tmp_path):
 )
 def test_a_broken_jsonl_line_is_named(tmp_path, line, reason):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "whole \\ud83d\\ude00"}\n' + line + b"\n")
-    block = source("generic", "jsonl", ("de",), path=str(tmp_path))
+    block = Source("generic", "jsonl", ("de",), path=str(tmp_path))
     texts = read_texts(block, "de", (), key=KEY)
     assert next(texts) == "whole 😀"
     with pytest.raises(UserError, match=reason):
@@ -128,7 +129,7 @@ def test_parquet_is_streamed(tmp_path):
     file = tmp_path / "big.parquet"
     pq.write_table(pa.table({"text": [f"text {number} " + "x" * 2000 for number in range(20000)]}), file)
     before = pa.total_allocated_bytes()
-    texts = read_texts(source("generic", "parquet", ("de",), path=str(file)), "de", ())
+    texts = read_texts(Source("generic", "parquet", ("de",), path=str(file)), "de", ())
     peak = max(pa.total_allocated_bytes() for _ in texts) - before
     assert peak < 20e6  # of 40 MB
 
@@ -288,7 +289,7 @@ def test_wrong_keys_and_empty_sources(tmp_path):
     with pytest.raises(UserError, match=r"config.sources.web.path: is empty"):
         read("text")
     known = "embedded, text, jsonl, parquet, huggingface, tfds, utterances"
-    with pytest.raises(UserError, match=rf"config.sources.web.format: unknown format 'csv'; write one of: {known}"):
+    with pytest.raises(UserError, match=rf"config.sources.web.format: 'csv' is unknown; use {known}"):
         read("csv", tmp_path)
     with pytest.raises(UserError, match=r"config.sources.web.spoken_share: 1.5"):
         read("text", tmp_path, spoken_share=1.5)
