@@ -15,6 +15,7 @@ from benchmarks.machine import describe
 from benchmarks.sections import measure_finetune, measure_scaling, measure_step
 from benchmarks.tables import tables
 from kd_jax.config import require, to_dict
+from kd_jax.config.data import read_prepare
 from kd_jax.data.prepared import Prepared, prepare
 from kd_jax.main import command
 from kd_jax.runtime.files import write_json
@@ -51,7 +52,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     del values["benchmark"]["sections"]  # the same workdir may be given for one section after the other
     directory = RunDirectory(workdir, "benchmark", values)
     watch = functools.partial(counted, unit="texts", shown=config.progress)
-    prepare(config, workdir / "prepared", watch)
+    prepare(read_prepare(config), to_dict(config), workdir / "prepared", watch)
     prepared = Prepared(workdir / "prepared")
     for name in config.benchmark.sections:
         measure, draw, panels, height = SECTIONS[name]

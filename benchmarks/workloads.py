@@ -1,5 +1,6 @@
 """What all variants of a section are given, on disk: fixed batches with fixed masks, and the same weights."""
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +10,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kd_jax.config import require
+from kd_jax.config.data import Masking, Transfer
+from kd_jax.config.settings import read
 from kd_jax.data.batches import MaskedBatches
 from kd_jax.data.labeled import FinetuneBatches, LabeledSet, packed
 from kd_jax.data.prepared import Prepared
@@ -38,11 +41,11 @@ def encoder_of(config: ConfigDict, which: str, vocab_size: int) -> EncoderConfig
 def masked_batches(config: ConfigDict, prepared: Prepared, task_share: float) -> Batches:
     """The first config.benchmark.batches batches of the transfer set with that share of task text, packed."""
     stores = prepared.stores("train")
-    transfer = config.transfer.copy_and_resolve_references()
-    transfer.task_share = task_share
+    transfer = dataclasses.replace(read(Transfer, config.transfer, "transfer"), task_share=task_share)
     weights = {name: source.weight for name, source in config.sources.items()}
+    masking = read(Masking, config.masking, "masking")
     transfer_set = TransferSet(stores, transfer=transfer, seed=config.seed, weights=weights)
-    batches = MaskedBatches(stores, transfer_set, config.masking, prepared.tokenizer, config.distill.batch_size)
+    batches = MaskedBatches(stores, transfer_set, masking, prepared.tokenizer, config.distill.batch_size)
     return [arrays(batches.batch(step)) for step in range(config.benchmark.batches)]
 
 

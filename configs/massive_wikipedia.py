@@ -34,7 +34,7 @@ def get_config(argument: str = "") -> ConfigDict:
         spoken_share=0.7,
     )
     config.sources.task = base.source("task", "utterances", LOCALES)
-    config.tokenizer.update({"model": "unigram", "vocab_size": 64_000, "texts_per_store": 100_000})
+    config.tokenizer.update({"vocab_size": 64_000, "texts_per_store": 100_000})
     config.rows.length = 128
     config.transfer.language_temperature = 0.5
 

@@ -6,7 +6,7 @@ python -m docs.examples.distill_step
 import jax
 import numpy as np
 
-from kd_jax.config import base
+from kd_jax.config.data import Masking
 from kd_jax.config.training import KL, Term, Training
 from kd_jax.data.embedded.utterances import embedded_texts
 from kd_jax.data.masking import mask_rows, num_slots, row_keys
@@ -29,7 +29,7 @@ def batches(tokenizer, texts):
     ends = (tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id)
     packed = list(pack_stream([tokenizer.encode(texts)], LENGTH, *ends, open_rows=64))
     tokens, segment_ids = (np.concatenate(parts) for parts in zip(*packed))
-    masking, slots = base.get_config().masking, num_slots(LENGTH, 0.15)
+    masking, slots = Masking(), num_slots(LENGTH, 0.15)
     ids = {"mask_id": tokenizer.mask_id, "special_ids": tokenizer.special_ids}
     random_ids = np.arange(len(ends) + 2, tokenizer.vocab_size, dtype=np.int32)
 
@@ -62,7 +62,7 @@ def train(objective, params, frozen, batch, name):
 
 def main() -> None:
     texts = list(embedded_texts("en"))
-    tokenizer = train_tokenizer(texts, "bpe", 1000)
+    tokenizer = train_tokenizer(texts, 1000)
     batch = batches(tokenizer, texts)
     wider = PRESETS["tiny"] | {"hidden_size": 96, "num_heads": 3}
     teacher = Functional("mlm", encoder_config(wider, tokenizer.vocab_size))

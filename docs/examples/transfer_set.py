@@ -8,7 +8,7 @@ import tempfile
 
 import numpy as np
 
-from kd_jax.config import base
+from kd_jax.config.data import Masking, Transfer
 from kd_jax.data.batches import MaskedBatches
 from kd_jax.data.embedded.utterances import embedded_texts, embedded_utterances
 from kd_jax.data.rows import RowStore, StoreWriter
@@ -29,7 +29,7 @@ def write_store(folder: pathlib.Path, kind: str, texts: list[str], tokenizer) ->
 def main() -> None:
     generic = list(embedded_texts("en"))
     task = [one.text for one in embedded_utterances(["en-US"]) if one.partition == "train"]
-    tokenizer = train_tokenizer(generic + task, "bpe", 1000)
+    tokenizer = train_tokenizer(generic + task, 1000)
     with tempfile.TemporaryDirectory() as folder:
         stores = [
             write_store(pathlib.Path(folder, kind), kind, texts, tokenizer)
@@ -38,9 +38,8 @@ def main() -> None:
         for store in stores:
             print(f"{store.name}: {store.texts} texts in {store.num_rows} rows, {store.maskable} maskable tokens")
 
-        config = base.get_config()
-        config.transfer.task_share = 0.7  # of the tokens; config.transfer.unit = "utterances" counts texts
-        mixed = TransferSet(stores, transfer=config.transfer, seed=0, weights={"generic": 1.0, "task": 1.0})
+        transfer = Transfer(task_share=0.7)  # of the tokens; unit="utterances" counts texts
+        mixed = TransferSet(stores, transfer=transfer, seed=0, weights={"generic": 1.0, "task": 1.0})
         for rows in (10, 100, 10_000):
             shares = {name: f"{one['tokens_share']:.3f}" for name, one in mixed.describe(rows)["kinds"].items()}
             print(f"after {rows:6} rows, share of tokens: {shares}")
@@ -51,8 +50,8 @@ def main() -> None:
             print(f"global row {index}: row {row} of {stores[source].name} in its epoch {epoch}")
 
         # So batch k needs no history: after a restart the sequence continues exactly, on any number of hosts.
-        batches = MaskedBatches(stores, mixed, config.masking, tokenizer, batch_size=8)
-        again = MaskedBatches(stores, mixed, config.masking, tokenizer, batch_size=8)
+        batches = MaskedBatches(stores, mixed, Masking(), tokenizer, batch_size=8)
+        again = MaskedBatches(stores, mixed, Masking(), tokenizer, batch_size=8)
         whole = batches.batch(1000)
         halves = [again.batch(1000, process_index, 2) for process_index in (0, 1)]
         same = all(np.array_equal(whole[name], np.concatenate([half[name] for half in halves])) for name in whole)

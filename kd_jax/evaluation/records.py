@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kd_jax.data.text.decontamination import normalize
+from kd_jax.data.text.splits import normalize
 from kd_jax.data.text.utterances import Utterance
 from kd_jax.evaluation.slots import SlotCounts, count_slots
 from kd_jax.runtime.files import read_json_lines

@@ -33,7 +33,7 @@ def model_card(
 ) -> str:
     """The text of the card of the model that the run in `workdir` trained; `block` is config.export."""
     pipeline, what = _KINDS[kind]
-    languages = sorted({locale.split("-")[0] for locale in prepared.config.nlu.locales})
+    languages = sorted({locale.split("-")[0] for locale in prepared.settings.nlu.locales})
     front = {
         "library_name": "kd_jax" if block.int8 else "transformers",
         "pipeline_tag": pipeline,
@@ -61,13 +61,13 @@ def _table(rows: Mapping[str, Any]) -> str:
 
 
 def _facts(shape: EncoderConfig, prepared: Prepared, parameters: Mapping[str, int]) -> dict[str, Any]:
-    nlu = prepared.config.nlu
-    sources = [f"{name} ({one.kind}, {one.format})" for name, one in prepared.config.sources.items()]
+    nlu = prepared.settings.nlu
+    sources = [f"{name} ({one.kind}, {one.format})" for name, one in prepared.settings.sources.items()]
     return {
         "layers, hidden size, heads": f"{shape.num_layers}, {shape.hidden_size}, {shape.num_heads}",
         "vocabulary": f"{shape.vocab_size:,} pieces",
         "parameters": f"{parameters['total']:,}, without embeddings {parameters['without_embeddings']:,}",
-        "longest text": f"{shape.max_positions} tokens; trained on rows of {prepared.config.rows.length}",
+        "longest text": f"{shape.max_positions} tokens; trained on rows of {prepared.settings.rows.length}",
         "labeled utterances": f"{nlu.format}: {', '.join(nlu.locales)}",
         "text": ", ".join(sources),
         "prepared data": f"`{prepared.fingerprint[:12]}`",

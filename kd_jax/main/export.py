@@ -21,8 +21,7 @@ from kd_jax.config import require, to_dict
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.rows import new_folder
 from kd_jax.data.text.tokenizer import Tokenizer
-from kd_jax.data.text.trimmed_tokenizer import standalone
-from kd_jax.data.vocabulary import TrimmedTokenizer
+from kd_jax.data.vocabulary import TrimmedTokenizer, standalone
 from kd_jax.jobs import finetune, masked_lm, serving, trained
 from kd_jax.jobs.model_card import INTENT_HEAD, model_card
 from kd_jax.jobs.serving import RECORD
@@ -80,7 +79,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             write_transformers(folder, one)
         if block.int8 or block.stablehlo:
             model, params = serving.without_padding(one.model, one.params, one.classes)
-            length = one.prepared.config["rows"]["length"]
+            length = one.prepared.settings.rows.length
             serving.write(folder, model, params, one.classes, length=length, int8=block.int8, program=block.stablehlo)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write(folder / RECORD, {**record, **provenance()})

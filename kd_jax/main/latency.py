@@ -19,6 +19,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kd_jax.config import EXECUTION_KEYS, require, to_dict
+from kd_jax.config.data import Vocabulary
+from kd_jax.config.settings import read
 from kd_jax.data.labeled import LabeledSet, packed
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.text.utterances import LabelMaps, Utterance
@@ -86,9 +88,9 @@ def measure(config: ConfigDict, prepared: Prepared) -> dict[str, Any]:
     device = jax.local_devices()[0]
     maps = LabelMaps.from_train(prepared.utterances)
     utterances = sample(prepared.utterances, max(BATCHES))
-    found = {}
+    found, vocabulary = {}, read(Vocabulary, config.vocabulary, "vocabulary")
     for name in block.models:
-        seen = prepared if name == "teacher" else seen_by_student(prepared, config.vocabulary)
+        seen = prepared if name == "teacher" else seen_by_student(prepared, vocabulary)
         shape = masked_lm.encoder_model(config[name], seen, dtype, name).config
         model = Functional(block.task, shape, compute_dtype=dtype, **finetune.class_counts(block.task, maps))
         params = random_params(model, device) if fits(model, device) else None
@@ -100,7 +102,7 @@ def measure(config: ConfigDict, prepared: Prepared) -> dict[str, Any]:
             times[name][count] = seconds
     return {
         "task": block.task,
-        "length": prepared.config["rows"]["length"],
+        "length": prepared.settings.rows.length,
         "dtype": dtype,
         "device": device.device_kind,
         "cores": os.cpu_count(),
@@ -119,7 +121,7 @@ def sample(utterances: Sequence[Utterance], count: int) -> list[Utterance]:
 
 def batches_of(utterances: Sequence[Utterance], prepared: Prepared, maps: LabelMaps, task: str) -> dict[int, Batch]:
     """For each of BATCHES one batch with the first so many utterances, in as few packed rows as hold them."""
-    length, found = prepared.config["rows"]["length"], {}
+    length, found = prepared.settings.rows.length, {}
     for count in BATCHES:
         labeled = LabeledSet(utterances[:count], prepared.tokenizer, maps, task, length)
         rows = [batch for batch, _ in packed(labeled, length, batch_rows=1)]

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from configs import quickstart
+from kd_jax.config.data import Vocabulary
+from kd_jax.config.settings import read
 from kd_jax.data.prepared import Prepared
+from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.jobs import masked_lm, trained
 from kd_jax.main import cache_teacher, distill, prepare, pretrain, study
 from kd_jax.trainer.checkpoint import load_params
@@ -64,10 +67,8 @@ def test_students_from_the_cache_equal_those_of_the_teacher_in_the_loop(made, tm
     changes = {"vocabulary": {"trim": trim, "min_count": 2, "dropped": "unknown"}, "transfer__task_share": 0.3}
     config = ready(made, **changes)
     if trim and form["cache__format"] == "top_k":
-        form = {
-            **form,
-            "cache__k": distill.seen_by_student(Prepared(config.prepared), config.vocabulary).tokenizer.vocab_size,
-        }
+        seen = seen_by_student(Prepared(config.prepared), read(Vocabulary, config.vocabulary, "vocabulary"))
+        form = {**form, "cache__k": seen.tokenizer.vocab_size}
     distill.run(config, tmp_path / "loop")
     config = ready(made, **changes, **form)
     cache_teacher.run(config, tmp_path / "cache")
@@ -242,12 +243,12 @@ def test_a_schedule_of_teachers_resumes_in_its_second_phase_and_an_average_diffe
     assert kl[0][:2] == kl[1][:2]
     assert kl[0][2] != kl[1][2]
 
-    read = masked_lm.MaskedBatches.batch
+    own = masked_lm.MaskedBatches.batch
 
     def broken(self, step, *rest):
         if step == STEPS - 1:
             raise ConnectionError("the disk is gone")
-        return read(self, step, *rest)
+        return own(self, step, *rest)
 
     config.distill.checkpoint_every = 1
     with monkeypatch.context() as patch:

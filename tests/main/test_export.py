@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from kd_jax.config import base
+from kd_jax.config.data import Vocabulary
+from kd_jax.config.settings import read
 from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.jobs import serving, trained
@@ -164,7 +166,7 @@ def trimmed(data, tmp_path_factory):
     """(config, folder, prepared, and what each is) of a student and a DC model with a trimmed vocabulary."""
     config = of_family(data[0], "bert")
     config.vocabulary.update({"trim": True, "min_count": 2})
-    prepared = seen_by_student(data[1], config.vocabulary)
+    prepared = seen_by_student(data[1], read(Vocabulary, config.vocabulary, "vocabulary"))
     folder = tmp_path_factory.mktemp("trimmed")
     found = {"mlm": write_student(folder / "mlm", config, prepared)}
     found["dc"] = write_finetuned(folder / "dc", config, prepared, "dc")
@@ -202,7 +204,7 @@ def test_a_trimmed_model_answers_alike_from_its_run_and_its_export(data, trimmed
     config.export.checkpoint = str(folder / "dc")
     one = export.read_run(config, folder / "dc")
     (tmp_path / "out").mkdir()
-    length = prepared.config["rows"]["length"]
+    length = prepared.settings.rows.length
     serving.write(tmp_path / "out", one.model, one.params, one.classes, length=length, int8=False, program=False)
     one.tokenizer.save(tmp_path / "out")
     run = predict.Predictor([str(folder / "dc")])

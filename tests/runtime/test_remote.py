@@ -5,6 +5,8 @@ import contextlib
 import numpy as np
 import pytest
 
+from kd_jax.config import to_dict
+from kd_jax.config.data import read_prepare
 from kd_jax.data import prepared as data
 from kd_jax.data.batches import MaskedBatches
 from kd_jax.main import cache_teacher, distill, evaluate, finetune_dc, prepare, pretrain, study
@@ -171,27 +173,27 @@ def test_a_prepare_that_is_killed_while_it_puts_is_made_good_by_the_next(tmp_pat
 
     monkeypatch.setattr(data, "put", killed)
     with pytest.raises(KeyboardInterrupt):
-        data.prepare(config, config.prepared)
+        data.prepare(read_prepare(config), to_dict(config), config.prepared)
     assert names_in(as_path(config.prepared))
     with pytest.raises(UserError, match="is no finished prepared folder"):
         data.Prepared(config.prepared)
     monkeypatch.setattr(data, "put", put)
-    data.prepare(config, config.prepared)
+    data.prepare(read_prepare(config), to_dict(config), config.prepared)
     store.clear()
     prepared = data.Prepared(config.prepared)
-    data.prepare(config, tmp_path / "prepared")
+    data.prepare(read_prepare(config), to_dict(config), tmp_path / "prepared")
     assert prepared.fingerprint == data.Prepared(tmp_path / "prepared").fingerprint
     rows = prepared.stores("train")[0].rows(np.arange(2))
     np.testing.assert_array_equal(rows, data.Prepared(tmp_path / "prepared").stores("train")[0].rows(np.arange(2)))
     assert store == ["bucket/prepared/manifest.json"]  # what was built here is not fetched
     config.rows.length = 40
     with pytest.raises(UserError, match=r"^gs://bucket/prepared: was prepared with another config .*rows\.length"):
-        data.prepare(config, config.prepared)
+        data.prepare(read_prepare(config), to_dict(config), config.prepared)
 
 
 def test_rows_are_waited_for_when_they_are_read_and_not_before(tmp_path, store, monkeypatch):
     config = small("gs://bucket/prepared")
-    data.prepare(config, config.prepared)
+    data.prepare(read_prepare(config), to_dict(config), config.prepared)
     monkeypatch.setattr(copies, "_chosen_root", str(tmp_path / "another-host"))
     monkeypatch.setattr(copies.LocalCopy, "_fetch_waiting", lambda self: None)
     store.clear()

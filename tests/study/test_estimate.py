@@ -7,7 +7,7 @@ import pytest
 
 from configs import massive_me5, massive_wikipedia, quickstart
 from kd_jax.config import base
-from kd_jax.data.manifest import MANIFEST
+from kd_jax.data.rows import MANIFEST
 from kd_jax.main import study
 from kd_jax.models.encoder_config import encoder_config
 from kd_jax.models.functional import Functional, flops_per_row, parameter_count

@@ -6,6 +6,7 @@ import numpy as np
 
 from configs import quickstart
 from kd_jax.config import to_dict
+from kd_jax.config.data import read_prepare
 from kd_jax.data.prepared import Prepared, prepare
 from kd_jax.data.text.utterances import LabelMaps
 from kd_jax.jobs import finetune, masked_lm
@@ -31,7 +32,7 @@ def smoke_config(folder):
     """(config, prepared folder) of the default data at that size."""
     config = small_config()
     config.prepared = str(folder)
-    prepare(config, folder)
+    prepare(read_prepare(config), to_dict(config), folder)
     return config, Prepared(folder)
 
 
