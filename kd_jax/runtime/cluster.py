@@ -1,18 +1,20 @@
-"""Where a process belongs in a job of several: what the flags say, or a TPU pod, SLURM, Open MPI or Kubernetes."""
+"""This process's number in a job of several: from flags, or from a TPU pod, SLURM, Open MPI or Kubernetes."""
 
 import os
 import re
 from typing import NamedTuple
 
-from jax._src import clusters  # JAX's detection of clusters, of which its public function tells nothing
+# JAX's cluster detection. `jax.distributed.initialize()` uses it too, but cannot say that a process is on its own, and
+# gives a process that has a SLURM node to itself only one of the node's devices.
+from jax._src import clusters
 
 from kd_jax.types import UserError
 
-TIMEOUT = 300.0  # seconds in which all processes must have come
+TIMEOUT = 300.0  # seconds within which all processes must have arrived
 
 
 class Place(NamedTuple):
-    """One process's place in a job."""
+    """One process of a job."""
 
     coordinator: str  # host:port of process 0
     processes: int
@@ -21,7 +23,7 @@ class Place(NamedTuple):
 
 
 def from_flags(coordinator: str | None, processes: int | None, process: int | None) -> Place | None:
-    """The place that the flags name, or else the environment; None for a process on its own.
+    """The process that the flags describe, or else the environment; None for a process on its own.
 
     processes=1 alone says that this process is on its own, whatever the environment says. Raises UserError.
     """
@@ -31,20 +33,19 @@ def from_flags(coordinator: str | None, processes: int | None, process: int | No
     missing = [name for name, value in given.items() if value is None or value == ""]
     if len(missing) == len(given):
         return from_environment()
-    if missing:
+    if missing or coordinator is None or processes is None or process is None:
         raise UserError(
             f"{' and '.join(missing)}: missing beside {' and '.join(sorted(given.keys() - set(missing)))}; give all of "
             "--coordinator=HOST:PORT --processes=N --process=I, or none"
         )
-    assert coordinator is not None and processes is not None and process is not None
     return _checked(Place(coordinator, processes, process), "--")
 
 
 def from_environment() -> Place | None:
-    """The place that a TPU pod, SLURM, Open MPI or an indexed Kubernetes job gives this process, found as JAX does.
+    """The process as a TPU pod, SLURM, Open MPI or an Indexed Kubernetes Job describes it; None outside of them, and in
+    a job of one process.
 
-    A process that has a host to itself takes all its devices; of several on a host each takes the device of its
-    number. None outside of them and for a job of one process.
+    A process that has a host to itself takes all its devices; of several on a host each takes the device of its number.
     """
     for cluster in clusters.ClusterEnv._cluster_types:
         if cluster.opt_in_only_method or _irrelevant(cluster.__name__) or not cluster.is_env_present():
@@ -63,7 +64,7 @@ def from_environment() -> Place | None:
         except Exception as error:
             message = " ".join(str(error).split())
             raise UserError(
-                f"the environment looks like {name}, but does not say where this process belongs ({message}); give "
+                f"the environment looks like {name}, but does not say which process this is ({message}); give "
                 "--coordinator=HOST:PORT --processes=N --process=I, or --processes=1 to run alone"
             ) from error
         return _checked(place, f"{name}: ")
@@ -71,9 +72,9 @@ def from_environment() -> Place | None:
 
 
 def _irrelevant(name: str) -> bool:
-    """Whether a kind of cluster need not be asked: a pod without an index is no part of a job, and asking costs."""
+    """Whether a kind of cluster is skipped without asking: asking Kubernetes or the TPU metadata server takes time."""
     if name.startswith("K8s"):
-        return "JOB_COMPLETION_INDEX" not in os.environ
+        return "JOB_COMPLETION_INDEX" not in os.environ  # a pod without an index is not part of a job
     platforms = os.environ.get("JAX_PLATFORMS", "")
     return "Tpu" in name and bool(platforms) and "tpu" not in platforms
 
@@ -92,7 +93,7 @@ def _checked(place: Place, prefix: str) -> Place:
         raise UserError(f"{prefix}processes: {place.processes} is below 1; give the number of processes of the job")
     if not 0 <= place.process < place.processes:
         raise UserError(
-            f"{prefix}process: {place.process} is none of {place.processes} processes; count from 0 to "
+            f"{prefix}process: {place.process} is not one of {place.processes} processes; count from 0 to "
             f"{place.processes - 1}"
         )
     return place

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from kd_jax.runtime.paths import as_path, is_remote, reaching, unreachable
+from kd_jax.runtime.paths import as_path, is_remote, reaching
 from kd_jax.types import UserError
 
 # orbax and tensorstore wrap the system's error in their own exceptions, so its message is searched for as well.
@@ -44,11 +44,8 @@ def write_atomically(path: pathlib.Path, data: bytes | str) -> None:
     """
     data = data.encode() if isinstance(data, str) else data
     if is_remote(path):  # a single put is atomic
-        try:
-            with reaching(path):
-                path.write_bytes(data)
-        except FileNotFoundError as error:  # the bucket does not exist
-            raise unreachable(path, error) from error
+        with reaching(path, missing_is_error=True):
+            path.write_bytes(data)
         return
     # The process id keeps two processes that write the same file apart.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,4 +1,4 @@
-"""Checkpoints on a store that orbax does not write to itself (s3://): made on this host, put when they are whole.
+"""Checkpoints on s3://, which orbax cannot write to: made on this host, and put on the store when they are complete.
 
 <checkpoints>/<step>/...    the files as orbax made them
 <checkpoints>/<step>.json   put last: the step, and size and checksum of each file; without it there is no checkpoint
@@ -8,9 +8,8 @@ import contextlib
 import os
 import pathlib
 import shutil
-import threading
 from collections.abc import Callable, Collection
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 
@@ -21,28 +20,25 @@ from kd_jax.types import UserError
 
 
 def steps_in(remote: pathlib.Path) -> list[int]:
-    """The steps, ascending, of the whole checkpoints of a remote folder."""
+    """The steps, ascending, of the complete checkpoints in a remote folder."""
     stems = (name.removesuffix(".json") for name in names_in(remote) if name.endswith(".json"))
     return sorted(int(stem) for stem in stems if stem.isdecimal())
 
 
 def fetch_newest(remote: pathlib.Path) -> pathlib.Path | None:
-    """A folder of this host that holds the newest checkpoint of a remote one, checked; None where there is none."""
+    """A local folder with the newest checkpoint of a remote one, its checksums verified; None if there is none."""
     for step in reversed(steps_in(remote)):
-        try:
-            manifest: dict[str, Any] = read_json(remote / f"{step}.json")
-        except FileNotFoundError:  # its run has just removed it, and has a newer one
-            continue
-        with full_disk_is_user_error(remote):
-            return LocalCopy(remote, manifest, background=False).part()
+        # Its run may have removed it since it was listed, when it had saved a newer one.
+        with contextlib.suppress(FileNotFoundError), full_disk_is_user_error(remote):
+            return LocalCopy(remote, read_json(remote / f"{step}.json"), background=False).part()
     return None
 
 
 class Mirror:
-    """The local folder that orbax writes checkpoints to, and the thread that puts each on the remote one.
+    """The local folder that orbax writes checkpoints to, and the thread that puts each on the store.
 
-    What lies on the remote counts: whatever an earlier start left in the local folder is removed, and the newest remote
-    checkpoint is fetched into it. Raises UserError where several processes would each write a part of a checkpoint.
+    The store counts: whatever an earlier start left in the local folder is removed, and the newest remote checkpoint is
+    fetched into it. Raises UserError with several processes, each of which would write a part of a checkpoint.
     """
 
     def __init__(self, remote: pathlib.Path):
@@ -51,10 +47,9 @@ class Mirror:
                 f"{remote}: {jax.process_count()} processes cannot write one checkpoint to s3://; use gs:// or a "
                 "folder that all hosts share as --workdir"
             )
-        self._remote = remote
-        self.folder = outgoing(remote)
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._remote, self.folder = remote, outgoing(remote)
+        self._putter = ThreadPoolExecutor(1, thread_name_prefix="put checkpoint")
+        self._pending: Future | None = None
         shutil.rmtree(self.folder, ignore_errors=True)
         make_folder(self.folder)
         newest = fetch_newest(remote)
@@ -65,36 +60,25 @@ class Mirror:
     def put(self, step: int, finished: Callable[[], None], kept: Callable[[], Collection[int]]) -> None:
         """Starts to put a checkpoint that orbax has begun to write; `finished` waits for orbax.
 
-        kept: the steps to keep, asked for when this one is there; others are then removed.
+        kept: gives the steps to keep once this one is on the store; others are then removed.
         """
         self.wait()
+        self._pending = self._putter.submit(self._put, step, finished, kept)
 
-        def run() -> None:
-            try:
-                finished()
-                names = [file.relative_to(self.folder).as_posix() for file in (self.folder / str(step)).rglob("*")]
-                files = describe(self.folder, sorted(name for name in names if (self.folder / name).is_file()))
-                put(self.folder, self._remote, files)
-                write_json(self._remote / f"{step}.json", {"step": step, "files": files})
-                self._remove(kept())
-            except Exception as error:  # `wait` raises it in the thread of the run
-                self._error = error
-
-        self._thread = threading.Thread(target=run, name="put checkpoint")
-        self._thread.start()
-
-    def _remove(self, kept: Collection[int]) -> None:
-        for step in steps_in(self._remote):
-            if step not in kept:
-                with reaching(self._remote), contextlib.suppress(FileNotFoundError):
-                    (self._remote / f"{step}.json").unlink()
-                    (self._remote / str(step)).rmtree()  # type: ignore[attr-defined]  epath has it
+    def _put(self, step: int, finished: Callable[[], None], kept: Callable[[], Collection[int]]) -> None:
+        finished()
+        found = (file for file in (self.folder / str(step)).rglob("*") if file.is_file())
+        files = describe(self.folder, sorted(file.relative_to(self.folder).as_posix() for file in found))
+        put(self.folder, self._remote, files)
+        write_json(self._remote / f"{step}.json", {"step": step, "files": files})
+        for old in set(steps_in(self._remote)).difference(kept()):
+            with reaching(self._remote), contextlib.suppress(FileNotFoundError):
+                # The manifest first: a checkpoint that is removed halfway must not look complete.
+                (self._remote / f"{old}.json").unlink()
+                (self._remote / str(old)).rmtree()  # type: ignore[attr-defined]  epath has it
 
     def wait(self) -> None:
-        """Returns when the last checkpoint is on the remote; raises what kept it from getting there."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        """Returns when the last checkpoint is on the store; raises what prevented it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()

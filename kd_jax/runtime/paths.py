@@ -66,27 +66,24 @@ def scheme_of(path: str | os.PathLike) -> str:
 
 
 @contextlib.contextmanager
-def reaching(path: str | os.PathLike) -> Iterator[None]:
-    """Makes one sentence of what a remote store or its library raises in the block, which does nothing but read or
-    write below `path`. A missing file stays a FileNotFoundError; for a local path nothing changes.
+def reaching(path: str | os.PathLike, *, missing_is_error: bool = False) -> Iterator[None]:
+    """Turns whatever a remote store or its library raises in the block into a UserError; a local path changes nothing.
+
+    The block must only read or write below `path`. A missing file stays a FileNotFoundError, unless missing_is_error:
+    when writing, it means that the bucket does not exist.
     """
     try:
         yield
-    except (UserError, FileNotFoundError):
+    except UserError:
         raise
     except Exception as error:
-        if not is_remote(path) or type(error).__module__.startswith("kd_jax."):  # a preemption, for one
+        if not is_remote(path) or (isinstance(error, FileNotFoundError) and not missing_is_error):
             raise
-        raise unreachable(path, error) from error
-
-
-def unreachable(path: str | os.PathLike, error: Exception) -> UserError:
-    """What to tell the user when a remote store refuses or does not answer."""
-    reason = (str(error).strip().splitlines() or ["no message"])[0][:200]
-    return UserError(
-        f"{os.fspath(path)}: the store cannot be reached or refuses ({type(error).__name__}: {reason}); check the "
-        "bucket's name, the credentials and the network (docs/storage.md)"
-    )
+        reason = (str(error).strip().splitlines() or ["no message"])[0][:200]
+        raise UserError(
+            f"{os.fspath(path)}: the store cannot be reached or refuses ({type(error).__name__}: {reason}); check the "
+            "bucket's name, the credentials and the network (docs/storage.md)"
+        ) from error
 
 
 def make_folder(path: pathlib.Path) -> None:

@@ -5,7 +5,6 @@ import json
 import logging
 import pathlib
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ import orbax.checkpoint as ocp
 from kd_jax.config import differences
 from kd_jax.runtime.files import full_disk_is_user_error
 from kd_jax.runtime.mirror import Mirror, fetch_newest
-from kd_jax.runtime.paths import as_path, is_remote, reaching, scheme_of, unreachable
+from kd_jax.runtime.paths import as_path, is_remote, reaching, scheme_of
 from kd_jax.trainer.state import State, from_plain, to_plain
 from kd_jax.types import Params, UserError
 
@@ -22,7 +21,7 @@ FOLDER = "checkpoints"  # inside a run's directory
 
 
 class _OrbaxNoise(logging.Filter):
-    """Keeps what orbax reports through absl below an error off the screen; errors arrive as exceptions."""
+    """Hides what orbax logs through absl below the level of errors, which arrive as exceptions."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR or "orbax" not in record.pathname
@@ -31,19 +30,12 @@ class _OrbaxNoise(logging.Filter):
 logging.getLogger("absl").addFilter(_OrbaxNoise())
 
 
-class _Manager(ocp.CheckpointManager):
-    """Leaves the preemption service of JAX alone: it counts the calls that are made, and the trainer makes them all."""
-
-    def reached_preemption(self, step: int) -> bool:
-        return False
-
-
 class Checkpoints:
     """The newest `keep` checkpoints of one run, each with the items "state" (arrays) and "meta" (JSON).
 
-    A checkpoint is written to a temporary folder that is renamed when it is whole, so a half-written one is never read;
-    what a killed run left of such folders is removed here. On gs:// orbax does the same with a file that it writes
-    last, and for s3:// `Mirror` does. A full disk or an unreachable store is a UserError, from whichever call notices.
+    A checkpoint is written to a temporary folder that is renamed at the end, so a half-written one is never read, and
+    what a killed run left is removed here. On gs:// orbax writes a marker file last instead; for s3:// `Mirror` does. A
+    full disk or an unreachable store is a UserError, from whichever call notices it.
     """
 
     def __init__(self, folder: str | pathlib.Path, keep: int):
@@ -52,17 +44,17 @@ class Checkpoints:
         with self._writing():
             self._mirror = Mirror(self._folder) if needs_mirror(self._folder) else None
             folder = self._mirror.folder if self._mirror else self._folder
-            self._manager = _Manager(folder, options=options, item_names=("state", "meta"))
+            self._manager = ocp.CheckpointManager(folder, options=options, item_names=("state", "meta"))
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        with full_disk_is_user_error(self._folder), storing(self._folder):
+        with full_disk_is_user_error(self._folder), reaching(self._folder, missing_is_error=True):
             yield
 
     def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
         """Starts to save; returns when the state is copied from the devices, so it may be donated to the next step.
 
-        Waits for the save before, if that is still being written. A step that is already saved is left as it is.
+        Waits for the previous save if it is still being written. Does nothing for a step that is already saved.
         """
         if self.latest_step() == step:
             return
@@ -80,7 +72,7 @@ class Checkpoints:
     def check(self, identity: dict[str, Any]) -> None:
         """Raises UserError, with the differences, when the newest checkpoint is of a run with another identity.
 
-        identity: what a resume must share with the run it goes on with, as JSON values (config, data fingerprint).
+        identity: JSON values that a run and its resume must share (config, data fingerprint).
         """
         step = self.latest_step()
         if step is None:
@@ -104,7 +96,7 @@ class Checkpoints:
         return from_plain(restored["state"], abstract), restored["meta"]
 
     def wait(self) -> None:
-        """Blocks until what was saved is on the disk."""
+        """Blocks until everything saved is on the disk or the store."""
         with self._writing():
             self._manager.wait_until_finished()
             if self._mirror is not None:
@@ -119,9 +111,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_) -> None:
         self.close()
 
 
@@ -131,17 +121,18 @@ def load_params(workdir: str | pathlib.Path, abstract: Params) -> Params:
     abstract: all of the parameters or some of their top-level entries, as ShapeDtypeStructs with shardings. Raises
     UserError when the directory holds no checkpoint, or one of another model; it names the first difference.
     """
+    none = UserError(f"{workdir}: holds no checkpoint; give the workdir of a run that has saved one")
     folder = absolute(as_path(workdir) / FOLDER)
     if needs_mirror(folder):
         folder = fetch_newest(folder)
     if folder is None or not folder.is_dir():
-        raise UserError(f"{workdir}: holds no checkpoint; give the workdir of a run that has saved one")
+        raise none
     handlers = {"state": ocp.PyTreeCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(read_only=True)
     with ocp.CheckpointManager(folder, item_handlers=handlers, options=options) as manager:
         step = manager.latest_step()
         if step is None:
-            raise UserError(f"{workdir}: holds no checkpoint; give the workdir of a run that has saved one")
+            raise none
         saved = manager.item_metadata(step)["state"].tree["params"]
         for problem in _mismatches({name: saved[name] for name in abstract if name in saved}, abstract):
             raise UserError(
@@ -156,29 +147,17 @@ def load_params(workdir: str | pathlib.Path, abstract: Params) -> Params:
 
 
 def absolute(folder: pathlib.Path) -> pathlib.Path:
-    """A folder in the form that orbax takes."""
+    """The folder in the form that orbax accepts."""
     return folder if is_remote(folder) else folder.absolute()
 
 
 def needs_mirror(folder: pathlib.Path) -> bool:
-    """Whether orbax cannot write there itself: it knows local paths and gs://."""
+    """Whether orbax cannot write there itself; it supports local paths and gs://."""
     return scheme_of(folder) not in ("", "gs")
 
 
-@contextlib.contextmanager
-def storing(folder: pathlib.Path) -> Iterator[None]:
-    """`reaching`, where a missing file is told as well: nothing that a run asks for here may be missing."""
-    try:
-        with reaching(folder):
-            yield
-    except FileNotFoundError as error:
-        if not is_remote(folder):
-            raise
-        raise unreachable(folder, error) from error
-
-
 def _mismatches(saved: Any, wanted: Params) -> Iterator[str]:
-    """What differs in names and shapes, in the order of the names."""
+    """The differences in names and shapes, sorted by name."""
 
     def shapes(tree) -> dict[str, tuple[int, ...]]:
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))

@@ -1,4 +1,4 @@
-"""The device mesh, and the tables that say which dimension of a parameter lies along which of its axes."""
+"""The device mesh, and how the dimensions of parameters and batches are split along its axes."""
 
 import functools
 import math
@@ -53,9 +53,9 @@ def make_mesh(mesh: execution.Mesh, devices: Sequence[Any] | None = None) -> Mes
 
 
 def split_slices(devices: Sequence[Any], wanted: int = 0) -> list[list[Any]]:
-    """The devices of each slice or node: as many as are wanted, or, where that is 0, as many as the devices tell of.
+    """The devices of each slice or node: `wanted` many, or as many as the devices report if that is 0.
 
-    Devices that do not tell are cut in equal parts in the order of their processes. UserError where that cannot be.
+    Devices that report none are cut into equal parts in the order of their processes. Raises UserError.
     """
     by_index: dict[int, list[Any]] = {}
     for device in devices:
@@ -73,8 +73,10 @@ def split_slices(devices: Sequence[Any], wanted: int = 0) -> list[list[Any]]:
 
 
 def slice_shape(shape: Sequence[int], slices: int) -> tuple[int, int, int]:
-    """How many slices each axis of the mesh reaches over: `data` over as many as it can, then `fsdp`. UserError where
-    that leaves some for `tensor`, which would be slow."""
+    """How many slices each axis of the mesh spans: `data` as many as possible, then `fsdp`.
+
+    Raises UserError if `tensor` would have to span several: it communicates in every layer, which would be slow.
+    """
     data = math.gcd(shape[0], slices)
     fsdp = math.gcd(shape[1], slices // data)
     if data * fsdp != slices:
@@ -86,7 +88,7 @@ def slice_shape(shape: Sequence[int], slices: int) -> tuple[int, int, int]:
 
 
 def _ordered(shape: tuple[int, ...], devices: list[Any], written: str) -> np.ndarray:
-    """The devices of one slice in the order of its torus; an axis takes part of one of its axes only if it must."""
+    """The devices of one slice in the order of its torus; a torus axis is split among mesh axes only if necessary."""
     try:
         return mesh_utils.create_device_mesh(shape, devices)
     except NotImplementedError:

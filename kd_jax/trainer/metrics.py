@@ -1,4 +1,4 @@
-"""metrics.jsonl and where else its rows go, and the window over which a logged value is taken."""
+"""metrics.jsonl, copied to TensorBoard and a tracker, and the window that a logged value averages over."""
 
 import json
 import math
@@ -17,12 +17,15 @@ from kd_jax.types import Array
 
 FILE = "metrics.jsonl"
 
-# Values that differ from run to run on the same machine; what compares runs leaves these keys out.
+# Prefix of values that differ from run to run on the same machine; comparisons of runs leave them out.
 TIME = "time/"
 
 
 class Window:
-    """Sums (sum, weight) terms since the last logged step, in float64, and divides once."""
+    """Sums (sum, weight) terms since the last logged step, and divides once.
+
+    In Python's float64: a window may be thousands of steps long, over which float32 sums would lose digits.
+    """
 
     def __init__(self, totals: Mapping[str, tuple[float, float]] | None = None):
         self._totals = {name: (float(value), float(weight)) for name, (value, weight) in (totals or {}).items()}
@@ -33,7 +36,7 @@ class Window:
             self._totals[name] = (old_value + float(value), old_weight + float(weight))
 
     def take(self) -> dict[str, float | None]:
-        """name -> sum / weight, None where nothing was counted; the window starts anew."""
+        """name -> sum / weight, or None if nothing was counted; starts a new window."""
         values = {name: value / weight if weight else None for name, (value, weight) in self._totals.items()}
         self._totals = {}
         return values
@@ -44,10 +47,9 @@ class Window:
 
 
 class MetricsWriter:
-    """Appends rows {"step": int, name: float or null} to metrics.jsonl, TensorBoard events, and to a tracker; on
-    process 0 only.
+    """Writes rows {"step": int, name: float or null} to metrics.jsonl, TensorBoard and a tracker; on process 0 only.
 
-    On a remote store metrics.jsonl is put again every few seconds, and both are by `sync` and `close`.
+    On a remote store, metrics.jsonl is put again every few seconds, and both files by `sync` and `close`.
     """
 
     def __init__(self, workdir: str | pathlib.Path, tensorboard: bool, tracker: Tracker | None = None):
@@ -60,9 +62,9 @@ class MetricsWriter:
         self.rows = 0  # in the file, for a checkpoint to remember
 
     def start(self, step: int, rows: int | None = None) -> int:
-        """Goes on after `step`: keeps the rows up to it, at most the first `rows`; later ones are of a killed run.
+        """Continues after `step`: keeps the rows up to it, at most the first `rows`; later ones are from a killed run.
 
-        Returns how many steps the later rows reach beyond `step`: work that was lost, and that is done again.
+        Returns how many steps the later rows reach beyond `step`: work that was lost and is done again.
         """
         if not self._writes:
             return 0
@@ -85,7 +87,7 @@ class MetricsWriter:
         return max([0, *(row["step"] - step for row in found)])
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """One row; a value that is not finite is written as null, since NaN is not JSON."""
+        """One row; a value that is not finite becomes null, since NaN is not JSON."""
         if not self._writes:
             return
         if self._file is None:
@@ -103,7 +105,7 @@ class MetricsWriter:
             self._tracker.log(row)
 
     def sync(self) -> None:
-        """Returns when all rows so far are in their place; a checkpoint that counts them is saved after it."""
+        """Returns when all rows so far are stored; called before a checkpoint that counts them is saved."""
         if self._file is not None:
             self._file.sync()
         if self._tensorboard is not None:

@@ -1,4 +1,4 @@
-"""What a run's directory says about itself: config.json, run.json, and DONE, written last."""
+"""The files that describe a run in its directory: config.json, run.json, and DONE, written last."""
 
 import datetime
 import importlib.metadata
@@ -29,7 +29,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"
 
 
 class RunDirectory:
-    """Claims a directory for one command with one resolved config, or finds that it is its own and may be resumed.
+    """Claims a directory for one command with one resolved config, or resumes the same run in it.
 
     config: the resolved config as plain values. Raises UserError, with the differences, when the directory belongs to
     another command or to a config that differs in more than `kd_jax.config.MAY_CHANGE`.
@@ -64,7 +64,7 @@ class RunDirectory:
 
     @property
     def done(self) -> bool:
-        """Whether process 0 finds it finished: all processes go the same way."""
+        """Whether process 0 finds the run finished; the same answer in all processes."""
         return distributed.from_first(is_done(self.path))
 
     def start(self, **notes: Any) -> None:
@@ -97,7 +97,7 @@ def run_once(
 
 
 def mark_done(workdir: str | pathlib.Path, **notes: Any) -> None:
-    """Writes the DONE marker (JSON: the time and the notes) into a directory, when all processes are through."""
+    """Writes the DONE marker (JSON: the time and the notes) into a directory once all processes get here."""
     distributed.barrier()
     if jax.process_index() == 0:
         write_json(as_path(workdir) / DONE, {"finished": _now(), **notes})
@@ -115,7 +115,7 @@ def _exists(file: pathlib.Path) -> bool:
 
 
 def command_line() -> str:
-    """This command as it can be given again: python -m MODULE, without the place of the module's file."""
+    """This command as it can be entered again: python -m MODULE instead of the path of the module's file."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is None:
         return shlex.join(sys.argv)
@@ -149,7 +149,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the clone that this file lies in, with "+changes" when tracked files differ from it."""
+    """Commit of the clone that contains this file, with "+changes" when tracked files differ from it."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(pathlib.Path(__file__).parent), *arguments]

@@ -1,8 +1,7 @@
-"""The training state {"step", "params", "opt_state"}: made sharded, described abstractly, laid out for checkpoints."""
+"""The training state {"step", "params", "opt_state"}: its sharding, its abstract form, its layout in checkpoints."""
 
 import hashlib
 import json
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ def new_state(params: Params, optimizer: optax.GradientTransformation) -> State:
 def state_shardings(
     abstract_params: Params, optimizer: optax.GradientTransformation, params_shardings: Params
 ) -> State:
-    """The sharding of every leaf of a state: moments lie as their parameters do, counters are replicated."""
+    """The sharding of every leaf of a state: moments are sharded like their parameters, counters replicated."""
     whole = replicated(jax.tree.leaves(params_shardings)[0].mesh)
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
@@ -36,7 +35,7 @@ def state_shardings(
 
 
 def abstract_state(abstract_params: Params, optimizer: optax.GradientTransformation, layout: State) -> State:
-    """The state as ShapeDtypeStructs that carry their sharding of `layout`: what a restore is told to make."""
+    """The state as ShapeDtypeStructs with the shardings of `layout`: the target of a restore."""
     shapes = jax.eval_shape(lambda params: new_state(params, optimizer), abstract_params)
     return with_shardings(shapes, layout)
 
@@ -48,24 +47,16 @@ def with_shardings(abstract: Any, layout: Any) -> Any:
     )
 
 
-def create_state(init_params: Callable[[], Params], optimizer: optax.GradientTransformation, layout: State) -> State:
-    """A state from scratch, made in place on the devices: none ever holds more than its shards."""
-    return jax.jit(lambda: new_state(init_params(), optimizer), out_shardings=layout)()
-
-
-def state_from_params(params: Params, optimizer: optax.GradientTransformation, layout: State) -> State:
-    """A state at step 0 with a fresh optimizer around a copy of parameters that were loaded."""
-    return jax.jit(lambda values: new_state(values, optimizer), out_shardings=layout)(params)
-
-
 def params_fingerprint(params: Params) -> str:
-    """Hex digest of all values and names of a tree, computed where they lie: the same for any sharding."""
+    """Hex digest of all names and values of a tree, computed on the devices; the same for any sharding."""
     sums = jax.device_get(_checksums(params))
     return hashlib.sha256(json.dumps(jax.tree.map(int, sums), sort_keys=True).encode()).hexdigest()
 
 
 @jax.jit
 def _checksums(params):
+    # A wrapping sum does not depend on its order, so the digest does not depend on the sharding; each element is mixed
+    # with its index, so it does depend on where a value is.
     def checksum(leaf):
         bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).reshape(-1)
         mixed = (bits ^ (jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(0x9E3779B1))) * jnp.uint32(0x85EBCA6B)

@@ -54,8 +54,8 @@ def test_flags_name_the_place_and_come_before_the_environment(monkeypatch):
         (("head", 2, 0), "--coordinator: 'head' is no HOST:PORT"),
         (("head:70000", 2, 0), "--coordinator: 'head:70000' is no HOST:PORT"),
         (("head:1", 0, 0), "--processes: 0 is below 1"),
-        (("head:1", 2, 2), "--process: 2 is none of 2 processes; count from 0 to 1"),
-        (("head:1", 2, -1), "--process: -1 is none of 2 processes"),
+        (("head:1", 2, 2), "--process: 2 is not one of 2 processes; count from 0 to 1"),
+        (("head:1", 2, -1), "--process: -1 is not one of 2 processes"),
     ],
 )
 def test_half_a_place_is_refused(flags, words):
@@ -101,7 +101,7 @@ def test_an_environment_that_makes_no_sense_is_told_with_the_way_out(monkeypatch
     with pytest.raises(UserError, match=r"looks like Slurm.*second.*or --processes=1 to run alone"):
         from_environment()
     enter(monkeypatch, SLURM | {"SLURM_PROCID": "4"})
-    with pytest.raises(UserError, match="Slurm: process: 4 is none of 4 processes"):
+    with pytest.raises(UserError, match="Slurm: process: 4 is not one of 4 processes"):
         from_environment()
 
 

@@ -20,7 +20,7 @@ from kd_jax.trainer.loop import fit
 from kd_jax.trainer.mesh import make_mesh, shardings
 from kd_jax.trainer.metrics import MetricsWriter
 from kd_jax.trainer.optimizer import make_optimizer
-from kd_jax.trainer.state import abstract_state, create_state, state_shardings
+from kd_jax.trainer.state import abstract_state, new_state, state_shardings
 
 ROWS, INPUTS, OUTPUTS = 16, 8, 4
 AXES = {"layer": {"kernel": ("embed", "mlp"), "bias": ("mlp",)}}
@@ -84,6 +84,11 @@ def init_params():
     return {"layer": {"kernel": draw, "bias": jnp.zeros(OUTPUTS)}}
 
 
+def create_state(optimizer, layout):
+    """A state from scratch, made sharded."""
+    return jax.jit(lambda: new_state(init_params(), optimizer), out_shardings=layout)()
+
+
 def train(workdir, job=None, *, mesh=None, batches=batch_at, identity=None, tensorboard=False, **changes):
     """A run of the toy in `workdir`; the keywords of `fit` may be replaced."""
     job = job or toy_job()
@@ -94,7 +99,7 @@ def train(workdir, job=None, *, mesh=None, batches=batch_at, identity=None, tens
     jitted = jax.jit(make_step(optimizer, job.skip_non_finite > 0), donate_argnums=0, out_shardings=(layout, None))
     writer = MetricsWriter(workdir, tensorboard=tensorboard)
     arguments = {
-        "initial_state": lambda: create_state(init_params, optimizer, layout),
+        "initial_state": lambda: create_state(optimizer, layout),
         "abstract": abstract_state(ABSTRACT, optimizer, layout),
         "phases": ((0, jitted, lambda: {"scale": np.float32(1.0)}),),
         "batch_at": batches,

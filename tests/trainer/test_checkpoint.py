@@ -10,9 +10,9 @@ from kd_jax.config.execution import Mesh
 from kd_jax.trainer.checkpoint import FOLDER, Checkpoints, load_params
 from kd_jax.trainer.mesh import make_mesh, shardings
 from kd_jax.trainer.optimizer import make_optimizer
-from kd_jax.trainer.state import abstract_state, create_state, state_shardings, with_shardings
+from kd_jax.trainer.state import abstract_state, state_shardings, with_shardings
 from kd_jax.types import UserError
-from tests.support.toy_training import ABSTRACT, AXES, init_params, toy_job
+from tests.support.toy_training import ABSTRACT, AXES, create_state, toy_job
 
 
 def parts(data=2, fsdp=2, tensor=2):
@@ -20,7 +20,7 @@ def parts(data=2, fsdp=2, tensor=2):
     mesh = make_mesh(Mesh(data, fsdp, tensor), devices=jax.devices()[: data * fsdp * tensor])
     optimizer = make_optimizer(toy_job())
     layout = state_shardings(ABSTRACT, optimizer, shardings(mesh, AXES, ABSTRACT))
-    return create_state(init_params, optimizer, layout), abstract_state(ABSTRACT, optimizer, layout)
+    return create_state(optimizer, layout), abstract_state(ABSTRACT, optimizer, layout)
 
 
 def values(tree):

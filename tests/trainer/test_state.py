@@ -8,8 +8,8 @@ from jax.sharding import PartitionSpec
 from kd_jax.config.execution import Mesh
 from kd_jax.trainer.mesh import make_mesh, shardings
 from kd_jax.trainer.optimizer import make_optimizer
-from kd_jax.trainer.state import abstract_state, create_state, from_plain, state_from_params, state_shardings, to_plain
-from tests.support.toy_training import ABSTRACT, AXES, init_params, toy_job
+from kd_jax.trainer.state import abstract_state, from_plain, new_state, state_shardings, to_plain
+from tests.support.toy_training import ABSTRACT, AXES, create_state, init_params, toy_job
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_moments_lie_as_their_parameters_and_counters_are_whole(parts):
 
 def test_a_state_is_made_as_its_abstract_says(parts):
     optimizer, layout = parts
-    state, abstract = create_state(init_params, optimizer, layout), abstract_state(ABSTRACT, optimizer, layout)
+    state, abstract = create_state(optimizer, layout), abstract_state(ABSTRACT, optimizer, layout)
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(abstract)):
         assert (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype)
@@ -43,14 +43,14 @@ def test_a_state_is_made_as_its_abstract_says(parts):
 def test_loaded_parameters_are_copied_so_that_the_state_may_be_donated(parts):
     optimizer, layout = parts
     params = jax.device_put(init_params(), layout["params"])
-    state = state_from_params(params, optimizer, layout)
+    state = jax.jit(lambda values: new_state(values, optimizer), out_shardings=layout)(params)
     jax.block_until_ready(jax.jit(lambda tree: jax.tree.map(jnp.negative, tree), donate_argnums=0)(state))
     np.testing.assert_array_equal(np.asarray(params["layer"]["kernel"]), init_params()["layer"]["kernel"])
 
 
 def test_the_plain_layout_has_string_keys_and_no_empty_nodes(parts):
     optimizer, layout = parts
-    plain = to_plain(create_state(init_params, optimizer, layout))
+    plain = to_plain(create_state(optimizer, layout))
     names = {
         jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(plain)
     }

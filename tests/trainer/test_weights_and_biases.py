@@ -3,7 +3,7 @@ import types
 
 import pytest
 
-from kd_jax.config import base
+from kd_jax.config.execution import Wandb
 from kd_jax.trainer import weights_and_biases as module
 from kd_jax.trainer.metrics import MetricsWriter
 from kd_jax.trainer.weights_and_biases import Tracker, tracker
@@ -11,9 +11,7 @@ from kd_jax.types import UserError
 
 
 def settings(**changes):
-    config = base.get_config()
-    config.wandb.update({"project": "students", **changes})
-    return config.wandb
+    return Wandb(**({"project": "students"} | changes))
 
 
 class FakeRun:
@@ -91,11 +89,6 @@ def test_a_folder_of_that_name_is_no_package(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="not installed"):
         tracker(settings(), tmp_path, {})
     sys.modules.pop("wandb", None)
-
-
-def test_an_unknown_mode_is_refused(runs, tmp_path):
-    with pytest.raises(UserError, match=r"config\.wandb\.mode: 'of' is unknown; use online or offline"):
-        tracker(settings(mode="of"), tmp_path, {})
 
 
 def test_only_process_0_has_one(runs, monkeypatch, tmp_path):
