@@ -1,4 +1,4 @@
-"""What a compiled step tells: memory by kind, collectives, roofline; and what it is worth."""
+"""A compiled step: memory by kind, collectives, roofline; and the report about it."""
 
 import re
 import time
@@ -7,13 +7,12 @@ from typing import Any
 
 import jax
 
-from kd_jax.compile_check.chips import GIB
 from kd_jax.compile_check.hlo import Collective, Program
-from kd_jax.compile_check.roofline import Roofline, roofline
+from kd_jax.compile_check.roofline import GIB, Roofline, roofline
 from kd_jax.compile_check.topology import Topology
 from kd_jax.types import UserError
 
-# How a compiler says that a program is too large: by how much, if it does.
+# How compilers report the memory that a program would need, if they do.
 _NEEDED = re.compile(r"(?:Used|required[^(]*\(|[Nn]eeds?) ?([\d.]+)([KMG])")
 _KINDS = ("arguments", "outputs", "temporaries", "code")
 _UNITS = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30}
@@ -21,7 +20,7 @@ _UNITS = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30}
 
 @dataclass(frozen=True)
 class Measurement:
-    """A step compiled for a topology, in bytes a device; outputs that take the place of arguments are left out."""
+    """A step compiled for a topology, in bytes per device; outputs that reuse the memory of arguments count nothing."""
 
     rows: int
     seconds: float  # of compilation
@@ -46,15 +45,15 @@ class Measurement:
 
 
 def measure(lowered: jax.stages.Lowered, rows: int, flops: float, topology: Topology, slice_size: int) -> Measurement:
-    """Compiles; a program that the compiler finds too large does not fit, and has the memory that it would need where
-    the compiler says it."""
+    """Compiles. A program that is too large for the compiler does not fit; it has the memory that it would need, if the
+    compiler reports that."""
     began = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise UserError(
-                f"--topology={topology.name}: the compiler gave up ({str(error).splitlines()[0][:200]}); for a GPU, "
+                f"--topology={topology.name}: the compiler failed ({str(error).splitlines()[0][:200]}); for a GPU, "
                 "XLA_FLAGS=--xla_gpu_enable_triton_gemm=false in the environment may help, else another mesh or batch"
             ) from error
         found = _NEEDED.search(str(error))
@@ -80,16 +79,16 @@ def measure(lowered: jax.stages.Lowered, rows: int, flops: float, topology: Topo
 
 
 def lines_of(one: Measurement, topology: Topology, length: int, price: float) -> list[str]:
-    """The measurement as a page of text. price: of a device for an hour, 0 for none."""
+    """The measurement as lines of text. price: of a device per hour, 0 for none."""
     chip, devices = topology.chip, len(topology.devices)
     if one.roofline is None:
         needed = f", it needs {one.total / GIB:.1f} GiB for temporaries alone" if one.total else ""
         return [f"{one.rows} rows do not fit: the compiler ran out of memory{needed}"]
     found = [
         f"{one.rows} rows of {length} tokens on {devices} x {chip.name}, compiled in {one.seconds:.0f} s",
-        "memory a device, GiB: " + ", ".join(f"{kind} {getattr(one, kind) / GIB:.2f}" for kind in _KINDS),
+        "memory per device, GiB: " + ", ".join(f"{kind} {getattr(one, kind) / GIB:.2f}" for kind in _KINDS),
         f"  together {one.total / GIB:.2f} of {chip.usable / GIB:.2f}: it {'fits' if one.fits else 'does not fit'}",
-        "collectives, what a device sends in a step:",
+        "collectives, bytes that a device sends per step:",
     ]
     found += [f"  {line}" for line in collective_lines(one.collectives)] or ["  none"]
     roof = one.roofline
@@ -98,24 +97,23 @@ def lines_of(one: Measurement, topology: Topology, length: int, price: float) ->
     cost = f", {hours * price:,.0f} at {price:g} each" if price else ""
     return [
         *found,
-        f"matrix products: {roof.flops / 1e12:.2f} TFLOP a device; memory traffic {roof.traffic / 1e9:.1f} GB; "
+        f"matrix products: {roof.flops / 1e12:.2f} TFLOP per device; memory traffic {roof.traffic / 1e9:.1f} GB; "
         f"sent {roof.sent / 1e9:.2f} GB",
         f"at best: compute {roof.compute:.4f} s, memory {roof.memory:.4f} s, network {roof.network:.4f} s; a step "
         f"takes {roof.step:.4f} s, bound by {roof.bound}",
-        f"  {tokens:,.0f} tokens/s, {tokens / devices:,.0f} a device; {roof.compute / roof.step:.0%} of peak FLOPs",
+        f"  {tokens:,.0f} tokens/s, {tokens / devices:,.0f} per device; {roof.compute / roof.step:.0%} of peak FLOPs",
         f"  100 billion tokens: {hours:,.0f} device-hours{cost}",
         f"  peaks of {chip.name}: {chip.source}",
     ]
 
 
 def collective_lines(collectives: tuple[Collective, ...], most: int = 8) -> list[str]:
-    """A line for each kind with its number and bytes, and below them where the largest come from."""
-    kinds: dict[str, list[float]] = {}
-    for one in collectives:
-        count_and_sent = kinds.setdefault(one.kind, [0, 0.0])
-        count_and_sent[0] += one.count
-        count_and_sent[1] += one.sent
-    lines = [f"{kind:<20} {int(count):>6} x  {sent / 1e9:>9.3f} GB" for kind, (count, sent) in sorted(kinds.items())]
+    """A line for each kind with its number and bytes, then the source of the largest ones."""
+    lines: list[str] = []
+    for kind in sorted({one.kind for one in collectives}):
+        count = sum(one.count for one in collectives if one.kind == kind)
+        sent = sum(one.sent for one in collectives if one.kind == kind)
+        lines.append(f"{kind:<20} {count:>6} x  {sent / 1e9:>9.3f} GB")
     for one in collectives[:most]:
         source = re.sub(r"^jit\(\w+\)/|jvp\(\)/|closed_call/|body/", "", one.source.split(":")[0])
         lines.append(

@@ -18,17 +18,13 @@ def steps_up_to(most: int) -> list[int]:
 def largest_batch(
     first: Measurement, multiple: int, capacity: float, measure: Callable[[int], Measurement], tries: int
 ) -> list[Measurement]:
-    """All that was measured, `first` included, until the largest batch is known or `tries` are used up.
+    """All measurements, `first` included, until the largest batch is known or `tries` are used up.
 
-    Batches are `multiple` times 1, 2, 3, 4, 6, 8, 12, ... rows. Memory grows about linearly with the rows, so two
-    measurements tell where to look; capacity: bytes of a device.
+    Batches are `multiple` times 1, 2, 3, 4, 6, 8, 12, ... rows; capacity: bytes of a device.
     """
     known = {first.rows: first}
     grid = [multiple * step for step in steps_up_to(2**16)]
-    while len(known) <= tries:
-        rows = _next(known, grid, capacity)
-        if rows is None:
-            break
+    while len(known) <= tries and (rows := _next(known, grid, capacity)) is not None:
         known[rows] = measure(rows)
     return [known[rows] for rows in sorted(known)]
 
@@ -43,22 +39,17 @@ def _next(known: dict[int, Measurement], grid: list[int], capacity: float) -> in
     guess = _predicted(known, capacity)
     if guess is None:
         guess = (low + high) // 2 if low and high <= grid[-1] else high // 4
-    reachable = [rows for rows in between if rows <= guess]
-    return reachable[-1] if reachable else between[0]
+    return max((rows for rows in between if rows <= guess), default=between[0])
 
 
 def _predicted(known: dict[int, Measurement], capacity: float) -> float | None:
-    """Rows at which the line through the two largest measured batches that compiled meets the capacity.
-
-    Of one alone all temporaries are taken to grow with the rows, which promises rather too little.
-    """
+    """Rows at which the line through the two largest measured batches that compiled meets the capacity."""
     points = sorted((rows, one.total) for rows, one in known.items() if one.roofline is not None)
-    if len(points) == 1:
-        ((rows, total),) = points
-        temporaries = known[rows].temporaries
-        return rows * (capacity - total + temporaries) / temporaries if temporaries else None
     if not points:
         return None
-    (fewer, less), (more, much) = points[-2:]
-    slope = (much - less) / (more - fewer)
+    more, much = points[-1]
+    if len(points) == 1:  # as if all temporaries grew with the rows, which rather promises too little
+        slope = known[more].temporaries / more
+    else:
+        slope = (much - points[-2][1]) / (more - points[-2][0])
     return more + (capacity - much) / slope if slope > 0 else None

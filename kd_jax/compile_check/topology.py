@@ -1,4 +1,4 @@
-"""Devices that are not here: what --topology names, as something that can be compiled for."""
+"""Devices to compile for without the hardware, as --topology names them."""
 
 import contextlib
 import importlib.util
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from kd_jax.compile_check.chips import CHIPS, Chip
+from kd_jax.compile_check.roofline import CHIPS, Chip
 from kd_jax.types import UserError
 
 FORMS = "v5e:4x4, v5p:4x4x4, v6e:16x16, v4:4x4x4, h100:8, h100:8x8 (nodes x GPUs) or cpu:8"
@@ -19,7 +19,7 @@ FORMS = "v5e:4x4, v5p:4x4x4, v6e:16x16, v4:4x4x4, h100:8, h100:8x8 (nodes x GPUs
 # Where libtpu's name of a kind is not ours.
 _TPU_NAMES = {"v5p": "v5"}
 
-# What XLA asks of a GPU that is not there: the device properties that NVIDIA publishes of an H100 SXM with 80 GB.
+# What XLA needs to know about a GPU that it cannot query: the properties of an H100 SXM with 80 GB, from NVIDIA.
 _H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 minor: 0 }
@@ -50,7 +50,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @dataclass(frozen=True)
 class Topology:
-    """Devices to compile for, and what one of them can do."""
+    """Devices to compile for."""
 
     name: str
     kind: str
@@ -66,12 +66,12 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     sides = tuple(int(side) for side in found.group(2).split("x")) if found else ()
     if found is None or found.group(1) not in CHIPS or min(sides) < 1:
-        raise UserError(f"--topology={name}: is not known; name one of the form {FORMS}")
+        raise UserError(f"--topology={name}: is not known; use a form like {FORMS}")
     return found.group(1), sides
 
 
 def find_topology(name: str, slices: int = 1) -> Topology:
-    """The devices of a topology, several slices of it if wanted. Raises UserError where something is not installed."""
+    """The devices of a topology, or of several slices of it. UserError if a package is not installed."""
     kind, sides = parse(name)
     if kind == "cpu":
         devices = _cpu_devices(name, sides)
@@ -85,7 +85,7 @@ def find_topology(name: str, slices: int = 1) -> Topology:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package that it is a part of
+    except ModuleNotFoundError:  # its parent package is missing too
         return False
 
 
@@ -93,7 +93,7 @@ def _tpu_devices(name: str, kind: str, sides: tuple[int, ...], slices: int) -> l
     if not _installed("libtpu"):
         raise UserError(f"--topology={name}: libtpu is not installed; install it with pip install 'jax[tpu]'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks for a machine's metadata until it gives up
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is touched, so several may compile at once
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is used, so several processes may compile at once
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if kind in ("v4", "v5p"):
         options["chip_config_name"] = "megacore"  # two cores are one device, as JAX uses them
@@ -102,9 +102,7 @@ def _tpu_devices(name: str, kind: str, sides: tuple[int, ...], slices: int) -> l
         return topologies.get_topology_desc(f"{_TPU_NAMES.get(kind, kind)}:{shape}", platform="tpu", **options).devices
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"--topology={name}: libtpu knows no such slice ({reason}); name one of the form {FORMS}"
-        ) from None
+        raise UserError(f"--topology={name}: libtpu knows no such slice ({reason}); use a form like {FORMS}") from None
 
 
 def _gpu_devices(name: str, sides: tuple[int, ...]) -> list[Any]:
@@ -113,7 +111,7 @@ def _gpu_devices(name: str, sides: tuple[int, ...]) -> list[Any]:
             f"--topology={name}: the CUDA plugin is not installed; install it with pip install 'jax[cuda13]'"
         )
     if len(sides) > 2:
-        raise UserError(f"--topology={name}: has {len(sides)} sides; give the GPUs, or nodes x GPUs of one")
+        raise UserError(f"--topology={name}: has {len(sides)} sides; give the GPUs, or nodes x GPUs per node")
     nodes, each = sides if len(sides) == 2 else (1, *sides)
     shape = f"{nodes}x1x{each}"
     try:
@@ -127,11 +125,11 @@ def _gpu_devices(name: str, sides: tuple[int, ...]) -> list[Any]:
 
 def _cpu_devices(name: str, sides: tuple[int, ...]) -> list[Any]:
     count = math.prod(sides)
-    with contextlib.suppress(RuntimeError):  # a backend may run already, with as many devices as it has
+    with contextlib.suppress(RuntimeError):  # the backend is running, with a fixed number of devices
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise UserError(
-            f"--topology={name}: this process has {len(devices)} CPU devices; start it anew, or name cpu:{len(devices)}"
+            f"--topology={name}: this process has {len(devices)} CPU devices; restart it, or name cpu:{len(devices)}"
         )
     return devices[:count]

@@ -1,10 +1,11 @@
-"""Bytes that a compiled program reads from and writes to the memory of a device."""
+"""Bytes that a compiled program reads from and writes to a device's main memory."""
 
 import re
+from collections.abc import Iterator
 
-from kd_jax.compile_check.hlo import COLLECTIVES, Instruction, Program, arrays_of, called_by
+from kd_jax.compile_check.hlo import COLLECTIVES, Instruction, Program, arrays_of
 
-# What moves nothing by itself, or is counted where it begins.
+# Opcodes that move nothing themselves, or are counted where they start.
 _NOTHING = {
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all"),
     *("iota", "partition-id", "replica-id", "opt-barrier", "domain", "copy-done", "send-done", "recv-done"),
@@ -12,7 +13,7 @@ _NOTHING = {
 }
 _SLICES = {"dynamic-slice", "slice", "gather"}
 
-# An array outside of the main memory, in a TPU's on-chip memories, has a layout with such a space.
+# An array in a TPU's on-chip memories, not in main memory, has a layout with such a memory space.
 _ON_CHIP = re.compile(r"\b[a-z]+\d*\w*\[[\d,]*\]\{[^{}]*S\([1-46-9]\)[^{}]*\}")
 
 
@@ -21,19 +22,17 @@ def memory_traffic(program: Program) -> float:
 
     Of what is sliced only the slice counts, and of what is updated in place only the update.
     """
-    shapes = {
-        name: {one.name: one for one in lines} for name, lines in program.computations.items() if program.runs[name]
-    }
     total = 0.0
     for name, lines in program.computations.items():
         if program.runs[name] and name not in program.fused:
-            total += program.runs[name] * sum(_moved(one, shapes[name], program) for one in lines)
+            near = {one.name: one for one in lines}
+            total += program.runs[name] * sum(_moved(one, near, program) for one in lines)
     return total
 
 
-def _main(shape: str) -> int:
-    """The bytes of a shape that lie in the main memory."""
-    return sum(arrays_of(_ON_CHIP.sub("", shape)))
+def _main(*lines: Instruction) -> float:
+    """The bytes of results that are in main memory."""
+    return float(sum(sum(arrays_of(_ON_CHIP.sub("", line.shape))) for line in lines))
 
 
 def _moved(one: Instruction, near: dict[str, Instruction], program: Program) -> float:
@@ -41,66 +40,56 @@ def _moved(one: Instruction, near: dict[str, Instruction], program: Program) -> 
         return 0.0
     operands = [near[name] for name in one.operands if name in near]
     if one.opcode in _SLICES:
-        return 2.0 * _main(one.shape)
+        return 2 * _main(one)
     if one.opcode in ("dynamic-update-slice", "scatter") and len(operands) > 1:
-        return 2.0 * _main(operands[-1 if one.opcode == "scatter" else 1].shape)
+        return 2 * _main(operands[-1 if one.opcode == "scatter" else 1])
     if one.opcode == "fusion":
-        inside = program.computations[dict(called_by(one))["calls"]]
-        return _fusion(one, operands, inside)
-    if one.opcode.endswith("-start"):
-        return float(_main(one.shape))
-    return float(_main(one.shape) + sum(_main(operand.shape) for operand in operands))
+        return _fusion(one, operands, program.computations[dict(one.called)["calls"]])
+    return _main(one) if one.opcode.endswith("-start") else _main(one, *operands)
 
 
 def _fusion(one: Instruction, operands: list[Instruction], inside: list[Instruction]) -> float:
-    """What a fusion reads of each operand, and writes.
-
-    On a TPU a collective may go on behind a fusion: its arrays are handed through and are no work of the fusion.
-    """
-    users: dict[str, list[tuple[int, Instruction]]] = {}
-    for line in inside:
-        for place, name in enumerate(line.operands):
-            users.setdefault(name, []).append((place, line))
+    """What a fusion reads of each operand, and writes."""
     by_name = {line.name: line for line in inside}
-    parameters = {}
+    users: dict[str, list[tuple[int, Instruction]]] = {}
+    parameters: dict[int, str] = {}
     for line in inside:
+        for position, name in enumerate(line.operands):
+            users.setdefault(name, []).append((position, line))
         if line.opcode == "parameter" and (found := re.match(r"parameter\((\d+)\)", line.line)):
-            parameters[int(found.group(1))] = line
-    root = inside[-1]
-    handed = {"tuple", *COLLECTIVES}
+            parameters[int(found.group(1))] = line.name
+
+    def users_of(name: str) -> Iterator[tuple[int, Instruction]]:
+        """Who uses a value, looking through bitcasts."""
+        for position, line in users.get(name, []):
+            if line.opcode == "bitcast":
+                yield from users_of(line.name)
+            # On a TPU a collective may continue behind a fusion. Its arrays only pass through it.
+            elif line.opcode not in ("tuple", *COLLECTIVES):
+                yield position, line
 
     def update_of(line: Instruction) -> int:
         return sum(arrays_of(by_name[line.operands[1]].shape))
 
     total = 0.0
     for number, operand in enumerate(operands):
-        using = _real_users(parameters[number].name, users) if number in parameters else []
-        using = [(place, line) for place, line in using if line.opcode not in handed]
-        if using and all(line.opcode in _SLICES and place == 0 for place, line in using):
-            total += min(sum(sum(arrays_of(line.shape)) for _, line in using), _main(operand.shape))
-        elif using and all(line.opcode == "dynamic-update-slice" and place == 0 for place, line in using):
+        using = list(users_of(parameters[number])) if number in parameters else []
+        opcodes = {line.opcode if position == 0 else "" for position, line in using}
+        if using and opcodes <= _SLICES:
+            total += min(float(sum(sum(arrays_of(line.shape)) for _, line in using)), _main(operand))
+        elif opcodes == {"dynamic-update-slice"}:
             total += sum(update_of(line) for _, line in using)
         elif using or not inside[:-1]:
-            total += _main(operand.shape)
-    if root.opcode == "tuple":
-        results = [by_name[name] for name in root.operands if name in by_name]
-    else:
-        results = [root]
-    for line in results:
+            total += _main(operand)
+    root = inside[-1]
+    several = root.opcode == "tuple"
+    for line in [by_name[name] for name in root.operands if name in by_name] if several else [root]:
         while line.opcode == "bitcast" and line.operands[0] in by_name:
             line = by_name[line.operands[0]]
         if line.opcode == "dynamic-update-slice":
             total += update_of(line)
-        elif root.opcode != "tuple":
-            total += _main(one.shape)
+        elif not several:
+            total += _main(one)
         elif line.opcode not in ("parameter", "get-tuple-element", *COLLECTIVES):
-            total += _main(line.shape)
+            total += _main(line)
     return total
-
-
-def _real_users(name: str, users: dict[str, list[tuple[int, Instruction]]]) -> list[tuple[int, Instruction]]:
-    """Who uses a value, looking through bitcasts."""
-    found = []
-    for place, line in users.get(name, []):
-        found += _real_users(line.name, users) if line.opcode == "bitcast" else [(place, line)]
-    return found

@@ -19,6 +19,7 @@ from kd_jax.config.settings import read
 from kd_jax.config.training import Finetune
 from kd_jax.data.labeled import FinetuneBatches, LabeledSet
 from kd_jax.data.prepared import Prepared
+from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.data.text.utterances import LabelMaps, Utterance, subset_train
 from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.evaluation.predictions import Spread, predict_records
@@ -178,7 +179,7 @@ def finetune(
 
     def evaluate(params: Params, step: int) -> dict[str, float]:
         del step
-        records = predict(model, params, masks, dev, train, prepared, maps, mesh)
+        records = predict(model, params, masks, dev, train, prepared.tokenizer, length, maps, mesh)
         scores = dev_scores(records, task)
         if jax.process_index() == 0:
             write_json(directory.path / DEV, {**scores, "count": len(dev)})
@@ -224,7 +225,8 @@ def predict(
     masks: dict[str, np.ndarray],
     utterances: Sequence[Utterance],
     train: Sequence[Utterance],
-    prepared: Prepared | serving.Reader,
+    tokenizer: Tokenizer,
+    length: int,
     maps: LabelMaps,
     mesh,
     batch_rows: int = 32,
@@ -244,9 +246,9 @@ def predict(
         masks,
         utterances,
         train,
-        prepared.tokenizer,
+        tokenizer,
         maps,
-        length=prepared.settings.rows.length,
+        length=length,
         batch_rows=math.lcm(batch_rows, row_multiple(mesh)),
         spread=Spread(
             put,
@@ -299,7 +301,8 @@ class Finetuned(NamedTuple):
     params: Params
     masks: dict[str, np.ndarray]
     maps: LabelMaps
-    prepared: Prepared | serving.Reader  # with the model's vocabulary
+    tokenizer: Tokenizer  # with the model's vocabulary
+    length: int  # tokens in a row
 
 
 def load_finetuned(folder: pathlib.Path, prepared: Prepared, mesh, compute_dtype: str, key: str) -> Finetuned:
@@ -318,7 +321,8 @@ def load_finetuned(folder: pathlib.Path, prepared: Prepared, mesh, compute_dtype
     encoder = trained.encoder_block(start, "finetune.init_from") if start else config.student
     model = classifier(encoder, prepared, float(config.finetune.dropout), compute_dtype, task, run["classes"])
     params = trained.trained_params(folder, model, mesh)
-    return Finetuned(task, model, params, class_masks(class_counts(task, maps), run["classes"]), maps, prepared)
+    masks, length = class_masks(class_counts(task, maps), run["classes"]), prepared.settings.rows.length
+    return Finetuned(task, model, params, masks, maps, prepared.tokenizer, length)
 
 
 def served(folder: pathlib.Path, compute_dtype: str) -> Finetuned:
@@ -326,7 +330,7 @@ def served(folder: pathlib.Path, compute_dtype: str) -> Finetuned:
     one = serving.read(folder)
     model = dataclasses.replace(one.model, compute_dtype=resolve_dtype(compute_dtype))
     sizes = class_counts(model.kind, one.maps)
-    return Finetuned(model.kind, model, one.params, class_masks(sizes, sizes), one.maps, one.reader)
+    return Finetuned(model.kind, model, one.params, class_masks(sizes, sizes), one.maps, one.tokenizer, one.length)
 
 
 def predict_with(
@@ -338,4 +342,5 @@ def predict_with(
     if not utterances:
         return []
     train = of_domain(prepared.utterances, "train", "")
-    return predict(one.model, one.params, one.masks, utterances, train, one.prepared, one.maps, mesh, count=count)
+    which = (one.model, one.params, one.masks, utterances, train, one.tokenizer, one.length, one.maps, mesh)
+    return predict(*which, count=count)

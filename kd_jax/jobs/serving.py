@@ -1,11 +1,12 @@
-"""A finetuned model in a folder of its own, for programs that answer: weights, label names and compiled program.
+"""A finetuned model in a folder of its own, for serving: weights, label names and compiled program.
 
 predictor.json holds the shape and the names of the classes, predictor.safetensors the weights in float32 or int8 under
-the names of our parameters, and predictor.stablehlo, where it is wanted, the program: `jax.export` for cpu, cuda and
-tpu, of any number of texts up to any length that the model takes. `predict` reads the folder without the prepared data.
+the names of our parameters, and predictor.stablehlo, if requested, the program: `jax.export` for cpu, cuda and tpu, for
+any number of texts of any length that the model takes. `predict` reads the folder without the prepared data.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -29,36 +30,29 @@ from kd_jax.types import Array, Params, UserError
 ABOUT = "predictor.json"
 WEIGHTS = "predictor.safetensors"
 PROGRAM = "predictor.stablehlo"
-RECORD = "export.json"  # of an export, in place of a run's config.json, whose name `transformers` takes
+RECORD = "export.json"  # replaces a run's config.json, whose name `transformers` uses
 PLATFORMS = ("cpu", "cuda", "tpu")
 CLASSES = {"dc": ("domains",), "icner": ("intents", "tags")}
 
 
-class Reader(NamedTuple):
-    """What predicting takes of a prepared folder: its tokenizer, and of its config {"rows": {"length": tokens}}."""
-
-    tokenizer: Tokenizer
-    config: dict[str, Any]
-
-
 class Served(NamedTuple):
-    """What `read` gives: a model with its parameters in float32, the names of its classes, and how it reads text."""
+    """A model read from its folder; parameters are float32."""
 
     model: Functional
     params: Params
     maps: LabelMaps
-    reader: Reader
+    tokenizer: Tokenizer
+    length: int  # tokens in a row
 
 
 def without_padding(model: Functional, params: Params, classes: Mapping[str, tuple[str, ...]]) -> tuple[Any, Params]:
     """The model and parameters without the classes that only pad a label map, which are the last of a head."""
-    sizes = {name: len(names) for name, names in classes.items()}
-    heads = {"domains": "domain_head", "intents": "intent_head", "tags": "tag_head"}
+    sizes: dict[str, Any] = {name: len(names) for name, names in classes.items()}
     cut = dict(params)
     for name, size in sizes.items():
-        head = cut[heads[name]]
-        last = {key: leaf[..., :size] for key, leaf in head["classifier"].items()}
-        cut[heads[name]] = {**head, "classifier": last}
+        head = f"{name.removesuffix('s')}_head"
+        classifier = {key: leaf[..., :size] for key, leaf in cut[head]["classifier"].items()}
+        cut[head] = {**cut[head], "classifier": classifier}
     return dataclasses.replace(model, **sizes), cut
 
 
@@ -72,7 +66,7 @@ def write(
     int8: bool,
     program: bool,
 ) -> None:
-    """Writes the files of a DC or ICNER model whose classes are not padded; its tokenizer is the caller's to write."""
+    """Writes the files of a DC or ICNER model whose classes are not padded; the caller writes the tokenizer."""
     about = {
         "task": model.kind,
         "weights": "int8" if int8 else "float32",
@@ -80,9 +74,8 @@ def write(
         "encoder": dataclasses.asdict(model.config),
         **{name: list(classes[name]) for name in CLASSES[model.kind]},
     }
-    tensors = (
-        quantized(params) if int8 else {name: np.asarray(leaf) for name, leaf in flatten_dict(params, sep=".").items()}
-    )
+    leaves: dict[str, Any] = flatten_dict(params, sep=".")
+    tensors = quantized(params) if int8 else {name: np.asarray(leaf) for name, leaf in leaves.items()}
     write_json(folder / ABOUT, about)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "np"})
     if program:
@@ -90,11 +83,11 @@ def write(
 
 
 def is_served(folder: str | pathlib.Path) -> bool:
-    """Whether a folder holds what `write` wrote. Raises UserError for an export for `transformers` alone."""
+    """Whether `write` wrote the folder. Raises UserError for an export for `transformers` only."""
     folder = as_path(folder)
     if (folder / RECORD).is_file() and not (folder / ABOUT).is_file():
         raise UserError(
-            f"{folder}: holds a model for `transformers` alone; name the run that it was exported from, or export that "
+            f"{folder}: holds a model for `transformers` only; name the run that it was exported from, or export it "
             "again with --config.export.int8=True or --config.export.stablehlo=True"
         )
     return (folder / ABOUT).is_file()
@@ -120,12 +113,12 @@ def read(folder: pathlib.Path) -> Served:
     )
     if found != wanted:
         wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-        raise UserError(f"{folder / WEIGHTS}: {wrong[0]} is not as {ABOUT} says; export the model again")
-    return Served(model, params, maps, Reader(Tokenizer.load(folder), {"rows": {"length": about["length"]}}))
+        raise UserError(f"{folder / WEIGHTS}: {wrong[0]} does not match {ABOUT}; export the model again")
+    return Served(model, params, maps, Tokenizer.load(folder), about["length"])
 
 
 def answers(model: Functional, weights: Mapping[str, Array], input_ids: Array, attention_mask: Array) -> dict[str, Any]:
-    """What the program computes of texts, one a row, int32 [B, L] each as a tokenizer of `transformers` gives them.
+    """The program: logits of texts, one per row, int32 [B, L] as a tokenizer of `transformers` gives them.
 
     DC: {"domain": logits [B, domains]}. ICNER: {"intent": logits [B, intents], "tags": logits [B, L, tags]}.
     """
@@ -145,19 +138,13 @@ def answers(model: Functional, weights: Mapping[str, Array], input_ids: Array, a
 
 
 def exported_program(model: Functional, tensors: Mapping[str, np.ndarray]) -> bytes:
-    """`answers` of (weights, input_ids, attention_mask) as a serialized jax.export.Exported, in float32.
-
-    The weights are an argument, so that the program stays small and weights can lie in int8 on the device.
-    """
+    """`answers` of (weights, input_ids, attention_mask) as a serialized jax.export.Exported, in float32."""
     longest = model.config.max_positions
     batch, length = jax.export.symbolic_shape(
         "batch, length", constraints=["batch >= 1", "length >= 1", f"length <= {longest}"]
     )
     text = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    # The weights are an argument, so that the program stays small and int8 weights stay int8 on the device.
     weights = {name: jax.ShapeDtypeStruct(one.shape, one.dtype) for name, one in tensors.items()}
-
-    def predictor(weights, input_ids, attention_mask):
-        return answers(model, weights, input_ids, attention_mask)
-
-    program = jax.export.export(jax.jit(predictor), platforms=PLATFORMS)(weights, text, text)
+    program = jax.export.export(jax.jit(functools.partial(answers, model)), platforms=PLATFORMS)(weights, text, text)
     return bytes(program.serialize())

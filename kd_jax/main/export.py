@@ -2,22 +2,25 @@
 
 python -m kd_jax.main.export --config=configs/FILE.py --workdir=DIR --config.export.checkpoint=DIR
 
---config.export.stablehlo=True adds the compiled program and its weights (kd_jax/jobs/serving.py), which run with jax
-alone; --config.export.int8=True writes the weights in int8 in place of those that `transformers` loads.
+--config.export.stablehlo=True adds the compiled program and its weights (kd_jax/jobs/serving.py), which need only jax;
+--config.export.int8=True writes the weights in int8 instead of those that `transformers` loads.
 """
 
 import dataclasses
 import importlib.util
-import json
 import pathlib
 import shutil
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from kd_jax.config import require, to_dict
+from kd_jax.config import require
+from kd_jax.config.commands import Export
+from kd_jax.config.execution import read_execution
+from kd_jax.config.settings import read
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.rows import new_folder
 from kd_jax.data.text.tokenizer import Tokenizer
@@ -30,7 +33,7 @@ from kd_jax.models.functional import Functional, parameter_count
 from kd_jax.models.huggingface.checkpoint import exported, tokenizer_ids
 from kd_jax.models.huggingface.config import CONFIG
 from kd_jax.models.huggingface.files import SINGLE
-from kd_jax.runtime.files import read_json
+from kd_jax.runtime.files import read_json, write_json
 from kd_jax.runtime.paths import as_path, need_local
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.trainer.run_directory import provenance
@@ -56,53 +59,58 @@ def keys(config: ConfigDict) -> tuple[str, ...]:
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Writes the whole folder at once; the same command again leaves it as it is."""
-    require(bool(config.export.checkpoint), KEY, "it is empty", "give the workdir of a finished run")
+    """Writes the whole folder atomically; the same command again leaves it as it is."""
+    settings, mesh = read(Export, config.export, "export"), make_mesh(read_execution(config).mesh)
     need_local(workdir, "an export")
-    source = as_path(config.export.checkpoint)
+    source = as_path(settings.checkpoint)
     record = {
         "command": "export",
-        "config": {"export": to_dict(config.export)},
+        "config": {"export": vars(settings)},
         "parameters_fingerprint": trained.parameters_fingerprint(source, KEY),
     }
     if is_exported(workdir, record):
         return
-    one = read_run(config, source)
-    tokenizer, shape, block = one.tokenizer, one.model.config, config.export
-    if block.int8 or block.stablehlo:
-        check_serving(one.model.kind, block)
-    card = model_card(one.model.kind, shape, source, one.prepared, parameter_count(one.params), block)
+    one = read_run(source, mesh)
+    tokenizer, shape, serves = one.tokenizer, one.model.config, settings.int8 or settings.stablehlo
+    if serves:
+        check_serving(one.model.kind, settings)
+    card = model_card(one.model.kind, shape, source, one.prepared, parameter_count(one.params), settings)
     with new_folder(workdir) as folder:
         tokenizer.save(folder)
-        adapt_tokenizer_config(folder / "tokenizer_config.json", shape.max_positions)
-        if not block.int8:
+        # The models have no token types, and no more positions than this.
+        limits = {"model_input_names": ["input_ids", "attention_mask"], "model_max_length": shape.max_positions}
+        file = folder / "tokenizer_config.json"
+        write_json(file, read_json(file) | limits)
+        if not settings.int8:
             write_transformers(folder, one)
-        if block.int8 or block.stablehlo:
+        if serves:
             model, params = serving.without_padding(one.model, one.params, one.classes)
-            length = one.prepared.settings.rows.length
-            serving.write(folder, model, params, one.classes, length=length, int8=block.int8, program=block.stablehlo)
+            length, form = one.prepared.settings.rows.length, {"int8": settings.int8, "program": settings.stablehlo}
+            serving.write(folder, model, params, one.classes, length=length, **form)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        write(folder / RECORD, {**record, **provenance()})
-        for file in folder.glob("*.safetensors"):  # the library makes them readable for their owner alone
+        write_json(folder / RECORD, {**record, **provenance()})
+        for file in folder.glob("*.safetensors"):  # safetensors makes them readable by their owner only
             shutil.copymode(folder / RECORD, file)
     print(f"{workdir} is written; its README.md says what it is and how to load it.")
 
 
-def check_serving(kind: str, block: ConfigDict) -> None:
-    """Raises UserError for what has no classes to predict, and where the package that writes programs is missing."""
-    key = "export.int8" if block.int8 else "export.stablehlo"
+def check_serving(kind: str, settings: Export) -> None:
+    """Raises UserError for a model without classes to predict, and if the package that writes programs is missing."""
+    key = "export.int8" if settings.int8 else "export.stablehlo"
     require(kind in serving.CLASSES, key, "a masked LM predicts no classes", "finetune it and export that run")
-    if block.stablehlo:
+    if settings.stablehlo:
         found = importlib.util.find_spec("flatbuffers") is not None
-        require(found, "export.stablehlo", "jax writes programs with a package that is not here", "install flatbuffers")
+        require(
+            found, "export.stablehlo", "the package with which jax writes programs is missing", "install flatbuffers"
+        )
 
 
 def write_transformers(folder: pathlib.Path, one: Trained) -> None:
-    """config.json, model.safetensors and, for ICNER, the intent head beside it."""
+    """config.json, model.safetensors and, for ICNER, the intent head."""
     tokenizer, shape = one.tokenizer, one.model.config
     found = exported(one.model, one.params, one.classes)
     ids = tokenizer_ids(shape, cls=tokenizer.cls_id, sep=tokenizer.sep_id, pad=tokenizer.pad_id)
-    write(folder / CONFIG, found.config | ids)
+    write_json(folder / CONFIG, found.config | ids)
     for name, tensors in ((SINGLE, found.tensors), (INTENT_HEAD, found.intent_head)):
         if tensors:
             save_file(tensors, folder / name, metadata={"format": "pt"})
@@ -116,15 +124,15 @@ def is_exported(workdir: pathlib.Path, record: dict[str, Any]) -> bool:
         old = read_json(workdir / RECORD)
         if all(old[key] == value for key, value in record.items()):
             return True
-    raise UserError(f"{workdir}: holds something else than this export; choose a new --workdir")
+    raise UserError(f"{workdir}: holds something other than this export; choose a new --workdir")
 
 
-def read_run(config: ConfigDict, source: pathlib.Path) -> Trained:
+def read_run(source: pathlib.Path, mesh: Mesh) -> Trained:
     """The model of a pretrain, distill, import_model or finetune run, in float32.
 
     Raises UserError for one that cannot be exported.
     """
-    saved, mesh = trained.run_config(source, KEY), make_mesh(config.mesh)
+    saved = trained.run_config(source, KEY)
     if finetune.domain_folders(source):
         raise UserError(f"config.{KEY}: {source} holds a model for each domain; name one of {source}/domains/")
     prepared = Prepared(saved.prepared)
@@ -134,14 +142,14 @@ def read_run(config: ConfigDict, source: pathlib.Path) -> Trained:
         prepared = finetune.prepared_for(saved, prepared)
         model, params = one.model, one.params
     else:
-        block = trained.encoder_block(source, KEY)
+        encoder = trained.encoder_block(source, KEY)
         prepared = trained.run_prepared(source, prepared, KEY)
         trained.check_tokenizer(source, prepared, KEY)
-        model = masked_lm.encoder_model(block, prepared, "float32", "student")
+        model = masked_lm.encoder_model(encoder, prepared, "float32", "student")
         params, classes = trained.trained_params(source, model, mesh), {}
     extra = model.config.vocab_size - prepared.tokenizer.vocab_size
     if extra:
-        raise UserError(f"config.{KEY}: {source} has {extra} rows of its token table for no piece; set vocab_size to 0")
+        raise UserError(f"config.{KEY}: {extra} rows of the token table of {source} have no token; set vocab_size to 0")
     tokenizer = prepared.tokenizer
     if isinstance(tokenizer, TrimmedTokenizer):
         texts = dict.fromkeys(one.text for one in prepared.utterances if one.partition == "train")
@@ -151,8 +159,8 @@ def read_run(config: ConfigDict, source: pathlib.Path) -> Trained:
 
 
 def with_helpers(model: Functional, params: Params, count: int, unknown: int | None) -> tuple[Functional, Params]:
-    """The model with `count` more pieces, which it reads and predicts as the unknown one."""
-    assert unknown is not None, "a vocabulary is trimmed only where there is an unknown piece"
+    """The model with `count` more tokens, which it reads and predicts like the unknown one."""
+    assert unknown is not None, "only a vocabulary with an unknown token is trimmed"
 
     def widened(rows: Any) -> np.ndarray:
         rows = np.asarray(rows)
@@ -165,17 +173,6 @@ def with_helpers(model: Functional, params: Params, count: int, unknown: int | N
         params["mlm_head"] = {**params["mlm_head"], "bias": widened(params["mlm_head"]["bias"])}
     shape = dataclasses.replace(model.config, vocab_size=model.config.vocab_size + count)
     return dataclasses.replace(model, config=shape), params
-
-
-def adapt_tokenizer_config(file: pathlib.Path, max_positions: int) -> None:
-    """Says what the models take: no token types, and no more tokens than they have positions."""
-    more = {"model_input_names": ["input_ids", "attention_mask"], "model_max_length": max_positions}
-    write(file, json.loads(file.read_text(encoding="utf-8")) | more)
-
-
-def write(file: pathlib.Path, values: dict[str, Any]) -> None:
-    """Indented JSON."""
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

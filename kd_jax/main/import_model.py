@@ -6,12 +6,13 @@ python -m kd_jax.main.import_model --config=configs/FILE.py --workdir=DIR \\
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from kd_jax.config import EXECUTION_KEYS, identity, to_dict
+from kd_jax.config import identity, resolved
 from kd_jax.config.commands import ImportModel
 from kd_jax.config.data import Masking
 from kd_jax.config.execution import read_execution
@@ -24,17 +25,17 @@ from kd_jax.jobs.job import model_layout
 from kd_jax.main import command
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional, parameter_count
-from kd_jax.models.huggingface.config import read_config
+from kd_jax.models.huggingface.config import CONFIG, read_config
 from kd_jax.models.huggingface.files import TensorFiles, check_files, load_params
 from kd_jax.runtime.files import write_json
 from kd_jax.trainer.checkpoint import FOLDER, Checkpoints
 from kd_jax.trainer.mesh import make_mesh, row_multiple
-from kd_jax.trainer.run_directory import RunDirectory
+from kd_jax.trainer.run_directory import RunDirectory, run_once
 from kd_jax.trainer.state import params_fingerprint
 from kd_jax.types import UserError
 
 KEY = "import_model.path"
-# Of a repository on the hub: its own files, not the copies for other programs in folders of theirs.
+# Of a repository on the hub: its own files, not the copies for other programs in subfolders.
 _WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 
@@ -46,87 +47,79 @@ def keys(config: ConfigDict) -> tuple[str, ...]:
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Checks everything, then writes a finished run whose checkpoint of step 0 holds the model's parameters."""
-    block, execution = read(ImportModel, config.import_model, "import_model"), read_execution(config)
-    name = fill_path(block.path, key=f"config.{KEY}")
-    folder = model_folder(name, block.revision)
-    values = read_config(folder)
-    prepared = Prepared(config.prepared)
+    settings, execution = read(ImportModel, config.import_model, "import_model"), read_execution(config)
+    masking, seed = read(Masking, config.masking, "masking"), config.seed
+    name = fill_path(settings.path, key=f"config.{KEY}")
+    folder = model_folder(name, settings.revision)
+    values, prepared = read_config(folder), Prepared(config.prepared)
     check_tokenizer(name, folder, prepared)
-    stored, values["vocab_size"] = values["vocab_size"], prepared.tokenizer.vocab_size
-    if stored < values["vocab_size"]:
+    stored, size = values["vocab_size"], prepared.tokenizer.vocab_size
+    if stored < size:
         raise UserError(
-            f"{folder / 'config.json'}: vocab_size is {stored}, and the tokenizer has {values['vocab_size']} pieces; "
-            "use the tokenizer that belongs to the model"
+            f"{folder / CONFIG}: vocab_size is {stored}, and the tokenizer has {size} tokens; use the tokenizer that "
+            "belongs to the model"
         )
+    values["vocab_size"] = size
     shape = EncoderConfig(**values)
     model, mesh = Functional("mlm", shape), make_mesh(execution.mesh)
+    measured = dataclasses.replace(model, compute_dtype=masked_lm.resolve_dtype(config.compute_dtype))
     layout = model_layout(model, mesh, execution.sharding.teacher)
-    with TensorFiles(folder) as files:
-        has_head = check_files(files, shape, stored_vocab_size=stored)
-        resolved = {key: value for key, value in to_dict(config).items() if key in (*keys(config), *EXECUTION_KEYS)}
-        resolved["teacher"] = values
-        directory = RunDirectory(workdir, "import_model", resolved)
-        if directory.done:
-            return
+    record = {**resolved(config, keys(config)), "teacher": values}
+
+    def work(directory: RunDirectory) -> dict[str, Any]:
         directory.start(
             tokenizer_fingerprint=prepared.tokenizer.fingerprint,
             parameters=parameter_count(model.abstract()),
             source=str(folder),
             masked_lm_head="imported" if has_head else "new",
-            rows_left_out=stored - shape.vocab_size,
+            rows_left_out=stored - size,
         )
-        head_key = jax.random.key(config.seed)
-        params = load_params(files, shape, layout, stored_vocab_size=stored, head_key=head_key)
-    if not has_head and shape.decoder_bias:
-        params["mlm_head"]["bias"] = start_of_bias(prepared, layout["mlm_head"]["bias"])
-    if jax.process_index() == 0:
-        for line in remarks(has_head, stored - shape.vocab_size):
-            print(line)
-    with Checkpoints(workdir / FOLDER, keep=1) as checkpoints:
-        checkpoints.save(0, {"step": jnp.int32(0), "params": params}, {"identity": {"config": identity(resolved)}})
-        checkpoints.wait()
-    if block.evaluate_rows:
-        masking = read(Masking, config.masking, "masking")
-        rows_at_once = row_multiple(mesh) * -(-8 // row_multiple(mesh))
-        measured = dataclasses.replace(model, compute_dtype=masked_lm.resolve_dtype(config.compute_dtype))
-        rows = masked_lm.heldout_rows(measured, params, prepared, masking, mesh, rows_at_once, block.evaluate_rows)
+        params = load_params(files, shape, layout, stored_vocab_size=stored, head_key=jax.random.key(seed))
+        if not has_head and shape.decoder_bias:
+            # Log frequencies: a new head would take thousands of small steps to learn them, and little else meanwhile.
+            bias = masked_lm.unigram_log_probabilities(prepared)["generic"]
+            params["mlm_head"]["bias"] = jax.device_put(bias, layout["mlm_head"]["bias"])
         if jax.process_index() == 0:
-            write_json(workdir / masked_lm.HELDOUT, rows)
-    directory.finish(parameters_fingerprint=params_fingerprint(params))
+            print("".join(f"{line}\n" for line in remarks(has_head, stored - size)), end="")
+        with Checkpoints(workdir / FOLDER, keep=1) as checkpoints:
+            checkpoints.save(0, {"step": jnp.int32(0), "params": params}, {"identity": {"config": identity(record)}})
+            checkpoints.wait()
+        if settings.evaluate_rows:
+            at_once = row_multiple(mesh) * -(-8 // row_multiple(mesh))
+            rows = masked_lm.heldout_rows(measured, params, prepared, masking, mesh, at_once, settings.evaluate_rows)
+            if jax.process_index() == 0:
+                write_json(workdir / masked_lm.HELDOUT, rows)
+        return {"parameters_fingerprint": params_fingerprint(params)}
 
-
-def start_of_bias(prepared: Prepared, sharding: jax.sharding.Sharding) -> jax.Array:
-    """float32 [V]: how often each piece comes in the generic train text, as log probability.
-
-    A bias at 0 would take a new head thousands of small steps to bring there, in which it learns little else.
-    """
-    return jax.device_put(masked_lm.unigram_log_probabilities(prepared)["generic"], sharding)
+    with TensorFiles(folder) as files:
+        # Before the directory is claimed, so that a model that is refused leaves nothing.
+        has_head = check_files(files, shape, stored_vocab_size=stored)
+        run_once(workdir, "import_model", record, execution, work)
 
 
 def remarks(has_head: bool, rows_left_out: int) -> list[str]:
-    """What the user should know about the imported model, a sentence a line."""
-    lines = []
+    """What the user should know about the imported model, one sentence per line."""
+    lines: list[str] = []
     if not has_head:
         lines.append(
             "The model has no masked-LM head: a new one, tied to its token table, was drawn from config.seed. Train it "
             "before distilling logits: pretrain with --config.pretrain.init_from=THIS --config.train_body=False."
         )
     if rows_left_out:
-        lines.append(f"{rows_left_out} rows of the token table stand for no piece of the tokenizer and were left out.")
+        lines.append(f"{rows_left_out} rows of the token table belong to no token of the tokenizer and were left out.")
     return lines
 
 
 def model_folder(name: str, revision: str = "") -> pathlib.Path:
-    """The folder of a model: `name` itself, or where the hub's files of that name were downloaded to.
-
-    Raises UserError when there is neither.
+    """The folder of a model: `name` itself, or where the hub's files of that name were downloaded to. UserError when
+    there is neither.
     """
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
         return path
     if not HUB_NAME.fullmatch(name):
         raise UserError(f"config.{KEY}: there is no folder {name}; name a model's folder or its name on the hub")
-    from huggingface_hub import snapshot_download  # takes a while to import, which folders need not pay
+    from huggingface_hub import snapshot_download  # slow to import, and not needed for folders
 
     try:
         wanted = {"allow_patterns": list(_WANTED), "ignore_patterns": ["*/*"]}
@@ -140,11 +133,11 @@ def model_folder(name: str, revision: str = "") -> pathlib.Path:
 
 def check_tokenizer(name: str, folder: pathlib.Path, prepared: Prepared) -> None:
     """Raises UserError, with the first difference, when `prepared` was made with another tokenizer than the model's."""
-    theirs = Tokenizer.load(folder)
-    ours = prepared.tokenizer
-    # `prepare` may have read it by its name on the hub, through `transformers`, which spells some of them differently.
-    same = theirs.fingerprint == ours.fingerprint
-    if same or (str(folder) != name and Tokenizer.load(name).fingerprint == ours.fingerprint):
+    theirs, ours = Tokenizer.load(folder), prepared.tokenizer
+    if theirs.fingerprint == ours.fingerprint:
+        return
+    # `prepare` may have loaded it by its name on the hub, through `transformers`, which writes some differently.
+    if str(folder) != name and Tokenizer.load(name).fingerprint == ours.fingerprint:
         return
     raise UserError(
         f"config.prepared: its rows were made with another tokenizer than {name} has"

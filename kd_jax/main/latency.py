@@ -1,10 +1,10 @@
-"""Size and latency of a study's teacher and students side by side, for choosing one: latency.json.
+"""Size and latency of a study's teacher and students, for choosing a student: latency.json.
 
 python -m kd_jax.main.latency --config=configs/FILE.py --workdir=DIR --config.prepared=DIR
 
-What is timed is one call as `predict` makes it, from packed rows in host memory to classes in host memory, on one
-device; reading and tokenizing text come on top and are the same for all. Parameters are drawn at random: how long a
-call takes depends on shapes alone. The models are called in turns, so that what else the machine does strikes all.
+Timed is one call as `predict` makes it, from packed rows in host memory to classes in host memory, on one device;
+reading and tokenizing text add the same time for all models. Parameters are random: how long a call takes depends only
+on shapes. The models are called in turns, so that other load on the machine affects all of them.
 """
 
 import itertools
@@ -12,14 +12,16 @@ import os
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from kd_jax.config import EXECUTION_KEYS, require, to_dict
+from kd_jax.config import require, resolved
+from kd_jax.config.commands import Latency
 from kd_jax.config.data import Vocabulary
+from kd_jax.config.execution import read_execution
 from kd_jax.config.settings import read
 from kd_jax.data.labeled import LabeledSet, packed
 from kd_jax.data.prepared import Prepared
@@ -32,12 +34,13 @@ from kd_jax.models.functional import Functional, parameter_count
 from kd_jax.models.int8 import weight_bytes
 from kd_jax.runtime.files import read_json, write_json
 from kd_jax.runtime.preemption import interruptible
-from kd_jax.trainer.run_directory import RunDirectory
+from kd_jax.trainer.run_directory import RunDirectory, run_once
 from kd_jax.types import Batch, Params, UserError
 
 LATENCY = "latency.json"
 BATCHES = (1, 64)  # utterances
-_UNTIMED = 3  # first calls
+ENCODERS = ("teacher", "intermediate", "student")  # blocks of the config
+_UNTIMED = 3  # first calls: compilation, and caches that are still cold
 _LEAST = 5  # timed calls, however long they take
 
 
@@ -45,7 +48,7 @@ class Measured(NamedTuple):
     """A model, its parameters on the device, and for each of BATCHES the packed rows of so many utterances."""
 
     model: Functional
-    params: Params | None  # None where one device is too small for them
+    params: Params | None  # None if one device is too small for them
     batches: Mapping[int, Batch]
 
 
@@ -56,52 +59,53 @@ def keys(config: ConfigDict) -> tuple[str, ...]:
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Measures the encoders that config.latency.models names, with the heads of config.latency.task."""
-    check(config)
-    values = to_dict(config)
-    directory = RunDirectory(workdir, "latency", {key: values[key] for key in (*keys(config), *EXECUTION_KEYS)})
-    if directory.done:
-        return
-    directory.start()
-    if jax.process_index() == 0:
-        write_json(workdir / LATENCY, measure(config, Prepared(config.prepared)))
-    directory.finish()
+    settings, vocabulary = read(Latency, config.latency, "latency"), read(Vocabulary, config.vocabulary, "vocabulary")
+    execution, dtype = read_execution(config), masked_lm.resolve_dtype(config.compute_dtype)
+    known = bool(settings.models) and all(name in ENCODERS for name in settings.models)
+    require(known, "latency.models", f"{settings.models!r} names no encoder", f"name some of {', '.join(ENCODERS)}")
+    encoders = {name: config[name].to_dict() for name in settings.models}
+
+    def work(directory: RunDirectory) -> dict[str, Any]:
+        directory.start()
+        if jax.process_index() == 0:
+            found = measure(encoders, settings, vocabulary, Prepared(config.prepared), dtype)
+            write_json(directory.path / LATENCY, found)
+        return {}
+
+    run_once(workdir, "latency", resolved(config, keys(config)), execution, work)
 
 
-def check(config: ConfigDict) -> None:
-    """Raises UserError for settings that cannot be measured."""
-    block, blocks = config.latency, ("teacher", "intermediate", "student")
-    known = bool(block.models) and all(name in blocks for name in block.models)
-    require(known, "latency.models", f"{block.models!r} names no encoder", f"name some of {', '.join(blocks)}")
-    require(block.task in serving.CLASSES, "latency.task", f"{block.task!r} is unknown", "use dc or icner")
-    require(block.calls >= _LEAST, "latency.calls", f"{block.calls} is too few", f"use {_LEAST} or more")
+def measure(
+    encoders: Mapping[str, Mapping[str, Any]],
+    settings: Latency,
+    vocabulary: Vocabulary,
+    prepared: Prepared,
+    dtype: Any = "float32",
+) -> dict[str, Any]:
+    """The content of latency.json: {"task", "length", "dtype", "device", "cores", "models": [...]}.
 
-
-def measure(config: ConfigDict, prepared: Prepared) -> dict[str, Any]:
-    """What latency.json holds: {"task", "length", "dtype", "device", "cores", "models": [...]}.
-
-    Each model has its name, layers, hidden size, vocabulary, "parameters" and "without_embeddings", "bytes" (float32
-    and int8), and "batches": utterances, rows, calls, and p50 and p95 of their times in milliseconds; none for a model
-    that one device is too small for.
+    encoders: name -> keys of its block of the config. Each model has its name, layers, hidden size, vocabulary,
+    "parameters" and "without_embeddings", "bytes" (float32 and int8), and "batches": utterances, rows, calls, and p50
+    and p95 of their times in milliseconds; none for a model that one device is too small for.
     """
-    block = config.latency
-    dtype = masked_lm.resolve_dtype(config.compute_dtype)
     device = jax.local_devices()[0]
     maps = LabelMaps.from_train(prepared.utterances)
     utterances = sample(prepared.utterances, max(BATCHES))
-    found, vocabulary = {}, read(Vocabulary, config.vocabulary, "vocabulary")
-    for name in block.models:
+    found: dict[str, Measured] = {}
+    for name, encoder in encoders.items():
         seen = prepared if name == "teacher" else seen_by_student(prepared, vocabulary)
-        shape = masked_lm.encoder_model(config[name], seen, dtype, name).config
-        model = Functional(block.task, shape, compute_dtype=dtype, **finetune.class_counts(block.task, maps))
+        shape = masked_lm.encoder_model(encoder, seen, dtype, name).config
+        sizes: dict[str, Any] = finetune.class_counts(settings.task, maps)
+        model = Functional(cast(Any, settings.task), shape, compute_dtype=dtype, **sizes)
         params = random_params(model, device) if fits(model, device) else None
-        found[name] = Measured(model, params, batches_of(utterances, seen, maps, block.task))
+        found[name] = Measured(model, params, batches_of(utterances, seen, maps, settings.task))
     times: dict[str, dict[int, list[float]]] = {name: {} for name in found}
-    run = {name: one for name, one in found.items() if one.params is not None}
+    runnable = {name: one for name, one in found.items() if one.params is not None}
     for count in interruptible(BATCHES, "the latencies", alone=True):
-        for name, seconds in timed(run, count, block.calls, block.seconds, device).items():
+        for name, seconds in timed(runnable, count, settings.calls, settings.seconds, device).items():
             times[name][count] = seconds
     return {
-        "task": block.task,
+        "task": settings.task,
         "length": prepared.settings.rows.length,
         "dtype": dtype,
         "device": device.device_kind,
@@ -111,7 +115,7 @@ def measure(config: ConfigDict, prepared: Prepared) -> dict[str, Any]:
 
 
 def sample(utterances: Sequence[Utterance], count: int) -> list[Utterance]:
-    """So many utterances of the test partition, evenly spaced, again from the start where there are fewer."""
+    """`count` utterances of the test partition, evenly spaced, repeated from the start if there are fewer."""
     test = [one for one in utterances if one.partition == "test"]
     if not test:
         raise UserError("config.prepared: its data have no test partition, whose utterances would be measured")
@@ -120,7 +124,7 @@ def sample(utterances: Sequence[Utterance], count: int) -> list[Utterance]:
 
 
 def batches_of(utterances: Sequence[Utterance], prepared: Prepared, maps: LabelMaps, task: str) -> dict[int, Batch]:
-    """For each of BATCHES one batch with the first so many utterances, in as few packed rows as hold them."""
+    """For each of BATCHES one batch with that many utterances, in as few packed rows as hold them."""
     length, found = prepared.settings.rows.length, {}
     for count in BATCHES:
         labeled = LabeledSet(utterances[:count], prepared.tokenizer, maps, task, length)
@@ -130,13 +134,14 @@ def batches_of(utterances: Sequence[Utterance], prepared: Prepared, maps: LabelM
 
 
 def random_params(model: Functional, device: Any) -> Params:
-    """Parameters on the device: some thousand small normal numbers over and over, so that no activation overflows."""
+    """Parameters on the device: a few thousand small normal numbers, repeated."""
+    # Small, so that no activation overflows; repeated, since drawing billions would take longer than the measurement.
     some = 0.02 * np.random.default_rng(0).standard_normal(8191, np.float32)
     return jax.device_put(jax.tree.map(lambda leaf: np.resize(some, leaf.shape), model.abstract()), device)
 
 
 def fits(model: Functional, device: Any) -> bool:
-    """Whether the parameters take at most half of the device's memory, or of this machine's where it does not tell."""
+    """Whether the parameters take at most half of the device's memory, or of this machine's if the device is a CPU."""
     stats = device.memory_stats() or {}
     memory = stats.get("bytes_limit", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return weight_bytes(model.abstract())["float32"] <= memory / 2
@@ -145,8 +150,8 @@ def fits(model: Functional, device: Any) -> bool:
 def timed(
     models: Mapping[str, Measured], count: int, calls: int, seconds: float, device: Any
 ) -> dict[str, list[float]]:
-    """Seconds of each call of each model with `count` utterances: so many calls in turns, or as many as fit in so many
-    seconds for each model, at least _LEAST.
+    """Seconds of each call of each model with `count` utterances: `calls` in turns, or as many as fit in `seconds` per
+    model, at least _LEAST.
     """
     found: dict[str, list[float]] = {name: [] for name in models}
     ready = {}
@@ -200,7 +205,7 @@ def describe(name: str, one: Measured, times: Mapping[int, Sequence[float]]) -> 
 
 
 def run_and_print(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """`run`, and then a line for each model."""
+    """`run`, then a line for each model."""
     run(config, workdir)
     if jax.process_index() != 0:
         return

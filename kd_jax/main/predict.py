@@ -4,11 +4,11 @@ python -m kd_jax.main.predict --model=DIR "weck mich um sieben"
 python -m kd_jax.main.predict --model=DC,ICNER --input=lines.txt --output=predictions.jsonl
 
 --model takes workdirs of finetune runs, or folders that `export` wrote with stablehlo or int8. An ICNER run with a
-model for each domain needs a DC run beside it, which chooses the model. --input reads a text a line from a file, or
-from standard input with "-"; --output writes to a file in place of standard output. --format is text (for texts on the
-command line), json (an object a line) or massive (the schema of MASSIVE). --locale tells what a word is, which in
-ja-JP, zh-CN and zh-TW is a character; --prepared is the prepared folder, where it is no longer where the run found it.
---probabilities adds those of domain, intent and slots.
+model for each domain also needs a DC run, which chooses the model. --input reads one text per line from a file, or from
+standard input with "-"; --output writes to a file instead of standard output. --format is text (the default for texts
+on the command line), json (one object per line) or massive (the schema of MASSIVE). --locale decides what a word is: in
+ja-JP, zh-CN and zh-TW a character; --prepared is the prepared folder, if it moved since the run. --probabilities adds
+those of domain, intent and slots.
 """
 
 import argparse
@@ -34,21 +34,20 @@ from kd_jax.runtime.progress import Count
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.types import UserError
 
-CHUNK = 4096  # texts that are in memory at a time
-ROWS = 32  # rows that are computed at a time, where there are many texts
+CHUNK = 4096  # texts in memory at a time
+ROWS = 32  # rows in a batch, if there are many texts
 FORMATS = ("text", "json", "massive")
-_ABOUT = {"dc": "domain", "icner": "intent"}  # what a record's probability is of
 
 
 class Prediction(NamedTuple):
-    """What the models say of one text; None and "O" where no model was asked, or none has learned that domain."""
+    """The models' answer for one text; None and "O" where no model was asked, or none was trained on that domain."""
 
     text: str
     words: tuple[str, ...]
     domain: str | None
     intent: str | None
-    tags: tuple[str, ...]  # IOB2, one a word
-    # Where they were asked for: of the domain, of the intent, and of each word's tag (None where it has no piece).
+    tags: tuple[str, ...]  # IOB2, one per word
+    # If requested: of the domain, of the intent, and of each word's tag (None for a word without tokens).
     domain_probability: float | None = None
     intent_probability: float | None = None
     tag_probabilities: tuple[float | None, ...] = ()
@@ -57,7 +56,7 @@ class Prediction(NamedTuple):
         return Utterance(id, locale, "test", self.domain or "", self.intent or "", self.text, self.words, self.tags)
 
     def to_json(self, locale: str = "") -> dict[str, Any]:
-        """Text, domain, intent and slots; a slot has its name, its words, and the place of its words [start, end).
+        """Text, domain, intent and slots; a slot has its name, its words, and the range of its words [start, end).
 
         With probabilities each has its own; a slot's is the product of those of its words' tags.
         """
@@ -70,49 +69,39 @@ class Prediction(NamedTuple):
                 known = [one for one in self.tag_probabilities[span.start : span.end] if one is not None]
                 found[-1]["probability"] = round(math.prod(known), 4)
         values: dict[str, Any] = {"text": self.text}
-        for name, value, probability in (
-            ("domain", self.domain, self.domain_probability),
-            ("intent", self.intent, self.intent_probability),
-        ):
-            values[name] = value
+        for name in ("domain", "intent"):
+            values[name], probability = getattr(self, name), getattr(self, f"{name}_probability")
             if probability is not None:
                 values[f"{name}_probability"] = round(probability, 4)
         return {**values, "slots": found}
 
 
 class Predictor:
-    """Finetuned models, read once. Raises UserError for what is no finetuning run, and for two of one task."""
+    """Finetuned models, read once. Raises UserError for a folder that is no finetuning run, and for two of one task."""
 
     def __init__(self, workdirs: Sequence[str], prepared: str = ""):
         self._mesh = make_mesh(Mesh())
         self._prepared: dict[str, Prepared] = {}
-        self._folder = prepared
         self._dc: finetune.Finetuned | None = None
         self._icner: dict[str, finetune.Finetuned] = {}  # by domain; "" is the model of all
         for workdir in workdirs:
-            self._add(as_path(workdir))
+            folder = as_path(workdir)
+            for domain, one in (finetune.domain_folders(folder) or {"": folder}).items():
+                self._add(domain, self._load(one, prepared), workdir)
         if not self._icner and self._dc is None:
             raise UserError("--model: it is empty; give the workdir of a finetune run, or two joined by a comma")
-        if "" not in self._icner and self._icner and self._dc is None:
+        if self._icner and "" not in self._icner and self._dc is None:
             raise UserError("--model: the ICNER run has a model for each domain; give a DC run too: --model=DC,ICNER")
 
-    def _add(self, workdir: pathlib.Path) -> None:
-        domains = finetune.domain_folders(workdir)
-        if domains:
-            for domain, folder in domains.items():
-                self._keep(domain, self._load(folder), workdir)
-        else:
-            self._keep("", self._load(workdir), workdir)
-
-    def _load(self, folder: pathlib.Path) -> finetune.Finetuned:
+    def _load(self, folder: pathlib.Path, prepared: str) -> finetune.Finetuned:
         if serving.is_served(folder):
             return finetune.served(folder, "auto")
-        trained.parameters_fingerprint(folder, "model")  # says whether it is finished
-        place = self._folder or trained.run_config(folder, "model").prepared
-        data = self._prepared.setdefault(place, Prepared(place))
+        trained.parameters_fingerprint(folder, "model")  # raises if the run is not finished
+        path = prepared or trained.run_config(folder, "model").prepared
+        data = self._prepared.setdefault(path, Prepared(path))
         return finetune.load_finetuned(folder, data, self._mesh, "auto", "model")
 
-    def _keep(self, domain: str, one: finetune.Finetuned, workdir: pathlib.Path) -> None:
+    def _add(self, domain: str, one: finetune.Finetuned, workdir: str) -> None:
         if one.task == "dc" and self._dc is None:
             self._dc = one
         elif one.task == "icner" and domain not in self._icner:
@@ -123,50 +112,43 @@ class Predictor:
     def predict(
         self, texts: Sequence[str], locale: str = "", rows: int = ROWS, probabilities: bool = False
     ) -> list[Prediction]:
-        """One for each text, in their order; texts share the rows of a batch. A text of more pieces than the rows that
-        the models were trained on is cut there, and the words behind have the tag "O"."""
-        utterances = []
+        """One for each text, in their order; texts share the rows of a batch. A text with more tokens than a training
+        row is cut, and the words after the cut have the tag "O"."""
+        utterances: list[Utterance] = []
         for text in texts:
             words = tuple(split_words(text, locale))
             utterances.append(Utterance("", locale, "", "", "", text, words, ("O",) * len(words)))
-        full = [number for number, one in enumerate(utterances) if one.words]
-        by_domain, found = {}, {}
-        if self._dc is not None:
-            by_domain = dict(self._ask(self._dc, utterances, full, rows, probabilities))
-        domains = {number: record["predicted_domain"] for number, record in by_domain.items()}
-        for domain, model in self._icner.items():
-            mine = [number for number in full if domain in ("", domains.get(number))]
-            found |= dict(self._ask(model, utterances, mine, rows, probabilities))
-        predictions = []
-        for number, one in enumerate(utterances):
-            record, intent, tags = found.get(number), None, one.tags
-            if record is not None:
-                intent, tags = record["predicted_intent"], tuple(record["predicted_tags"])
-            asked = [of[number] for of in (by_domain, found) if probabilities and number in of]
-            likely = {f"{name}_probability": of["probability"] for of in asked for name in [_ABOUT[of["task"]]]}
-            if probabilities and record is not None:
-                likely["tag_probabilities"] = tuple(record["tag_probabilities"])
-            predictions.append(Prediction(one.text, one.words, domains.get(number), intent, tags, **likely))
-        return predictions
 
-    def _ask(
-        self,
-        one: finetune.Finetuned,
-        utterances: Sequence[Utterance],
-        chosen: list[int],
-        rows: int,
-        probabilities: bool,
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(number, record) of the chosen utterances."""
-        if chosen:
-            asked = [utterances[number] for number in chosen]
-            which = (one.model, one.params, one.masks, asked, [], one.prepared, one.maps, self._mesh)
-            records = finetune.predict(*which, batch_rows=rows, probabilities=probabilities)
-            yield from zip(chosen, records, strict=True)
+        def ask(one: finetune.Finetuned, chosen: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+            if chosen:
+                asked = [utterances[number] for number in chosen]
+                which = (one.model, one.params, one.masks, asked, [], one.tokenizer, one.length, one.maps, self._mesh)
+                records = finetune.predict(*which, batch_rows=rows, probabilities=probabilities)
+                yield from zip(chosen, records, strict=True)
+
+        full = [number for number, one in enumerate(utterances) if one.words]
+        by_domain = dict(ask(self._dc, full)) if self._dc is not None else {}
+        domains = {number: record["predicted_domain"] for number, record in by_domain.items()}
+        found: dict[int, dict[str, Any]] = {}
+        for domain, model in self._icner.items():
+            found |= ask(model, [number for number in full if domain in ("", domains.get(number))])
+        predictions: list[Prediction] = []
+        for number, one in enumerate(utterances):
+            values: dict[str, Any] = {"intent": None, "tags": one.tags}
+            if number in found:
+                record = found[number]
+                values = {"intent": record["predicted_intent"], "tags": tuple(record["predicted_tags"])}
+                if probabilities:
+                    values["tag_probabilities"] = tuple(record["tag_probabilities"])
+                    values["intent_probability"] = record["probability"]
+            if probabilities and number in by_domain:
+                values["domain_probability"] = by_domain[number]["probability"]
+            predictions.append(Prediction(one.text, one.words, domains.get(number), **values))
+        return predictions
 
 
 def lines_of(predictions: Iterable[Prediction], form: str, locale: str, first: int = 0) -> Iterator[str]:
-    """Each prediction in the wanted form; numbers count from `first`."""
+    """Each prediction in one of FORMATS; numbers count from `first`."""
     for number, one in enumerate(predictions, first):
         if form == "text":
             yield _as_text(one.to_json(locale))
@@ -193,7 +175,7 @@ def _as_text(values: dict[str, Any]) -> str:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Predicts what the options name, a chunk of texts at a time."""
+    """Predicts the texts that the options name, one chunk at a time."""
     predictor = Predictor([name.strip() for name in options.model.split(",") if name.strip()], options.prepared)
     with contextlib.ExitStack() as stack:
         texts: Iterable[str] = options.texts
@@ -207,7 +189,7 @@ def run(options: argparse.Namespace) -> None:
         rows = ROWS if options.input else 1
         done, texts = 0, iter(texts)
         apart = form == "text"
-        # A bar among the lines of a terminal would disturb them.
+        # A progress bar would break up lines that are printed to a terminal.
         count = stack.enter_context(Count("predict", "texts", shown=bool(options.output) or not output.isatty()))
         while chunk := list(itertools.islice(texts, CHUNK)):
             predictions = predictor.predict(chunk, options.locale, rows, options.probabilities)
@@ -222,7 +204,9 @@ def _opened(stack: contextlib.ExitStack, name: str) -> Iterable[str]:
         return sys.stdin
     file = pathlib.Path(name)
     if not file.is_file():
-        raise UserError(f"--input: there is no file {name}; name a file with a text a line, or - for standard input")
+        raise UserError(
+            f"--input: there is no file {name}; name one with a text per line, or - for standard input"
+        )
     return (line for _, line in files.numbered_lines(file))
 
 
@@ -244,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if bool(options.texts) == bool(options.input):
             raise UserError("give texts, or --input with a file of them, and not both")
         if options.probabilities and options.format == "massive":
-            raise UserError("--probabilities: the massive format has no place for them; use --format=json")
+            raise UserError("--probabilities: the massive format has no field for them; use --format=json")
         run(options)
     except UserError as error:
         print(f"error: {str(error).replace('config.model:', '--model:')}", file=sys.stderr)

@@ -44,7 +44,7 @@ def test_a_distillation_step_is_compiled_and_read():
     assert "all-gather" in kinds  # of the teacher, which lies along fsdp
     assert measurement["roofline"]["flops"] > 0 and measurement["roofline"]["bound"] in ("compute", "memory", "network")
     text = "\n".join(lines)
-    for part in ("memory a device, GiB", "it fits", "collectives", "100 billion tokens", "largest batch"):
+    for part in ("memory per device, GiB", "it fits", "collectives", "100 billion tokens", "largest batch"):
         assert part in text
 
 

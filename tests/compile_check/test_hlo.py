@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kd_jax.compile_check.hlo import Program, arrays_of, bytes_of, replica_groups
+from kd_jax.compile_check.hlo import Program, arrays_of, replica_groups
 
 # A loop of 5 that gathers; a scatter as TPUs write it; one collective spread over a fusion and its end.
 TEXT = """HloModule step, is_scheduled=true
@@ -84,7 +84,7 @@ def test_a_known_trip_count_is_believed():
     ],
 )
 def test_bytes_of_shapes(shape, sizes):
-    assert arrays_of(shape) == sizes and bytes_of(shape) == sum(sizes)
+    assert arrays_of(shape) == sizes
 
 
 @pytest.mark.parametrize(

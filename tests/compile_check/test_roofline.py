@@ -1,12 +1,9 @@
 """Rooflines: of numbers small enough to divide by hand."""
 
-import pytest
-
-from kd_jax.compile_check.chips import CHIPS, Chip
 from kd_jax.compile_check.hlo import Collective, Program
-from kd_jax.compile_check.roofline import bandwidth, roofline
+from kd_jax.compile_check.roofline import CHIPS, Chip, bandwidth, roofline
 
-CHIP = Chip("small", 100.0, 10.0, 9.0, 50.0, 20.0, 2.0, 4, "a test")
+CHIP = Chip("small", 100.0, 9.0, 50.0, 20.0, 2.0, 4, "a test")
 TEXT = """HloModule step
 
 ENTRY %main (x: f32[100]) -> f32[100] {
@@ -34,8 +31,5 @@ def test_what_leaves_a_node_is_carried_by_its_members_together():
     assert bandwidth(collective(range(64)), CHIP, 32) == 20.0  # never more than the links inside
 
 
-@pytest.mark.parametrize("name", sorted(CHIPS))
-def test_every_chip_names_its_source_and_gives_a_program_about_its_memory(name):
-    chip = CHIPS[name]
-    assert chip.source and 0.9 < chip.usable / chip.memory < 1.01
-    assert chip.outside <= chip.links < chip.bandwidth < chip.flops
+def test_every_chip_names_its_source():
+    assert all(chip.source for chip in CHIPS.values())

@@ -178,7 +178,7 @@ def test_mistakes_are_one_sentence(data, runs, tmp_path):
     out = exported(data, runs[0] / "dc", tmp_path / "int8", int8=True)
     about = json.loads((out / serving.ABOUT).read_text())
     (out / serving.ABOUT).write_text(json.dumps(about | {"domains": about["domains"][1:]}))
-    with pytest.raises(UserError, match=r"domain_head\.classifier\.bias is not as predictor\.json says"):
+    with pytest.raises(UserError, match=r"domain_head\.classifier\.bias does not match predictor\.json"):
         predict.Predictor([str(out)])
     (out / serving.WEIGHTS).write_bytes(b"no weights")
     with pytest.raises(UserError, match=r"predictor\.safetensors: cannot be read"):

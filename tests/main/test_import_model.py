@@ -135,11 +135,11 @@ def test_mistakes_leave_nothing(data, source, tmp_path):
     write(other, shape, tensors, train_tokenizer(["eins zwei drei"] * 5, "bpe", 40))
     refused(r"config\.prepared: its rows were made with another tokenizer.*: id \d+ stands for")
     write(other, shape, tensors, data[1].tokenizer, vocab_size=shape.vocab_size - 1)
-    refused(rf"vocab_size is {shape.vocab_size - 1}, and the tokenizer has {shape.vocab_size} pieces")
+    refused(rf"vocab_size is {shape.vocab_size - 1}, and the tokenizer has {shape.vocab_size} tokens")
     write(other, shape, dict(list(tensors.items())[1:]), data[1].tokenizer)
     refused("the checkpoint lacks this tensor")
     (other / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-50])
-    refused("is no whole safetensors file")
+    refused("is no complete safetensors file")
 
 
 def as_teacher(data, source):

@@ -6,6 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from kd_jax.config.commands import Latency
+from kd_jax.config.data import Vocabulary
+from kd_jax.config.settings import read
 from kd_jax.data.text.utterances import LabelMaps
 from kd_jax.jobs import serving
 from kd_jax.main import latency
@@ -120,7 +123,9 @@ def test_what_no_device_holds_has_sizes_alone(data, monkeypatch):
     fits = latency.fits
     device = jax.devices()[0]
     monkeypatch.setattr(latency, "fits", lambda model, device: model.config.num_layers == 1 and fits(model, device))
-    teacher, student = latency.measure(config, prepared)["models"]
+    encoders = {name: config[name].to_dict() for name in ("teacher", "student")}
+    settings, vocabulary = read(Latency, config.latency, "latency"), read(Vocabulary, config.vocabulary, "vocabulary")
+    teacher, student = latency.measure(encoders, settings, vocabulary, prepared)["models"]
     assert teacher["batches"] == [] and teacher["parameters"] > 0
     assert len(student["batches"]) == 2
 

@@ -169,7 +169,7 @@ def test_forms_of_output(runs, capsys, tmp_path, monkeypatch):
 def test_mistakes_are_one_sentence(runs, capsys, tmp_path):
     for arguments, words in (
         ((f"--model={runs / 'dc'}",), "give texts, or --input"),
-        ((f"--model={runs / 'dc'}", "--probabilities", "--format=massive", "x"), "has no place for them"),
+        ((f"--model={runs / 'dc'}", "--probabilities", "--format=massive", "x"), "has no field for them"),
         ((f"--model={runs / 'dc'}", "--input=nowhere.txt"), "--input: there is no file nowhere.txt"),
         ((f"--model={tmp_path}", "x"), "--model: "),
         ((f"--model={runs / 'dc'},{runs / 'dc'}", "x"), "is a second run for dc"),

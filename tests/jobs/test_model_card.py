@@ -1,6 +1,6 @@
 """Results as a table of a card; how they are found and refused is tested with the card (test_export.py)."""
 
-from kd_jax.jobs import scores
+from kd_jax.jobs import model_card
 
 
 def row(test_set, metric, value):
@@ -9,7 +9,7 @@ def row(test_set, metric, value):
 
 def test_whole_partition_stands_first_and_gaps_stay_empty():
     rows = [row("tail", "slot_f1", 0.5), row("test", "slot_f1", 0.75), row("test", "semer", 0.25)]
-    assert scores.results_table(rows).splitlines() == [
+    assert model_card.results_table(rows).splitlines() == [
         "| | test | tail |",
         "|---|---|---|",
         "| slot f1 | 0.7500 | 0.5000 |",
@@ -20,4 +20,4 @@ def test_whole_partition_stands_first_and_gaps_stay_empty():
 def test_nothing_beside_a_run_gives_nothing(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "other").mkdir()
-    assert scores.results_of(tmp_path / "run", "") is None
+    assert model_card.scored_by(tmp_path / "run", "") is None
