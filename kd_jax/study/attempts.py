@@ -10,18 +10,17 @@ import pathlib
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from kd_jax.runtime.copies import on_this_host
 from kd_jax.types import UserError
 
-FOLDER = "attempts"
 RUNNING, FINISHED, FAILED, STOPPED = "running", "finished", "failed", "stopped"  # stopped: preempted or interrupted
 
 _LONGEST_MESSAGE = 500  # characters
-_SECONDS_TO_WAIT = 2.0  # for the lock, which whoever asks for a study's state holds for an instant
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_SECONDS_TO_WAIT = 2.0  # for the lock, which --status takes for an instant
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # from file systems without locks
 
 
 @dataclass(frozen=True)
@@ -36,97 +35,92 @@ class Attempt:
     message: str = ""
 
     def describe(self) -> dict[str, Any]:
-        """The attempt as JSON values, its times for people beside those for programs."""
-        times = {f"{name}_at": _written(getattr(self, name)) for name in ("started", "ended")}
-        return {**asdict(self), **times}
+        """The attempt as JSON values, with its times also in ISO 8601 for human readers."""
+        return {**asdict(self), "started_at": _iso(self.started), "ended_at": _iso(self.ended)}
 
 
-def place_of(workdir: pathlib.Path, stage: str) -> pathlib.Path:
-    """Where a study notes the attempts at a stage: on this host for a study on a remote store, which has no locks."""
-    return on_this_host(workdir) / FOLDER / f"{stage}.json"
+def path_of(workdir: pathlib.Path, stage: str) -> pathlib.Path:
+    """The file of a stage's attempts; on this host for a study on a remote store, which has no locks."""
+    return on_this_host(workdir) / "attempts" / f"{stage}.json"
 
 
 @contextlib.contextmanager
 def attempt(workdir: pathlib.Path, stage: str, *, writes: bool = True) -> Iterator[None]:
     """Notes that this process runs a stage, and how that ends. Raises UserError when another process runs it.
 
-    writes: of several processes that run a stage together, only one notes it. The lock goes with the process, however
-    it ends. Where the filesystem has no locks, two attempts at once are not noticed.
+    writes: of several processes that run a stage together, only one notes it. Where the file system has no locks, two
+    attempts at the same time go unnoticed.
     """
     if not writes:
         yield
         return
-    place = place_of(workdir, stage)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with open(place, "a+", encoding="utf-8") as file:
+    path = path_of(workdir, stage)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # flock and not a marker file: the kernel releases it however the process ends, so no stale lock blocks a resume.
+    with open(path, "a+", encoding="utf-8") as file:
         if not _lock(file.fileno()):
             other = read_attempt(workdir, stage)
             who = f"process {other.pid} on {other.host}" if other else "another process"
-            raise UserError(f"stage {stage}: {who} is running it; wait for its end, or end it first")
-        one = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
+            raise UserError(f"stage {stage}: {who} is running it; wait until it ends, or stop it first")
+        here = Attempt(RUNNING, socket.gethostname(), os.getpid(), time.time())
 
-        def note(outcome: str, message: str = "", ended: float = 0.0) -> None:
-            values = Attempt(outcome=outcome, message=message[:_LONGEST_MESSAGE], ended=ended, **one).describe()
+        def note(one: Attempt) -> None:
+            # In place, since replacing the file would leave the lock on the old one.
             file.seek(0)
             file.truncate()
-            file.write(json.dumps(values, indent=2) + "\n")
+            file.write(json.dumps(one.describe(), indent=2) + "\n")
             file.flush()
 
-        note(RUNNING)
+        note(here)
         try:
             yield
-        except BaseException as error:
-            # A preemption is no Exception, as an interruption is none.
+        except BaseException as error:  # Preempted and KeyboardInterrupt are no Exception
             outcome = FAILED if isinstance(error, Exception) else STOPPED
-            note(outcome, f"{type(error).__name__}: {error}", time.time())
+            message = f"{type(error).__name__}: {error}"[:_LONGEST_MESSAGE]
+            note(replace(here, outcome=outcome, ended=time.time(), message=message))
             raise
-        note(FINISHED, ended=time.time())
+        note(replace(here, outcome=FINISHED, ended=time.time()))
 
 
 def read_attempt(workdir: pathlib.Path, stage: str) -> Attempt | None:
     """The last attempt at a stage; None before the first. One whose process is gone is "stopped".
 
-    Only a process of this machine can be found gone: of another machine's its note is believed.
+    Only a process of this machine can be found gone; another machine's note is believed.
     """
-    place = place_of(workdir, stage)
+    path = path_of(workdir, stage)
     try:
-        with open(place, encoding="utf-8") as file:
+        with open(path, encoding="utf-8") as file:
             values = json.loads(file.read())
-            found = Attempt(**{name: values[name] for name in Attempt.__dataclass_fields__})
+            found = Attempt(**{field.name: values[field.name] for field in fields(Attempt)})
             gone = found.outcome == RUNNING and found.host == socket.gethostname() and _is_free(file.fileno())
     except (FileNotFoundError, json.JSONDecodeError):  # no note, or one that is being written
         return None
-    if not gone:
-        return found
-    return Attempt(STOPPED, found.host, found.pid, found.started, place.stat().st_mtime, "its process is gone")
+    lost = {"outcome": STOPPED, "ended": path.stat().st_mtime, "message": "its process is gone"}
+    return replace(found, **lost) if gone else found
+
+
+def _iso(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds") if seconds else ""
 
 
 def _lock(descriptor: int) -> bool:
-    """Takes the lock, or says that another process has it."""
+    """Whether this process now has the lock, or the file system has no locks."""
     until = time.monotonic() + _SECONDS_TO_WAIT
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except OSError as error:
-            if error.errno in _NO_LOCKS:
-                return True
-            if time.monotonic() > until:
-                return False
+            if error.errno in _NO_LOCKS or time.monotonic() > until:
+                return error.errno in _NO_LOCKS
         time.sleep(0.05)
 
 
 def _is_free(descriptor: int) -> bool:
-    """Whether nobody has the lock; False where the filesystem has no locks."""
+    """Whether no process has the lock; False where the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
         return False
     fcntl.flock(descriptor, fcntl.LOCK_UN)
     return True
-
-
-def _written(seconds: float) -> str:
-    if not seconds:
-        return ""
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")

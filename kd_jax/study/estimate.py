@@ -1,7 +1,7 @@
-"""What the stages of a study take, from its config alone: tokens, operations, and memory on one device.
+"""The cost of a study's stages, from its config alone: tokens, operations, and memory on one device.
 
-Sizes that depend on data not yet read are assumed, and it is said which. `compile_check` tells memory exactly, for a
-given machine and mesh, from the compiled step.
+Sizes of data that are not prepared yet are assumed and listed. `compile_check` gives the exact memory, for a given
+machine and mesh, from the compiled step.
 """
 
 import math
@@ -10,22 +10,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ml_collections import ConfigDict
-
+from kd_jax.config.commands import Evaluate
+from kd_jax.config.data import Cache, Masking, Nlu, Rows, TokenizerSettings
+from kd_jax.config.settings import read
+from kd_jax.config.training import Distill, Finetune, Pretrain, Training
 from kd_jax.data.manifest import read_manifest
 from kd_jax.data.masking import num_slots
 from kd_jax.data.text.files import fill_path
 from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.losses.blocked import block_for
 from kd_jax.models.encoder_config import EncoderConfig, encoder_config
-from kd_jax.models.flops import cached_flops
 from kd_jax.models.functional import Functional, flops_per_row, parameter_count
-from kd_jax.study.plan import STAGE, Stage, may_cache
+from kd_jax.study.plan import REPORT, STAGE, Stage
+from kd_jax.study.run import Study
 from kd_jax.types import UserError
 
 FLOAT = 4  # bytes: parameters, moments, gradients and logits are float32
 
-# Utterances a locale in train and test: those of MASSIVE 1.1 (arXiv 2204.08582, table 2), and about those of the
+# Utterances per locale in train and test: those of MASSIVE 1.1 (arXiv 2204.08582, table 2), and about those of the
 # embedded data, whose languages differ a little.
 MASSIVE = (11_514, 2_974)
 EMBEDDED = (2_000, 500)
@@ -35,22 +37,22 @@ VOCABULARY = 250_000  # of most multilingual models
 
 @dataclass(frozen=True)
 class Sizes:
-    """What an estimate needs to know of the data; `notes` say what of it is assumed."""
+    """The sizes of the data; `notes` list the assumed ones."""
 
     vocabulary: int
     train: int  # utterances of all locales
     test: int
-    tokens: float  # of an utterance, special ones included
+    tokens: float  # per utterance, special tokens included
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one stage: positions of rows, padding included; FLOPs of matrix products; bytes on one device, by what for."""
+    """The cost of one stage: positions of rows, padding included; FLOPs of matrix products; bytes on one device."""
 
     tokens: float = 0.0
     flops: float = 0.0
-    memory: Mapping[str, float] = field(default_factory=dict)
+    memory: Mapping[str, float] = field(default_factory=dict)  # by purpose
 
     @property
     def bytes(self) -> float:
@@ -59,253 +61,215 @@ class Estimate:
     def describe(self) -> dict[str, Any]:
         """As JSON values, for plan.json."""
         memory = {name: round(value) for name, value in self.memory.items()}
-        return {
-            "tokens": round(self.tokens),
-            "flops": float(f"{self.flops:.4g}"),
-            "memory_bytes": round(self.bytes),
-            "memory": memory,
-        }
+        cost = {"tokens": round(self.tokens), "flops": float(f"{self.flops:.4g}")}
+        return {**cost, "memory_bytes": round(self.bytes), "memory": memory}
 
 
-def sizes_of(config: ConfigDict, prepared: pathlib.Path) -> Sizes:
-    """From the study's prepared folder where it is finished, else from the config and assumptions."""
+def sizes_of(study: Study) -> Sizes:
+    """From the study's prepared folder if it is finished, else from the config and assumptions."""
+    values, prepared = study.values, study.folder(study.planner.prepare())
     manifest = read_manifest(prepared) if prepared.is_dir() else None
     if manifest is not None:
-        counts = {"train": 0, "test": 0}
+        counts = {"train": 0, "test": 0, "dev": 0}
         for name, count in manifest["utterances"].items():
-            partition = name.rsplit(" ", 1)[-1]
-            if partition in counts:
-                counts[partition] += count
+            counts[name.rsplit(" ", 1)[-1]] += count  # "de-DE train"
         task = [one for one in manifest["stores"] if one["kind"] == "task"]
         texts = sum(one["texts"] for one in task)
         tokens = sum(one["tokens"] for one in task) / texts if texts else UTTERANCE_TOKENS
         return Sizes(manifest["vocab_size"], counts["train"], counts["test"], tokens)
-    vocabulary, said = _vocabulary(config)
-    nlu = config.nlu
+    vocabulary, notes = _vocabulary(values)
+    nlu = read(Nlu, values["nlu"], "nlu")
     train, test = EMBEDDED if nlu.format == "embedded" else MASSIVE
-    if nlu.max_train:
-        train = min(train, nlu.max_train)
-    said += (
-        f"utterances: {train:,} to train on and {test:,} to test on in each of {len(nlu.locales)} locales, "
-        f"{UTTERANCE_TOKENS:g} tokens each",
+    train = min(train, nlu.max_train or train)
+    count = len(nlu.locales)
+    assumed = (
+        f"{train:,} to train on and {test:,} to test on in each of {count} locales, {UTTERANCE_TOKENS:g} tokens each"
     )
-    return Sizes(vocabulary, train * len(nlu.locales), test * len(nlu.locales), UTTERANCE_TOKENS, said)
+    return Sizes(vocabulary, train * count, test * count, UTTERANCE_TOKENS, (*notes, f"utterances: {assumed}"))
 
 
-def _vocabulary(config: ConfigDict) -> tuple[int, tuple[str, ...]]:
-    block = config.tokenizer
-    if block.kind == "train":
-        return block.vocab_size, ()
-    if config.teacher.vocab_size:
-        return config.teacher.vocab_size, ()
+def _vocabulary(values: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
+    settings = read(TokenizerSettings, values["tokenizer"], "tokenizer")
+    if settings.kind == "train":
+        return settings.vocab_size, ()
+    if known := values["teacher"]["vocab_size"]:
+        return known, ()
     try:
-        folder = fill_path(block.path, key="config.tokenizer.path")
+        folder = fill_path(settings.path, key="config.tokenizer.path")
         if pathlib.Path(folder).is_dir():
             return Tokenizer.load(folder).vocab_size, ()
-    except UserError:  # it will be told when it is needed
+    except UserError:  # reported when the tokenizer is needed
         pass
-    return VOCABULARY, (f"vocabulary: {VOCABULARY:,} pieces, the tokenizer {block.path} is not here",)
+    return VOCABULARY, (f"vocabulary: {VOCABULARY:,} tokens, since the tokenizer {settings.path} is not here",)
 
 
-def estimates(config: ConfigDict, stages: Mapping[str, Stage], sizes: Sizes) -> dict[str, Estimate]:
-    """One estimate a stage; `stages` are all of the study's by folder."""
-    model = _Estimator(config, stages, sizes)
+def estimates(study: Study, sizes: Sizes) -> dict[str, Estimate]:
+    """The estimate of each stage by its folder."""
+    stages = {stage.folder: stage for stage in study.planned() if stage.command != REPORT}
+    model = _Estimator(study.values, stages, sizes)
     return {folder: model.of(stage) for folder, stage in stages.items()}
 
 
 class _Estimator:
     """The shapes of the study, and the estimate of each of its stages."""
 
-    def __init__(self, config: ConfigDict, stages: Mapping[str, Stage], sizes: Sizes):
-        self.config, self.stages, self.sizes = config, stages, sizes
-        self.length = config.rows.length
-        self.slots = num_slots(self.length, config.masking.rate)
-        # "auto" depends on the machine, and this may be another one than will train: the larger is counted.
-        self.width = 2 if config.compute_dtype == "bfloat16" else FLOAT
+    def __init__(self, values: Mapping[str, Any], stages: Mapping[str, Stage], sizes: Sizes):
+        self.values, self.stages, self.sizes = values, stages, sizes
+        self.length = read(Rows, values["rows"], "rows").length
+        self.slots = num_slots(self.length, read(Masking, values["masking"], "masking").rate)
+        # "auto" depends on the machine, and another one than this may train: the larger width is counted.
+        self.width = 2 if values["compute_dtype"] == "bfloat16" else FLOAT
         self._parameters: dict[EncoderConfig, int] = {}
 
     def shape(self, name: str) -> EncoderConfig:
         """The encoder of config.<name> with the vocabulary filled in."""
-        values = self.config[name].to_dict()
-        values["vocab_size"] = values["vocab_size"] or self.sizes.vocabulary
-        return encoder_config(values, 1)
+        encoder = self.values[name]
+        return encoder_config({**encoder, "vocab_size": encoder["vocab_size"] or self.sizes.vocabulary}, 1)
 
     def parameters(self, shape: EncoderConfig) -> int:
-        """Of the masked-LM model; a classifier's head is smaller than a masked-LM head or about as large."""
+        """Of the masked-LM model; a classifier's head is about as large as the masked-LM head, or smaller."""
         if shape not in self._parameters:
             self._parameters[shape] = parameter_count(Functional("mlm", shape).abstract())["total"]
         return self._parameters[shape]
 
+    def flops(self, shape: EncoderConfig, *, training: bool) -> float:
+        """Per row of a masked-LM step with logits at the masked positions."""
+        return flops_per_row(shape, self.length, self.slots, shape.vocab_size, training, self.slots)
+
     def of(self, stage: Stage) -> Estimate:
-        command = stage.command.removesuffix("_dc").removesuffix("_icner")
-        return {
-            "prepare": lambda _: Estimate(),
-            "import_model": self._import,
-            "pretrain": self._pretrain,
-            "cache_teacher": self._cache,
-            "distill": self._distill,
-            "finetune": self._finetune,
-            "evaluate": self._evaluate,
-            "latency": self._latency,
-        }[command](stage)
+        job = stage.job
+        if isinstance(job, Pretrain):
+            return self._pretrain(job, stage.config["train_body"])
+        if isinstance(job, Distill):
+            return self._distill(job, stage.config)
+        if isinstance(job, Finetune):
+            return self._finetune(job)
+        if stage.command == "cache_teacher":
+            return self._cache(read(Cache, stage.config["cache"], "cache"))
+        if stage.command == "evaluate":
+            return self._evaluate(read(Evaluate, stage.config["evaluate"], "evaluate"))
+        if stage.command == "prepare":
+            return Estimate()
+        # What remains takes seconds, whatever the study's size; `latency` has all its models in memory.
+        models = stage.config["latency"]["models"] if stage.command == "latency" else ("teacher",)
+        return Estimate(memory={"parameters": FLOAT * sum(self.parameters(self.shape(name)) for name in models)})
 
-    def _job(self, stage: Stage, block: ConfigDict, flops_a_row: float, memory: dict[str, float]) -> Estimate:
-        rows = block.steps * block.batch_size
-        return Estimate(rows * self.length, rows * flops_a_row, memory)
+    def _job(self, job: Training, flops_per_row: float, memory: dict[str, float]) -> Estimate:
+        rows = job.steps * job.batch_size
+        return Estimate(rows * self.length, rows * flops_per_row, memory)
 
-    def _latency(self, stage: Stage) -> Estimate:
-        """Seconds, whatever the study's size; all models are in memory together."""
-        parameters = sum(self.parameters(self.shape(name)) for name in stage.config.latency.models)
-        return Estimate(memory={"parameters": FLOAT * parameters})
-
-    def _import(self, stage: Stage) -> Estimate:
-        return Estimate(memory={"parameters": FLOAT * self.parameters(self.shape("teacher"))})
-
-    def _pretrain(self, stage: Stage) -> Estimate:
-        block = stage.config.pretrain
-        shape = self.shape(block.model)
-        rows = block.batch_size // block.accumulation
+    def _pretrain(self, job: Pretrain, train_body: bool) -> Estimate:
+        shape = self.shape(job.model)
+        rows = job.batch_size // job.accumulation
         memory = self._training_memory(shape, rows) | self._logits(shape.vocab_size, rows, copies=2)
-        one = (self.length, self.slots, shape.vocab_size)
-        if stage.config.train_body:
-            return self._job(stage, block, flops_per_row(shape, *one, training=True, last_layer_at=self.slots), memory)
-        forward = flops_per_row(shape, *one, training=False, last_layer_at=self.slots)
+        if train_body:
+            return self._job(job, self.flops(shape, training=True), memory)
+        forward = self.flops(shape, training=False)
         head = forward - flops_per_row(shape, self.length, 0, 0, training=False, last_layer_at=self.slots)
-        memory["activations"] /= shape.num_layers  # nothing is kept for the body's gradient
-        return self._job(stage, block, forward + 2 * head, memory)
+        memory["activations"] /= shape.num_layers  # the frozen encoder keeps nothing for a gradient
+        return self._job(job, forward + 2 * head, memory)
 
-    def _teachers(self, stage: Stage) -> list[EncoderConfig]:
-        """The shapes of the teachers that are in memory at a time."""
-        names = stage.config.teacher_checkpoint.split(",")
-        commands = [self.stages[name.removeprefix(STAGE)].command for name in names]
-        shapes = [self.shape("intermediate" if command == "distill" else "teacher") for command in commands]
-        return shapes[:1] if stage.config.distill.teacher_steps else shapes
-
-    def _student(self, stage: Stage) -> EncoderConfig:
-        """The encoder that a distillation trains: an intermediate is a student in its own stage."""
-        is_student = stage.config.student == self.config.student
-        return self.shape("student" if is_student else "intermediate")
-
-    def _distill(self, stage: Stage) -> Estimate:
-        block = stage.config.distill
-        student, teachers = self._student(stage), self._teachers(stage)
-        rows = block.batch_size // block.accumulation
+    def _distill(self, job: Distill, config: Mapping[str, Any]) -> Estimate:
+        # An intermediate is the student of its own stage.
+        student = self.shape("student" if config["student"] == self.values["student"] else "intermediate")
+        commands = [self.stages[one.removeprefix(STAGE)].command for one in config["teacher_checkpoint"].split(",")]
+        teachers = [self.shape("intermediate" if command == "distill" else "teacher") for command in commands]
+        if job.teacher_steps:  # one after the other; both have the same shape
+            teachers = teachers[:1]
+        rows, vocabulary = job.batch_size // job.accumulation, student.vocab_size
         memory = self._training_memory(student, rows)
-        vocabulary = student.vocab_size
-        if stage.config.teacher_cache:
-            (teacher,) = teachers
-            memory |= self._logits(vocabulary, rows, copies=4, block=block.block_positions)
-            if self.config.cache.format != "hidden":
-                flops = flops_per_row(student, self.length, self.slots, vocabulary, True, self.slots)
-                return self._job(stage, block, flops, memory)
-            memory["teacher"] = FLOAT * teacher.vocab_size * teacher.hidden_size
-            return self._job(stage, block, cached_flops(student, teacher, 1, self.length, self.slots), memory)
-        everywhere = block.kd_positions == "all"
-        at = None if everywhere else self.slots
-        logits = self.length if everywhere else self.slots
+        if config["teacher_cache"]:
+            memory |= self._logits(vocabulary, rows, copies=4, block=job.block_positions)
+            flops = self.flops(student, training=True)
+            if self.values["cache"]["format"] == "hidden":  # the teacher's decoder is still applied
+                table = teachers[0].vocab_size * teachers[0].hidden_size
+                memory["teacher"] = FLOAT * table
+                flops += 2.0 * self.slots * table
+            return self._job(job, flops, memory)
+        everywhere = job.kd_positions == "all"
+        at, logits = (None, self.length) if everywhere else (self.slots, self.slots)
         flops = flops_per_row(student, self.length, logits, vocabulary, training=True, last_layer_at=at)
         for teacher in teachers:
             flops += flops_per_row(teacher, self.length, logits, teacher.vocab_size, training=False, last_layer_at=at)
         memory["teacher"] = FLOAT * sum(self.parameters(teacher) for teacher in teachers)
         memory["activations"] += max(self._forward_activations(teacher, rows) for teacher in teachers)
         copies = 3 + len(teachers)
-        memory |= self._logits(max(vocabulary, teachers[0].vocab_size), rows, copies, block.block_positions, logits)
-        return self._job(stage, block, flops, memory)
+        memory |= self._logits(max(vocabulary, teachers[0].vocab_size), rows, copies, job.block_positions, logits)
+        return self._job(job, flops, memory)
 
-    def _cache(self, stage: Stage) -> Estimate:
-        """At most: rows that several runs visit with the same masks are predicted once."""
-        block = stage.config.cache
+    def _cache(self, cache: Cache) -> Estimate:
+        """An upper bound: rows that several runs visit with the same masks are predicted once."""
         teacher = self.shape("teacher")
-        runs = max(len(block.task_shares), 1) * max(len(block.seeds), 1)
-        rows = runs * block.steps * block.batch_size
-        slots = 0 if block.format == "hidden" else self.slots
-        flops = flops_per_row(teacher, self.length, slots, teacher.vocab_size, training=False, last_layer_at=self.slots)
-        if not slots:
+        rows = max(len(cache.task_shares), 1) * max(len(cache.seeds), 1) * cache.steps * cache.batch_size
+        memory: dict[str, float] = {"teacher": FLOAT * self.parameters(teacher)}
+        memory["activations"] = self._forward_activations(teacher, cache.batch_rows)
+        if cache.format == "hidden":
+            flops = flops_per_row(teacher, self.length, 0, 0, training=False, last_layer_at=self.slots)
             flops += 2.0 * self.slots * teacher.hidden_size**2  # the head's dense layer
-        memory: dict[str, float] = {
-            "teacher": FLOAT * self.parameters(teacher),
-            "activations": self._forward_activations(teacher, block.batch_rows),
-        }
-        if slots:
-            memory |= self._logits(teacher.vocab_size, block.batch_rows, copies=2)
+        else:
+            flops = self.flops(teacher, training=False)
+            memory |= self._logits(teacher.vocab_size, cache.batch_rows, copies=2)
         return Estimate(rows * self.length, rows * flops, memory)
 
-    def _finetune(self, stage: Stage) -> Estimate:
-        block = stage.config.finetune
-        student = self.shape("student")
-        train = self.sizes.train
-        if block.max_train:
-            train = min(train, block.max_train * len(self.config.nlu.locales))
-        steps = math.ceil(block.epochs * train / block.batch_size) if block.epochs else block.steps
-        rows = math.ceil(1.1 * block.batch_size * self.sizes.tokens / self.length)  # as FinetuneBatches makes them
+    def _finetune(self, job: Finetune) -> Estimate:
+        student, train = self.shape("student"), self.sizes.train
+        train = min(train, job.max_train * len(self.values["nlu"]["locales"]) or train)
+        steps = math.ceil(job.epochs * train / job.batch_size) if job.epochs else job.steps
+        rows = math.ceil(1.1 * job.batch_size * self.sizes.tokens / self.length)  # as FinetuneBatches makes them
         flops = steps * rows * flops_per_row(student, self.length, 0, 0, training=True)
-        memory = self._training_memory(student, math.ceil(rows / block.accumulation))
+        memory = self._training_memory(student, math.ceil(rows / job.accumulation))
         return Estimate(steps * rows * self.length, flops, memory)
 
-    def _evaluate(self, stage: Stage) -> Estimate:
-        student = self.shape("student")
-        rows = math.ceil(self.sizes.test * self.sizes.tokens / self.length)
+    def _evaluate(self, settings: Evaluate) -> Estimate:
+        student, rows = self.shape("student"), math.ceil(self.sizes.test * self.sizes.tokens / self.length)
+        activations = self._forward_activations(student, settings.batch_rows)
+        memory = {"parameters": FLOAT * self.parameters(student), "activations": activations}
         flops = rows * flops_per_row(student, self.length, 0, 0, training=False)
-        memory = {
-            "parameters": FLOAT * self.parameters(student),
-            "activations": self._forward_activations(student, stage.config.evaluate.batch_rows),
-        }
         return Estimate(rows * self.length, flops, memory)
 
     def _training_memory(self, shape: EncoderConfig, rows: int) -> dict[str, float]:
-        count = self.parameters(shape)
-        kept = shape.num_layers * (1 if shape.remat else self._layer(shape) / shape.hidden_size)
-        again = self._layer(shape) if shape.remat else 0  # one layer's activations come back at a time
-        tokens = rows * self.length
+        count, layer = self.parameters(shape), self._layer(shape)
+        # Rematerialization keeps each layer's input and has one layer's activations at a time.
+        kept = shape.num_layers * shape.hidden_size + layer if shape.remat else shape.num_layers * layer
         return {
             "parameters": FLOAT * count,
             "moments": 2 * FLOAT * count,
             "gradients": FLOAT * count,
-            "activations": tokens * self.width * (kept * shape.hidden_size + again),
+            "activations": rows * self.length * self.width * kept,
         }
 
     def _layer(self, shape: EncoderConfig) -> float:
-        """Numbers a token that one layer keeps for its gradient: the inputs of its products, norms and activations,
-        the attention's shares of the whole row, and what dropout took; the counts are fitted to compiled steps.
+        """Numbers per token that one layer keeps for its gradient: the inputs of its products, norms and activations,
+        the attention probabilities over the row, and the dropout masks. The counts are fitted to compiled steps.
         """
         states = (12 + 3 * (shape.dropout > 0)) * shape.hidden_size
         inner = (4 if shape.gated else 3) * shape.intermediate_size
         return states + inner + (3 + (shape.attention_dropout > 0)) * shape.num_heads * self.length
 
     def _forward_activations(self, shape: EncoderConfig, rows: int) -> float:
-        """Without a gradient one layer's are there at a time."""
+        """Without a gradient one layer's activations exist at a time."""
         return rows * self.length * self.width * self._layer(shape)
 
     def _logits(
         self, vocabulary: int, rows: int, copies: int, block: int = 0, positions: int | None = None
     ) -> dict[str, float]:
-        """A block of logits in so many copies: the student's, their gradient, the teachers', their probabilities."""
+        """A block of logits in several copies: the student's, their gradient, the teachers', their probabilities."""
         everything = rows * (self.slots if positions is None else positions)
         return {"logits": FLOAT * copies * vocabulary * min(block or block_for(vocabulary), everything)}
 
 
-def assumptions(sizes: Sizes) -> list[str]:
-    """What of the sizes is not known before `prepare`, a sentence a line."""
-    return [f"Assumed, as the data are not prepared: {note}." for note in sizes.notes]
-
-
-def remarks(config: ConfigDict, sizes: Sizes) -> list[str]:
-    """What the reader of the estimates must know, a sentence a line."""
-    lines = []
-    if config.tokenizer.kind == "train":
-        lines.append("A trained tokenizer may get fewer pieces than config.tokenizer.vocab_size.")
-    if config.vocabulary.trim:
-        lines.append("Students are counted with the whole vocabulary; config.vocabulary.trim makes it smaller.")
-    if config.study.cache and may_cache(config):
-        lines.append("Cached predictions are counted for every row of every run; those that repeat are made once.")
-    lines.append(
-        "Tokens are positions of rows, padding included. FLOPs are those of matrix products; held-out evaluation and "
-        "the terms on inner states are left out."
+def remarks(study: Study) -> list[str]:
+    """What a reader of the estimates must know, one sentence per line."""
+    trained, trimmed = study.values["tokenizer"]["kind"] == "train", study.values["vocabulary"]["trim"]
+    cached, auto = study.planner.caches, study.values["compute_dtype"] == "auto"
+    lines = (
+        (trained, "A trained tokenizer can get fewer tokens than config.tokenizer.vocab_size."),
+        (trimmed, "Students are counted with the full vocabulary; config.vocabulary.trim makes it smaller."),
+        (cached, "Cached predictions are counted for every row of every run; repeated ones are made once."),
+        (True, "Tokens are positions of rows, padding included."),
+        (True, "FLOPs are those of matrix products, without held-out evaluation and the terms on inner states."),
+        (auto, "Activations are counted in float32; where the machine computes in bfloat16 they take half."),
+        (True, "Memory is that of one device that holds everything; compile_check gives the exact value for a mesh."),
+        (True, "A mesh divides parameters and moments by fsdp x tensor, and activations and logits by data x fsdp."),
     )
-    if config.compute_dtype == "auto":
-        lines.append("Activations are counted in float32; where the machine computes in bfloat16 they are half.")
-    lines.append(
-        "Memory is that of one device which has everything: the mesh divides parameters and moments by fsdp x tensor, "
-        "and activations and logits by data x fsdp. compile_check tells it exactly."
-    )
-    return lines
+    return [line for applies, line in lines if applies]

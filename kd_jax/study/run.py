@@ -1,34 +1,31 @@
-"""Running a study: finished stages are skipped, broken ones resume, recipes are chosen on dev, and all is collected."""
+"""Running a study: finished stages are skipped, interrupted ones resume, and recipes are chosen on dev."""
 
+import itertools
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from kd_jax.config import from_dict, to_dict
 from kd_jax.runtime.files import read_json, write_json
 from kd_jax.runtime.preemption import interruptible
 from kd_jax.study.attempts import attempt
-from kd_jax.study.plan import STAGE, Planner, Recipe, Stage, Student, recipes, students
+from kd_jax.study.plan import PHASES, REPORT, STAGE, Keys, Planner, Recipe, Stage, Student
 from kd_jax.types import UserError
 
-# Runs one ordinary command: (command, its config, its directory).
-RunStage = Callable[[str, ConfigDict, pathlib.Path], None]
-Keys = Mapping[str, Callable[[ConfigDict], Iterable[str]]]
+# Runs one command: (its name, its config as plain values, its directory).
+RunStage = Callable[[str, dict[str, Any], pathlib.Path], None]
 
 
 class Study:
-    """The stages of one study under `workdir/stages`, and what they left behind.
+    """The stages of one study under `workdir/stages`, and what they wrote.
 
-    Where several processes run it together, `writes` is True in the one that keeps the study's own notes, and
-    agree(value) gives its value to all of them.
+    values: the whole config. writes: of several processes that run the study together, one writes the study's own
+    files. agree(value): gives that process's JSON value to all of them.
     """
 
     def __init__(
         self,
-        config: ConfigDict,
+        values: Mapping[str, Any],
         workdir: pathlib.Path,
         run_stage: RunStage,
         keys: Keys,
@@ -36,62 +33,91 @@ class Study:
         writes: bool = True,
         agree: Callable[[Any], Any] = lambda value: value,
     ):
-        self.config = config
-        self.workdir = workdir
-        self.planner = Planner(config, keys)
-        self.chosen: dict[tuple[str, str], Recipe] = {}
-        self.searched: list[dict[str, Any]] = []
+        self.values, self.workdir = values, workdir
+        self.planner = Planner(values, keys)
+        self.settings = self.planner.settings
+        self.chosen: dict[tuple[str, str], Recipe] = {}  # by student's name and task, once the search is finished
+        self.searched: list[dict[str, Any]] = []  # every recipe with its dev score, for the report
         self.notes: list[str] = []
-        self.seconds: dict[str, float] = {}  # by folder, since recipes of one student share a name
-        self._run_stage = run_stage
-        self._writes, self._agree = writes, agree
+        self.seconds: dict[str, float] = {}  # by folder, since the recipes of one student share a name
+        self._run_stage, self._writes, self._agree = run_stage, writes, agree
 
     def folder(self, stage: Stage) -> pathlib.Path:
         return self.workdir / "stages" / stage.folder
 
     def done(self, stage: Stage) -> bool:
-        return (self.folder(stage) / "DONE").is_file()
+        """Whether a stage is finished; the report never is, since it costs little and is written anew."""
+        return not stage.deferred and stage.command != REPORT and (self.folder(stage) / "DONE").is_file()
+
+    def planned(self) -> list[Stage]:
+        """All stages, with the recipes that can be chosen by now. Reads which stages are finished and dev scores."""
+        self.choose()
+        return self.planner.plan(self.chosen)
 
     def run(self) -> None:
-        """Runs every stage that is not finished, in an order in which each finds what it needs."""
-        self._run_all(self.planner.teacher_stages(), "teachers")
-        self.check_teachers()
-        self._run_all(self.planner.cache_stages(), "teacher's predictions")
-        self._run_all(self.planner.before_recipes(), "students")
-        self._choose_recipes()
-        self._run_all(self.planner.after_recipes(self.chosen), "finetuning")
+        """Runs every stage that is not finished."""
+        plan = self.planned()
+        for phase in PHASES[:-1]:
+            if phase == "finetuning":
+                plan = self.planned()  # the search has ended, so the recipes are known now
+            stages = [stage for stage in plan if stage.phase == phase]
+            for number, stage in enumerate(interruptible(stages, phase), start=1):
+                self.run_one(stage, f"[{phase} {number}/{len(stages)}] {stage.name}")
+                self.seconds[stage.folder] = read_seconds(self.folder(stage))
+            if phase == "teachers":
+                self.check_teachers()
 
-    def _run_all(self, stages: list[Stage], phase: str) -> None:
-        for number, stage in enumerate(interruptible(stages, phase), start=1):
-            self.run_one(stage, f"[{phase} {number}/{len(stages)}] {stage.name}")
-            self.seconds[stage.folder] = read_seconds(self.folder(stage))
+    def run_stage(self, key: str) -> None:
+        """Runs the stage of that key; before the report that is `run`, which only reads what is finished.
+
+        Raises UserError for an unknown key, and when a stage that it needs is not finished.
+        """
+        stages = {stage.key: stage for stage in self.planned()}
+        # A stage that was planned before the search ended, under its plain name, has a folder by now.
+        names = {stage.name: stage for stage in stages.values() if stage.phase == "finetuning"}
+        stage = stages.get(key) or names.get(key)
+        if stage is None:
+            raise UserError(
+                f"--stage: this config has no stage {key}; use a key of plan.json, and plan again with --plan if the "
+                "config has changed since"
+            )
+        missing = [need for need in stage.needs if not self.done(stages[need])]
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise UserError(
+                f"--stage={key}: it needs {', '.join(missing[:3])}{more}, not finished (no DONE under "
+                f"{self.workdir / 'stages'}); run the missing stages first"
+            )
+        if stage.command == REPORT:
+            self.run()
+            return
+        self.check_teachers()
+        self.run_one(stage, f"[{stage.phase}] {stage.name}")
 
     def run_one(self, stage: Stage, title: str) -> None:
-        """Runs one stage, unless it is finished. UserError when another process runs it."""
+        """Runs one stage, unless it is finished. Raises UserError when another process runs it."""
         folder = self.folder(stage)
         if self._agree(self.done(stage)):
             return
         with attempt(self.workdir, stage.folder, writes=self._writes):
-            if self._agree(self.done(stage)):  # whoever had the lock before finished it
+            if self._agree(self.done(stage)):  # finished by the process that had the lock until now
                 return
             if self._writes:
                 print(title, flush=True)
             started = time.monotonic()
-            config = resolve_stages(stage.config, self.workdir / "stages")
-            self._run_stage(stage.command, config, folder)
+            self._run_stage(stage.command, resolve_stages(stage.config, self.workdir / "stages"), folder)
             if self._writes:
                 if not self.done(stage):
                     raise UserError(
                         f"stage {stage.name}: {folder} has no DONE marker; start the study again to resume it"
                     )
-                write_seconds(folder, time.monotonic() - started)
+                write_json(folder / "seconds.json", round(time.monotonic() - started, 2))
 
     def check_teachers(self) -> None:
-        """A finished teacher that predicts task text no better than a unigram has nothing to teach: an error, or a
-        note. Where no logits are distilled it may have none to speak of.
+        """Refuses a finished generic teacher whose loss on task text is no better than a unigram's; notes an adapted
+        one. Skipped unless logits are distilled: inner states may be worth something all the same.
         """
-        kl = self.config.distill.kl
-        if max(kl.weight, kl.final_weight) <= 0:
+        if not self.planner.distill.kl.used:
             return
         for name, stage in self.planner.teachers().items():
             if not self.done(stage):
@@ -102,76 +128,55 @@ class Study:
             if loss < unigram:
                 continue
             problem = (
-                f"the {name} teacher's held-out loss on task text ({loss:.2f} nats a masked token) is no better than a "
-                f"unigram's ({unigram:.2f}): it has nothing to teach there"
+                f"the {name} teacher's held-out loss on task text ({loss:.2f} nats per masked token) is no better than "
+                f"a unigram's ({unigram:.2f}), so it has nothing to teach there"
             )
-            if self.config.study.require_teacher_better_than_unigram and name == "generic":
+            if self.settings.require_teacher_better_than_unigram and name == "generic":
                 raise UserError(
                     f"{problem}; raise config.pretrain.steps or give more generic text, or set "
-                    "config.study.require_teacher_better_than_unigram=False to go on all the same"
+                    "config.study.require_teacher_better_than_unigram=False to go on nevertheless"
                 )
             self.notes.append(problem[0].upper() + problem[1:] + ".")
 
     def heldout(self, stage: Stage) -> list[dict[str, Any]]:
         return read_json(self.folder(stage) / "heldout.json")
 
-    def _choose_recipes(self) -> None:
-        """For each student and task, the recipe with the best dev score of the first seed; ties go to the first."""
-        options = recipes(self.config)
-        for task in self.config.study.tasks:
-            for student in students(self.config):
-                scores = self._agree(self.dev_scores(student, task))
-                best = best_of(scores)
-                self.chosen[student.name, task] = options[best]
-                for index, (recipe, score) in enumerate(zip(options, scores)):
-                    self.searched.append(
-                        {
-                            "student": student.name,
-                            "task": task,
-                            "learning_rate": recipe.learning_rate,
-                            "epochs": recipe.epochs,
-                            "dev_score": score,
-                            "chosen": index == best,
-                        }
-                    )
-
-    def dev_scores(self, student: Student, task: str) -> list[float | None]:
-        """The dev score of each recipe with the first seed; [None] where there is only one, which needs no search.
-
-        FileNotFoundError before the search has finished.
+    def choose(self) -> None:
+        """Fills `chosen` with the recipe of the best dev score, the first of equals, wherever the search is finished;
+        `searched` gets all scores.
         """
-        options = recipes(self.config)
-        if len(options) == 1:
-            return [None]
-        stages = [self.planner.finetune(student, self.config.study.seeds[0], task, recipe) for recipe in options]
-        return [read_json(self.folder(stage) / "dev.json")["score"] for stage in stages]
+        self.chosen, self.searched = {}, []
+        pairs = list(itertools.product(self.settings.tasks, self.planner.students))
+        # All processes take one process's view, since a file can reach their file systems at different times.
+        found = self._agree([self._dev_scores(student, task) for task, student in pairs])
+        for (task, student), scores in zip(pairs, found, strict=True):
+            if scores is None:
+                continue
+            best = max(range(len(scores)), key=lambda index: scores[index] or 0.0)
+            self.chosen[student.name, task] = self.planner.recipes[best]
+            for index, (recipe, score) in enumerate(zip(self.planner.recipes, scores, strict=True)):
+                tried = {"learning_rate": recipe.learning_rate, "epochs": recipe.epochs, "dev_score": score}
+                self.searched.append({"student": student.name, "task": task, **tried, "chosen": index == best})
+
+    def _dev_scores(self, student: Student, task: str) -> list[float | None] | None:
+        """The dev score of each recipe; [None] if there is only one, and None while the search is not finished."""
+        search = self.planner.search(student, task)
+        if not all(self.done(stage) for stage in search):
+            return None
+        return [read_json(self.folder(stage) / "dev.json")["score"] for stage in search] or [None]
 
 
-def best_of(scores: list[float | None]) -> int:
-    """The place of the highest score, the first of equals."""
-    return max(range(len(scores)), key=lambda index: scores[index] or 0.0)
-
-
-def resolve_stages(config: ConfigDict, stages: pathlib.Path) -> ConfigDict:
-    """Replaces every "stage:<folder>" by the directory it stands for."""
-
-    def resolve(value):
-        if isinstance(value, dict):
-            return {key: resolve(item) for key, item in value.items()}
-        if isinstance(value, str) and STAGE in value:
-            parts = value.split(",")  # several teachers
-            return ",".join(str(stages / one.removeprefix(STAGE)) if one.startswith(STAGE) else one for one in parts)
-        return value
-
-    return from_dict(resolve(to_dict(config)))
-
-
-def write_seconds(folder: pathlib.Path, seconds: float) -> None:
-    """Keeps a stage's wall time beside it."""
-    write_json(folder / "seconds.json", round(seconds, 2))
+def resolve_stages(value: Any, stages: pathlib.Path) -> Any:
+    """Replaces every "stage:<folder>" in a config by the directory below `stages`."""
+    if isinstance(value, dict):
+        return {key: resolve_stages(item, stages) for key, item in value.items()}
+    if isinstance(value, str) and STAGE in value:
+        parts = value.split(",")  # several teachers
+        return ",".join(str(stages / one.removeprefix(STAGE)) if one.startswith(STAGE) else one for one in parts)
+    return value
 
 
 def read_seconds(folder: pathlib.Path) -> float:
-    """A stage's wall time, NaN where it was killed between its end and the note of it."""
+    """A stage's wall time; NaN if its process was killed between the stage's end and the note of its time."""
     file = folder / "seconds.json"
     return read_json(file) if file.exists() else float("nan")

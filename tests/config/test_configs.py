@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, config_flags
 from configs import massive_mmbert
 from kd_jax.config import base
 from kd_jax.main import study
-from kd_jax.study import study_jobs
+from kd_jax.study import overview
 from kd_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -133,7 +133,7 @@ def test_public_recipes_can_be_run_dry_without_the_network(name, tmp_path, capsy
     for variable in ("KD_JAX_MMBERT", "KD_JAX_MASSIVE"):
         monkeypatch.delenv(variable, raising=False)
     config = load(ROOT / "configs" / f"{name}.py")
-    study_jobs.show_dry_run(study.open_study(config, tmp_path / "study"))
+    overview.show_dry_run(study.open_study(config, tmp_path / "study"))
     lines = capsys.readouterr().out.splitlines()
     first = "import-teacher " if name in RECIPES else "pretrain-teacher "
     assert any(line.startswith(first) for line in lines)

@@ -15,7 +15,7 @@ from kd_jax.study.attempts import (
     RUNNING,
     STOPPED,
     attempt,
-    place_of,
+    path_of,
     read_attempt,
 )
 from kd_jax.types import UserError
@@ -45,7 +45,7 @@ def test_how_an_attempt_ended_is_noted(tmp_path, error, outcome):
 
 def test_a_process_that_only_helps_notes_nothing(tmp_path):
     with attempt(tmp_path, "prepare-1", writes=False):
-        assert not place_of(tmp_path, "prepare-1").exists()
+        assert not path_of(tmp_path, "prepare-1").exists()
 
 
 PROGRAM = """
@@ -59,7 +59,7 @@ with attempt(pathlib.Path(sys.argv[1]), "prepare-1"):
 
 @pytest.fixture
 def other_process(tmp_path):
-    root = pathlib.Path(__file__).parents[1]
+    root = pathlib.Path(__file__).parents[2]
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path)], stdout=subprocess.PIPE, cwd=root)
     try:
         assert process.stdout is not None and process.stdout.readline()
@@ -86,13 +86,13 @@ def test_a_stage_that_another_process_runs_is_refused_and_free_when_it_was_kille
 
 def test_another_machines_note_is_believed(tmp_path):
     with attempt(tmp_path, "prepare-1"):
-        values = json.loads(place_of(tmp_path, "prepare-1").read_text())
-    place_of(tmp_path, "prepare-1").write_text(json.dumps({**values, "host": "elsewhere", "outcome": RUNNING}))
+        values = json.loads(path_of(tmp_path, "prepare-1").read_text())
+    path_of(tmp_path, "prepare-1").write_text(json.dumps({**values, "host": "elsewhere", "outcome": RUNNING}))
     assert read_attempt(tmp_path, "prepare-1").outcome == RUNNING
 
 
 def test_a_note_that_is_being_written_is_none(tmp_path):
     with attempt(tmp_path, "prepare-1"):
         pass
-    place_of(tmp_path, "prepare-1").write_text('{"outcome": "runn')
+    path_of(tmp_path, "prepare-1").write_text('{"outcome": "runn')
     assert read_attempt(tmp_path, "prepare-1") is None

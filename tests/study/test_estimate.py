@@ -25,10 +25,8 @@ SIZES = estimate.Sizes(vocabulary=4000, train=800, test=100, tokens=16.0)
 def estimated(config, sizes=SIZES) -> tuple[dict[str, estimate.Estimate], study.Study]:
     """The estimates of the teachers, caches and encoders by name, and the study."""
     opened = study.open_study(config, NOWHERE)
-    planner = opened.planner
-    stages = [*planner.teacher_stages(), *planner.cache_stages(), *planner.before_recipes()]
-    found = estimate.estimates(config, {stage.folder: stage for stage in stages}, sizes)
-    return {stage.name: found[stage.folder] for stage in stages}, opened
+    found = estimate.estimates(opened, sizes)
+    return {stage.name: found[stage.folder] for stage in opened.planned()[:-1]}, opened
 
 
 def test_pretraining_is_counted_row_by_row():
@@ -103,8 +101,8 @@ def test_finetuning_counts_packed_rows_of_its_epochs():
     student = encoder_config(config.student.to_dict(), 4000)
     steps, rows = 4 * 400 // 32, 9  # four locales; 1.1 * 32 utterances of 16 tokens in rows of 64
     assert found[name].flops == steps * rows * flops_per_row(student, 64, 0, 0, training=True)
-    recipe_less = opened.planner.finetune(Student("scratch"), 0, "dc", study.job_plan.recipes(config)[0])
-    assert recipe_less.config.finetune.epochs == 4
+    stage = opened.planner.finetune(Student("scratch"), 0, "dc", opened.planner.recipes[0])
+    assert stage.config["finetune"]["epochs"] == 4
 
 
 @pytest.mark.long
@@ -137,17 +135,19 @@ def test_sizes_are_those_of_the_data_where_they_are_prepared(tmp_path):
         {"kind": "task", "texts": 10, "tokens": 250},
     ]
     utterances = {"de-DE dev": 3, "de-DE test": 5, "de-DE train": 10, "en-US train": 10}
-    (tmp_path / MANIFEST).write_text(json.dumps({"vocab_size": 77, "utterances": utterances, "stores": stores}))
-    sizes = estimate.sizes_of(quickstart.get_config(), tmp_path)
-    assert sizes == estimate.Sizes(77, 20, 5, 20.0)
+    opened = study.open_study(quickstart.get_config(), tmp_path)
+    folder = opened.folder(opened.planner.prepare())
+    folder.mkdir(parents=True)
+    (folder / MANIFEST).write_text(json.dumps({"vocab_size": 77, "utterances": utterances, "stores": stores}))
+    assert estimate.sizes_of(opened) == estimate.Sizes(77, 20, 5, 20.0)
 
 
 def test_what_is_assumed_of_data_that_are_not_here_is_said():
     config = massive_wikipedia.get_config()
-    sizes = estimate.sizes_of(config, NOWHERE)
+    sizes = estimate.sizes_of(study.open_study(config, NOWHERE))
     assert (sizes.vocabulary, sizes.train) == (64_000, 7 * 11_514)
-    assert any("11,514" in line for line in estimate.assumptions(sizes))
+    assert any("11,514" in line for line in sizes.notes)
     config = massive_me5.get_config()
     config.tokenizer.path = "somebody/some-model"
-    sizes = estimate.sizes_of(config, NOWHERE)
-    assert any("somebody/some-model is not here" in line for line in estimate.assumptions(sizes))
+    sizes = estimate.sizes_of(study.open_study(config, NOWHERE))
+    assert any("somebody/some-model is not here" in line for line in sizes.notes)

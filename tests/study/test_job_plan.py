@@ -5,12 +5,13 @@ import shlex
 import pytest
 
 from configs import quickstart
+from kd_jax.config import to_dict
 from kd_jax.main import study
 from kd_jax.study import job_plan
+from kd_jax.study.plan import REPORT
 from kd_jax.study.run import Study
 from kd_jax.types import UserError
 
-KEYS = {name: module.keys for name, module in study.COMMANDS.items()}
 ARGUMENTS = ["python", "-m", "kd_jax.main.study", "--config=configs/quickstart.py", "--workdir=runs/a b"]
 
 
@@ -25,28 +26,24 @@ def make(workdir: pathlib.Path, change=lambda config: None) -> tuple[Study, list
         ran.append(folder.name)
         folder.mkdir(parents=True)
         if command.startswith("finetune_"):
-            score = 1.0 - stage_config.finetune.learning_rate  # the smaller one is the better one
+            score = 1.0 - stage_config["finetune"]["learning_rate"]  # the smaller one is the better one
             (folder / "dev.json").write_text(json.dumps({"score": score}))
         loss = {"kind": "task", "loss": 1.0, "unigram_loss": 2.0, "count": 1}
         (folder / "heldout.json").write_text(json.dumps([loss]))
         (folder / "DONE").write_text("{}")
 
-    return Study(config, workdir, run_stage, KEYS), ran
-
-
-def run_key(opened, key):
-    job_plan.run_stage(opened, key, lambda: (opened.workdir / "reported").write_text(""))
+    return Study(to_dict(config), workdir, run_stage, study.KEYS), ran
 
 
 def test_stages_stand_after_what_they_need_and_the_report_is_last(tmp_path):
     opened, _ = make(tmp_path)
-    stages = job_plan.planned(opened)
+    stages = opened.planned()
     seen = set()
     for one in stages:
         assert set(one.needs) <= seen, one.key
         assert one.key not in seen
         seen.add(one.key)
-    assert stages[-1].key == job_plan.REPORT
+    assert stages[-1].key == REPORT
     assert all(stage.startswith(("test-", "latency-")) for stage in stages[-1].needs)
 
 
@@ -56,8 +53,7 @@ def test_running_every_key_in_order_is_the_whole_study(tmp_path):
     for array in job_plan.plan(opened, ARGUMENTS)["arrays"]:
         anew, _ = make(tmp_path / "by_stage")
         for key in array["stages"]:
-            run_key(anew, key)
-    assert (tmp_path / "by_stage" / "reported").exists()
+            anew.run_stage(key)
     whole, _ = make(tmp_path / "whole")
     whole.run()
     folders = [{place.name for place in (tmp_path / name / "stages").iterdir()} for name in ("by_stage", "whole")]
@@ -70,10 +66,10 @@ def test_a_finished_plan_has_nothing_but_the_report_left(tmp_path):
     opened.run()
     values = job_plan.plan(opened, ARGUMENTS)
     assert values["recipes_chosen"]
-    assert [one["key"] for one in values["stages"] if not one["done"]] == [job_plan.REPORT]
-    assert [(one["stages"], one["needs"]) for one in values["arrays"]] == [([job_plan.REPORT], [])]
+    assert [one["key"] for one in values["stages"] if not one["done"]] == [REPORT]
+    assert [(one["stages"], one["needs"]) for one in values["arrays"]] == [([REPORT], [])]
     count = len(ran)
-    run_key(opened, values["stages"][3]["key"])  # done already
+    opened.run_stage(values["stages"][3]["key"])  # done already
     assert len(ran) == count
 
 
@@ -90,55 +86,54 @@ def test_stages_after_the_search_choose_their_recipe_when_they_start(tmp_path):
     assert set(searched) <= set(deferred["dc-scratch-seed1"]["needs"])
 
     (prepare,) = (one["key"] for one in values["stages"] if one["name"] == "prepare")
-    run_key(opened, prepare)
-    run_key(opened, searched[0])
+    opened.run_stage(prepare)
+    opened.run_stage(searched[0])
     with pytest.raises(UserError, match=f"it needs {searched[1]}, not finished"):
-        run_key(opened, "dc-scratch-seed1")
-    run_key(opened, searched[1])
-    run_key(opened, "dc-scratch-seed1")
-    (best,) = (stage for stage in opened.planner.before_recipes() if stage.folder == searched[0])
-    assert best.config.finetune.learning_rate == 1e-3
-    chosen = opened.planner.finetune(
-        study.job_plan.students(opened.config)[0], 1, "dc", study.job_plan.recipes(opened.config)[0]
-    )
+        opened.run_stage("dc-scratch-seed1")
+    opened.run_stage(searched[1])
+    opened.run_stage("dc-scratch-seed1")
+    (best,) = (stage for stage in opened.planned() if stage.folder == searched[0])
+    assert best.config["finetune"]["learning_rate"] == 1e-3
+    chosen = opened.planner.finetune(opened.planner.students[0], 1, "dc", opened.planner.recipes[0])
     assert ran[-1] == chosen.folder
     # The plan made now knows the folder, and the old key still finds it.
     again = {one["key"] for one in job_plan.plan(opened, ARGUMENTS)["stages"]}
     assert chosen.folder in again and "dc-scratch-seed1" not in again
-    run_key(opened, "test-dc-scratch-seed1")
+    opened.run_stage("test-dc-scratch-seed1")
     assert ran[-1].startswith("test-dc-scratch-seed1-")
 
 
 def test_the_choice_is_that_of_the_whole_study(tmp_path):
     opened, _ = make(tmp_path)
     opened.run()
-    for student in job_plan.students(opened.config):
-        recipe = job_plan.choice(opened, student, "dc")
-        assert recipe == opened.chosen[student.name, "dc"]
-        assert recipe.learning_rate == 1e-3
+    anew, _ = make(tmp_path)
+    anew.choose()
+    assert anew.chosen == opened.chosen
+    assert {recipe.learning_rate for recipe in anew.chosen.values()} == {1e-3}
+    assert set(anew.chosen) == {(student.name, "dc") for student in opened.planner.students}
 
 
 def test_a_stage_whose_needs_are_missing_or_that_is_unknown_is_refused(tmp_path):
     opened, ran = make(tmp_path)
-    keys = {one.name: one.key for one in job_plan.planned(opened)}
+    keys = {one.name: one.key for one in opened.planned()}
     with pytest.raises(UserError, match=f"it needs {keys['prepare']}, not finished .no DONE under .*stages"):
-        run_key(opened, keys["pretrain-teacher"])
+        opened.run_stage(keys["pretrain-teacher"])
     with pytest.raises(UserError, match=r"has no stage pretrain-teacher-0123.*plan again"):
-        run_key(opened, "pretrain-teacher-0123")
+        opened.run_stage("pretrain-teacher-0123")
     with pytest.raises(UserError, match=r"it needs .* more, not finished"):
-        run_key(opened, job_plan.REPORT)
+        opened.run_stage(REPORT)
     assert not ran
 
 
 def test_a_teacher_with_nothing_to_teach_stops_the_stages_that_follow(tmp_path):
     opened, ran = make(tmp_path, lambda config: config.study.update({"require_teacher_better_than_unigram": True}))
-    keys = {one.name: one.key for one in job_plan.planned(opened)}
+    keys = {one.name: one.key for one in opened.planned()}
     for name in ("prepare", "pretrain-teacher"):
-        run_key(opened, keys[name])
+        opened.run_stage(keys[name])
     poor = [{"kind": "task", "loss": 2.0, "unigram_loss": 2.0, "count": 1}]
     (tmp_path / "stages" / keys["pretrain-teacher"] / "heldout.json").write_text(json.dumps(poor))
     with pytest.raises(UserError, match="no better than a unigram"):
-        run_key(opened, keys["cache-generic"])
+        opened.run_stage(keys["cache-generic"])
     assert ran == [keys["prepare"], keys["pretrain-teacher"]]
 
 
@@ -178,7 +173,7 @@ def test_without_a_search_every_folder_is_known_at_once(tmp_path):
     opened, _ = make(tmp_path, lambda config: config.study.update({"recipe_learning_rates": (1e-3,)}))
     values = job_plan.plan(opened, ARGUMENTS)
     assert values["recipes_chosen"]
-    assert all(one["folder"] for one in values["stages"] if one["key"] != job_plan.REPORT)
+    assert all(one["folder"] for one in values["stages"] if one["key"] != REPORT)
     assert not [one for one in values["stages"] if one["phase"] == "recipes"]
 
 

@@ -7,23 +7,28 @@ import sys
 import pytest
 
 from configs import quickstart
+from kd_jax.config import from_dict, to_dict
 from kd_jax.main import study
-from kd_jax.study import attempts, job_plan, status
+from kd_jax.study import attempts, status
+from kd_jax.study.plan import REPORT
 from kd_jax.study.run import Study
 
-KEYS = {name: module.keys for name, module in study.COMMANDS.items()}
 NOW = 1_000_000.0
+
+
+def open_toy(config, workdir) -> Study:
+    return Study(to_dict(config), workdir, lambda *_: None, study.KEYS)
 
 
 @pytest.fixture
 def opened(tmp_path) -> Study:
     config = quickstart.get_config()
     config.study.update({"seeds": (0, 1), "tasks": ("dc",), "name": "Toy"})
-    return Study(config, tmp_path, lambda *_: None, KEYS)
+    return open_toy(config, tmp_path)
 
 
 def stages_by_name(opened):
-    return {one.name: one.stage for one in job_plan.planned(opened) if one.stage}
+    return {stage.name: stage for stage in opened.planned() if stage.command != REPORT}
 
 
 def finish(opened, name, seconds):
@@ -37,9 +42,9 @@ def finish(opened, name, seconds):
 
 def note(opened, name, outcome, started, ended=0.0, message=""):
     stage = stages_by_name(opened)[name]
-    place = attempts.place_of(opened.workdir, stage.folder)
-    place.parent.mkdir(exist_ok=True)
-    place.write_text(json.dumps(attempts.Attempt(outcome, "elsewhere", 7, started, ended, message).describe()))
+    path = attempts.path_of(opened.workdir, stage.folder)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(attempts.Attempt(outcome, "elsewhere", 7, started, ended, message).describe()))
 
 
 def metrics(opened, name, rows, wrote, run=None):
@@ -58,7 +63,7 @@ def line(opened) -> str:
 
 
 def test_before_the_start_everything_is_left(opened):
-    total = len(job_plan.planned(opened)) - 1
+    total = len(opened.planned()) - 1
     said = line(opened)
     assert said.startswith(f"Toy: 0 done, {total} left [teachers 0/3 predictions 0/2 students 0/10 recipes 0/12 ")
     assert "time left unknown" in said
@@ -77,11 +82,11 @@ def test_a_running_stage_shows_its_step_loss_and_when_it_wrote(opened):
     said = line(opened)
     assert "1 done, 1 running" in said and "[teachers 1/3 " in said
     assert "pretrain-teacher: step 40/250, loss 4.2500, wrote 12 s ago on elsewhere" in said
-    assert "begun 8 min ago, 5 min of work done" in said  # 500 s; 20 s and 300 s
+    assert "started 8 min ago, 5 min of work done" in said  # 500 s; 20 s and 300 s
     found = status.status_of(opened, NOW)
     assert found.left == (250 - 40) * 1.0
-    assert found.untold == sum(sum(states.values()) for states in found.counts.values()) - 2
-    assert f"about 4 min of work left, and {found.untold} stages of kinds that are new" in said
+    assert found.unknown == sum(sum(states.values()) for states in found.counts.values()) - 2
+    assert f"about 4 min of work left, and {found.unknown} stages of kinds not yet timed" in said
 
 
 def test_time_left_is_that_of_finished_stages_of_the_same_kind(opened):
@@ -110,7 +115,7 @@ def test_several_at_once_share_what_is_left(opened):
 
 
 def test_steps_of_finetuning_follow_from_its_epochs(opened):
-    name = next(one.name for one in job_plan.planned(opened) if one.phase == "recipes")
+    name = next(one.name for one in opened.planned() if one.phase == "recipes")
     note(opened, name, attempts.RUNNING, started=NOW - 10)
     assert f"{name}, wrote 10 s ago" in line(opened)  # nothing of it is there yet
     metrics(opened, name, [{"step": 20, "loss": 1.0}], NOW - 1, run={"train_utterances": 1600})
@@ -127,9 +132,9 @@ def test_a_failed_and_a_stopped_stage_are_told(opened):
 
 
 def test_a_finished_study_has_no_time_left(opened):
-    config = opened.config.copy_and_resolve_references()
+    config = from_dict(dict(opened.values))
     config.study.recipe_learning_rates = (1e-3,)
-    one = Study(config, opened.workdir, lambda *_: None, KEYS)
+    one = open_toy(config, opened.workdir)
     for stage in stages_by_name(one).values():
         one.folder(stage).mkdir(parents=True)
         (one.folder(stage) / "DONE").write_text("{}")
@@ -140,9 +145,9 @@ def test_a_finished_study_has_no_time_left(opened):
 
 def test_stages_of_another_config_are_noticed(opened):
     finish(opened, "prepare", 20)
-    config = opened.config.copy_and_resolve_references()
+    config = from_dict(dict(opened.values))
     config.rows.length = 32
-    other = Study(config, opened.workdir, lambda *_: None, KEYS)
+    other = open_toy(config, opened.workdir)
     assert "1 stages of another config are here" in line(other)
 
 
@@ -177,7 +182,7 @@ for name in ("plan", "status", "dry-run"):
 
 def test_no_device_is_touched(tmp_path):
     """A study's state is asked for while others train on the accelerators of the machine."""
-    root = pathlib.Path(__file__).parents[1]
+    root = pathlib.Path(__file__).parents[2]
     ran = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=root, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert [line for line in ran.stdout.splitlines() if line.endswith(("True", "False"))] == [

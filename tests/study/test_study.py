@@ -118,6 +118,8 @@ def test_a_teacher_no_better_than_a_unigram_stops_the_study(finished):
 
 
 def test_stage_references_become_directories():
-    config = quickstart.get_config()
-    config.prepared = "stage:prepare-123"
-    assert study_run.resolve_stages(config, pathlib.Path("runs/x/stages")).prepared == "runs/x/stages/prepare-123"
+    values = {"prepared": "stage:prepare-123", "deeper": {"teacher": "stage:a-1,stage:b-2", "other": ("x", 1)}}
+    assert study_run.resolve_stages(values, pathlib.Path("runs/x/stages")) == {
+        "prepared": "runs/x/stages/prepare-123",
+        "deeper": {"teacher": "runs/x/stages/a-1,runs/x/stages/b-2", "other": ("x", 1)},
+    }

@@ -3,11 +3,11 @@
 import pathlib
 from typing import Any
 
-from kd_jax.config import fingerprint, identity, to_dict
+from kd_jax.config import fingerprint, identity
 from kd_jax.evaluation.records import read_records
 from kd_jax.evaluation.results import IDENTITY, RECORDS, RESULTS
 from kd_jax.runtime.files import read_json, read_json_lines, write_json_lines
-from kd_jax.study.plan import students, task_shares
+from kd_jax.study.plan import task_shares
 from kd_jax.study.report.numbers import ReportInputs
 from kd_jax.study.run import Study
 from kd_jax.study.status import METRICS
@@ -17,13 +17,13 @@ def collect(study: Study, similarity: list[dict[str, Any]], provenance: dict[str
     """Reads every finished stage, writes results.jsonl, and returns the inputs of the report."""
     objects: list[dict[str, Any]] = []
     records, curves, realized = {}, {}, {}
-    config = study.config
+    settings = study.settings
     for name, stage in study.planner.teachers().items():
-        who = {"student": "teacher", "transfer_set": "", "teacher": name, "seed": config.seed}
+        who = {"student": "teacher", "transfer_set": "", "teacher": name, "seed": study.values["seed"]}
         objects += heldout_results(study.heldout(stage), who)
         curves[f"teacher, {name}"] = read_curve(study.folder(stage))
-    for student in students(config):
-        for seed in config.study.seeds:
+    for student in study.planner.students:
+        for seed in settings.seeds:
             named = (student.kind, student.transfer_set, student.teacher, seed)
             who: dict[str, Any] = dict(zip(IDENTITY, named, strict=True))
             encoder = study.planner.encoder(student, seed)
@@ -31,7 +31,7 @@ def collect(study: Study, similarity: list[dict[str, Any]], provenance: dict[str
                 objects += heldout_results(study.heldout(encoder), who)
                 curves[f"{student.name}, seed {seed}"] = read_curve(study.folder(encoder))
                 realized[student.transfer_set] = read_json(study.folder(encoder) / "run.json")["realized"]
-            for task in config.study.tasks:
+            for task in settings.tasks:
                 finetuned = study.planner.finetune(student, seed, task, study.chosen[student.name, task])
                 scored = study.folder(study.planner.evaluate(finetuned))
                 objects += [{**row, **who} for row in read_json_lines(scored / RESULTS)]
@@ -40,13 +40,13 @@ def collect(study: Study, similarity: list[dict[str, Any]], provenance: dict[str
     latency = study.planner.latency()
     measured = study.folder(latency) / "latency.json" if latency else None
     return ReportInputs(
-        name=config.study.name,
-        config=to_dict(config),
-        provenance={**provenance, "config": fingerprint(identity(to_dict(config))), "seconds": study.seconds},
+        name=settings.name,
+        config=dict(study.values),
+        provenance={**provenance, "config": fingerprint(identity(study.values)), "seconds": study.seconds},
         results=objects,
         records=records,
-        task_shares=task_shares(config),
-        selected=tuple(config.study.selected_sets),
+        task_shares=task_shares(settings),
+        selected=tuple(settings.selected_sets),
         realized=realized,
         curves=curves,
         similarity=similarity,

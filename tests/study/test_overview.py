@@ -11,17 +11,17 @@ import pytest
 
 from configs import quickstart
 from kd_jax.main import study
-from kd_jax.study import study_jobs
+from kd_jax.study import job_plan, overview
 from kd_jax.types import UserError
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("switch", ["--plan", "--dry-run", "--status", "--stage=x"])
 def test_the_command_of_a_stage_is_the_one_given_without_its_switch(switch):
     argv = ["--config=configs/x.py", switch, "--workdir=runs/x", "--config.seed=1"]
-    assert study_jobs.arguments(argv) == ["python", "-m", "kd_jax.main.study", argv[0], *argv[2:]]
-    assert study_jobs.arguments(argv[:2])[-1] == "--workdir=WORKDIR"
+    assert job_plan.arguments(argv) == ["python", "-m", "kd_jax.main.study", argv[0], *argv[2:]]
+    assert job_plan.arguments(argv[:2])[-1] == "--workdir=WORKDIR"
 
 
 def test_a_dry_run_prints_every_stage_with_its_command_and_the_totals(monkeypatch, capsys):
@@ -29,7 +29,7 @@ def test_a_dry_run_prints_every_stage_with_its_command_and_the_totals(monkeypatc
     config = quickstart.get_config()
     study.INSTEAD["dry-run"][0](config, None)
     said = capsys.readouterr().out
-    stages = study.job_plan.planned(study.open_study(config, study_jobs.NOWHERE))
+    stages = study.open_study(config, overview.NOWHERE).planned()
     for one in stages:
         command = "python -m kd_jax.main.study --config=configs/quickstart.py --workdir=WORKDIR"
         assert f"  {command} --stage={one.key}\n" in said
@@ -38,7 +38,7 @@ def test_a_dry_run_prints_every_stage_with_its_command_and_the_totals(monkeypatc
     assert re.search(r"^pretrain-teacher +pretrain +512k +2\.08T ", said, re.M)
     assert re.search(rf"^all +{len(stages) - 1} ", said, re.M)
     assert "parameters" in said and "The largest stage takes" in said and "Assumed" in said
-    assert not study_jobs.NOWHERE.exists()
+    assert not overview.NOWHERE.exists()
 
 
 def test_plan_and_status_need_a_workdir():
@@ -77,7 +77,7 @@ def test_a_plan_is_written_with_what_each_stage_takes(tmp_path, capsys):
     ],
 )
 def test_numbers_are_written_for_people(number, units, said):
-    assert study_jobs.amount(number, getattr(study_jobs, units)) == said
+    assert overview.amount(number, getattr(overview, units)) == said
 
 
 CONFIG = """

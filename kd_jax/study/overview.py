@@ -1,0 +1,105 @@
+"""What `study` prints with --status, --dry-run and --plan."""
+
+import pathlib
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+
+from kd_jax.study import job_plan
+from kd_jax.study.attempts import FAILED
+from kd_jax.study.estimate import estimates, remarks, sizes_of
+from kd_jax.study.plan import PHASES, REPORT
+from kd_jax.study.run import Study
+from kd_jax.study.status import line, status_of
+from kd_jax.text_tables import aligned_table
+from kd_jax.types import UserError
+
+NOWHERE = pathlib.Path("WORKDIR")  # stands for the workdir of a dry run without one
+_SECONDS_BETWEEN_LOOKS = 5.0
+
+
+def given(workdir: pathlib.Path | None) -> pathlib.Path:
+    """The workdir that --status and --plan need. Raises UserError if it is missing."""
+    if workdir is None:
+        raise UserError("--workdir is missing; name the directory of the study")
+    return workdir
+
+
+def show_status(study: Study) -> None:
+    """Prints the state in one line; on a terminal repeatedly, until nothing runs any more or Ctrl-C."""
+    if not sys.stdout.isatty():
+        print(line(status_of(study)))
+        return
+    try:
+        while True:
+            status = status_of(study)
+            print(f"\r\033[K{line(status)}", end="", flush=True)
+            if status.finished or (not status.running and sum(one[FAILED] for one in status.counts.values())):
+                break
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+    except KeyboardInterrupt:
+        pass
+    print()
+
+
+def make_plan(study: Study) -> None:
+    """Writes the plan and prints its arrays."""
+    found = estimates(study, sizes_of(study))
+    values = job_plan.plan(study, job_plan.arguments(), lambda stage: found[stage.folder].describe())
+    file = job_plan.write_plan(study.workdir, values)
+    done = sum(one["done"] for one in values["stages"])
+    print(f"{file}: {len(values['stages'])} stages, {done} of them done; the others in {len(values['arrays'])} arrays:")
+    for one in values["arrays"]:
+        after = f", after {', '.join(one['needs'])}" if one["needs"] else ""
+        print(f"  {one['name']}: {len(one['stages'])}{after}")
+    if not values["recipes_chosen"]:
+        print("Stages after the recipe search have their names as keys; each chooses its recipe when it starts.")
+
+
+def show_dry_run(study: Study) -> None:
+    """Prints every stage with its estimated cost, the totals, and the commands that run the stages one by one."""
+    sizes = sizes_of(study)
+    found = estimates(study, sizes)
+    stages = study.planned()
+    rows, totals = [], {}
+    for stage in stages:
+        if stage.command == REPORT:
+            continue
+        cost = found[stage.folder]
+        mark = " (done)" if study.done(stage) else ""
+        parts = ", ".join(f"{name} {amount(value, BYTES)}" for name, value in cost.memory.items())
+        cells = (amount(cost.tokens), amount(cost.flops), amount(cost.bytes, BYTES) if cost.memory else "")
+        rows.append((f"{stage.name}{mark}", stage.command, *cells, parts))
+        for phase in (stage.phase, "all"):
+            count, tokens, flops = totals.get(phase, (0, 0.0, 0.0))
+            totals[phase] = (count + 1, tokens + cost.tokens, flops + cost.flops)
+    print(f"{study.settings.name}: {len(rows)} stages and the report. Nothing is run; all numbers are estimates.")
+    for note in sizes.notes:
+        print(f"Assumed, since the data are not prepared: {note}.")
+    print()
+    print(aligned_table(("stage", "command", "tokens", "FLOPs", "memory", "by purpose"), rows, left=6) + "\n")
+    summary = [
+        (name, str(one[0]), amount(one[1]), amount(one[2])) for name in (*PHASES, "all") if (one := totals.get(name))
+    ]
+    print(aligned_table(("phase", "stages", "tokens", "FLOPs"), summary, left=4))
+    largest = max(cost.bytes for cost in found.values())
+    print(f"\nThe largest stage takes {amount(largest, BYTES)} on one device.")
+    print("\n".join(remarks(study)))
+    command = job_plan.arguments()
+    print(f"\nAll stages:\n  {shlex.join(command)}")
+    print("One stage at a time, each after those that it needs:")
+    for stage in stages:
+        print(f"  {job_plan.command_line(command, stage.key)}")
+
+
+UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+BYTES = ((2.0**40, " TiB"), (2.0**30, " GiB"), (2.0**20, " MiB"), (2.0**10, " KiB"))
+
+
+def amount(number: float, units: Sequence[tuple[float, str]] = UNITS) -> str:
+    """12,300 as 12.3k, or in other units; zero as an empty cell."""
+    for size, letter in units:
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.0f}" if number else ""
