@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from benchmarks.layouts import labeled_text_a_row, one_text_a_row, same_shape
 from benchmarks.worker import Run
 from benchmarks.workloads import read_arrays, read_batches, read_tree
+from kd_jax.config.execution import Mesh
 from kd_jax.config.training import KL, Term
 from kd_jax.losses.logits import kl_divergence, masked_cross_entropy
 from kd_jax.models.encoder_config import EncoderConfig
@@ -169,7 +170,7 @@ def scaling(spec: Spec) -> Built:
     student, teacher = resized("student", num_layers=size["layers"]), resized("teacher")
     params, frozen = (jax.jit(one.init)(jax.random.key(n)) for n, one in enumerate((student, teacher)))
     objective = make_distill_objective(WithProjections(student), (teacher,), settings_of(spec))
-    mesh = make_mesh(ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})) if size["devices"] > 1 else None
+    mesh = make_mesh(Mesh(-1, 1, 1)) if size["devices"] > 1 else None
     rows, length, slots = size["rows"], size["length"], size["slots"]
     batches = [synthetic_batch(rows, length, slots, size["vocabulary"])]
     run = training(objective, spec["job"], params, {"teachers": (frozen,)}, batches, ("kl", "mlm"), mesh)

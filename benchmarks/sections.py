@@ -131,8 +131,7 @@ def measure_text(
     with running({name: Worker(name, name, spec, folder) for name in passes}) as workers:
         measurement = measure(workers, passes, block.rounds, check, say)
     found, held = measurement.workers, counts(packed)
-    slots = packed[0]["masked_positions"].shape[1]
-    sizes = (held["rows"], held["length"], slots)
+    sizes = (held["rows"], held["length"], packed[0]["masked_positions"].shape[1])
     return {
         "held": held,
         "others_busy": measurement.others_busy,

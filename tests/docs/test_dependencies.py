@@ -9,6 +9,7 @@ import tomllib
 
 import pytest
 
+import kd_jax
 from tests.docs.test_architecture import PYTORCH, imported_modules
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -85,3 +86,14 @@ def test_locks_hold_the_direct_dependencies_and_agree():
     for name, pins in locks[0].items():
         assert locks[1].get(name, set()) == pins, f"{name}: requirements-dev.txt and requirements.txt differ"
     assert not {"torch", "tensorflow"} & set(locks[1])
+
+
+def test_every_file_with_a_version_has_the_same():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert kd_jax.__version__ == project()["version"]
+    assert f"\nversion: {kd_jax.__version__}\n" in citation
+
+
+def test_pre_commit_has_the_locked_ruff():
+    (pin,) = locked_versions("requirements-dev.txt")["ruff"]
+    assert f"rev: v{pin.removeprefix('==')}\n" in (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
