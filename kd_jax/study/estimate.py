@@ -14,8 +14,8 @@ from kd_jax.config.commands import Evaluate
 from kd_jax.config.data import Cache, Masking, Nlu, Rows, TokenizerSettings
 from kd_jax.config.settings import read
 from kd_jax.config.training import Distill, Finetune, Pretrain, Training
-from kd_jax.data.manifest import read_manifest
 from kd_jax.data.masking import num_slots
+from kd_jax.data.rows import read_manifest
 from kd_jax.data.text.files import fill_path
 from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.losses.blocked import block_for
