@@ -139,9 +139,9 @@ def _kinds(stage: Stage) -> tuple[tuple, ...]:
         return ((stage.command,),)
     model = job.model if isinstance(job, Pretrain) else ""
     length = (job.epochs if isinstance(job, Finetune) else 0) or job.steps
-    shape = str(stage.config["student"]) if stage.command == "distill" else ""  # an intermediate is another student
-    cached = bool(stage.config.get("teacher_cache"))
-    return (stage.command, model, length, job.batch_size, cached, shape), (stage.command, model)
+    # A cache makes distillation faster, and an intermediate is another student than the one compared.
+    more = (bool(stage.config["teacher_cache"]), str(stage.config["student"])) if stage.command == "distill" else ()
+    return (stage.command, model, length, job.batch_size, *more), (stage.command, model)
 
 
 def _seconds_left(
