@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 def main(wheel: str) -> int:
     """Prints every difference; returns the exit code."""
-    kept = {".py", ".toml", ".typed"}
+    kept = {".py", ".toml", ".html", ".typed"}
     files = {file.relative_to(ROOT).as_posix() for file in (ROOT / "kd_jax").rglob("*") if file.suffix in kept}
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()

@@ -21,7 +21,7 @@ from kd_jax.main import command
 from kd_jax.runtime.files import write_json
 from kd_jax.runtime.progress import counted
 from kd_jax.study.report.plotting import STYLE, panel_grid, write_figure
-from kd_jax.trainer.run_directory import RunDirectory, provenance
+from kd_jax.trainer.run_directory import RunDirectory, mark_done, provenance
 
 # Section -> (what measures it, what draws it, rows and columns of panels, height in inches).
 SECTIONS = {
@@ -50,7 +50,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     check(config)
     values = to_dict(config)
     del values["benchmark"]["sections"]  # the same workdir may be given for one section after the other
-    directory = RunDirectory(workdir, "benchmark", values)
+    RunDirectory(workdir, "benchmark", values)  # refuses a workdir that another config has used
     watch = functools.partial(counted, unit="texts", shown=config.progress)
     prepare(read_prepare(config), to_dict(config), workdir / "prepared", watch)
     prepared = Prepared(workdir / "prepared")
@@ -70,7 +70,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             draw(axes, result)
             write_figure(figure, workdir, name)
         print(f"\n{tables(result)}\n")
-    directory.finish()
+    mark_done(workdir)
 
 
 if __name__ == "__main__":

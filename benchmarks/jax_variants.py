@@ -87,8 +87,8 @@ def packed_masked(spec: Spec) -> Built:
     student, teacher = model(spec, "student"), model(spec, "teacher")
     batches = read_batches(spec["batches"])
     objective = make_distill_objective(WithProjections(student), (teacher,), settings_of(spec))
-    sizes = (*batches[0]["tokens"].shape, batches[0]["masked_positions"].shape[1])
-    flops = distill_flops(student.config, teacher.config, *sizes, narrow=True)
+    (rows, length), slots = batches[0]["tokens"].shape, batches[0]["masked_positions"].shape[1]
+    flops = distill_flops(student.config, teacher.config, rows, length, slots, narrow=True)
     return distill(spec, batches, objective, {"teachers": (weights(spec, "teacher"),)}, flops)
 
 
@@ -98,8 +98,8 @@ def packed_cached(spec: Spec) -> Built:
     batches = read_batches(spec["cached_batches"])
     decoder = read_arrays(f"{spec['weights']}/decoder.npz")
     objective = make_distill_objective(WithProjections(student), (), settings_of(spec, cached=True))
-    sizes = (*batches[0]["tokens"].shape, batches[0]["masked_positions"].shape[1])
-    flops = cached_flops(student.config, teacher.config, *sizes)
+    (rows, length), slots = batches[0]["tokens"].shape, batches[0]["masked_positions"].shape[1]
+    flops = cached_flops(student.config, teacher.config, rows, length, slots)
     return distill(spec, batches, objective, {"decoder": (decoder["table"], decoder.get("bias"))}, flops)
 
 

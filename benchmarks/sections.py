@@ -82,9 +82,7 @@ def distill_spec(config: ConfigDict, shapes: Mapping[str, EncoderConfig]) -> dic
 
 
 def measure_step(config: ConfigDict, prepared: Prepared, folder: pathlib.Path, say: Say) -> dict[str, Any]:
-    """This project's distillation step against itself and against PyTorch, on each of config.benchmark.texts; what the
-    workers read is written to `folder`.
-    """
+    """This project's distillation step against itself and against PyTorch, on each of config.benchmark.texts."""
     block = config.benchmark
     shapes = shapes_of(config, prepared.tokenizer.vocab_size)
     models = {name: Functional("mlm", shape) for name, shape in shapes.items()}
@@ -173,7 +171,8 @@ def measure_finetune(config: ConfigDict, prepared: Prepared, folder: pathlib.Pat
     block = config.benchmark
     shape = workloads.encoder_of(config, "student", prepared.tokenizer.vocab_size)
     training, predicting, sizes = workloads.labeled_batches(config, prepared)
-    workloads.write_weights(folder / "weights", {"icner": Functional("icner", shape, **sizes)}, config.seed)
+    model = Functional("icner", shape, intents=sizes["intents"], tags=sizes["tags"])
+    workloads.write_weights(folder / "weights", {"icner": model}, config.seed)
     result = {}
     for job, batches in {"finetune": training, "predict": predicting}.items():
         workloads.write_batches(folder / f"{job}.npz", batches)

@@ -119,11 +119,6 @@ def tables(result: Mapping[str, Any]) -> str:
     return f"{line}\n\n{kinds[kind](result)}"
 
 
-def main(paths: Sequence[str]) -> None:
-    """Prints the tables of each file."""
-    for path in paths:
-        print(tables(json.loads(pathlib.Path(path).read_text(encoding="utf-8"))), end="\n\n")
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    for path in sys.argv[1:]:
+        print(tables(json.loads(pathlib.Path(path).read_text(encoding="utf-8"))), end="\n\n")

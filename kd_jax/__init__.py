@@ -32,7 +32,6 @@ _API = {
     "blocked_losses": "losses.blocked",
     # Steps: an objective, and the pure function (state, frozen, batch) -> (state, metrics) that minimizes it
     "DistillSettings": "steps.distill",
-    "make_cached_objective": "steps.distill",
     "make_distill_objective": "steps.distill",
     "make_pretrain_objective": "steps.pretrain",
     "make_dc_objective": "steps.finetune",
@@ -42,7 +41,6 @@ _API = {
     "domain_record": "evaluation.records",
     "intent_slot_record": "evaluation.records",
     "read_records": "evaluation.records",
-    "write_records": "evaluation.records",
     "results": "evaluation.results",
     "error_counts": "evaluation.significance",
     "compare": "evaluation.significance",

@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ class Fake:
 
 def test_rounds_alternate_and_are_compared_pairwise(monkeypatch):
     log, checked = [], []
-    fakes = {"slow": Fake("slow", 0.4, log), "fast": Fake("fast", 0.1, log)}
+    fakes: dict[str, Any] = {"slow": Fake("slow", 0.4, log), "fast": Fake("fast", 0.1, log)}
     monkeypatch.setattr(rounds, "busy_cores", lambda seconds: 0.25 * len(log))
     whole = rounds.measure(fakes, {"slow": 2, "fast": 2}, 3, lambda one: checked.append(len(log)), lambda line: None)
     found = whole.workers
@@ -69,7 +70,7 @@ def test_rounds_alternate_and_are_compared_pairwise(monkeypatch):
 
 def test_nothing_is_measured_when_the_first_pass_disagrees():
     log = []
-    fakes = {"a": Fake("a", 0.1, log), "b": Fake("b", 0.1, log, value=1.5)}
+    fakes: dict[str, Any] = {"a": Fake("a", 0.1, log), "b": Fake("b", 0.1, log, value=1.5)}
 
     def check(found):
         rounds.check_agreement({name: one.first_values for name, one in found.items()}, "a", 1, 1e-3)

@@ -309,7 +309,7 @@ def test_rule_tells_a_breach_from_lawful_code(rule):
 
 
 @pytest.mark.parametrize(
-    "check, folders", sorted({rule[:2] for rule in RULES.values()}, key=lambda rule: rule[0].__name__)
+    "check, folders", sorted({(check, folders) for check, folders, *_ in RULES.values()}, key=lambda it: it[0].__name__)
 )
 def test_every_file_keeps_the_rule(check, folders):
     files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
