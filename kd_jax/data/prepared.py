@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from kd_jax.config import differences
+from kd_jax.config import differences, require
 from kd_jax.config.data import Prepare, Source, read_prepare
 from kd_jax.data.rows import MANIFEST, STORE_FILES, RowStore, StoreWriter, new_folder, read_manifest
 from kd_jax.data.text.files import fill_path
@@ -53,8 +53,7 @@ class Prepared:
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
-        if not str(folder):
-            raise UserError("config.prepared: is empty; set it to the folder that prepare wrote")
+        require(bool(str(folder)), "prepared", "it is empty", "set it to the folder that prepare wrote")
         self.folder = as_path(folder)
         manifest = read_manifest(self.folder)
         if manifest is None:
@@ -96,13 +95,14 @@ class Prepared:
 
     def stores(self, split: str) -> list[RowStore]:
         """The row stores of a split, "train" or "heldout", in the order of the config."""
-        return [self._store(f"rows/{split}/{one['name']}") for one in self.manifest["stores"] if one["split"] == split]
-
-    def _store(self, name: str) -> RowStore:
+        names = [f"rows/{split}/{one['name']}" for one in self.manifest["stores"] if one["split"] == split]
         copy, tokenizer = self._copy, self.manifest["tokenizer_fingerprint"]
         if copy is None:
-            return RowStore(self.folder / name, tokenizer)
-        return RowStore(copy.folder / name, tokenizer, find=lambda file: copy.file(f"{name}/{file}"))
+            return [RowStore(self.folder / name, tokenizer) for name in names]
+        return [
+            RowStore(copy.folder / name, tokenizer, lambda file, name=name: copy.file(f"{name}/{file}"))
+            for name in names
+        ]
 
 
 # Called with texts and what is done with them; gives the same texts. It may count them, and may stop by raising.
@@ -152,32 +152,25 @@ def check_settings(settings: Prepare) -> None:
     """Refuses blocks of the config that do not go together, before anything is read. Raises UserError."""
     sources, select, tokenizer = settings.sources, settings.select, settings.tokenizer
     generic = {name: source for name, source in sources.items() if source.kind == "generic"}
-    if not sources:
-        raise UserError("config.sources: is empty; name at least one source of text")
-    if DEV in generic:
-        raise UserError(f"config.sources.{DEV}: the name is taken by the dev partition's rows; choose another")
+    require(len(sources) > 0, "sources", "it is empty", "name at least one source of text")
+    require(DEV not in generic, f"sources.{DEV}", "the name is taken by the dev partition's rows", "choose another")
     stores = Counter(f"{name}-{language}" for name, source in sources.items() for language in source.languages)
     stores.update({_selected_name(name, language) for name, source in generic.items() for language in source.languages})
-    if twice := [store for store, count in stores.items() if count > 1]:
-        raise UserError(f"config.sources: {', '.join(twice)} would be built twice; name each source and language once")
+    twice = ", ".join(store for store, count in stores.items() if count > 1)
+    require(not twice, "sources", f"{twice} would be built twice", "name each source and language once")
     # Not checked by TokenizerSettings itself: folders that an older version prepared with "unigram" stay readable.
-    if tokenizer.kind == "train" and tokenizer.model != "bpe":
-        raise UserError(
-            f"config.tokenizer.model: {tokenizer.model!r} cannot be trained; use 'bpe', or load a unigram "
-            "(SentencePiece) tokenizer with config.tokenizer.kind=load"
-        )
+    known = tokenizer.kind == "load" or tokenizer.model == "bpe"
+    remedy = "use 'bpe', or load a unigram (SentencePiece) tokenizer with config.tokenizer.kind=load"
+    require(known, "tokenizer.model", f"{tokenizer.model!r} cannot be trained", remedy)
     if select.share == 0:
         return
-    if not generic:
-        raise UserError("config.select.share: there is no generic source to select from; add one or set it to 0")
+    require(len(generic) > 0, "select.share", "there is no generic source to select from", "add one or set it to 0")
     spoken = {locale.split("-")[0] for locale in settings.nlu.locales}
     for name, source in generic.items():
-        unspoken = [language for language in source.languages if language.split("-")[0] not in spoken]
-        if unspoken and select.target == "language":
-            raise UserError(
-                f"config.select.target: {name} has text in {', '.join(unspoken)}, which no locale of config.nlu "
-                "speaks; use 'all' or leave the language out"
-            )
+        unspoken = ", ".join(language for language in source.languages if language.split("-")[0] not in spoken)
+        problem = f"{name} has text in {unspoken}, which no locale of config.nlu speaks"
+        compared = select.target == "all" or not unspoken
+        require(compared, "select.target", problem, "use 'all' or leave the language out")
 
 
 def _selected_name(source: str, language: str) -> str:
@@ -207,12 +200,7 @@ class _Builder:
     """
 
     def __init__(
-        self,
-        settings: Prepare,
-        values: dict[str, Any],
-        folder: pathlib.Path,
-        utterances: list[Utterance],
-        watch: Watch,
+        self, settings: Prepare, values: dict[str, Any], folder: pathlib.Path, utterances: list[Utterance], watch: Watch
     ):
         self.settings, self.values, self.folder = settings, values, folder
         self.utterances, self._watch = utterances, watch

@@ -1,11 +1,12 @@
 """Stores of packed rows on disk: written once, streaming, and read through memory maps."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -18,10 +19,11 @@ from kd_jax.types import UserError
 MANIFEST = "manifest.json"
 TOKENS, SEGMENTS, TOKEN_COUNTS = "tokens.npy", "segments.npy", "piece_counts.npy"
 STORE_FILES = (MANIFEST, TOKEN_COUNTS, TOKENS, SEGMENTS)
+_REMEDY = "remove the folder and run prepare again"
 
 
 @contextlib.contextmanager
-def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+def new_folder(folder: pathlib.Path) -> Generator[pathlib.Path]:
     """A temporary folder that is renamed to `folder` when the block ends well, and removed otherwise.
 
     So a folder under its own name is always whole. What a killed process left is removed at the next try.
@@ -46,9 +48,7 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(
-            f"{folder / MANIFEST}: broken JSON ({error}); remove the folder and run prepare again"
-        ) from None
+        raise UserError(f"{folder / MANIFEST}: broken JSON ({error}); {_REMEDY}") from None
 
 
 def no_text(source: str, language: str, split: str, removed: Mapping[str, int]) -> UserError:
@@ -101,25 +101,22 @@ class _ArrayFile:
 class StoreWriter:
     """Packs texts and appends their rows to files in `folder`, an existing empty folder (see `new_folder`).
 
-    `built_from` identifies the part of the config that the store depends on.
+    identity: name, source, kind, language and split, see `RowStore`. built_from: identifies the part of the config that
+    the store depends on.
     """
 
     def __init__(
         self,
         folder: pathlib.Path,
         *,
-        name: str,
-        source: str,
-        kind: str,
-        language: str,
-        split: str,
         length: int,
         open_rows: int,
         tokenizer: Tokenizer,
         built_from: str,
+        **identity: str,
     ):
         self.folder, self.tokenizer, self.length = folder, tokenizer, length
-        self._identity = {"name": name, "source": source, "kind": kind, "language": language, "split": split}
+        self._identity = {key: identity[key] for key in ("name", "source", "kind", "language", "split")}
         self._built_from = built_from
         self._packer = Packer(length, tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id, open_rows)
         # The smallest types that hold every id: rows are read at random, so half the bytes is half the disk cache.
@@ -227,24 +224,26 @@ class RowStore:
                 f"{tokenizer_fingerprint}; run prepare again into another folder"
             )
         # Local files are checked at once; files on their way are waited for only when the first rows are read.
-        self._arrays: tuple[np.ndarray, np.ndarray] | None = None if find else self._open_arrays()
+        if find is None:
+            _ = self._arrays
 
-    def _open_arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        tokens = self._open(TOKENS, self.manifest["tokens_type"])
-        return tokens, self._open(SEGMENTS, self.manifest["segments_type"])
+    @functools.cached_property
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        manifest = self.manifest
+        return self._open(TOKENS, manifest["tokens_type"]), self._open(SEGMENTS, manifest["segments_type"])
 
     def _open(self, file_name: str, dtype: str) -> np.ndarray:
-        path, remedy = self._find(file_name), "remove the folder and run prepare again"
+        path = self._find(file_name)
         try:
             rows = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path}: cannot be read, it is truncated or no .npy file ({error}); {remedy}") from None
+            raise UserError(f"{path}: cannot be read, it is truncated or no .npy file ({error}); {_REMEDY}") from None
         expected = (self.num_rows, self.length)
         surplus = os.path.getsize(path) - rows.offset - rows.nbytes if isinstance(rows, np.memmap) else 0
         if rows.shape != expected or rows.dtype != dtype or surplus:
             raise UserError(
                 f"{path}: holds {rows.dtype.name} {rows.shape} and {surplus} more bytes, its manifest says "
-                f"{dtype} {expected}; {remedy}"
+                f"{dtype} {expected}; {_REMEDY}"
             )
         return np.asarray(rows)  # a view of the mapped file without memmap's slower indexing
 
@@ -253,14 +252,10 @@ class RowStore:
         path = self._find(TOKEN_COUNTS)
         counts = np.load(path, allow_pickle=False)
         if counts.shape != (vocabulary,):
-            raise UserError(
-                f"{path}: counts {counts.shape} tokens, not {vocabulary}; remove the folder and prepare again"
-            )
+            raise UserError(f"{path}: counts {counts.shape} tokens, not {vocabulary}; {_REMEDY}")
         return counts
 
     def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(tokens int32 [n, L], segment_ids int32 [n, L]) of the rows at `indices`, int [n]."""
-        if self._arrays is None:
-            self._arrays = self._open_arrays()
         tokens, segments = self._arrays
         return tokens[indices].astype(np.int32), segments[indices].astype(np.int32)

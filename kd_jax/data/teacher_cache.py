@@ -18,10 +18,11 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from kd_jax.config import require
 from kd_jax.config.data import Masking
 from kd_jax.data.batches import rows_of_batch
 from kd_jax.data.packing import positions
@@ -35,17 +36,8 @@ from kd_jax.types import Batch, UserError
 
 PARTS = "parts"
 BEGUN = "begun.json"
+VISITS = "{}.visits.npy"  # of a store: which of its rows the cache has
 _CHUNK = 2**18  # global row indices located at a time
-
-
-def part_file(name: str) -> str:
-    """The name, within the cache, of a part's records."""
-    return f"{PARTS}/{name}.npy"
-
-
-def visits_file(store: str) -> str:
-    """The name, within the cache, of which rows of a store it has."""
-    return f"{store}.visits.npy"
 
 
 def visited(transfer_set: TransferSet, rows: int, masking_epochs: int) -> list[np.ndarray]:
@@ -108,15 +100,6 @@ class Layout:
         }
 
 
-class _Part(NamedTuple):
-    """A file of records: visits [first, last) of a store, in the order of (masking epoch, row)."""
-
-    name: str
-    store: int
-    first: int
-    last: int
-
-
 class CacheWriter:
     """What is to be written, part by part, and which parts are there already.
 
@@ -135,8 +118,9 @@ class CacheWriter:
         self.folder, self.stores, self.layout = as_path(folder), stores, layout
         self._sums: dict[str, dict[str, Any]] = {}  # of the arrays that this object wrote
         self._visits = [np.nonzero(seen) for seen in visits]
+        # A file of records each: (name, store, its visits in the order of masking epoch and row).
         self._parts = [
-            _Part(f"{store.name}-{index:05d}", number, first, min(first + rows_per_part, len(rows)))
+            (f"{store.name}-{index:05d}", number, slice(first, first + rows_per_part))
             for number, (store, (_, rows)) in enumerate(zip(stores, self._visits, strict=True))
             for index, first in enumerate(range(0, len(rows), rows_per_part))
         ]
@@ -154,7 +138,7 @@ class CacheWriter:
             make_folder(self.folder / PARTS)
             if BEGUN not in names_in(self.folder):
                 for name, values in bits.items():
-                    self._write_array(visits_file(name), values)
+                    self._write_array(VISITS.format(name), values)
                 write_json(self.folder / BEGUN, self._begun)  # last: with it, the visits are there
             elif read_json(self.folder / BEGUN) != self._begun:
                 raise UserError(
@@ -168,21 +152,21 @@ class CacheWriter:
     def missing(self, part: int, parts: int) -> list[int]:
         """The unfinished ones among every `parts`-th, beginning with `part`."""
         found = set(names_in(self.folder / PARTS))
-        return [number for number in range(part, len(self), parts) if f"{self._parts[number].name}.json" not in found]
+        return [number for number in range(part, len(self), parts) if f"{self._parts[number][0]}.json" not in found]
 
     def rows_of(self, number: int) -> tuple[int, np.ndarray, np.ndarray]:
         """(store number, rows int64 [n], masking epochs int64 [n]) of a part."""
-        part = self._parts[number]
-        epochs, rows = self._visits[part.store]
-        return part.store, rows[part.first : part.last], epochs[part.first : part.last]
+        _, store, inside = self._parts[number]
+        epochs, rows = self._visits[store]
+        return store, rows[inside], epochs[inside]
 
     def write(self, number: int, records: np.ndarray, statistics: Mapping[str, float]) -> None:
         """Writes the records of a part, and then its checksum with the sums that the report is made from."""
-        part = self._parts[number]
+        name, store, _ = self._parts[number]
         with full_disk_is_user_error(self.folder):
-            written = self._write_array(part_file(part.name), records)
-            note = {"name": part.name, "store": self.stores[part.store].name, "records": len(records)}
-            write_json(self.folder / f"{PARTS}/{part.name}.json", {**note, **written, **statistics})
+            written = self._write_array(f"{PARTS}/{name}.npy", records)
+            note = {"name": name, "store": self.stores[store].name, "records": len(records)}
+            write_json(self.folder / f"{PARTS}/{name}.json", {**note, **written, **statistics})
 
     def attach(self, name: str, values: np.ndarray) -> None:
         """Writes an array that all parts need; one that is there already is left as it is."""
@@ -198,12 +182,12 @@ class CacheWriter:
         """Writes the manifest, also of the arrays `attached`, and returns it when every part is there; else None."""
         if self.missing(0, 1):
             return None
-        notes = [read_json(self.folder / PARTS / f"{part.name}.json") for part in self._parts]
+        notes = [read_json(self.folder / PARTS / f"{name}.json") for name, _, _ in self._parts]
         # Of the parts alone, in their order; the same whoever wrote which part.
         content = hashlib.sha256("".join(note["sha256"] for note in notes).encode()).hexdigest()
-        visits = [visits_file(store.name) for store in self.stores]
+        visits = [VISITS.format(store.name) for store in self.stores]
         files = {name: self._described(name) for name in (*visits, *(f"{name}.npy" for name in attached))}
-        files |= {part_file(note["name"]): {key: note[key] for key in ("bytes", "sha256")} for note in notes}
+        files |= {f"{PARTS}/{note['name']}.npy": {key: note[key] for key in ("bytes", "sha256")} for note in notes}
         sums = {name: files[f"{name}.npy"]["sha256"] for name in attached}
         manifest = {**self._begun, "parts": notes, "attached": sums, "fingerprint": content, "files": files}
         write_json(self.folder / MANIFEST, manifest)
@@ -212,21 +196,17 @@ class CacheWriter:
     def _write_array(self, name: str, values: np.ndarray) -> dict[str, Any]:
         buffer = io.BytesIO()
         np.save(buffer, values, allow_pickle=False)
-        data = buffer.getvalue()
-        write_atomically(self.folder / name, data)
-        self._sums[name] = _described(data)
-        return self._sums[name]
+        write_atomically(self.folder / name, buffer.getvalue())
+        return self._described(name, buffer.getvalue())
 
-    def _described(self, name: str) -> dict[str, Any]:
-        """Size and checksum of a file, which another process may have written."""
+    def _described(self, name: str, data: bytes | None = None) -> dict[str, Any]:
+        """Size and checksum of a file; it is read where another process wrote it."""
         if name not in self._sums:
-            with reaching(self.folder):
-                self._sums[name] = _described((self.folder / name).read_bytes())
+            if data is None:
+                with reaching(self.folder):
+                    data = (self.folder / name).read_bytes()
+            self._sums[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         return self._sums[name]
-
-
-def _described(data: bytes) -> dict[str, Any]:
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 class TeacherCache:
@@ -236,20 +216,18 @@ class TeacherCache:
     manifest, identity, layout, fingerprint (of the content). Raises UserError when the folder is none.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], key: str = "teacher_cache"):
-        self.folder, self._key = as_path(folder), key
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = as_path(folder)
         try:
             self.manifest: dict[str, Any] = read_json(self.folder / MANIFEST)
         except FileNotFoundError:
-            raise UserError(
-                f"config.{key}: {self.folder} holds no finished cache; run cache_teacher into it, every part of it"
-            ) from None
+            problem = f"{self.folder} holds no finished cache"
+            raise UserError(f"config.teacher_cache: {problem}; run cache_teacher into it, every part of it") from None
         self._copy = None
         if is_remote(self.folder):
             if "files" not in self.manifest:
-                raise UserError(
-                    f"config.{key}: {self.folder} has no checksums, an older version wrote it; run cache_teacher again"
-                )
+                problem = f"{self.folder} has no checksums, an older version wrote it"
+                raise UserError(f"config.teacher_cache: {problem}; run cache_teacher again")
             self._copy = LocalCopy(self.folder, self.manifest)
         self.identity, self.fingerprint = self.manifest["identity"], self.manifest["fingerprint"]
         fields = {name: (kind, tuple(shape)) for name, (kind, shape) in self.manifest["fields"].items()}
@@ -265,11 +243,8 @@ class TeacherCache:
         wanted = json.loads(json.dumps(identity))
         for name in sorted(self.identity.keys() | wanted.keys()):
             old, new = self.identity.get(name), wanted.get(name)
-            if old != new:
-                raise UserError(
-                    f"config.{self._key}: {self.folder} was made from another {name} ({_short(old)}, here "
-                    f"{_short(new)}); run cache_teacher with this config into another directory"
-                )
+            problem = f"{self.folder} was made from another {name} ({_short(old)}, here {_short(new)})"
+            require(old == new, "teacher_cache", problem, "run cache_teacher with this config into another directory")
 
     def _find(self, name: str) -> pathlib.Path | None:
         """The path of a file on this host, or None where the cache has none of that name."""
@@ -281,7 +256,7 @@ class TeacherCache:
         """int32 [masking epochs, rows]: the number of a row's record among its store's, -1 where there is none."""
         if store.name not in self._entries:
             seen = np.zeros((masking_epochs, store.num_rows), bool)
-            if (bits := self._find(visits_file(store.name))) is not None:
+            if (bits := self._find(VISITS.format(store.name))) is not None:
                 packed = np.load(bits, allow_pickle=False)
                 seen = np.unpackbits(packed, axis=1, count=store.num_rows).astype(bool)
             # Records stand in the order of (masking epoch, row), so a running count of the visits numbers them.
@@ -309,7 +284,7 @@ class TeacherCache:
         name = note["name"]
         if name not in self._open:
             file = self._verified(
-                part_file(name), note["sha256"], f"remove it and {PARTS}/{name}.json, and run cache_teacher again"
+                f"{PARTS}/{name}.npy", note["sha256"], f"remove it and {PARTS}/{name}.json, and run cache_teacher again"
             )
             self._open[name] = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
         return self._open[name]
@@ -340,12 +315,10 @@ class CachedBatches:
         seen = visited(transfer_set, steps * batch_size, masking.epochs)
         for store, wanted, entries in zip(self._stores, seen, self._entries, strict=True):
             lacking = int(np.count_nonzero(wanted & (entries < 0)))
-            if lacking:
-                raise UserError(
-                    f"config.teacher_cache: {cache.folder} lacks {lacking} of the {int(wanted.sum())} rows of "
-                    f"{store.name} that this run visits; write a cache for this seed, task share and number of steps "
-                    "(config.cache.seeds, config.cache.task_shares, config.distill.steps)"
-                )
+            where = f"{int(wanted.sum())} rows of {store.name} that this run visits"
+            remedy = "write a cache for this seed, task share and number of steps (config.cache.seeds, "
+            remedy += "config.cache.task_shares, config.distill.steps)"
+            require(not lacking, "teacher_cache", f"{cache.folder} lacks {lacking} of the {where}", remedy)
         identity = [cache.fingerprint, transfer_set.fingerprint, batch_size]
         self.fingerprint = f"{name_key(json.dumps(identity)):016x}"
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from kd_jax.config import require
 from kd_jax.config.data import KINDS, Transfer
 from kd_jax.data.permutation import counter_keys, name_key, permute
 from kd_jax.data.rows import RowStore
-from kd_jax.types import UserError
 
 # Rows in one period of the schedule. Shares are rounded to whole rows of it, so to 1/65,536.
 PERIOD = 2**16
@@ -30,11 +30,11 @@ class TransferSet:
     """
 
     def __init__(self, stores: Sequence[RowStore], *, transfer: Transfer, seed: int, weights: Mapping[str, float]):
-        if not stores:
-            raise UserError("config.prepared: holds no rows to train on; name at least one source in config.sources")
-        lengths = {store.length for store in stores}
-        if len(lengths) > 1:
-            raise UserError(f"config.prepared: its rows have several lengths, {sorted(lengths)}; run prepare again")
+        lengths = sorted({store.length for store in stores})
+        require(
+            len(lengths) > 0, "prepared", "it holds no rows to train on", "name at least one source in config.sources"
+        )
+        require(len(lengths) == 1, "prepared", f"its rows have several lengths, {lengths}", "run prepare again")
         self.stores = tuple(stores)
         self.generic = transfer.generic  # the kind of store that fills the generic share
         # Shares are meant in tokens or utterances, but rows are drawn, and rows of two stores hold different amounts.
@@ -111,32 +111,25 @@ def _share_of(store: RowStore, generic: str) -> str | None:
 
 def _unit_shares(stores: Sequence[RowStore], transfer: Transfer, weights: Mapping[str, float]) -> np.ndarray:
     """float64 [stores], sums to 1: share by kind, then by language, then by source, counted in `transfer.unit`."""
-    members: dict[str, dict[str, list[int]]] = {kind: defaultdict(list) for kind in KINDS}
+    members: dict[str, dict[str, list[int]]] = {kind: {} for kind in KINDS}  # by kind and language
     for i, store in enumerate(stores):
         if (kind := _share_of(store, transfer.generic)) is not None:
-            members[kind][store.language.split("-")[0]].append(i)  # "de-DE" shares a language with "de"
-    if transfer.generic == "selected" and not members["generic"]:
-        raise UserError(
-            "config.transfer.generic: 'selected' needs selected text, but config.prepared holds none; run prepare into "
-            "another folder with config.select.share above 0, or use 'generic'"
-        )
+            members[kind].setdefault(store.language.split("-")[0], []).append(i)  # "de-DE" is "de" here
+    there = transfer.generic == "generic" or len(members["generic"]) > 0
+    remedy = "run prepare into another folder with config.select.share above 0, or use 'generic'"
+    require(there, "transfer.generic", "'selected' needs selected text, but config.prepared holds none", remedy)
     result = np.zeros(len(stores))
     for kind, kind_share in (("generic", 1 - transfer.task_share), ("task", transfer.task_share)):
         if kind_share == 0:
             continue
-        if not members[kind]:
-            raise UserError(
-                f"config.transfer.task_share: {transfer.task_share} needs {kind} text, but config.prepared holds none; "
-                f"add a source of kind {kind!r} or change the share"
-            )
+        problem = f"{transfer.task_share} needs {kind} text, but config.prepared holds none"
+        remedy = f"add a source of kind {kind!r} or change the share"
+        require(len(members[kind]) > 0, "transfer.task_share", problem, remedy)
         for language, share in _language_shares(stores, members, kind, transfer).items():
-            inside = members[kind][language]
-            if not inside:
-                wanted = transfer.generic if kind == "generic" else kind
-                raise UserError(
-                    f"config.transfer.language_mix: {transfer.language_mix!r} needs {wanted} text in {language!r}, but "
-                    "config.prepared holds none; add a source for it or use 'own'"
-                )
+            inside = members[kind].get(language, [])
+            wanted = f"{transfer.generic if kind == 'generic' else kind} text in {language!r}"
+            problem = f"{transfer.language_mix!r} needs {wanted}, but config.prepared holds none"
+            require(len(inside) > 0, "transfer.language_mix", problem, "add a source for it or use 'own'")
             result[inside] = kind_share * share * _source_shares([stores[i] for i in inside], weights)
     return result / result.sum()
 
@@ -150,15 +143,10 @@ def _language_shares(
         languages = dict.fromkeys([*members["generic"], *members["task"]])
         return {language: 1 / len(languages) for language in languages}
     leading = kind if mix == "own" else mix
-    if not members[leading]:
-        raise UserError(
-            f"config.transfer.language_mix: {mix!r} follows the languages of {leading} text, but config.prepared "
-            "holds none; use 'own'"
-        )
-    tokens = {
-        language: sum(stores[i].maskable for i in inside) for language, inside in members[leading].items() if inside
-    }
-    powers = {language: float(count) ** transfer.language_temperature for language, count in tokens.items()}
+    problem = f"{mix!r} follows the languages of {leading} text, but config.prepared holds none"
+    require(len(members[leading]) > 0, "transfer.language_mix", problem, "use 'own'")
+    tokens = {language: sum(stores[i].maskable for i in inside) for language, inside in members[leading].items()}
+    powers = {language: float(tokens[language]) ** transfer.language_temperature for language in tokens}
     return {language: power / sum(powers.values()) for language, power in powers.items()}
 
 
@@ -168,10 +156,8 @@ def _source_shares(stores: Sequence[RowStore], weights: Mapping[str, float]) -> 
     for store in stores:
         tokens[store.source] += store.maskable
     for source in tokens:
-        if source not in weights:
-            raise UserError(
-                f"config.sources: has no {source!r}, which config.prepared holds; add it or prepare another folder"
-            )
+        problem = f"it has no {source!r}, which config.prepared holds"
+        require(source in weights, "sources", problem, "add it or prepare another folder")
     shares = np.array([weights[store.source] * store.maskable / tokens[store.source] for store in stores])
     return shares / shares.sum()
 
@@ -179,11 +165,10 @@ def _source_shares(stores: Sequence[RowStore], weights: Mapping[str, float]) -> 
 def _quotas(row_shares: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """int64 [sources], sums to PERIOD: rows of each source in a period, by largest remainder."""
     for name, share in zip(names, row_shares):
-        if 0 < share < 1 / PERIOD:  # would be rounded to no row at all, silently
-            raise UserError(
-                f"config.transfer: {name} would get {share:.2g} of the rows, less than one in {PERIOD}; raise its "
-                "weight or its language's share (language_temperature), or leave it out"
-            )
+        # A smaller share would be rounded to no row at all, silently.
+        problem = f"{name} would get {share:.2g} of the rows, less than one in {PERIOD}"
+        remedy = "raise its weight or its language's share (language_temperature), or leave it out"
+        require(not 0 < share < 1 / PERIOD, "transfer", problem, remedy)
     exact = row_shares * PERIOD
     quotas = np.floor(exact).astype(np.int64)
     missing = PERIOD - int(quotas.sum())

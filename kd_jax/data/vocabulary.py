@@ -22,9 +22,8 @@ class TrimmedTokenizer(Tokenizer):
 
     def __init__(self, full: Tokenizer, kept: np.ndarray):
         if full.unk_id is None:
-            raise UserError(
-                "config.vocabulary.trim: the tokenizer has no unknown token to replace dropped ones; set it to False"
-            )
+            problem = "the tokenizer has no unknown token to replace dropped ones"
+            raise UserError(f"config.vocabulary.trim: {problem}; set it to False")
         self.full, self.kept, self.backend = full, kept, full.backend
         self.vocab_size = len(kept)
         to_ours = np.full(full.vocab_size, -1, np.int32)

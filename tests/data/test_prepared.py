@@ -353,7 +353,7 @@ def test_a_trained_tokenizer_reads_no_text_that_is_held_out(config, tmp_path, mo
         ),
         ("tokenizer.kind", "guess", r"config\.tokenizer\.kind"),
         ("tokenizer", {"kind": "train", "model": "unigram"}, r"config\.tokenizer\.model: 'unigram' .*kind=load"),
-        ("sources", {}, r"config\.sources: is empty"),
+        ("sources", {}, r"config\.sources: it is empty"),
         ("select.share", 2.0, r"config\.select\.share: 2\.0"),
     ],
 )
@@ -382,7 +382,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(config, tmp_path, 
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"config\.prepared: is empty"):
+    with pytest.raises(UserError, match=r"config\.prepared: it is empty"):
         Prepared("")
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="broken JSON"):

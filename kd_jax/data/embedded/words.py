@@ -76,7 +76,7 @@ class Words:
 
 @functools.cache
 def load_words(locale: str) -> Words:
-    """The words of a locale from its file beside this module."""
+    """The words of a locale from its file next to this module."""
     raw = tomllib.loads((Path(__file__).parent / "words" / f"{locale}.toml").read_text(encoding="utf-8"))
     raw["nouns"] = {noun: mark for mark, nouns in raw["nouns"].items() for noun in nouns}
     fields = {}

@@ -78,13 +78,11 @@ def _finish(texts: Iterable[str], source: Source, language: str, key: str) -> It
     for number, text in enumerate(itertools.islice(kept, source.max_texts or None), 1):  # noqa: B007
         yield text
     if not number and source.format == "utterances":
-        raise UserError(
-            f"{key}.languages: there is no train utterance of {language!r}; remove it, or add its locale to config.nlu"
-        )
+        problem = f"there is no train utterance of {language!r}"
+        raise UserError(f"{key}.languages: {problem}; remove it, or add its locale to config.nlu")
     if not number:
-        raise UserError(
-            f"{key}: format {source.format!r} gives no text for language {language!r}; check path and field"
-        )
+        problem = f"format {source.format!r} gives no text for language {language!r}"
+        raise UserError(f"{key}: {problem}; check path and field")
 
 
 def _speak(texts: Iterable[str], share: float) -> Iterator[str]:
@@ -149,9 +147,8 @@ def _parquet(source: Source, path: str, language: str, key: str, report: files.R
                         yield f"{file}: row {row}", value
                         row += 1
         except UnicodeDecodeError:
-            raise UserError(
-                f"{file}: row {row} or later holds bytes that are not UTF-8; write the file again"
-            ) from None
+            problem = f"row {row} or later holds bytes that are not UTF-8"
+            raise UserError(f"{file}: {problem}; write the file again") from None
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{file}: cannot be read as Parquet ({error}); copy or download it again") from None
 
@@ -220,6 +217,5 @@ def _tfds(source: Source, path: str, language: str, key: str, report: files.Repo
             try:
                 yield f"{name}: row {row}", value.decode() if isinstance(value, bytes) else value
             except UnicodeDecodeError:
-                raise UserError(
-                    f"{name}: row {row} holds bytes that are not UTF-8; prepare the data set again"
-                ) from None
+                problem = f"row {row} holds bytes that are not UTF-8"
+                raise UserError(f"{name}: {problem}; prepare the data set again") from None

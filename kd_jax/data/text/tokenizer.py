@@ -13,6 +13,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from kd_jax.config import require
 from kd_jax.runtime.files import write_atomically
 from kd_jax.types import UserError
 
@@ -81,9 +82,7 @@ class Tokenizer:
             read = _read_wordpiece if path.suffix == ".txt" else _read_json
             return cls(read(path), str(path), names)
         if not HUB_NAME.fullmatch(str(name)):
-            raise UserError(
-                f"{name}: there is no such file or folder; name a tokenizer's folder or its name on the hub"
-            )
+            raise UserError(f"{name}: there is no such file or folder; name a tokenizer's folder, or one on the hub")
         problem = "there is no such folder here, and the hub gave no tokenizer of that name"
         return cls(*_from_transformers(name, problem))
 
@@ -170,15 +169,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(normalizer.normalize_str(text).split())
-    if not counts:
-        raise UserError("config.tokenizer: there is no text to train a tokenizer on; check config.sources")
+    require(len(counts) > 0, "tokenizer", "there is no text to train a tokenizer on", "check config.sources")
     words = {f"▁{word}": count for word, count in counts.items()}
     alphabet = _characters(words)
-    if len(alphabet) > vocab_size - len(SPECIAL_TOKENS):
-        raise UserError(
-            f"config.tokenizer.vocab_size: {vocab_size} is less than the {len(SPECIAL_TOKENS)} special tokens and "
-            f"{len(alphabet)} characters of the training texts; raise it"
-        )
+    least = f"{len(SPECIAL_TOKENS)} special tokens and {len(alphabet)} characters of the training texts"
+    fits = len(SPECIAL_TOKENS) + len(alphabet) <= vocab_size
+    require(fits, "tokenizer.vocab_size", f"{vocab_size} is less than the {least}", "raise it")
     backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False)
@@ -270,7 +266,5 @@ def _from_transformers(name: str | os.PathLike[str], problem: str) -> tuple[toke
         declared = {role: getattr(theirs, f"{role}_token") for role in _USUAL_NAMES}
         return theirs.backend_tokenizer, str(name), {role: token for role, token in declared.items() if token}
     except Exception as error:
-        raise UserError(
-            f"{name}: {problem} ({type(error).__name__}); check the name and the network, or download it and name its "
-            "folder"
-        ) from error
+        remedy = "check the name and the network, or download it and name its folder"
+        raise UserError(f"{name}: {problem} ({type(error).__name__}); {remedy}") from error

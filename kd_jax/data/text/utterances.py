@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kd_jax.config import require
 from kd_jax.config.data import Nlu
 from kd_jax.data.text import files
 from kd_jax.runtime.files import write_json_lines
@@ -148,8 +149,7 @@ def _check_record(record: Mapping[str, Any], locale: str, where: str, seen: set[
 
 def _utterances(records: Records, name: str, locale: str, report: files.Report) -> list[Utterance]:
     """The utterances of one locale; `report` gets what is wrong with a record, and a locale without train text."""
-    utterances: list[Utterance] = []
-    seen: set[str] = set()
+    utterances, seen = list[Utterance](), set[str]()
     for where, record in records:
         try:
             utterances.append(_check_record(record, locale, where, seen))
@@ -158,9 +158,8 @@ def _utterances(records: Records, name: str, locale: str, report: files.Report) 
     if not utterances:
         report(UserError(f"{name}: holds no utterance of {locale}; check that the file is whole"))
     elif not any(utterance.partition == "train" for utterance in utterances):
-        report(
-            UserError(f"{name}: the train partition of {locale} is empty; mark some utterances with partition train")
-        )
+        problem = f"the train partition of {locale} is empty"
+        report(UserError(f"{name}: {problem}; mark some utterances with partition train"))
     return utterances
 
 
@@ -179,10 +178,8 @@ def read_massive(
     folder = Path(folder)
     if folder.is_file():
         return _read_tarball(folder, locales, report)
-    if not folder.is_dir():
-        raise UserError(
-            f"config.nlu.path: no folder or tarball {folder}; name MASSIVE's folder of <locale>.jsonl files"
-        )
+    remedy = "name MASSIVE's folder of <locale>.jsonl files"
+    require(folder.is_dir(), "nlu.path", f"no folder or tarball {folder}", remedy)
     utterances: list[Utterance] = []
     for locale in locales:
         file = folder / f"{locale}.jsonl"
@@ -196,8 +193,7 @@ def read_massive(
 
 def _read_tarball(tarball: Path, locales: Sequence[str], report: files.Report) -> list[Utterance]:
     """Reads `<any>/data/<locale>.jsonl` from the archive in one pass, without unpacking it."""
-    found: dict[str, list[Utterance]] = {}
-    available: set[str] = set()
+    found, available = dict[str, list[Utterance]](), set[str]()
     try:
         with tarfile.open(tarball, "r:*") as archive:
             for member in archive:
@@ -225,8 +221,7 @@ def _read_parquet(folder: str, locales: Sequence[str], report: files.Report) -> 
     import datasets  # knows the label names in a Parquet file's metadata; takes a second to import
     import pyarrow.parquet
 
-    if not Path(folder).is_dir():
-        raise UserError(f"config.nlu.path: no folder {folder}; name the folder of Parquet files")
+    require(Path(folder).is_dir(), "nlu.path", f"no folder {folder}", "name the folder of Parquet files")
     utterances: list[Utterance] = []
     for locale in locales:
         own = Path(folder, locale)
@@ -252,8 +247,7 @@ def _read_parquet(folder: str, locales: Sequence[str], report: files.Report) -> 
 
 def _read_hub(name: str, locales: Sequence[str], report: files.Report) -> list[Utterance]:
     """Utterances of a data set on the hub (or a local folder) that has one configuration for each locale."""
-    if not name:
-        raise UserError("config.nlu.name: is empty; name the data set on the hub")
+    require(bool(name), "nlu.name", "it is empty", "name the data set on the hub")
     utterances: list[Utterance] = []
     for locale in locales:
         members: list[tuple[str, Mapping[str, Any]]] = []

@@ -359,7 +359,7 @@ def test_datasets_reads_a_configuration_for_each_locale(tmp_path, monkeypatch):
     check(load("huggingface", name=str(tmp_path / "set")))
     with pytest.raises(UserError, match=r"\(fr-FR\) cannot be read"):
         load("huggingface", name=str(tmp_path / "set"), locales=("fr-FR",))
-    with pytest.raises(UserError, match=r"config.nlu.name: is empty"):
+    with pytest.raises(UserError, match=r"config.nlu.name: it is empty"):
         load("huggingface")
 
 
