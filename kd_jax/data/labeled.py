@@ -21,8 +21,7 @@ TOKENS_PER_SLOT = 4
 class LabeledSet:
     """Utterances as tokens and label ids. `task` is "dc" (labels are domains) or "icner" (intents, and tags).
 
-    An utterance of more than length - 2 tokens is cut there; `truncated` counts those. Labels and tags unseen in
-    train are -1. Arrays: labels int32 [utterances]; flat ones of all tokens, where utterance i has
+    An utterance of more than length - 2 tokens is cut there. Labels and tags unseen in train are -1. Arrays: labels int32 [utterances]; flat ones of all tokens, where utterance i has
     offsets[i]:offsets[i + 1]: tokens, words (the word of each), word_starts (bool, on the first token of each word)
     and tags (0 where no word starts). A word that the tokenizer empties, or that was cut off, has no token.
     """
@@ -34,7 +33,6 @@ class LabeledSet:
         self.tokenizer, self.task, self.length = tokenizer, task, length
         joined = [one.locale in CHARACTER_LOCALES for one in utterances]
         encoded = tokenizer.encode_words([one.words for one in utterances], joined)
-        self.truncated = sum(len(ids) > length - 2 for ids, _ in encoded)
         encoded = [(ids[: length - 2], words[: length - 2]) for ids, words in encoded]
         none = np.zeros(0, np.int32)  # np.concatenate takes no empty list
         self.offsets = np.zeros(len(encoded) + 1, np.int64)

@@ -187,7 +187,7 @@ class RowStore:
     """One source and language as packed rows on disk, memory-mapped and read only.
 
     Attributes from its manifest: name, source, kind ("generic", "task", or "selected" of generic text), language,
-    split ("train" or "heldout"), num_rows, length, texts, tokens (special ones included), maskable, fingerprint (of
+    split ("train" or "heldout"), num_rows, length, texts, maskable, fingerprint (of
     the content), tokenizer_fingerprint. Raises UserError when the folder is no whole store, or was built with another
     tokenizer than `tokenizer_fingerprint`.
 
@@ -214,7 +214,6 @@ class RowStore:
         self.num_rows: int = manifest["rows"]
         self.length: int = manifest["length"]
         self.texts: int = manifest["texts"]
-        self.tokens: int = manifest["tokens"]
         self.maskable: int = manifest["maskable"]
         self.fingerprint: str = manifest["fingerprint"]
         self.tokenizer_fingerprint: str = manifest["tokenizer_fingerprint"]

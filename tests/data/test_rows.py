@@ -47,7 +47,7 @@ def test_store_holds_what_was_packed(tmp_path):
     pieces = np.concatenate(texts)
     assert store.maskable == len(pieces) and manifest["unique_pieces"] == len(np.unique(pieces))
     np.testing.assert_array_equal(store.token_counts(50000), np.bincount(pieces, minlength=50000))
-    assert store.tokens == np.count_nonzero(segment_ids)
+    assert manifest["tokens"] == np.count_nonzero(segment_ids)
     assert manifest["packing_efficiency"] == pytest.approx(np.mean(segment_ids > 0))
     empty = sum(len(text) == 0 for text in texts)
     assert store.texts == 400 - empty and manifest["removed"] == {"decontaminated": 3, "empty": empty}

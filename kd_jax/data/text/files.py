@@ -93,26 +93,20 @@ def json_records(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """("name:line", the JSON object) of numbered lines that are not blank; broken ones go to `report`."""
     for number, line in lines:
-        if line.strip():
-            where = f"{name}:{number}"
-            try:
-                record = json_object(line, where)
-            except UserError as error:
-                report(error)
-            else:
-                yield where, record
-
-
-def json_object(line: str, where: str) -> dict[str, Any]:
-    """The JSON object on one line; anything else raises a UserError that begins with `where`."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        detail = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        raise UserError(f"{where}: broken JSON ({detail}); write one JSON object on the line") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: holds a JSON {type(record).__name__}; write one JSON object on the line")
-    return record
+        if not line.strip():
+            continue
+        where, record = f"{name}:{number}", None
+        try:
+            record = json.loads(line)
+            problem = f"holds a JSON {type(record).__name__}"
+        except json.JSONDecodeError as error:
+            problem = f"broken JSON ({error.msg} at column {error.colno})"
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand nested lists
+            problem = f"broken JSON ({error})"
+        if isinstance(record, dict):
+            yield where, record
+        else:
+            report(UserError(f"{where}: {problem}; write one JSON object on the line"))
 
 
 def load_hub(name: str, subset: str | None = None, **options: Any) -> Any:

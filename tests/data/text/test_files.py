@@ -4,7 +4,7 @@ import gzip
 
 import pytest
 
-from kd_jax.data.text.files import fill_path, find_files, hub_error, json_object, load_hub, numbered_lines
+from kd_jax.data.text.files import fill_path, find_files, hub_error, json_records, load_hub, numbered_lines
 from kd_jax.types import UserError
 
 
@@ -68,11 +68,11 @@ def test_what_is_wrong_with_a_file(tmp_path):
         list(numbered_lines(tmp_path / "none.txt"))
 
 
-def test_json_object():
-    assert json_object('{"a": 1}', "f:1") == {"a": 1}
+def test_json_records():
+    assert list(json_records([(1, '{"a": 1}'), (2, " ")], "f")) == [("f:1", {"a": 1})]
     for line, reason in (("{", "broken JSON"), ('"a"', "holds a JSON str"), ("[" * 100000, "broken JSON")):
         with pytest.raises(UserError, match=f"f:7: {reason}"):
-            json_object(line, "f:7")
+            list(json_records([(7, line)], "f"))
 
 
 def test_a_hub_out_of_reach_is_one_sentence():
