@@ -9,6 +9,7 @@ import pathlib
 
 import jax
 
+from kd_jax.config.execution import Mesh
 from kd_jax.main.command import outcome
 from kd_jax.runtime import cluster, distributed
 from kd_jax.trainer.mesh import make_mesh, process_share
@@ -48,4 +49,5 @@ if __name__ == "__main__":
     parser.add_argument("--process", type=int)
     given = parser.parse_args()
     with distributed.joined(cluster.from_flags(given.coordinator, given.processes, given.process), outcome, 120.0):
-        goes_on(pathlib.Path(given.options["workdir"]), make_mesh(given.options["mesh"]), given.options["stop_at"])
+        mesh = make_mesh(Mesh(**given.options["mesh"]))
+        goes_on(pathlib.Path(given.options["workdir"]), mesh, given.options["stop_at"])
