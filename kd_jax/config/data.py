@@ -171,7 +171,7 @@ def read_prepare(config: ConfigDict | Mapping[str, Any]) -> Prepare:
         sources={name: of(Source, block, f"sources.{name}") for name, block in config["sources"].items()},
         tokenizer=of(TokenizerSettings, config["tokenizer"], "tokenizer"),
         rows=of(Rows, config["rows"], "rows"),
-        select=of(Select, config.get("select", {}), "select"),
+        select=of(Select, dict(config).get("select", {}), "select"),
     )
 
 

@@ -29,9 +29,10 @@ from kd_jax.config.data import Prepare, Source, read_prepare
 from kd_jax.data.rows import MANIFEST, STORE_FILES, RowStore, StoreWriter, new_folder, read_manifest
 from kd_jax.data.text.files import fill_path
 from kd_jax.data.text.selection import choose
+from kd_jax.data.text.sources import load_utterances
 from kd_jax.data.text.splits import Splits
 from kd_jax.data.text.tokenizer import Tokenizer, train_tokenizer
-from kd_jax.data.text.utterances import Utterance, load_utterances, read_massive, write_massive
+from kd_jax.data.text.utterances import Utterance, read_massive, write_massive
 from kd_jax.runtime.copies import LocalCopy, copy_folder, describe, outgoing, put
 from kd_jax.runtime.files import full_disk_is_user_error, read_json, write_atomically, write_json
 from kd_jax.runtime.paths import as_path, digest, is_remote

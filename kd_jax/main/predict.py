@@ -204,9 +204,7 @@ def _opened(stack: contextlib.ExitStack, name: str) -> Iterable[str]:
         return sys.stdin
     file = pathlib.Path(name)
     if not file.is_file():
-        raise UserError(
-            f"--input: there is no file {name}; name one with a text per line, or - for standard input"
-        )
+        raise UserError(f"--input: there is no file {name}; name one with a text per line, or - for standard input")
     return (line for _, line in files.numbered_lines(file))
 
 

@@ -9,7 +9,7 @@ import pytest
 from configs import quickstart
 from kd_jax.evaluation.records import read_records
 from kd_jax.jobs import finetune
-from kd_jax.jobs import job as training
+from kd_jax.jobs.job import compiled_step
 from kd_jax.main import evaluate, finetune_icner, prepare
 from kd_jax.types import UserError
 
@@ -23,11 +23,11 @@ def test_class_masks_leave_only_real_classes():
 @pytest.mark.parametrize(
     ("key", "value"), [("label_smoothing", 1.0), ("dropout", -0.1), ("epochs", -1), ("max_train", -5)]
 )
-def test_impossible_settings_are_named(key, value):
+def test_impossible_settings_are_named(tmp_path, key, value):
     config = quickstart.get_config()
     config.finetune[key] = value
     with pytest.raises(UserError, match=rf"config\.finetune\.{key}: {value}"):
-        finetune.check(config)
+        finetune.run(config, tmp_path, "dc")
 
 
 @pytest.mark.long
@@ -38,9 +38,9 @@ def test_one_model_for_each_domain(tmp_path):
     prepare.run(config, tmp_path / "data")
     config.finetune.domain = "each"
     config.finetune.label_smoothing = 0.1
-    training.programs.cache_clear()
+    compiled_step.cache_clear()
     finetune_icner.run(config, tmp_path / "icner")
-    assert training.programs.cache_info().misses == 1, "domains share one compiled step"
+    assert compiled_step.cache_info().misses == 1, "domains share one compiled step"
     folders = finetune.domain_folders(tmp_path / "icner")
     assert len(folders) > 5
     for domain, folder in folders.items():

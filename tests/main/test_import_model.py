@@ -53,7 +53,7 @@ def imported(data, folder, workdir):
 
 def read_back(workdir, prepared, config):
     block = trained.encoder_block(workdir, "x")
-    model = Functional("mlm", encoder_config(block.to_dict(), prepared.tokenizer.vocab_size))
+    model = Functional("mlm", encoder_config(block, prepared.tokenizer.vocab_size))
     return trained.trained_params(workdir, model, make_mesh(config.mesh))
 
 

@@ -7,7 +7,8 @@ import sys
 import jax
 import pytest
 
-from kd_jax.trainer.run_directory import RunDirectory, is_done, mark_done, provenance
+from kd_jax.config.execution import Execution
+from kd_jax.trainer.run_directory import RunDirectory, is_done, mark_done, provenance, run_once
 from kd_jax.types import UserError
 
 CONFIG = {"seed": 0, "distill": {"temperature": 2.0, "log_every": 20}, "mesh": {"data": -1}, "sets": ("a", "b")}
@@ -39,13 +40,24 @@ def test_writes_who_ran_what_with_what(tmp_path, monkeypatch):
     assert not [entry for entry in run.path.iterdir() if entry.name.endswith(".tmp")]
 
 
-def test_done_is_written_last_and_only_by_finish(tmp_path):
-    run = RunDirectory(tmp_path, "pretrain", CONFIG)
-    run.start()
-    assert not run.done
-    run.finish(score=0.5)
-    assert run.done and RunDirectory(tmp_path, "pretrain", CONFIG).done
+def test_a_command_runs_until_its_work_is_done_and_then_never_again(tmp_path):
+    runs = []
+
+    def once(notes):
+        def work(directory):
+            directory.start()
+            runs.append(directory.path)
+            return notes
+
+        run_once(tmp_path, "pretrain", CONFIG, Execution(), work)
+
+    once(None)  # more is left to do
+    assert not is_done(tmp_path)
+    once({"score": 0.5})
+    assert RunDirectory(tmp_path, "pretrain", CONFIG).done
     assert read(tmp_path / "DONE")["score"] == 0.5
+    once({"score": 0.7})
+    assert len(runs) == 2 and read(tmp_path / "DONE")["score"] == 0.5
 
 
 def test_another_config_or_command_is_refused_with_the_differences(tmp_path):
@@ -65,7 +77,7 @@ def test_execution_keys_may_change_and_the_newest_are_kept(tmp_path):
 
 
 def test_a_finished_directory_keeps_the_config_it_was_made_with(tmp_path):
-    RunDirectory(tmp_path, "distill", CONFIG).finish()
+    mark_done(RunDirectory(tmp_path, "distill", CONFIG).path)
     RunDirectory(tmp_path, "distill", {**CONFIG, "mesh": {"data": 4}})
     assert read(tmp_path / "config.json")["config"]["mesh"] == {"data": -1}
 

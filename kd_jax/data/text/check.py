@@ -15,9 +15,10 @@ from kd_jax.data.packing import pack_stream
 from kd_jax.data.prepared import check_settings
 from kd_jax.data.rows import no_text
 from kd_jax.data.text.files import fill_path
+from kd_jax.data.text.sources import load_utterances
 from kd_jax.data.text.splits import Splits, text_key
 from kd_jax.data.text.tokenizer import Tokenizer, train_tokenizer
-from kd_jax.data.text.utterances import PARTITIONS, Utterance, load_utterances
+from kd_jax.data.text.utterances import PARTITIONS, Utterance
 from kd_jax.types import UserError
 
 SHOWN = 10  # errors that are printed; the others are counted

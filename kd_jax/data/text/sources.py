@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_jax.config.data import Source
+from kd_jax.config.data import Nlu, Source
 from kd_jax.data.text import files
-from kd_jax.data.text.utterances import Utterance
+from kd_jax.data.text.utterances import Utterance, read_hub, read_massive, read_parquet, subset_train
 from kd_jax.types import UserError
 
 BATCH = 1024  # texts read at once from columnar formats
@@ -28,6 +28,28 @@ class _Spoken(dict[int, int]):
 
 
 _SPOKEN = _Spoken()
+
+
+def load_utterances(nlu: Nlu, report: files.Report = files.raise_error) -> list[Utterance]:
+    """The labeled utterances that `config.nlu` names, at most `nlu.max_train` train utterances per locale.
+
+    Raises UserError when the config or a file as a whole is wrong; what is wrong with a record goes to `report`.
+    """
+    path = files.fill_path(nlu.path, key="config.nlu.path")
+    match nlu.format:
+        case "embedded":
+            from kd_jax.data.embedded.utterances import (
+                embedded_utterances,  # which brings packages that other formats do without
+            )
+
+            utterances = embedded_utterances(nlu.locales)
+        case "massive":
+            utterances = read_massive(path, nlu.locales, report)
+        case "massive_parquet":
+            utterances = read_parquet(path, nlu.locales, report)
+        case _:  # Nlu knows no other format than "huggingface"
+            utterances = read_hub(nlu.name, nlu.locales, report)
+    return subset_train(utterances, nlu.max_train) if nlu.max_train else utterances
 
 
 def to_spoken(text: str) -> str:

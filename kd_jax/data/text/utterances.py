@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kd_jax.config import require
-from kd_jax.config.data import Nlu
 from kd_jax.data.text import files
 from kd_jax.runtime.files import write_json_lines
 from kd_jax.types import UserError
@@ -216,7 +215,7 @@ def _read_tarball(tarball: Path, locales: Sequence[str], report: files.Report) -
     return [utterance for locale in locales if locale in found for utterance in found[locale]]
 
 
-def _read_parquet(folder: str, locales: Sequence[str], report: files.Report) -> list[Utterance]:
+def read_parquet(folder: str, locales: Sequence[str], report: files.Report) -> list[Utterance]:
     """Utterances of Parquet files, all in `folder` with a locale column, or in one subfolder for each locale."""
     import datasets  # knows the label names in a Parquet file's metadata; takes a second to import
     import pyarrow.parquet
@@ -245,7 +244,7 @@ def _read_parquet(folder: str, locales: Sequence[str], report: files.Report) -> 
     return utterances
 
 
-def _read_hub(name: str, locales: Sequence[str], report: files.Report) -> list[Utterance]:
+def read_hub(name: str, locales: Sequence[str], report: files.Report) -> list[Utterance]:
     """Utterances of a data set on the hub (or a local folder) that has one configuration for each locale."""
     require(bool(name), "nlu.name", "it is empty", "name the data set on the hub")
     utterances: list[Utterance] = []
@@ -284,26 +283,6 @@ def write_massive(utterances: Iterable[Utterance], folder: str | os.PathLike[str
         by_locale.setdefault(one.locale, []).append(dict(zip(FIELDS, values, strict=True)))
     for locale, records in by_locale.items():
         write_json_lines(Path(folder, f"{locale}.jsonl"), records)
-
-
-def load_utterances(nlu: Nlu, report: files.Report = files.raise_error) -> list[Utterance]:
-    """The labeled utterances that `config.nlu` names, at most `nlu.max_train` train utterances per locale.
-
-    Raises UserError when the config or a file as a whole is wrong; what is wrong with a record goes to `report`.
-    """
-    path = files.fill_path(nlu.path, key="config.nlu.path")
-    match nlu.format:
-        case "embedded":
-            from kd_jax.data.embedded.utterances import embedded_utterances  # it imports this module
-
-            utterances = embedded_utterances(nlu.locales)
-        case "massive":
-            utterances = read_massive(path, nlu.locales, report)
-        case "massive_parquet":
-            utterances = _read_parquet(path, nlu.locales, report)
-        case _:  # Nlu knows no other format than "huggingface"
-            utterances = _read_hub(nlu.name, nlu.locales, report)
-    return subset_train(utterances, nlu.max_train) if nlu.max_train else utterances
 
 
 def subset_train(utterances: Sequence[Utterance], max_train: int) -> list[Utterance]:

@@ -12,11 +12,11 @@ import pytest
 
 from kd_jax.config.data import Nlu
 from kd_jax.config.settings import block, read
+from kd_jax.data.text.sources import load_utterances
 from kd_jax.data.text.utterances import (
     LabelMaps,
     Span,
     Utterance,
-    load_utterances,
     parse_annotated,
     read_massive,
     write_massive,
