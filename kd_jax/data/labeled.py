@@ -23,7 +23,8 @@ class LabeledSet:
 
     An utterance of more than length - 2 tokens is cut there. Labels and tags unseen in train are -1. Arrays: labels
     int32 [utterances]; flat ones of all tokens, where utterance i has offsets[i]:offsets[i + 1]: tokens, words (the
-    word of each), word_starts (bool, on the first token of each word) and tags (0 where no word starts). A word that the tokenizer empties, or that was cut off, has no token.
+    word of each), word_starts (bool, on the first token of each word) and tags (0 where no word starts). A word that
+    the tokenizer empties, or that was cut off, has no token.
     """
 
     def __init__(
