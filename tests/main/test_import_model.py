@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from kd_jax.config import base, from_dict
+from kd_jax.config.execution import Mesh
 from kd_jax.data.text.tokenizer import train_tokenizer
 from kd_jax.jobs import trained
 from kd_jax.main import distill, evaluate, finetune_dc, import_model, pretrain
@@ -54,7 +55,7 @@ def imported(data, folder, workdir):
 def read_back(workdir, prepared, config):
     block = trained.encoder_block(workdir, "x")
     model = Functional("mlm", encoder_config(block.to_dict(), prepared.tokenizer.vocab_size))
-    return trained.trained_params(workdir, model, make_mesh(config.mesh))
+    return trained.trained_params(workdir, model, make_mesh(Mesh()))
 
 
 def equal(one, other):

@@ -13,7 +13,7 @@ from kd_jax.jobs import finetune, masked_lm
 from kd_jax.models.functional import Functional
 from kd_jax.runtime.files import write_json
 from kd_jax.trainer.checkpoint import FOLDER, Checkpoints
-from kd_jax.trainer.run_directory import RunDirectory
+from kd_jax.trainer.run_directory import RunDirectory, mark_done
 from kd_jax.trainer.state import params_fingerprint
 
 
@@ -60,7 +60,7 @@ def write_run(workdir, config, prepared, command, keys, model, **notes):
     with Checkpoints(workdir / FOLDER, keep=1) as checkpoints:
         checkpoints.save(1, {"step": jnp.int32(1), "params": params}, {"identity": {}})
         checkpoints.wait()
-    directory.finish(parameters_fingerprint=params_fingerprint(params))
+    mark_done(workdir, parameters_fingerprint=params_fingerprint(params))
     return params
 
 
@@ -79,7 +79,9 @@ def write_finetuned(workdir, config, prepared, task, domain=""):
     known = prepared.utterances
     maps = LabelMaps.for_domain(known, domain) if domain else LabelMaps.from_train(known)
     sizes = finetune.class_counts(task, maps)
-    model: Functional = finetune.classifier(config.student, prepared, config, task, sizes)
+    model: Functional = finetune.classifier(
+        config.student, prepared, config.finetune.dropout, config.compute_dtype, task, sizes
+    )
     keys = ("prepared", "seed", "finetune", "compute_dtype", "student", "vocabulary")
     notes = {"train_utterances": 20, "classes": sizes, "labels": maps.to_json()}
     params = write_run(workdir, config, prepared, f"finetune_{task}", keys, model, **notes)
