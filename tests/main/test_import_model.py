@@ -54,7 +54,7 @@ def imported(data, folder, workdir):
 
 def read_back(workdir, prepared, config):
     block = trained.encoder_block(workdir, "x")
-    model = Functional("mlm", encoder_config(block.to_dict(), prepared.tokenizer.vocab_size))
+    model = Functional("mlm", encoder_config(block, prepared.tokenizer.vocab_size))
     return trained.trained_params(workdir, model, make_mesh(Mesh()))
 
 
@@ -69,7 +69,7 @@ def test_import_is_a_finished_run(data, source, tmp_path, capsys):
     equal(read_back(tmp_path / "run", data[1], config), params)
     trained.check_tokenizer(tmp_path / "run", data[1], "x")
     assert len(trained.parameters_fingerprint(tmp_path / "run", "x")) == 64
-    assert trained.encoder_block(tmp_path / "run", "x").norm_epsilon == shape.norm_epsilon
+    assert trained.encoder_block(tmp_path / "run", "x")["norm_epsilon"] == shape.norm_epsilon
     before = (tmp_path / "run" / "DONE").read_text()
     import_model.run(config, tmp_path / "run")
     assert (tmp_path / "run" / "DONE").read_text() == before
