@@ -1,4 +1,4 @@
-"""Losses of logits that are never all there at once: formed, used and forgotten one block of positions at a time."""
+"""Losses of logits that are never in memory at once: computed, used and dropped one block of positions at a time."""
 
 import math
 from collections.abc import Callable
@@ -11,12 +11,22 @@ from jax.sharding import PartitionSpec
 
 from kd_jax.types import Array, row_axes
 
-# Adding a block's gradient to that of the table takes about as long as this many positions more in a block.
+# Adding a block's gradient to the table's takes about as long as this many more positions in a block.
 _POSITIONS_PER_BLOCK = 16
 
 
+Loss = Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]]  # (logits, per position, constants) -> (loss, sums)
+
+
+class Layout(NamedTuple):
+    """The number of parts that rows and slots are cut into, and the mesh axes that share out the rows."""
+
+    parts: tuple[int, int]
+    axes: tuple[str, ...]
+
+
 def blocked_losses(
-    loss_of_logits: Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]],
+    loss_of_logits: Loss,
     features_RxKxH: Array,
     table_VxH: Array,
     bias_V: Array | None,
@@ -27,40 +37,34 @@ def blocked_losses(
 ) -> tuple[jax.Array, Any]:
     """The losses of logits = features @ table.T + bias, of which only about `block` positions exist at a time.
 
-    loss_of_logits(logits_BxV, per_position_B, constants) -> (float32 loss, pytree of float32 sums) is called once a
-    block; its results are summed. logits are float32. per_position: pytree of arrays [R, K, ...], given as [B, ...].
-    Where K is padded to make equal blocks, features and per_position are 0, so a weight that stands there must silence
-    its position. constants: pytree of everything else that is an array; loss_of_logits must not close over traced
-    values. features and table may be bfloat16: products accumulate, and reductions are, in float32.
+    loss_of_logits(logits_BxV, per_position_B, constants) -> (float32 loss, pytree of float32 sums) is called once per
+    block; its results are summed. logits are float32. per_position: pytree of arrays [R, K, ...], passed as [B, ...].
+    Where K is padded to make equal blocks, features and per_position are 0, so a weight of 0 must exclude a position.
+    constants: pytree of all other arrays; loss_of_logits must not close over traced values. features and table may be
+    bfloat16: products accumulate, and reductions are, in float32.
 
-    Differentiable in features, table and bias. The gradient of each block is computed together with its value, as
-    "cut cross entropy" and its kin do (Wijmans et al., arXiv 2411.09009), and only gradients of the size of features
-    and table are kept: memory does not grow with the number of positions times the vocabulary.
+    Differentiable in features, table and bias. The gradient of each block is computed together with its value, as in
+    "cut cross entropy" (Wijmans et al., arXiv 2411.09009), and only gradients of the size of features and table are
+    kept: memory does not grow with the number of positions times the vocabulary.
 
-    On a mesh (see `row_axes`) every device takes blocks of its own rows, `block` positions each, and what is summed is
-    summed over the devices once, at the end.
+    On a mesh (see `row_axes`) every device takes blocks of its own rows, `block` positions each, and sums are reduced
+    over the devices once, at the end.
     """
     features_RxKxH, table_VxH = jnp.asarray(features_RxKxH), jnp.asarray(table_VxH)
     rows, slots, _ = features_RxKxH.shape
     axes, devices = row_axes(rows)
     layout = Layout(block_parts(rows // devices, slots, block), axes)
     per_position, constants = jax.tree.map(jnp.asarray, (per_position, constants))
-    return _blocked(loss_of_logits, layout, features_RxKxH, table_VxH, bias_V, per_position, constants)
+    return _blocked(loss_of_logits, layout, (features_RxKxH, table_VxH, bias_V, per_position, constants))
 
 
-class Layout(NamedTuple):
-    """Into how many parts rows and slots are cut, and the mesh axes that share out the rows."""
-
-    parts: tuple[int, int]
-    axes: tuple[str, ...]
-
-
-def _each_on_its_rows(local: Callable, axes: tuple[str, ...], by_row: tuple[bool, ...], outputs: Any) -> Callable:
+def _each_on_its_rows(
+    local: Callable[..., Any], axes: tuple[str, ...], by_row: tuple[bool, ...], outputs: Any
+) -> Callable[..., Any]:
     """`local` on each device's own rows. by_row: which arguments have rows; outputs: a prefix of the result, True where
     it has rows.
-
-    Left to itself XLA would add up the table's gradient over all devices after every block.
     """
+    # Without shard_map XLA would sum the table's gradient over all devices after every block.
     if not axes:
         return local
 
@@ -77,18 +81,16 @@ def _total(tree: Any, axes: tuple[str, ...]) -> Any:
 
 
 def block_for(vocab_size: int) -> int:
-    """Positions whose logits are formed at a time where the config does not say: 64 MiB of them in float32."""
+    """The default number of positions per block: 64 MiB of float32 logits."""
     return max(128, 2**24 // vocab_size)
 
 
 def with_bias_inside(
     features: jax.Array, table_VxH: jax.Array, bias_V: Array | None
 ) -> tuple[jax.Array, jax.Array, Array | None]:
-    """Features [..., H], table and bias that give the same logits; in float32 the bias becomes a column of the table.
-
-    Added apart, the bias costs a pass over the logits, and on a CPU a copy of them; its gradient is another pass. In
-    other dtypes the bias would be rounded, and odd sizes do not suit the devices that compute in them.
-    """
+    """Features [..., H], table and bias with the same logits; in float32 the bias becomes a column of the table."""
+    # A separate addition costs a pass over the logits, and on a CPU a copy of them; its gradient costs another pass. In
+    # bfloat16 the bias would be rounded, and the hardware that computes in it prefers even sizes.
     if bias_V is None or features.dtype != jnp.float32:
         return features, table_VxH, bias_V
     table_VxI = jnp.concatenate([table_VxH.astype(jnp.float32), jnp.asarray(bias_V, jnp.float32)[:, None]], axis=1)
@@ -104,9 +106,9 @@ def logits_of(features_BxH: jax.Array, table_VxH: jax.Array, bias_V: Array | Non
 
 
 def block_parts(rows: int, slots: int, block: int) -> tuple[int, int]:
-    """Into how many parts rows and slots are cut, (n, m), so that rows / n * ceil(slots / m) <= block.
+    """The number of parts that rows and slots are cut into, (n, m), so that rows / n * ceil(slots / m) <= block.
 
-    n divides `rows`; `slots` may be padded. Of all ways the one with the least work, and of those the one that cuts the
+    n divides `rows`; `slots` may be padded. Of all choices the one with the least work, then the one that cuts the
     fewest rows, so that rows stay on their devices. ValueError for a `block` below 1.
     """
     if block < 1:
@@ -118,7 +120,7 @@ def block_parts(rows: int, slots: int, block: int) -> tuple[int, int]:
             slots / slot_parts
         ) + _POSITIONS_PER_BLOCK * row_parts * slot_parts, row_parts
 
-    choices = []
+    choices: list[tuple[int, int]] = []
     for row_parts in (n for n in range(1, rows + 1) if rows % n == 0):
         most = block // (rows // row_parts)  # slots of these rows that fit a block
         if most:
@@ -127,7 +129,7 @@ def block_parts(rows: int, slots: int, block: int) -> tuple[int, int]:
 
 
 def _split(values: jax.Array, parts: tuple[int, int]) -> jax.Array:
-    """[R, K, ...] -> [blocks, B, ...]. A block takes every n-th row, so that each device has a share of every block."""
+    """[R, K, ...] -> [blocks, B, ...]. A block takes every n-th row, so that each device has a part of every block."""
     row_parts, slot_parts = parts
     rows, slots, *rest = values.shape
     size = math.ceil(slots / slot_parts)
@@ -144,7 +146,7 @@ def _join(blocks: jax.Array, parts: tuple[int, int], rows: int, slots: int) -> j
     return jnp.moveaxis(cut, 2, 0).reshape(rows, -1, *rest)[:, :slots]
 
 
-def _sum_over_blocks(of_block, blocks):
+def _sum_over_blocks(of_block: Callable[[Any], tuple[Any, Any]], blocks: Any) -> tuple[Any, Any]:
     """(sums over blocks of the first result, stacked second results); without a loop when there is one block."""
     count = jax.tree.leaves(blocks)[0].shape[0]
     if count == 1:
@@ -153,57 +155,74 @@ def _sum_over_blocks(of_block, blocks):
     shapes, _ = jax.eval_shape(of_block, jax.tree.map(lambda leaf: leaf[0], blocks))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    def body(total, block):
+    def body(total: Any, block: Any):
         sums, stacked = of_block(block)
         return jax.tree.map(jnp.add, total, sums), stacked
 
     return jax.lax.scan(body, zeros, blocks)
 
 
+# Features [R, K, H], table [V, H], bias [V] or None, per position, constants; and which of them have rows.
+_Operands = tuple[jax.Array, jax.Array, Array | None, Any, Any]
+_BY_ROW = (True, False, False, True, False)
+
+
+def _narrow(operands: _Operands) -> _Operands:
+    """With the table in the dtype of the features: devices then gather it in the dtype that it is multiplied in."""
+    features_RxKxH, table_VxH, *rest = operands
+    return features_RxKxH, table_VxH.astype(features_RxKxH.dtype), *rest
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _blocked(loss_of_logits, layout, features_RxKxH, table_VxH, bias_V, per_position, constants):
-    def local(features_RxKxH, table_VxH, bias_V, per_position, constants):
+def _blocked(loss_of_logits: Loss, layout: Layout, operands: _Operands) -> tuple[jax.Array, Any]:
+    def local(*operands: Any) -> Any:
+        features_RxKxH, table_VxH, bias_V, per_position, constants = operands
         features_RxKxI, table_VxI, bias_V = with_bias_inside(features_RxKxH, table_VxH, bias_V)
 
-        def of_block(block):
+        def of_block(block: Any) -> tuple[Any, None]:
             features_BxI, per_position_B = block
             return loss_of_logits(logits_of(features_BxI, table_VxI, bias_V), per_position_B, constants), None
 
         blocks = jax.tree.map(lambda leaf: _split(leaf, layout.parts), (features_RxKxI, per_position))
         return _total(_sum_over_blocks(of_block, blocks)[0], layout.axes)
 
-    run = _each_on_its_rows(local, layout.axes, (True, False, False, True, False), False)
-    return run(features_RxKxH, table_VxH.astype(features_RxKxH.dtype), bias_V, per_position, constants)
+    return _each_on_its_rows(local, layout.axes, _BY_ROW, False)(*_narrow(operands))
 
 
-def _blocked_forward(loss_of_logits, layout, features_RxKxH, table_VxH, bias_V, per_position, constants):
-    def local(*values):
-        return _values_and_gradients(loss_of_logits, layout, *values)
+def _blocked_forward(loss_of_logits: Loss, layout: Layout, operands: _Operands):
+    def local(*operands: Any) -> Any:
+        return _values_and_gradients(loss_of_logits, layout, *operands)
 
-    run = _each_on_its_rows(local, layout.axes, (True, False, False, True, False), (False, (True, False, False)))
-    # The table is gathered in the dtype that it is multiplied in.
-    narrow_VxH = table_VxH.astype(features_RxKxH.dtype)
-    value, gradients = run(features_RxKxH, narrow_VxH, bias_V, per_position, constants)
-    by_features, by_table_VxH, by_bias_V = gradients
+    run = _each_on_its_rows(local, layout.axes, _BY_ROW, (False, (True, False, False)))
+    value, (by_features, by_table_VxH, by_bias_V) = run(*_narrow(operands))
+    _, table_VxH, bias_V, _, _ = operands
     if bias_V is not None:
         by_bias_V = by_bias_V.astype(bias_V.dtype)
     return value, (by_features, by_table_VxH.astype(table_VxH.dtype), by_bias_V)
 
 
-def _values_and_gradients(loss_of_logits, layout, features_RxKxH, table_VxH, bias_V, per_position, constants):
+def _values_and_gradients(
+    loss_of_logits: Loss,
+    layout: Layout,
+    features_RxKxH: Any,
+    table_VxH: Any,
+    bias_V: Any,
+    per_position: Any,
+    constants: Any,
+) -> tuple[Any, tuple[Any, ...]]:
     """(losses, gradients by features, table and bias), the latter two float32, all summed over the devices."""
     parts = layout.parts
     hidden, dtype = features_RxKxH.shape[2], features_RxKxH.dtype
     features_RxKxI, table_VxI, outer_bias_V = with_bias_inside(features_RxKxH, table_VxH, bias_V)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-    def of_block(block):
+    def of_block(block: Any) -> tuple[Any, jax.Array]:
         features_BxI, per_position_B = block
         logits_BxV = logits_of(features_BxI, table_VxI, outer_bias_V)
         value, gradient_BxV = jax.value_and_grad(loss_of_logits, has_aux=True)(logits_BxV, per_position_B, constants)
         narrow_BxV = gradient_BxV.astype(dtype)
         by_features_BxH = product("bv,vh->bh", narrow_BxV, table_VxH.astype(dtype)).astype(dtype)
-        # [I, V], so that the small factor is the one to be transposed; the barrier keeps XLA from swapping them.
+        # [I, V], so that the small factor is the one that is transposed; the barrier keeps XLA from swapping them.
         by_table_IxV = jax.lax.optimization_barrier(product("bi,bv->iv", features_BxI, narrow_BxV))
         by_bias_V = None if outer_bias_V is None else jnp.sum(gradient_BxV, axis=0)
         return (value, by_table_IxV, by_bias_V), by_features_BxH
@@ -216,10 +235,10 @@ def _values_and_gradients(loss_of_logits, layout, features_RxKxH, table_VxH, bia
     return value, (_join(by_features, parts, *features_RxKxH.shape[:2]), by_table_IxV[:hidden].T, by_bias_V)
 
 
-def _blocked_backward(loss_of_logits, layout, gradients, cotangents):
+def _blocked_backward(loss_of_logits: Loss, layout: Layout, gradients: Any, cotangents: Any):
     del loss_of_logits, layout
     scaled = jax.tree.map(lambda leaf: (leaf * cotangents[0]).astype(leaf.dtype), gradients)
-    return *scaled, None, None
+    return ((*scaled, None, None),)
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)

@@ -1,6 +1,6 @@
 """Distances of hidden states and divergence of self-attention relations, each as (sum, weight), reduced in float32.
 
-The teacher's side is never differentiated. Equal states of student and teacher give exactly 0 and no gradient.
+The teacher's side is never differentiated. Equal states of student and teacher give exactly 0 and a gradient of 0.
 """
 
 from typing import Any, Literal
@@ -25,18 +25,19 @@ def hidden_distance(
     if kind not in DISTANCES:
         raise ValueError(f"the distance {kind!r} is not one of {', '.join(DISTANCES)}")
     weights = jnp.asarray(weights_RxL, jnp.float32)
-    # Computed again for the gradient, so that the states are kept in their own dtype and nothing beside them.
+    # Recomputed for the gradient, so that only the states are kept, in their own dtype, and no float32 copies.
     distances = jax.checkpoint(_cosine_distance if kind == "cosine" else _mean_squared_difference)
     values = distances(jnp.asarray(student_RxLxH), jax.lax.stop_gradient(jnp.asarray(teacher_RxLxH)))
     return jnp.sum(jnp.where(weights > 0, values * weights, 0.0)), jnp.sum(weights)
 
 
-def _mean_squared_difference(student, teacher):
+def _mean_squared_difference(student: jax.Array, teacher: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(student.astype(jnp.float32) - teacher.astype(jnp.float32)), axis=-1)
 
 
-def _cosine_distance(student, teacher):
-    """1 - cos = |s / |s| - t / |t||**2 / 2, written in s - t, so that rounding leaves nothing of equal states."""
+def _cosine_distance(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """1 - cos = |s / |s| - t / |t||**2 / 2."""
+    # In terms of s - t, which is exactly 0 for equal states, where 1 - cos would leave rounding errors.
     student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
     difference = student - teacher
     size, teacher_size = _size(student), _size(teacher)
@@ -45,13 +46,13 @@ def _cosine_distance(student, teacher):
     return 0.5 * jnp.sum(jnp.square(apart), axis=-1)
 
 
-def _size(x):
-    """Length of the vectors, never quite 0, so that its gradient is finite."""
+def _size(x: jax.Array) -> jax.Array:
+    """Length of the vectors, bounded away from 0, so that its gradient is finite."""
     return jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
 
 
 def check_relation_heads(heads: int, student_width: int, teacher_width: int, key: str) -> None:
-    """Raises UserError, with the place `config.<key>`, where a hidden size does not split into that many heads."""
+    """Raises UserError, naming `config.<key>`, if a hidden size does not split into that many heads."""
     for whose, width in (("student", student_width), ("teacher", teacher_width)):
         if heads < 1 or width % heads:
             raise UserError(
@@ -79,47 +80,50 @@ def relation_divergence(student_RxLxNxD: Array, teacher_RxLxNxD: Array, segment_
     return total, jnp.sum((segment_ids > 0).astype(jnp.float32))
 
 
-def _split(vectors_RxLxNxD, heads):
+def _split(vectors_RxLxNxD: jax.Array, heads: int) -> jax.Array:
     """The relation heads, [heads, R, L, d]."""
     rows, length = vectors_RxLxNxD.shape[:2]
     return jnp.moveaxis(vectors_RxLxNxD.reshape(rows, length, heads, -1), 2, 0)
 
 
 @jax.custom_vjp
-def _relation_divergence(student, teacher, segment_ids):
+def _relation_divergence(student: jax.Array, teacher: jax.Array, segment_ids: jax.Array) -> jax.Array:
     return _over_heads(student, teacher, segment_ids, with_gradient=False)[0]
 
 
-def _relation_divergence_forward(student, teacher, segment_ids):
-    # The gradient is formed with the value, while the relations of a head are there.
+def _relation_divergence_forward(student: jax.Array, teacher: jax.Array, segment_ids: jax.Array):
+    # Computes the gradient with the value, while the relations of a head are in memory; a backward pass would recompute
+    # them or keep those of all heads.
     return _over_heads(student, teacher, segment_ids, with_gradient=True)
 
 
-def _relation_divergence_backward(gradient, cotangent):
+def _relation_divergence_backward(gradient: jax.Array, cotangent: jax.Array):
     return (gradient.astype(jnp.float32) * cotangent).astype(gradient.dtype), None, None
 
 
 _relation_divergence.defvjp(_relation_divergence_forward, _relation_divergence_backward)
 
 
-def _over_heads(student, teacher, segment_ids, *, with_gradient):
+def _over_heads(
+    student: jax.Array, teacher: jax.Array, segment_ids: jax.Array, *, with_gradient: bool
+) -> tuple[jax.Array, Any]:
     """(mean over the heads, its gradient [heads, R, L, d] or None), one head after the other."""
     heads = student.shape[0]
-    # Padding is a segment of its own, so that no softmax is empty; its rows do not count.
+    # Padding is a segment of its own, so that no softmax is empty. Its rows get weight 0.
     same_RxLxL = segment_ids[:, :, None] == segment_ids[:, None, :]
     counted = (segment_ids > 0)[:, :, None]
 
-    def one(total, vectors):
+    def one(total: jax.Array, vectors: tuple[jax.Array, jax.Array]):
         student_RxLxD, teacher_RxLxD = vectors
         log_q, log_p = _log_relation(student_RxLxD, same_RxLxL), _log_relation(teacher_RxLxD, same_RxLxL)
         p, q = jnp.exp(log_p), jnp.exp(log_q)
-        # Like losses.logits.kl_divergence: each term is at least 0, and the two normalizers' rounding cancels.
+        # As in losses.logits.kl_divergence: each term is at least 0, and rounding errors of the normalizers cancel.
         terms = jnp.where(p > 0, p * (log_p - log_q), 0.0) - p + q
         total += jnp.sum(jnp.where(counted, jnp.maximum(terms, 0.0), 0.0))
         if not with_gradient:
             return total, None
         change = jnp.where(counted, q - p, 0.0) * (student_RxLxD.shape[-1] ** -0.5 / heads)
-        # A product of the vectors with themselves: each scores as a query and as a key.
+        # Scores are products of the vectors with themselves, so each vector gets a gradient as query and as key.
         change = (change + jnp.swapaxes(change, 1, 2)).astype(student_RxLxD.dtype)
         gradient = jnp.einsum("rqk,rkd->rqd", change, student_RxLxD, preferred_element_type=jnp.float32)
         return total, gradient.astype(student_RxLxD.dtype)
@@ -128,7 +132,7 @@ def _over_heads(student, teacher, segment_ids, *, with_gradient):
     return total / heads, gradient
 
 
-def _log_relation(vectors_RxLxD, same_RxLxL):
+def _log_relation(vectors_RxLxD: jax.Array, same_RxLxL: jax.Array) -> jax.Array:
     """log softmax(A A^T / sqrt(d)) inside each segment, float32 [R, L, L], -inf outside."""
     scores = jnp.einsum("rqd,rkd->rqk", vectors_RxLxD, vectors_RxLxD, preferred_element_type=jnp.float32)
     scores = scores * vectors_RxLxD.shape[-1] ** -0.5

@@ -3,9 +3,9 @@
 Both carry hand-written gradients: they keep the logits in the dtype they came in as the only large residual, and
 equal student and teacher logits give a gradient of exactly zero. `-inf` logits stand for classes that do not exist.
 
-How the sums over classes are written is owed to XLA on a CPU, which makes one pass of a sum only when its operand
-consists of logits and of columns [..., 1], and which writes out in full whatever two sums or a sum and a gradient have
-in common. So a scalar comes as a column, and every use has a column of its own: they differ where the weight is 0.
+The sums over classes are written for XLA on a CPU. It fuses a sum into one pass only if the operand is made of logits
+and columns [..., 1], and it materializes whatever two sums, or a sum and a gradient, have in common. So scalars become
+columns, and every use has a column of its own: they differ where the weight is 0, which keeps XLA from sharing them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ import numpy as np
 
 from kd_jax.types import Array, Term
 
-# Log probabilities end here: below any that counts, and finite, so that a probability of 0 times them is 0.
+# The least log probability: below any that counts, and finite, so that 0 times it is 0 and not NaN.
 LOWEST = -10_000.0
 
 
@@ -33,7 +33,7 @@ def row_maximum(logits: jax.Array) -> jax.Array:
 
 
 def _finite_maximum(logits: jax.Array) -> jax.Array:
-    """The largest logit of each row, or 0 where there is no finite one."""
+    """The largest logit of each row, or 0 if it is not finite."""
     largest = row_maximum(logits)
     return jnp.where(jnp.isfinite(largest), largest, 0.0)
 
@@ -53,8 +53,8 @@ def tempered_center(logits: jax.Array, temperature: jax.Array, inverse: jax.Arra
 
 def one_hot(classes: jax.Array, size: int) -> jax.Array:
     """float32 [..., size]: 1 in the column of each class, int [...]."""
-    # Columns as integers keep XLA from vectorizing the loop on a CPU; as the floats 1, 0, 3, 2, ... they are a constant
-    # that it does not recognize as columns.
+    # Integer columns keep XLA from vectorizing the loop on a CPU. The floats 1, 0, 3, 2, ... are a constant that it
+    # does not recognize as an iota and turn back into integers.
     columns = (np.arange(size) ^ 1).astype(np.float32).reshape((1,) * classes.ndim + (-1,))
     return (columns == (classes ^ 1).astype(jnp.float32)[..., None]).astype(jnp.float32)
 
@@ -65,15 +65,13 @@ def chosen_logits(logits: jax.Array, classes: jax.Array) -> jax.Array:
 
 
 def weighted_sum(losses: jax.Array, weights: jax.Array) -> jax.Array:
-    """The sum of losses [...] where the weights are not 0; whatever stands elsewhere does not count."""
+    """The sum of losses [...] where the weights are not 0; values elsewhere, even NaN, do not count."""
     return jnp.sum(jnp.where(weights > 0, losses * weights, 0.0))
 
 
 def awaited(weights: jax.Array, losses: jax.Array) -> jax.Array:
-    """The weights, NaN where a loss is: what a gradient is scaled with, lest it be formed before its loss.
-
-    Once nothing else is to be read from the logits, XLA lets the gradient take their memory.
-    """
+    """The weights, NaN where the loss is NaN: the scale of the gradient."""
+    # Makes the gradient depend on the loss, so that XLA finishes the loss first and reuses the logits' memory for it.
     return jnp.where(losses == losses, weights, losses)
 
 
@@ -90,11 +88,11 @@ def masked_cross_entropy(logits: Array, targets: Array, weights: Array, label_sm
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(smoothing, logits, targets, weights):
-    return _cross_entropy_forward(smoothing, logits, targets, weights)[0]
+def _cross_entropy(smoothing: float, *inputs: Any) -> jax.Array:
+    return _cross_entropy_forward(smoothing, *inputs)[0]
 
 
-def _cross_entropy_forward(smoothing, logits, targets, weights):
+def _cross_entropy_forward(smoothing: float, logits: jax.Array, targets: jax.Array, weights: jax.Array):
     normalizer = log_normalizer(logits)
     chosen = chosen_logits(logits, targets)
     if smoothing:
@@ -104,7 +102,7 @@ def _cross_entropy_forward(smoothing, logits, targets, weights):
     return weighted_sum(losses, weights), (logits, targets, weights, awaited(weights, losses), normalizer)
 
 
-def _cross_entropy_backward(smoothing, residuals, cotangent):
+def _cross_entropy_backward(smoothing: float, residuals: tuple[jax.Array, ...], cotangent: jax.Array):
     logits, targets, weights, scale, normalizer = residuals
     target = one_hot(targets, logits.shape[-1])
     if smoothing:
@@ -133,19 +131,19 @@ def kl_divergence(student_logits: Array, teacher_logits: Array, weights: Array, 
 
 
 @jax.custom_vjp
-def _kl_divergence(student, teacher, weights, temperature):
-    return _kl_divergence_forward(student, teacher, weights, temperature)[0]
+def _kl_divergence(*inputs: Any) -> jax.Array:
+    return _kl_divergence_forward(*inputs)[0]
 
 
-def _kl_divergence_forward(student, teacher, weights, temperature):
+def _kl_divergence_forward(student: jax.Array, teacher: jax.Array, weights: jax.Array, temperature: jax.Array):
     temperatures = column(temperature, weights, 1.0)
     student_center = tempered_center(student, temperatures, column(1 / temperature, weights, 2.0))
     teacher_center = tempered_center(teacher, temperatures, column(1 / temperature, weights, 3.0))
     inverse, lowest = column(1 / temperature, weights, 4.0), column(LOWEST, weights, LOWEST - 1)
     log_q = jnp.maximum(student.astype(jnp.float32) * inverse - student_center * inverse, lowest)
     log_p = jnp.maximum(teacher.astype(jnp.float32) * inverse - teacher_center * inverse, lowest)
-    # p log(p / q) - p + q is at least 0 for each class, sums to the divergence since p and q sum to 1, and cancels the
-    # rounding error of the two normalizers.
+    # p log(p / q) - p + q is at least 0 for each class and sums to the divergence, as p and q both sum to 1. The two
+    # additional terms cancel the rounding errors of the normalizers.
     p = jnp.exp(log_p)
     divergences = jnp.sum(p * (log_p - log_q) - p + jnp.exp(log_q), axis=-1)
     losses = temperature**2 * jnp.maximum(divergences, 0.0)
@@ -153,7 +151,7 @@ def _kl_divergence_forward(student, teacher, weights, temperature):
     return weighted_sum(losses, weights), residuals
 
 
-def _kl_divergence_backward(residuals, cotangent):
+def _kl_divergence_backward(residuals: tuple[jax.Array, ...], cotangent: jax.Array):
     student, teacher, weights, scale, temperature, student_center, teacher_center = residuals
     inverse = column(1 / temperature, weights, 5.0)
     q = jnp.exp(student.astype(jnp.float32) * inverse - student_center * inverse)
@@ -168,9 +166,9 @@ _kl_divergence.defvjp(_kl_divergence_forward, _kl_divergence_backward)
 def most_likely(logits: Array, targets: Array, weights: Array) -> Term:
     """How often the target has the largest logit, ties included, and the number of positions; not differentiated.
 
-    Shapes as in `masked_cross_entropy`. What it reads of the logits that needs as well, where an argmax, which XLA does
-    not vectorize on a CPU, takes longer than the loss.
+    Shapes as in `masked_cross_entropy`.
     """
+    # Reuses the loss's row maximum; an argmax, which XLA does not vectorize on a CPU, takes longer than the loss.
     weights, logits = jnp.asarray(weights, jnp.float32), jax.lax.stop_gradient(jnp.asarray(logits))
     targets = jnp.asarray(targets)
     inside = (targets >= 0) & (targets < logits.shape[-1])
@@ -182,7 +180,7 @@ def most_likely(logits: Array, targets: Array, weights: Array) -> Term:
 def averaged_logits(logits: Sequence[Array], weights: Array, temperature: Array | float) -> jax.Array:
     """Logits, float32 [..., V], whose softmax at that temperature is the mean of those of several teachers.
 
-    logits: each [..., V] of any float dtype; weights 0/1 [...]. A single teacher's come back as they are.
+    logits: each [..., V] of any float dtype; weights 0/1 [...]. Those of a single teacher are returned unchanged.
     """
     if len(logits) == 1:
         return jnp.asarray(logits[0])
@@ -207,10 +205,10 @@ def distill_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """(loss, {"kl", "mlm", "accuracy"}): scales["kl"] * KL to the teachers + scales["mlm"] * hard loss, and the sums.
 
-    teacher_logits: one [B, V] for each teacher; the probabilities of several are averaged. A term that `scales` does
-    not name is not computed; without "kl" there need be no teacher. The sums are float32 scalars over the positions
-    whose weight is 1: T**2 * KL, cross entropy, and targets that are the most likely class. Differentiable in the
-    student's logits. Temperature and scales may be traced. Made for `blocked_losses`.
+    teacher_logits: one [B, V] per teacher; their probabilities are averaged. A term that is not in `scales` is not
+    computed; "kl" alone needs a teacher. The sums are float32 scalars over the positions whose weight is 1: T**2 * KL,
+    cross entropy, and targets that are the most likely class. Differentiable in the student's logits. Temperature and
+    scales may be traced. Made for `blocked_losses`.
     """
     sums: dict[str, Array] = {}
     if "kl" in scales:

@@ -1,10 +1,11 @@
-"""Teacher distributions kept as a few classes a position, and the divergence of the student from them.
+"""Teacher distributions reduced to a few classes per position, and the divergence of the student from them.
 
-Top-k keeps the k most likely classes with their probabilities; what becomes of the rest is a policy that the caller
-names. Sampling keeps n classes drawn at random with weights that make up, on average, the whole distribution.
+Top-k keeps the k most likely classes with their probabilities; the caller chooses the policy for the rest. Sampling
+keeps n classes drawn at random, with weights that add up, on average, to the whole distribution.
 
 In the formulas p is the teacher's softmax(logits / T), q the student's, S the classes that are kept, and m the sum of p
-over S. Gradients are by the student's logits, written by hand, and keep nothing of the size of the vocabulary but them.
+over S. Gradients with respect to the student's logits are written by hand; besides these logits nothing of the size of
+the vocabulary is kept for them.
 """
 
 from functools import partial
@@ -18,15 +19,15 @@ from kd_jax.types import Array, Term
 
 Tail = Literal["renormalize", "bucket", "zero"]
 
-# exp of it is finite in float32; a ratio that large multiplies probabilities that are 0.
+# Its exp is finite in float32. So large a ratio only multiplies probabilities that are 0.
 _LARGEST_EXPONENT = 80.0
 
 
 def top_k_targets(logits_BxV: Array, k: int, temperature: Array | float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The k most likely classes: (ids int32 [B, k], log p float32 [B, k], their mass float32 [B]).
 
-    log p is that of the whole softmax(logits / T), not of the k alone; the mass is at most 1. ids descend in
-    probability and are distinct. Raises ValueError for a k that is not in 1 ... V.
+    log p is normalized over all classes, not over the k; the mass is at most 1. ids descend in probability and are
+    distinct. Raises ValueError for a k that is not in 1 ... V.
     """
     if not 1 <= k <= logits_BxV.shape[-1]:
         raise ValueError(f"k: {k} is not in 1 to {logits_BxV.shape[-1]}, the number of classes")
@@ -58,17 +59,17 @@ def top_k_divergence(
     T > 0, which may be traced. The policy for the teacher's mass 1 - m outside of S:
 
     "renormalize": KL(p / m on S || q), the student being normalized over all classes. Gradient T * (q - p / m), where p
-    is 0 outside S. Biased: the mass outside is given to S, so the student learns to be surer than its teacher and to
-    leave nothing for all other classes.
+    is 0 outside S. Biased: the mass outside is moved to S, so the student learns to be surer than its teacher and to
+    leave nothing to other classes.
 
-    "bucket": sum over S of p log(p / q) + (1 - m) log((1 - m) / (1 - mass of q on S)): all other classes are one.
+    "bucket": sum over S of p log(p / q) + (1 - m) log((1 - m) / (1 - mass of q on S)): all other classes form one.
     Gradient T * (q - p) on S, and T * q * (1 - (1 - m) / (1 - mass of q on S)) outside. The student's mass outside is
-    drawn to the teacher's, but how it is spread there is not taught. Never above the full divergence, which it equals
-    where both spread the rest alike.
+    pulled to the teacher's, but its distribution there is not taught. At most the full divergence, with equality if
+    both distribute the rest alike.
 
-    "zero": sum over S of p log(p / q). Gradient T * (m * q - p). The missing mass neither counts nor is given away, so
-    a position counts with its m; but the minimum, T**2 * m log m and so negative, is still at q = p / m: biased as
-    "renormalize" is.
+    "zero": sum over S of p log(p / q). Gradient T * (m * q - p). The missing mass is neither counted nor moved, so a
+    position counts with its m; but the minimum, T**2 * m log m and so negative, is still at q = p / m: biased like
+    "renormalize".
 
     With k = V, all three are `kl_divergence` up to rounding. Differentiable in the student's logits alone; -inf logits
     have probability 0. Raises ValueError for an unknown policy.
@@ -84,11 +85,13 @@ def top_k_divergence(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _top_k(tail, student_BxV, ids_Bxk, log_p_Bxk, weights_B, temperature):
-    return _top_k_forward(tail, student_BxV, ids_Bxk, log_p_Bxk, weights_B, temperature)[0]
+def _top_k(tail: Tail, *inputs: Any) -> jax.Array:
+    return _top_k_forward(tail, *inputs)[0]
 
 
-def _top_k_forward(tail, student_BxV, ids_Bxk, log_p_Bxk, weights_B, temperature):
+def _top_k_forward(
+    tail: Tail, student_BxV: jax.Array, ids_Bxk: jax.Array, log_p_Bxk: jax.Array, weights_B: jax.Array, temperature: Any
+):
     temperatures_Bx1 = column(temperature, weights_B, 1.0)
     center_Bx1 = tempered_center(student_BxV, temperatures_Bx1, column(1 / temperature, weights_B, 2.0))
     log_q_Bxk = _log_q(student_BxV, ids_Bxk, center_Bx1, temperature)
@@ -103,7 +106,7 @@ def _top_k_forward(tail, student_BxV, ids_Bxk, log_p_Bxk, weights_B, temperature
     divergences_B = jnp.sum(p_Bxk * (log_p_Bxk - log_q_Bxk), axis=-1)
     if tail == "bucket" and ids_Bxk.shape[-1] < student_BxV.shape[-1]:
         others_BxV = student_BxV.at[jnp.arange(ids_Bxk.shape[0])[:, None], ids_Bxk].set(-jnp.inf)
-        # Summed by itself: 1 - (mass of q on S) would be all rounding error where the student is sure.
+        # A sum of its own: 1 - (mass of q on S) would be nothing but rounding error where the student is sure.
         others_center_Bx1 = tempered_center(others_BxV, temperatures_Bx1, column(1 / temperature, weights_B, 3.0))
         log_rest_q_Bx1 = (others_center_Bx1 - center_Bx1) / temperature
         rest_p_Bx1 = jnp.maximum(1.0 - mass_Bx1, 0.0)
@@ -119,7 +122,7 @@ def _top_k_forward(tail, student_BxV, ids_Bxk, log_p_Bxk, weights_B, temperature
     return weighted_sum(losses_B, weights_B), kept
 
 
-def _top_k_backward(tail, kept, cotangent):
+def _top_k_backward(tail: Tail, kept: tuple[jax.Array, ...], cotangent: jax.Array):
     del tail
     student_BxV, ids_Bxk, p_Bxk, weights_B, scale_B, temperature, center_Bx1, inside_Bx1, outside_Bx1 = kept
     counts_Bx1, scale_Bx1 = weights_B[:, None] > 0, (temperature * cotangent * scale_B)[:, None]
@@ -135,7 +138,7 @@ def _top_k_backward(tail, kept, cotangent):
 _top_k.defvjp(_top_k_forward, _top_k_backward)
 
 
-def _log_q(student_BxV, ids_Bxk, center_Bx1, temperature):
+def _log_q(student_BxV: jax.Array, ids_Bxk: jax.Array, center_Bx1: jax.Array, temperature: Any) -> jax.Array:
     """log q of the kept classes, float32 [B, k]."""
     chosen_Bxk = jnp.take_along_axis(student_BxV, ids_Bxk, axis=-1).astype(jnp.float32)
     return jnp.maximum((chosen_Bxk - center_Bx1) / temperature, LOWEST)
@@ -148,13 +151,13 @@ def sampled_targets(
 
     They are drawn from a proposal that is proportional to p ** power, and weighted with p / proposal / n, so that the
     weighted sum of their one-hot vectors is p on average: random sampling distillation (Anshumann et al., arXiv
-    2503.16870), without making the weights of a position sum to 1, which would bias them. power 1 gives every sample
-    the weight 1 / n; less than 1 draws rare classes more often. entropy is in nats, at the temperature.
+    2503.16870), but without making the weights of a position sum to 1, which would bias them. power 1 gives every
+    sample the weight 1 / n; less than 1 draws rare classes more often. entropy is in nats, at the temperature.
 
-    uniforms: float32 in [0, 1), one a sample, so that what is drawn does not depend on how positions are batched; a
-    class is found by inverting the cumulated proposal, to an accuracy of about 2**-23. They may also be drawn one in
-    each n-th part of [0, 1), which keeps the estimates unbiased and makes them vary less. Raises ValueError when their
-    shape is not [B, samples].
+    uniforms: float32 in [0, 1), one per sample, so that the draw does not depend on how positions are batched; a class
+    is found by inverting the cumulative proposal, to an accuracy of about 2**-23. One uniform from each n-th part of
+    [0, 1) keeps the estimates unbiased and makes them vary less. Raises ValueError when their shape is not
+    [B, samples].
     """
     logits_BxV, uniforms_Bxn = jnp.asarray(logits_BxV), jnp.asarray(uniforms_Bxn, jnp.float32)
     if uniforms_Bxn.shape != (logits_BxV.shape[0], samples) or samples < 1:
@@ -170,11 +173,9 @@ def sampled_targets(
 
 
 def _invert(uniforms_Bxn: jax.Array, masses_BxV: jax.Array, size: int = 64) -> jax.Array:
-    """int32 [B, n]: the class in which each uniform share of the cumulated masses lies, never one of mass 0.
-
-    In two steps, sums of `size` classes and the classes in one of them: cumulating all classes would take longer than
-    the teacher's logits.
-    """
+    """int32 [B, n]: the class that contains each uniform share of the cumulative masses, never one of mass 0."""
+    # Two steps, sums of `size` classes and the classes in one of them: a cumulative sum over all classes would take
+    # longer than the teacher's logits.
     rows, classes = masses_BxV.shape
     masses_BxGxS = jnp.pad(masses_BxV, ((0, 0), (0, -classes % size))).reshape(rows, -1, size)
     sums_BxG = jnp.cumsum(jnp.sum(masses_BxGxS, axis=-1), axis=-1)
@@ -182,12 +183,12 @@ def _invert(uniforms_Bxn: jax.Array, masses_BxV: jax.Array, size: int = 64) -> j
     group_Bxn = jax.vmap(_first_above)(sums_BxG, wanted_Bxn)
     before_Bxn = jnp.take_along_axis(jnp.pad(sums_BxG, ((0, 0), (1, 0))), group_Bxn, axis=-1)
     inside_BxnxS = jnp.cumsum(jnp.take_along_axis(masses_BxGxS, group_Bxn[:, :, None], axis=1), axis=-1)
-    place_Bxn = jax.vmap(jax.vmap(_first_above))(inside_BxnxS, (wanted_Bxn - before_Bxn)[:, :, None])[:, :, 0]
-    return jnp.minimum(group_Bxn * size + place_Bxn, classes - 1).astype(jnp.int32)
+    within_Bxn = jax.vmap(jax.vmap(_first_above))(inside_BxnxS, (wanted_Bxn - before_Bxn)[:, :, None])[:, :, 0]
+    return jnp.minimum(group_Bxn * size + within_Bxn, classes - 1).astype(jnp.int32)
 
 
 def _first_above(cumulated: jax.Array, wanted: jax.Array) -> jax.Array:
-    """The first index whose cumulated mass is above each wanted one; where rounding leaves none, the last with mass."""
+    """The first index whose cumulative mass exceeds each wanted one; if rounding leaves none, the last with mass."""
     last = cumulated[-1]
     below = jnp.nextafter(last, jnp.zeros_like(last))
     return jnp.searchsorted(cumulated, jnp.minimum(wanted, below), side="right")
@@ -217,11 +218,18 @@ def sampled_divergence(
 
 
 @jax.custom_vjp
-def _sampled(student_BxV, ids_Bxn, sample_weights_Bxn, entropy_B, weights_B, temperature):
-    return _sampled_forward(student_BxV, ids_Bxn, sample_weights_Bxn, entropy_B, weights_B, temperature)[0]
+def _sampled(*inputs: Any) -> jax.Array:
+    return _sampled_forward(*inputs)[0]
 
 
-def _sampled_forward(student_BxV, ids_Bxn, sample_weights_Bxn, entropy_B, weights_B, temperature):
+def _sampled_forward(
+    student_BxV: jax.Array,
+    ids_Bxn: jax.Array,
+    sample_weights_Bxn: Any,
+    entropy_B: Any,
+    weights_B: Any,
+    temperature: Any,
+):
     temperatures_Bx1 = column(temperature, weights_B, 1.0)
     center_Bx1 = tempered_center(student_BxV, temperatures_Bx1, column(1 / temperature, weights_B, 2.0))
     log_q_Bxn = _log_q(student_BxV, ids_Bxn, center_Bx1, temperature)
@@ -231,7 +239,7 @@ def _sampled_forward(student_BxV, ids_Bxn, sample_weights_Bxn, entropy_B, weight
     return weighted_sum(losses_B, weights_B), kept
 
 
-def _sampled_backward(kept, cotangent):
+def _sampled_backward(kept: tuple[jax.Array, ...], cotangent: jax.Array):
     student_BxV, ids_Bxn, sample_weights_Bxn, weights_B, scale_B, temperature, center_Bx1 = kept
     counts_Bx1, scale_Bx1 = weights_B[:, None] > 0, (temperature * cotangent * scale_B)[:, None]
     inverse_Bx1 = column(1 / temperature, weights_B, 4.0)

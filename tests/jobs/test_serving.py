@@ -146,7 +146,10 @@ def test_float_export_predicts_what_the_run_predicts(data, runs, tmp_path):
 def test_classes_that_pad_a_label_map_are_left_out(data, tmp_path):
     config, prepared = data
     model, params, maps = write_finetuned(tmp_path / "run", config, prepared, "dc")
-    wide = finetune.classifier(config.student, prepared, 0.0, "float32", "dc", {"domains": len(maps.domains) + 3})
+    sizes = {"domains": len(maps.domains) + 3}
+    wide = finetune.classifier(
+        config.student, prepared, config.finetune.dropout, config.compute_dtype, "dc", sizes
+    )
     head = params["domain_head"]
     padding = {"kernel": [(0, 0), (0, 3)], "bias": [(0, 3)]}
     classifier = {key: np.pad(leaf, padding[key], constant_values=9.0) for key, leaf in head["classifier"].items()}
@@ -173,7 +176,7 @@ def test_mistakes_are_one_sentence(data, runs, tmp_path):
         exported(data, tmp_path / "student", tmp_path / "out", int8=True)
     assert not (tmp_path / "out").exists()
     plain = exported(data, runs[0] / "dc", tmp_path / "plain")
-    with pytest.raises(UserError, match="a model for `transformers` alone; name the run"):
+    with pytest.raises(UserError, match="a model for `transformers` only; name the run"):
         predict.Predictor([str(plain)])
     out = exported(data, runs[0] / "dc", tmp_path / "int8", int8=True)
     about = json.loads((out / serving.ABOUT).read_text())

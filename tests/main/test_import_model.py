@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from kd_jax.config import base, from_dict
+from kd_jax.config.execution import Mesh
 from kd_jax.data.text.tokenizer import train_tokenizer
 from kd_jax.jobs import trained
 from kd_jax.main import distill, evaluate, finetune_dc, import_model, pretrain
@@ -54,7 +55,7 @@ def imported(data, folder, workdir):
 def read_back(workdir, prepared, config):
     block = trained.encoder_block(workdir, "x")
     model = Functional("mlm", encoder_config(block, prepared.tokenizer.vocab_size))
-    return trained.trained_params(workdir, model, make_mesh(config.mesh))
+    return trained.trained_params(workdir, model, make_mesh(Mesh()))
 
 
 def equal(one, other):
@@ -68,7 +69,7 @@ def test_import_is_a_finished_run(data, source, tmp_path, capsys):
     equal(read_back(tmp_path / "run", data[1], config), params)
     trained.check_tokenizer(tmp_path / "run", data[1], "x")
     assert len(trained.parameters_fingerprint(tmp_path / "run", "x")) == 64
-    assert trained.encoder_block(tmp_path / "run", "x").norm_epsilon == shape.norm_epsilon
+    assert trained.encoder_block(tmp_path / "run", "x")["norm_epsilon"] == shape.norm_epsilon
     before = (tmp_path / "run" / "DONE").read_text()
     import_model.run(config, tmp_path / "run")
     assert (tmp_path / "run" / "DONE").read_text() == before
@@ -132,7 +133,7 @@ def test_mistakes_leave_nothing(data, source, tmp_path):
     refused(r"holds no config\.json")
     write(other, shape, tensors, data[1].tokenizer, model_type="gpt2")
     refused(r"model_type: 'gpt2' is not supported")
-    write(other, shape, tensors, train_tokenizer(["eins zwei drei"] * 5, 40))
+    write(other, shape, tensors, train_tokenizer(["eins zwei drei"] * 5, "bpe", 40))
     refused(r"config\.prepared: its rows were made with another tokenizer.*: id \d+ stands for")
     write(other, shape, tensors, data[1].tokenizer, vocab_size=shape.vocab_size - 1)
     refused(rf"vocab_size is {shape.vocab_size - 1}, and the tokenizer has {shape.vocab_size} tokens")

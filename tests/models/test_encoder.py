@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from kd_jax.compile_check.hlo import Program
+from kd_jax.config.execution import Mesh
 from kd_jax.models.attention import rotary_tables, rotate
 from kd_jax.models.encoder import by_rows
 from kd_jax.models.encoder_config import PRESETS, encoder_config
@@ -175,7 +175,7 @@ def in_mesh(mesh):
 
 
 def test_layers_are_gathered_and_activations_are_not_summed():
-    mesh = make_mesh(ConfigDict({"data": 1, "fsdp": 8, "tensor": 1}))
+    mesh = make_mesh(Mesh(data=1, fsdp=8, tensor=1))
     model = Functional("mlm", small_config("modernbert"))
     batch = packed_batch([[7, 5]] * 8, 16)
     params = parameters(model)
@@ -198,11 +198,11 @@ def test_layers_are_gathered_and_activations_are_not_summed():
 
 
 def test_without_a_mesh_or_with_rows_that_do_not_divide_nothing_is_said():
-    mesh = make_mesh(ConfigDict({"data": 2, "fsdp": 4, "tensor": 1}))
+    mesh = make_mesh(Mesh(data=2, fsdp=4, tensor=1))
     x = np.ones((12, 2), np.float32)
     assert by_rows(x) is x and row_axes(8) == ((), 1)
     with in_mesh(mesh):
         assert by_rows(x) is x
         assert row_axes(8) == (("data", "fsdp"), 8)
-    with in_mesh(make_mesh(ConfigDict({"data": 1, "fsdp": 4, "tensor": 2}))):
+    with in_mesh(make_mesh(Mesh(data=1, fsdp=4, tensor=2))):
         assert row_axes(8) == (("fsdp",), 4)

@@ -5,9 +5,9 @@ import tempfile
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
+from kd_jax.config.execution import Mesh
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
 from kd_jax.models.huggingface.files import SINGLE, TensorFiles, check_files, load_params
@@ -18,7 +18,7 @@ def from_huggingface(tensors: dict[str, np.ndarray], config: EncoderConfig) -> d
     """Float32 parameters of kind "mlm" on one device; UserError as `check_files` raises it."""
     model, mesh = (
         Functional("mlm", config),
-        make_mesh(ConfigDict({"data": 1, "fsdp": 1, "tensor": 1}), jax.devices()[:1]),
+        make_mesh(Mesh(data=1, fsdp=1, tensor=1), jax.devices()[:1]),
     )
     layout = shardings(mesh, model.logical_axes(), model.abstract())
     with tempfile.TemporaryDirectory() as folder:
