@@ -78,7 +78,7 @@ def work(config: ConfigDict, directory: RunDirectory) -> dict[str, Any]:
 
 def check_shape(shape: EncoderConfig, start: str, prepared: Prepared, which: str) -> None:
     """Raises UserError where config.teacher or config.student computes something else than the model it starts from."""
-    saved = encoder_config(trained.encoder_block(start, "pretrain.init_from").to_dict(), prepared.tokenizer.vocab_size)
+    saved = encoder_config(trained.encoder_block(start, "pretrain.init_from"), prepared.tokenizer.vocab_size)
     for field in dataclasses.fields(shape):
         mine, theirs = getattr(shape, field.name), getattr(saved, field.name)
         require(
