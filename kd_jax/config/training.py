@@ -1,10 +1,12 @@
 """Settings of the training jobs: steps and optimizer, the terms of the distillation loss, finetuning."""
 
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from kd_jax.config.settings import check, one_of
 
 SCHEDULES = ("linear", "cosine", "constant")
+Distance = Literal["cosine", "mse"]
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ class Hidden(Term):
     projection: auto (where the widths differ) | always | never: a learned map to the teacher's width.
     """
 
-    distance: str = "cosine"
+    distance: Distance = "cosine"
     layers: str = "uniform"
     projection: str = "auto"
 
@@ -174,7 +176,7 @@ class Hidden(Term):
 class Embeddings(Term):
     """Distance of the states before layer 0; see Hidden."""
 
-    distance: str = "mse"
+    distance: Distance = "mse"
     projection: str = "auto"
 
     def __post_init__(self):

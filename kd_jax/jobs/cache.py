@@ -96,7 +96,8 @@ def cached_side(
     def constants() -> dict[str, Any]:
         parts = [cache.attached(name) for name in DECODER[: len(decoder)]]
         arrays = tuple(
-            None if values is None else _placed(values, shape.sharding) for values, shape in zip(parts, decoder)
+            None if values is None or shape is None else _placed(values, shape.sharding)
+            for values, shape in zip(parts, decoder)
         )
         return {**teacher.constants(), **({"decoder": arrays} if decoder else {})}
 
@@ -107,7 +108,7 @@ def cached_side(
     return TeacherSide(form, ((0, (), constants),), batches, None, tables)
 
 
-def _placed(values: np.ndarray, sharding: jax.sharding.NamedSharding) -> jax.Array:
+def _placed(values: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     """An array of which every device gets its own part, read from `values`, which may be memory-mapped."""
     return jax.make_array_from_callback(values.shape, sharding, lambda index: np.ascontiguousarray(values[index]))
 

@@ -1,20 +1,20 @@
 """Distillation at the masked-LM stage: the teacher's logits, hidden states and relations, mixed with the hard loss."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kd_jax.config.training import Loss
+from kd_jax.config import training
 from kd_jax.losses.blocked import block_for, blocked_losses
 from kd_jax.losses.features import hidden_distance, relation_divergence
 from kd_jax.models.functional import Captured, Functional
 from kd_jax.models.heads import gather_positions
 from kd_jax.models.projection import WithProjections
-from kd_jax.steps.objective import Objective, linear
+from kd_jax.steps.objective import Frozen, Key, Loss, Objective, Scales, linear
 from kd_jax.steps.teacher_logits import TeacherForm, term_sums
 from kd_jax.types import Array, Batch, Params, Term
 
@@ -25,7 +25,7 @@ _FEATURES = "teacher_features_{}"  # batch fields with each teacher's features, 
 
 
 @dataclass(frozen=True)
-class DistillSettings(Loss):
+class DistillSettings(training.Loss):
     """The loss as the step computes it: hashable, with layers resolved to pairs (student's, teacher's).
 
     once: the teacher predicts a step's whole batch before it is split into micro-batches.
@@ -72,7 +72,7 @@ def make_distill_objective(
     """
     form = settings.form
 
-    def predict(frozen: Mapping[str, Any], batch: Batch) -> tuple[Captured, ...]:
+    def predict(frozen: Frozen, batch: Batch) -> tuple[Captured, ...]:
         """The teachers' states; nothing where no term reads them."""
         if not (settings.kl.used or settings.features):
             return ()
@@ -83,14 +83,14 @@ def make_distill_objective(
             for teacher, params in zip(teachers, jax.lax.stop_gradient(frozen["teachers"]), strict=True)
         )
 
-    def features_of(frozen: Mapping[str, Any], states: tuple[Captured, ...]) -> tuple[jax.Array, ...]:
+    def features_of(frozen: Frozen, states: tuple[Captured, ...]) -> tuple[jax.Array, ...]:
         every = zip(teachers, frozen["teachers"], states)
         return tuple(teacher.mlm_features(params, one.hidden) for teacher, params, one in every)
 
-    def predictions(frozen: Mapping[str, Any], batch: Batch, states: tuple[Captured, ...]) -> dict[str, Any]:
+    def predictions(frozen: Frozen, batch: Batch, states: tuple[Captured, ...]) -> dict[str, Any]:
         """The teacher's side of the KL term at each position, by the names that `term_sums` reads."""
         if form.cached:
-            fields = {name: batch[name] for name in form.fields}
+            fields: dict[str, Any] = {name: batch[name] for name in form.fields}
             if form.kind == "hidden":
                 fields["teacher_features"] = (fields["teacher_features"].astype(student.student.compute_dtype),)
             return fields
@@ -98,7 +98,7 @@ def make_distill_objective(
             return {"teacher_features": tuple(batch[_FEATURES.format(number)] for number in range(len(teachers)))}
         return {"teacher_features": features_of(frozen, states)}
 
-    def constants_of(frozen: Mapping[str, Any]) -> dict[str, Any]:
+    def constants_of(frozen: Frozen) -> dict[str, Any]:
         constants = {"kept": frozen["kept"]} if "kept" in frozen else {}
         if form.kind == "hidden":
             live = zip(teachers, frozen.get("teachers", ()))
@@ -108,11 +108,11 @@ def make_distill_objective(
             constants["decoders"] = tuple((jnp.asarray(table).astype(dtype), bias) for table, bias in decoders)
         return constants
 
-    def loss(params, frozen, batch, key, scales, progress):
+    def loss(params: Params, frozen: Frozen, batch: Batch, key: Key, scales: Scales, progress: Array) -> Loss:
         mine = student.student_params(params)
         ours = student.student.capture(mine, batch, key, **settings.captured(0), columns_RxK=_columns(batch, settings))
-        states = () if form.cached or settings.once else predict(frozen, batch)
-        terms = _feature_terms(student, params, ours, states[0], batch, settings) if settings.features else {}
+        states: tuple[Captured, ...] = () if form.cached or settings.once else predict(frozen, batch)
+        terms = _feature_terms(student, params, ours, *states[:1], batch, settings) if settings.features else {}
         total = jnp.float32(0.0)
         for name, (value, _) in terms.items():
             total += scales[name] * value
@@ -126,7 +126,7 @@ def make_distill_objective(
         more, logit_terms = _logit_terms(student.student, mine, ours.hidden, batch, theirs, constants, scales, settings)
         return total + more, terms | logit_terms
 
-    def before(frozen: Mapping[str, Any], batch: Batch) -> dict[str, Array]:
+    def before(frozen: Frozen, batch: Batch) -> dict[str, Array]:
         """The teachers' features at the masked positions, [R, K, H] each."""
         every = features_of(frozen, predict(frozen, batch))
         return {_FEATURES.format(number): features for number, features in enumerate(every)}
@@ -153,9 +153,9 @@ def _logit_terms(
     params: Params,
     hidden: jax.Array,
     batch: Batch,
-    predictions,
+    predictions: Callable[[], dict[str, Any]],
     constants: dict[str, Any],
-    scales: Mapping[str, Array],
+    scales: Scales,
     settings: DistillSettings,
 ) -> tuple[Array, dict[str, Term]]:
     """Loss and terms "kl", "mlm" and "accuracy" from the student's hidden states, [R, K, H] at the masked positions or,
@@ -163,7 +163,7 @@ def _logit_terms(
     """
     table, bias = student.decoder(params)
 
-    def run(states, names: tuple[str, ...], targets, weights) -> tuple[Array, dict[str, Term]]:
+    def run(states: jax.Array, names: tuple[str, ...], targets: Array, weights: Array) -> tuple[Array, dict[str, Term]]:
         per_position = {"targets": jnp.asarray(targets), "weights": weights}
         if "kl" in names:
             per_position |= predictions()
@@ -197,7 +197,7 @@ def _feature_terms(
     weights = real_tokens(batch)
     terms = {}
 
-    def projected(name: str, states):
+    def projected(name: str, states: jax.Array) -> jax.Array:
         return student.project(params, name, states) if student.has(name) else states
 
     if settings.hidden.used:

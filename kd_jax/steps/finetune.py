@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from kd_jax.losses.logits import masked_cross_entropy
 from kd_jax.models.functional import Functional
-from kd_jax.steps.objective import Objective, scaled_sum
+from kd_jax.steps.objective import Frozen, Key, Loss, Objective, Scales, scaled_sum
 from kd_jax.types import Array, Batch, Params, Term
 
 # Added to the logits of classes that only pad the label map to a common size; the losses leave such classes out.
@@ -28,7 +28,7 @@ def utterance_accuracy(logits_RxSxC: Array, batch: Batch) -> Term:
 def make_dc_objective(model: Functional, label_smoothing: float) -> Objective:
     """Cross entropy of the domain."""
 
-    def loss(params, frozen, batch, key, scales, progress):
+    def loss(params: Params, frozen: Frozen, batch: Batch, key: Key, scales: Scales, progress: Array) -> Loss:
         del progress
         logits = model.domain_logits(params, batch, key) + frozen["utterance_classes"][None, None, :]
         labels = jnp.maximum(batch["utterance_labels"], 0)
@@ -46,7 +46,7 @@ def make_dc_objective(model: Functional, label_smoothing: float) -> Objective:
 def make_icner_objective(model: Functional, label_smoothing: float, tag_weight: float) -> Objective:
     """Cross entropy of the intent plus tag_weight times that of the BIO tags on first sub-words."""
 
-    def loss(params, frozen, batch, key, scales, progress):
+    def loss(params: Params, frozen: Frozen, batch: Batch, key: Key, scales: Scales, progress: Array) -> Loss:
         del progress
         intent_logits, tag_logits = icner_logits(model, params, frozen, batch, key)
         labels = jnp.maximum(batch["utterance_labels"], 0)
@@ -60,13 +60,15 @@ def make_icner_objective(model: Functional, label_smoothing: float, tag_weight: 
         }
         return scaled_sum(terms, scales)
 
-    def weights(batch):
+    def weights(batch: Batch) -> Scales:
         return {"intent": jnp.sum(labeled_weights(batch)), "tags": jnp.sum(batch["tag_weights"])}
 
     return Objective(weights, lambda progress: {"intent": 1.0, "tags": tag_weight}, loss)
 
 
-def icner_logits(model: Functional, params: Params, frozen, batch: Batch, key=None) -> tuple[Array, Array]:
+def icner_logits(
+    model: Functional, params: Params, frozen: Frozen, batch: Batch, key: Key = None
+) -> tuple[Array, Array]:
     """Intent logits [R, S, I] and tag logits [R, L, T], classes that only pad the label map made impossible."""
     intent_logits, tag_logits = model.intent_and_tag_logits(params, batch, key)
     return intent_logits + frozen["utterance_classes"][None, None, :], tag_logits + frozen["tag_classes"][None, None, :]

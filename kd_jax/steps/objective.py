@@ -9,6 +9,11 @@ import jax.numpy as jnp
 
 from kd_jax.types import Array, Batch, Params, Term
 
+Frozen = Mapping[str, Any]  # what a step reads and never changes: a teacher, class masks
+Key = jax.Array | None  # of dropout; None is deterministic
+Scales = Mapping[str, Array]  # a float32 scalar for each term
+Loss = tuple[Array, Mapping[str, Term]]  # the loss, and (sum, weight) of each term and metric
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -18,17 +23,17 @@ class Objective:
     coefficients: progress in [0, 1] -> loss term -> factor; the names here are the terms of the loss.
     loss: (params, frozen, micro_batch, key, scales, progress) -> (loss, name -> (sum, weight)); scales holds factor /
     weight of each term, so the loss is the sum of scales[name] * sum of that term. The pairs may hold metrics that are
-    no part of the loss. before: (frozen, batch) -> fields that join the batch of a step before it is cut into
+    no part of the loss. before: (frozen, batch) -> fields that join the batch of a step before it is split into
     micro-batches, not differentiated; None has none.
     """
 
-    weights: Callable[[Batch], Mapping[str, Array]]
+    weights: Callable[[Batch], Scales]
     coefficients: Callable[[Array], Mapping[str, Array | float]]
-    loss: Callable[[Params, Any, Batch, jax.Array, Mapping[str, Array], Array], tuple[Array, Mapping[str, Term]]]
-    before: Callable[[Any, Batch], Mapping[str, Array]] | None = None
+    loss: Callable[[Params, Frozen, Batch, Key, Scales, Array], Loss]
+    before: Callable[[Frozen, Batch], Mapping[str, Array]] | None = None
 
 
-def scaled_sum(terms: Mapping[str, Term], scales: Mapping[str, Array]) -> tuple[Array, Mapping[str, Term]]:
+def scaled_sum(terms: Mapping[str, Term], scales: Scales) -> Loss:
     """The loss of terms that were all formed by themselves, and the terms."""
     total = jnp.float32(0.0)
     for name, scale in scales.items():

@@ -3,12 +3,13 @@
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from kd_jax.losses.blocked import block_for, blocked_losses
 from kd_jax.losses.logits import distill_loss, masked_cross_entropy
 from kd_jax.models.functional import Functional
-from kd_jax.steps.objective import Objective
+from kd_jax.steps.objective import Frozen, Key, Loss, Objective, Scales
 from kd_jax.types import Array, Batch, Params, Term
 
 
@@ -19,7 +20,7 @@ def masked_accuracy(logits_RxKxV: Array, batch: Batch) -> Term:
     return jnp.sum(hits * weights), jnp.sum(weights)
 
 
-def masked_logits(model: Functional, params: Params, batch: Batch, key=None) -> Array:
+def masked_logits(model: Functional, params: Params, batch: Batch, key: Key = None) -> Array:
     """Logits [R, K, V] at the masked positions only."""
     return model.mlm_logits(params, model.hidden_at(params, batch, batch["masked_positions"], key))
 
@@ -28,11 +29,11 @@ def masked_logits(model: Functional, params: Params, batch: Batch, key=None) -> 
 def make_pretrain_objective(model: Functional) -> Objective:
     """Cross entropy at the masked positions, whose logits are formed in blocks."""
 
-    def of_block(logits_BxV, per_position, constants) -> Any:
+    def of_block(logits_BxV: jax.Array, per_position: Any, constants: Any) -> Any:
         targets, weights = per_position["targets"], per_position["weights"]
         return distill_loss(logits_BxV, (), targets, weights, 1.0, constants)
 
-    def loss(params, frozen, batch, key, scales, progress):
+    def loss(params: Params, frozen: Frozen, batch: Batch, key: Key, scales: Scales, progress: Array) -> Loss:
         del frozen, progress
         features = model.mlm_features(params, model.hidden_at(params, batch, batch["masked_positions"], key))
         table, bias = model.decoder(params)

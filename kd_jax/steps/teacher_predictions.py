@@ -20,7 +20,9 @@ def make_prediction_step(teacher: Functional, form: TeacherForm, settings: Mappi
     """
     kind, dtype = settings["format"], jnp.dtype(settings["dtype"])
 
-    def of_slot(features_RxH: jax.Array, uniforms, constants) -> tuple[dict[str, jax.Array], jax.Array]:
+    def of_slot(
+        features_RxH: jax.Array, uniforms: jax.Array, constants: Mapping[str, Any]
+    ) -> tuple[dict[str, jax.Array], jax.Array]:
         (logits_RxV,) = teacher_logits((features_RxH,), constants, form)
         temperature = constants["temperature"]
         if kind == "top_k":

@@ -20,7 +20,7 @@ def split_micro_batches(batch: Batch, accumulation: int) -> dict[str, Array]:
     Taking every accumulation-th row keeps each device's rows on that device when rows lie in contiguous blocks.
     """
 
-    def split(values):
+    def split(values: Array) -> Array:
         rows = values.shape[0]
         return jnp.moveaxis(values.reshape(rows // accumulation, accumulation, *values.shape[1:]), 1, 0)
 
@@ -65,7 +65,7 @@ def make_train_step(
             (loss, terms), gradients = gradient_of(state["params"], batch, key)
         else:
 
-            def body(total, indexed):
+            def body(total: Any, indexed: tuple[Array, Batch]) -> tuple[Any, None]:
                 index, micro = indexed
                 value = gradient_of(state["params"], micro, jax.random.fold_in(key, index))
                 return jax.tree.map(jnp.add, total, value), None
