@@ -100,9 +100,9 @@ class Prepared:
         copy, tokenizer = self._copy, self.manifest["tokenizer_fingerprint"]
         if copy is None:
             return [RowStore(self.folder / name, tokenizer) for name in names]
+        file_of = copy.file  # a type checker forgets in a lambda that `copy` is not None
         return [
-            RowStore(copy.folder / name, tokenizer, lambda file, name=name: copy.file(f"{name}/{file}"))
-            for name in names
+            RowStore(copy.folder / name, tokenizer, lambda file, name=name: file_of(f"{name}/{file}")) for name in names
         ]
 
 

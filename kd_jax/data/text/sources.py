@@ -1,4 +1,4 @@
-"""Streams the texts of one language of one source, whatever its format, in bounded memory."""
+"""Reads what the config names, whatever its format: the labeled utterances, and streams of texts in bounded memory."""
 
 import hashlib
 import itertools
@@ -30,6 +30,14 @@ class _Spoken(dict[int, int]):
 _SPOKEN = _Spoken()
 
 
+def to_spoken(text: str) -> str:
+    """The text as a speech recognizer would write it: lower case, no punctuation but apostrophes inside words."""
+    words = text.lower().translate(_SPOKEN).split()
+    if any(apostrophe in text for apostrophe in APOSTROPHES):
+        words = [stripped for word in words if (stripped := word.strip(APOSTROPHES))]
+    return " ".join(words)
+
+
 def load_utterances(nlu: Nlu, report: files.Report = files.raise_error) -> list[Utterance]:
     """The labeled utterances that `config.nlu` names, at most `nlu.max_train` train utterances per locale.
 
@@ -39,7 +47,7 @@ def load_utterances(nlu: Nlu, report: files.Report = files.raise_error) -> list[
     match nlu.format:
         case "embedded":
             from kd_jax.data.embedded.utterances import (
-                embedded_utterances,  # which brings packages that other formats do without
+                embedded_utterances,  # imports packages that only this format needs
             )
 
             utterances = embedded_utterances(nlu.locales)
@@ -50,14 +58,6 @@ def load_utterances(nlu: Nlu, report: files.Report = files.raise_error) -> list[
         case _:  # Nlu knows no other format than "huggingface"
             utterances = read_hub(nlu.name, nlu.locales, report)
     return subset_train(utterances, nlu.max_train) if nlu.max_train else utterances
-
-
-def to_spoken(text: str) -> str:
-    """The text as a speech recognizer would write it: lower case, no punctuation but apostrophes inside words."""
-    words = text.lower().translate(_SPOKEN).split()
-    if any(apostrophe in text for apostrophe in APOSTROPHES):
-        words = [stripped for word in words if (stripped := word.strip(APOSTROPHES))]
-    return " ".join(words)
 
 
 def read_texts(
