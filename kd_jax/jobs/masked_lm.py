@@ -1,7 +1,8 @@
 """What pretrain and distill share: masked-LM rows in, a trained encoder and its held-out losses out."""
 
 import functools
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,13 +10,10 @@ import numpy as np
 
 from kd_jax.config import require
 from kd_jax.config.data import Masking, Transfer
-from kd_jax.config.execution import Execution
 from kd_jax.config.training import Training
-from kd_jax.data.batches import MaskedBatches, heldout_batches, process_slice
+from kd_jax.data.batches import heldout_batches, process_slice
 from kd_jax.data.prepared import Prepared
-from kd_jax.data.teacher_cache import CachedBatches
 from kd_jax.data.transfer_set import TransferSet
-from kd_jax.jobs.job import Job, train
 from kd_jax.models.encoder_config import encoder_config
 from kd_jax.models.functional import Functional
 from kd_jax.models.projection import WithProjections
@@ -23,7 +21,6 @@ from kd_jax.runtime.files import write_json
 from kd_jax.runtime.preemption import interruptible
 from kd_jax.steps.pretrain import make_heldout_step
 from kd_jax.trainer.mesh import global_batch, process_share
-from kd_jax.trainer.run_directory import RunDirectory
 from kd_jax.types import Params
 
 HELDOUT = "heldout.json"
@@ -57,20 +54,15 @@ def transfer_set_of(transfer: Transfer, prepared: Prepared, seed: int) -> Transf
     return TransferSet(prepared.stores("train"), transfer=transfer, seed=seed, weights=weights)
 
 
-def train_masked_lm(
-    directory: RunDirectory,
-    prepared: Prepared,
-    mesh: jax.sharding.Mesh,
-    execution: Execution,
-    *,
-    settings: Training,
-    batches: MaskedBatches | CachedBatches,
-    masking: Masking,
+def heldout_evaluation(
     model: Functional | WithProjections,
-    notes: Mapping[str, Any] | None = None,
-    **job: Any,
-) -> dict[str, Any]:
-    """Trains a masked LM and writes its held-out losses; job: the other fields of `Job`."""
+    prepared: Prepared,
+    masking: Masking,
+    mesh: jax.sharding.Mesh,
+    settings: Training,
+    folder: pathlib.Path,
+) -> Callable[[Params, int], dict[str, float]]:
+    """The evaluation of a masked-LM job: held-out losses as metrics, and by store in heldout.json."""
     encoder = model.student if isinstance(model, WithProjections) else model
 
     def evaluate(params: Params, step: int) -> dict[str, float]:
@@ -78,13 +70,10 @@ def train_masked_lm(
         own = model.student_params(params) if isinstance(model, WithProjections) else params
         rows = heldout_rows(encoder, own, prepared, masking, mesh, settings.batch_size, settings.evaluate_rows)
         if jax.process_index() == 0:
-            write_json(directory.path / HELDOUT, rows)
+            write_json(folder / HELDOUT, rows)
         return summarize(rows)
 
-    realized = batches.transfer_set.describe(settings.steps * settings.batch_size)
-    notes = {"tokenizer_fingerprint": prepared.tokenizer.fingerprint, "realized": realized, **(notes or {})}
-    made = Job(settings=settings, model=model, batches=batches, evaluate=evaluate, notes=notes, **job)
-    return train(made, directory, mesh, execution)
+    return evaluate
 
 
 @functools.cache

@@ -109,7 +109,8 @@ def read(folder: pathlib.Path) -> Served:
         raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}); export the model again") from error
     params = dequantized(tensors)
     found, wanted = (
-        {name: np.shape(leaf) for name, leaf in flatten_dict(tree, sep=".").items()} for tree in (params, model.abstract())
+        {name: np.shape(leaf) for name, leaf in flatten_dict(tree, sep=".").items()}
+        for tree in (params, model.abstract())
     )
     if found != wanted:
         wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))

@@ -15,8 +15,8 @@ from kd_jax.config.training import Distill
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.jobs import cache, teachers
-from kd_jax.jobs.job import Phase
-from kd_jax.jobs.masked_lm import encoder_model, train_masked_lm, transfer_set_of
+from kd_jax.jobs.job import Job, Phase, train
+from kd_jax.jobs.masked_lm import encoder_model, heldout_evaluation, transfer_set_of
 from kd_jax.main import command
 from kd_jax.steps.distill import make_distill_objective
 from kd_jax.trainer.mesh import make_mesh
@@ -54,11 +54,8 @@ def work(config: ConfigDict, directory: RunDirectory) -> dict[str, Any]:
     init, remarks = None, []
     if distill.init == "teacher":
         init, remarks = teachers.initialization(distill, model, found[0], mesh)
-    return train_masked_lm(
-        directory,
-        prepared,
-        mesh,
-        execution,
+    batches = side.batches(transfer_set_of(transfer, prepared, config.seed))
+    job = Job(
         settings=distill,
         seed=config.seed,
         model=model,
@@ -66,17 +63,20 @@ def work(config: ConfigDict, directory: RunDirectory) -> dict[str, Any]:
             Phase(start, make_distill_objective(model, models, settings), constants)
             for start, models, constants in side.phases
         ),
-        batches=side.batches(transfer_set_of(transfer, prepared, config.seed)),
-        masking=masking,
+        batches=batches,
+        evaluate=heldout_evaluation(model, prepared, masking, mesh, distill, directory.path),
         init=init,
         rules=execution.sharding.student,
         tables=side.tables,
         notes={
+            "tokenizer_fingerprint": prepared.tokenizer.fingerprint,
+            "realized": batches.transfer_set.describe(distill.steps * distill.batch_size),
             "terms": {name: [term.weight, term.last] for name, term in distill.used.items()},
             "projections": [list(one) for one in model.projections],
             "remarks": remarks,
         },
     )
+    return train(job, directory, mesh, execution)
 
 
 COMMAND = command.Command("distill", "Distills a student from a teacher.", keys, work)

@@ -19,8 +19,8 @@ from kd_jax.data.batches import MaskedBatches
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.jobs import trained
-from kd_jax.jobs.job import Phase
-from kd_jax.jobs.masked_lm import encoder_model, train_masked_lm, transfer_set_of
+from kd_jax.jobs.job import Job, Phase, train
+from kd_jax.jobs.masked_lm import encoder_model, heldout_evaluation, transfer_set_of
 from kd_jax.main import command
 from kd_jax.models.encoder_config import EncoderConfig, encoder_config
 from kd_jax.models.functional import Functional
@@ -60,20 +60,21 @@ def work(config: ConfigDict, directory: RunDirectory) -> dict[str, Any]:
         objective = make_head_objective(model)
         pretrain = dataclasses.replace(pretrain, weight_decay=0.0)  # decay would move the frozen encoder
     transfer_set = transfer_set_of(transfer, prepared, config.seed)
-    return train_masked_lm(
-        directory,
-        prepared,
-        mesh,
-        execution,
+    job = Job(
         settings=pretrain,
         seed=config.seed,
         model=model,
         phases=(Phase(0, objective),),
         batches=MaskedBatches(transfer_set.stores, transfer_set, masking, prepared.tokenizer, pretrain.batch_size),
-        masking=masking,
+        evaluate=heldout_evaluation(model, prepared, masking, mesh, pretrain, directory.path),
         init=(lambda _: trained.trained_params(start, model, mesh, rules=rules)) if start else None,
         rules=rules,
+        notes={
+            "tokenizer_fingerprint": prepared.tokenizer.fingerprint,
+            "realized": transfer_set.describe(pretrain.steps * pretrain.batch_size),
+        },
     )
+    return train(job, directory, mesh, execution)
 
 
 def check_shape(shape: EncoderConfig, start: str, prepared: Prepared, which: str) -> None:
