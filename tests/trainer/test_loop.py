@@ -204,7 +204,7 @@ def test_logging_and_checkpoint_intervals_may_change_on_resume(tmp_path):
 
 
 def test_progress_prints_the_lines_and_writes_json_rows(tmp_path, capsys):
-    train(tmp_path, toy_job(steps=2), lines=["kernel 8 x 4"], progress=True, tensorboard=True)
+    train(tmp_path, toy_job(steps=2, warmup_steps=1), lines=["kernel 8 x 4"], progress=True, tensorboard=True)
     assert "kernel 8 x 4" in capsys.readouterr().err
     assert list((tmp_path / "tensorboard").glob("events.*"))
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
