@@ -15,14 +15,13 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.data.text.utterances import LabelMaps
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
-from kd_jax.models.int8 import dequantized, quantized
+from kd_jax.models.int8 import dequantized, flat_names, quantized
 from kd_jax.runtime.files import read_json, write_json
 from kd_jax.runtime.paths import as_path, need_local
 from kd_jax.types import Array, Params, UserError
@@ -74,8 +73,8 @@ def write(
         "encoder": dataclasses.asdict(model.config),
         **{name: list(classes[name]) for name in CLASSES[model.kind]},
     }
-    leaves: dict[str, Any] = flatten_dict(params, sep=".")
-    tensors = quantized(params) if int8 else {name: np.asarray(leaf) for name, leaf in leaves.items()}
+    whole = {name: np.asarray(leaf) for name, leaf in flat_names(params).items()}
+    tensors = quantized(params) if int8 else whole
     write_json(folder / ABOUT, about)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "np"})
     if program:
@@ -109,8 +108,7 @@ def read(folder: pathlib.Path) -> Served:
         raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}); export the model again") from error
     params = dequantized(tensors)
     found, wanted = (
-        {name: np.shape(leaf) for name, leaf in flatten_dict(tree, sep=".").items()}
-        for tree in (params, model.abstract())
+        {name: leaf.shape for name, leaf in flat_names(tree).items()} for tree in (params, model.abstract())
     )
     if found != wanted:
         wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))

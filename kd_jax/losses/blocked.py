@@ -169,8 +169,8 @@ _BY_ROW = (True, False, False, True, False)
 
 def _narrow(operands: _Operands) -> _Operands:
     """With the table in the dtype of the features: devices then gather it in the dtype that it is multiplied in."""
-    features_RxKxH, table_VxH, *rest = operands
-    return features_RxKxH, table_VxH.astype(features_RxKxH.dtype), *rest
+    features_RxKxH, table_VxH, bias_V, per_position, constants = operands
+    return features_RxKxH, table_VxH.astype(features_RxKxH.dtype), bias_V, per_position, constants
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

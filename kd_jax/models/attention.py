@@ -1,5 +1,7 @@
 """Self-attention on packed rows, with rotary positions where the family has them."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,7 +66,8 @@ class Attention(nnx.Module):
         With columns `at_RxK` of each row, only those have queries: the mixed values are [R * K, H], queries
         [R, K, N, D].
         """
-        rows, dtype, query_tables = mask_RxLxL.shape[0], x_TxH.dtype, tables
+        rows, dtype = mask_RxLxL.shape[0], x_TxH.dtype
+        query_tables: Any = tables
         # Split, not sliced: the gradient is then one concatenation, not a sum of three padded arrays.
         if at_RxK is None:
             parts = jnp.split(self.query_key_value(x_TxH), 3, axis=1)

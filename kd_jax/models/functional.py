@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +133,7 @@ def _head_key(dropout_key: jax.Array | None, head: int) -> jax.Array | None:
 
 
 @functools.cache
-def _graph_and_state(model: Functional) -> tuple[nnx.GraphDef, nnx.State]:
+def _graph_and_state(model: Functional) -> tuple[Any, Any]:
     # Shapes only, and cached: merging parameters into this graph is all that a call costs at trace time.
     return nnx.split(nnx.eval_shape(lambda: _Model(model, nnx.Rngs(params=0))))
 
@@ -141,7 +141,7 @@ def _graph_and_state(model: Functional) -> tuple[nnx.GraphDef, nnx.State]:
 def parameter_count(params: Params) -> dict[str, int]:
     """{"total": all, "without_embeddings": without the token, position and type tables and the decoder's bias}."""
     total = embeddings = 0
-    for path, leaf in flatten_dict(params).items():
+    for path, leaf in cast(Any, flatten_dict(params)).items():
         size = math.prod(leaf.shape)
         total += size
         if (path[:2] == ("encoder", "embeddings") and path[2] != "norm") or path == ("mlm_head", "bias"):

@@ -7,6 +7,7 @@ Norms and biases stay float32; they are less than a hundredth of the bytes.
 
 import math
 from collections.abc import Mapping
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,11 @@ from kd_jax.types import Array, Params
 SCALE = ".scale_int8"  # suffix of the name of a matrix's scales
 _LARGEST = 127  # -128 is left out, so that the range is symmetric
 _TABLES = ("tokens", "positions", "types")
+
+
+def flat_names(params: Params) -> dict[str, Any]:
+    """{"encoder.layers.mlp.input.kernel": array, ...}."""
+    return cast(Any, flatten_dict(params, sep="."))  # flax's own types are a union of everything it might hold
 
 
 def input_axes(name: str, ndim: int) -> tuple[int, ...] | None:
@@ -40,7 +46,7 @@ def quantized(params: Params) -> dict[str, np.ndarray]:
     and the rest in float32. The error of a weight is at most half its scale.
     """
     tensors: dict[str, np.ndarray] = {}
-    for name, leaf in flatten_dict(params, sep=".").items():
+    for name, leaf in flat_names(params).items():
         values = np.asarray(leaf, np.float32)
         axes = input_axes(name, values.ndim)
         if axes is None:
@@ -66,7 +72,7 @@ def dequantized(tensors: Mapping[str, Array]) -> Params:
 def weight_bytes(abstract: Params) -> dict[str, int]:
     """{"float32": bytes of all parameters, "int8": the same with matrices in int8, scales included}."""
     whole = small = 0
-    for name, leaf in flatten_dict(abstract, sep=".").items():
+    for name, leaf in flat_names(abstract).items():
         size, axes = math.prod(leaf.shape), input_axes(name, len(leaf.shape))
         whole += 4 * size
         scales = 0 if axes is None else size // math.prod(leaf.shape[axis] for axis in axes)

@@ -7,7 +7,7 @@ import math
 import pathlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +143,7 @@ def check_files(files: TensorFiles, config: EncoderConfig, *, stored_vocab_size:
     """
     names = canonical_names(files.names(), config)
     has_head = check_names(names.keys(), config)
-    shapes = flatten_dict(Functional("mlm", config).abstract())
+    shapes = _by_path(Functional("mlm", config).abstract())
     for entry in name_map(config) if has_head else body_map(config):
         expected = entry.their_shape(_part_shape(entry, shapes[entry.path].shape))
         if entry.path in _BY_TOKEN:
@@ -168,7 +168,7 @@ def load_params(
     hold it is read only in the parts that this process's devices hold.
     """
     names = canonical_names(files.names(), config)
-    shapes, placed = flatten_dict(Functional("mlm", config).abstract()), flatten_dict(shardings)
+    shapes, placed = _by_path(Functional("mlm", config).abstract()), _by_path(shardings)
     by_path: dict[Path, list[Tensor]] = defaultdict(list)
     for entry in name_map(config):
         if entry.name in names:
@@ -185,6 +185,10 @@ def load_params(
         draw = jax.jit(lambda key: Functional("mlm", config).init(key)["mlm_head"], out_shardings=shardings["mlm_head"])
         params["mlm_head"] = draw(head_key)
     return params
+
+
+def _by_path(tree: Any) -> dict[Path, Any]:
+    return cast(Any, flatten_dict(tree))
 
 
 def _whole(files: TensorFiles, name: str, entry: Tensor, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:

@@ -40,7 +40,7 @@ def case(request):
 
 def layout(config, **axes):
     model = Functional("mlm", config)
-    mesh = make_mesh(Mesh(-1, 1, 1, **axes))
+    mesh = make_mesh(Mesh(**axes))
     return shardings(mesh, model.logical_axes(), model.abstract())
 
 
