@@ -112,7 +112,8 @@ def make_distill_objective(
         mine = student.student_params(params)
         ours = student.student.capture(mine, batch, key, **settings.captured(0), columns_RxK=_columns(batch, settings))
         states: tuple[Captured, ...] = () if form.cached or settings.once else predict(frozen, batch)
-        terms = _feature_terms(student, params, ours, *states[:1], batch, settings) if settings.features else {}
+        # Terms on inner states have exactly one teacher, which predicts in the loop.
+        terms = _feature_terms(student, params, ours, states, batch, settings) if settings.features else {}
         total = jnp.float32(0.0)
         for name, (value, _) in terms.items():
             total += scales[name] * value
@@ -191,11 +192,17 @@ def _logit_terms(
 
 
 def _feature_terms(
-    student: WithProjections, params: Params, ours: Captured, theirs: Captured, batch: Batch, settings: DistillSettings
+    student: WithProjections,
+    params: Params,
+    ours: Captured,
+    states: tuple[Captured, ...],
+    batch: Batch,
+    settings: DistillSettings,
 ) -> dict[str, Term]:
     """The terms on inner states, each a mean over its layers (and parts) at every real token."""
     weights = real_tokens(batch)
     terms = {}
+    (theirs,) = states
 
     def projected(name: str, states: jax.Array) -> jax.Array:
         return student.project(params, name, states) if student.has(name) else states

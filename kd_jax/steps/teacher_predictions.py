@@ -21,7 +21,7 @@ def make_prediction_step(teacher: Functional, form: TeacherForm, settings: Mappi
     kind, dtype = settings["format"], jnp.dtype(settings["dtype"])
 
     def of_slot(
-        features_RxH: jax.Array, uniforms: jax.Array, constants: Mapping[str, Any]
+        features_RxH: jax.Array, uniforms: jax.Array, constants: dict[str, Any]
     ) -> tuple[dict[str, jax.Array], jax.Array]:
         (logits_RxV,) = teacher_logits((features_RxH,), constants, form)
         temperature = constants["temperature"]
