@@ -215,8 +215,8 @@ def _feature_terms(
         ]
         terms["hidden"] = _mean(pairs)
     if ours.embeddings is not None and theirs.embeddings is not None:
-        states = projected("embeddings", ours.embeddings)
-        terms["embeddings"] = hidden_distance(states, theirs.embeddings, weights, settings.embeddings.distance)
+        own = projected("embeddings", ours.embeddings)
+        terms["embeddings"] = hidden_distance(own, theirs.embeddings, weights, settings.embeddings.distance)
     if settings.relations.used:
         pairs = [
             relation_divergence(
