@@ -6,6 +6,7 @@ import pathlib
 import re
 import tomllib
 
+import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from ml_collections import ConfigDict
@@ -173,7 +174,8 @@ PAGE = """# Results
 
 def drawn(panel: Axes) -> dict[float, float]:
     """Row of the panel -> position of its marker."""
-    return {line.get_ydata()[0]: line.get_xdata()[0] for line in panel.lines if line.get_marker() not in ("None", "")}
+    markers = [line for line in panel.lines if line.get_marker() not in ("None", "")]
+    return {np.asarray(line.get_ydata())[0]: np.asarray(line.get_xdata())[0] for line in markers}
 
 
 def test_the_picture_shows_the_numbers_of_the_page():

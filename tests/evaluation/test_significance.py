@@ -90,7 +90,9 @@ def test_relative_change_and_ratio_metrics():
     got = compare(a, b)
     assert got.rate_a == pytest.approx(np.mean(a.numerator.sum(1) / denominator.sum()))
     assert got.relative == pytest.approx(got.rate_a / got.rate_b - 1)
-    assert got.relative_low < got.relative < got.relative_high < 0
+    low, high = got.relative_low, got.relative_high
+    assert low is not None and got.relative is not None and high is not None
+    assert low < got.relative < high < 0
     # Measured against a perfect baseline the relative change has no meaning.
     perfect = b._replace(numerator=np.zeros_like(b.numerator))
     assert compare(a, perfect).relative is None

@@ -140,8 +140,8 @@ def test_massive_mode_merges_neighbors_of_one_slot():
     ],
 )
 def test_massive_f1_by_hand(predicted, gold, expected):
-    tags = [["B-" + slot if slot else "O" for slot in side] for side in (gold, predicted)]
-    assert f1([count_slots(*tags, "massive")]) == pytest.approx(expected)
+    gold_tags, predicted_tags = (["B-" + slot if slot else "O" for slot in side] for side in (gold, predicted))
+    assert f1([count_slots(gold_tags, predicted_tags, "massive")]) == pytest.approx(expected)
 
 
 def test_bad_calls():

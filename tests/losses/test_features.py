@@ -95,11 +95,11 @@ def test_relation_divergence_matches_float64_where_widths_and_heads_differ(heads
 
 def terms(student, teacher, segments):
     """Every loss of this module, of states shaped [R, L, N, D]."""
-    flat = [x.reshape(*x.shape[:2], -1) for x in (student, teacher)]
+    flat_student, flat_teacher = (x.reshape(*x.shape[:2], -1) for x in (student, teacher))
     weights = (segments > 0).astype(np.float32)
     yield relation_divergence(student, teacher, segments, 3)
     for kind in ("cosine", "mse"):
-        yield hidden_distance(*flat, weights, kind)
+        yield hidden_distance(flat_student, flat_teacher, weights, kind)
 
 
 def test_a_packed_row_gives_the_sum_of_its_texts_alone_and_padding_adds_nothing():
@@ -114,7 +114,7 @@ def test_a_packed_row_gives_the_sum_of_its_texts_alone_and_padding_adds_nothing(
         segments[index, : here.sum()] = 1
     alone[0][segments == 0] *= -3.0
     packed = list(terms(student, teacher, SEGMENTS))
-    for (total, count), (other, other_count) in zip(packed, terms(*alone, segments), strict=True):
+    for (total, count), (other, other_count) in zip(packed, terms(alone[0], alone[1], segments), strict=True):
         np.testing.assert_allclose(total, other, rtol=1e-5)
         assert count == other_count == 13
 
@@ -161,8 +161,8 @@ def test_rows_without_tokens_and_extreme_states_are_safe(value):
 
 def test_bfloat16_states_are_reduced_in_float32():
     student, teacher = (jnp.asarray(states(seed, 3, 7, 2, 6), jnp.bfloat16) for seed in range(2))
-    wide = [np.asarray(x, np.float32) for x in (student, teacher)]
-    for (total, _), (expected, _) in zip(terms(student, teacher, SEGMENTS), terms(*wide, SEGMENTS), strict=True):
+    wide = terms(np.asarray(student, np.float32), np.asarray(teacher, np.float32), SEGMENTS)
+    for (total, _), (expected, _) in zip(terms(student, teacher, SEGMENTS), wide, strict=True):
         assert total.dtype == jnp.float32
         np.testing.assert_allclose(total, expected, rtol=1e-4)
 

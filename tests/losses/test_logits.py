@@ -14,7 +14,7 @@ def log_softmax64(logits, temperature=1.0):
     return scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
 
 
-def random_case(seed=0, shape=(3, 5), classes=11, scale=3.0):
+def random_case(seed=0, shape=(3, 5), classes=11, scale=3.0) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(seed)
     student = rng.normal(0, scale, (*shape, classes)).astype(np.float32)
     teacher = rng.normal(0, scale, (*shape, classes)).astype(np.float32)
@@ -191,7 +191,7 @@ def test_a_traced_temperature_gives_what_a_number_gives():
         np.testing.assert_allclose(value, expected, rtol=1e-5)
         expected_gradient = temperature * (np.exp(log_q) - np.exp(log_p)) * weights[..., None]
         np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)
-    assert run._cache_size() == 1
+    assert run._cache_size() == 1  # type: ignore[reportAttributeAccessIssue]  jax's protocol of a jitted function lacks it
 
 
 def test_most_likely_counts_targets_with_the_largest_logit():

@@ -370,9 +370,11 @@ def test_beside_a_hard_loss_in_blocks(kind):
     def loss(logits, per_position, constants):
         weights = per_position["weights"]
         if kind == "bucket":
-            soft = top_k_divergence(logits, *per_position["kept"], weights, constants, "bucket")[0]
+            ids, log_p = per_position["kept"]
+            soft = top_k_divergence(logits, ids, log_p, weights, constants, "bucket")[0]
         else:
-            soft = sampled_divergence(logits, *per_position["kept"], weights, constants)[0]
+            ids, sample_weights, entropy = per_position["kept"]
+            soft = sampled_divergence(logits, ids, sample_weights, entropy, weights, constants)[0]
         hard = masked_cross_entropy(logits, per_position["targets"], weights)[0]
         return 0.3 * soft + 0.7 * hard, {"kl": soft, "mlm": hard}
 

@@ -9,9 +9,11 @@ import pytest
 from configs import quickstart
 from kd_jax.config.data import Vocabulary
 from kd_jax.config.settings import read
+from kd_jax.data.batches import MaskedBatches
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.jobs import masked_lm, trained
+from kd_jax.jobs.cache import SUMMARY
 from kd_jax.main import cache_teacher, distill, prepare, pretrain, study
 from kd_jax.trainer.checkpoint import load_params
 from kd_jax.types import UserError
@@ -86,7 +88,7 @@ def test_students_from_the_cache_equal_those_of_the_teacher_in_the_loop(made, tm
 def test_a_cache_serves_every_share_and_seed_it_was_written_for_and_no_other(made, tmp_path):
     config = ready(made, cache__task_shares=(0.0, 1.0), cache__seeds=(0, 1), cache__format="sampled", cache__samples=8)
     cache_teacher.run(config, tmp_path / "cache")
-    summary = json.loads((tmp_path / "cache" / cache_teacher.SUMMARY).read_text())
+    summary = json.loads((tmp_path / "cache" / SUMMARY).read_text())
     assert 0 < summary["mass_kept"] < 1
     assert summary["bytes_per_position"] > 8 * 6
     assert {(one["task_share"], one["seed"]) for one in summary["runs"]} == {(0, 0), (0, 1), (1, 0), (1, 1)}
@@ -243,7 +245,7 @@ def test_a_schedule_of_teachers_resumes_in_its_second_phase_and_an_average_diffe
     assert kl[0][:2] == kl[1][:2]
     assert kl[0][2] != kl[1][2]
 
-    own = masked_lm.MaskedBatches.batch
+    own = MaskedBatches.batch
 
     def broken(self, step, *rest):
         if step == STEPS - 1:
@@ -252,7 +254,7 @@ def test_a_schedule_of_teachers_resumes_in_its_second_phase_and_an_average_diffe
 
     config.distill.checkpoint_every = 1
     with monkeypatch.context() as patch:
-        patch.setattr(masked_lm.MaskedBatches, "batch", broken)
+        patch.setattr(MaskedBatches, "batch", broken)
         with pytest.raises(ConnectionError):
             distill.run(config, tmp_path / "broken")
     assert (tmp_path / "broken" / "checkpoints" / str(STEPS - 1)).is_dir()

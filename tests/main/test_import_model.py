@@ -133,7 +133,7 @@ def test_mistakes_leave_nothing(data, source, tmp_path):
     refused(r"holds no config\.json")
     write(other, shape, tensors, data[1].tokenizer, model_type="gpt2")
     refused(r"model_type: 'gpt2' is not supported")
-    write(other, shape, tensors, train_tokenizer(["eins zwei drei"] * 5, "bpe", 40))
+    write(other, shape, tensors, train_tokenizer(["eins zwei drei"] * 5, 40))
     refused(r"config\.prepared: its rows were made with another tokenizer.*: id \d+ stands for")
     write(other, shape, tensors, data[1].tokenizer, vocab_size=shape.vocab_size - 1)
     refused(rf"vocab_size is {shape.vocab_size - 1}, and the tokenizer has {shape.vocab_size} tokens")

@@ -28,7 +28,7 @@ def test_product_and_its_gradients(inputs, outputs, leading):
         lambda x, kernel: product(x, kernel, len(inputs)), x.astype(np.float32), kernel.astype(np.float32)
     )
     by_x, by_kernel = pull(jnp.asarray(cotangent, jnp.float32))
-    np.testing.assert_allclose(value, (flat_x @ flat_kernel).reshape(cotangent.shape), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(value), (flat_x @ flat_kernel).reshape(cotangent.shape), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(by_x, (flat_cotangent @ flat_kernel.T).reshape(x.shape), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(by_kernel, (flat_x.T @ flat_cotangent).reshape(kernel.shape), rtol=1e-4, atol=1e-5)
 

@@ -69,6 +69,6 @@ def test_needs_projection():
         ("sometimes", (16, 24), "'sometimes' is unknown"),
     ],
 )
-def test_settings_that_contradict_the_widths(setting, widths, message):
+def test_settings_that_contradict_the_widths(setting, widths: tuple[int, int], message):
     with pytest.raises(UserError, match=rf"config\.distill\.hidden\.projection: {message}"):
         needs_projection(setting, *widths, "distill.hidden.projection")

@@ -15,12 +15,13 @@ class Terminal(io.StringIO):
 
 
 def test_a_terminal_sees_a_bar_with_loss_rates_and_time_left(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     with Progress("distill", 0, 10, ["table"]) as bar:
         for step in range(1, 6):
             bar.update(step, 2.5, RATES)
         bar.note("evaluating")
-        shown = sys.stderr.getvalue()
+        shown = terminal.getvalue()
     assert shown.startswith("table\n")
     assert "distill" in shown and "5/10" in shown and "evaluating" in shown
     assert "<" in shown  # tqdm's elapsed<remaining
@@ -69,10 +70,11 @@ def test_a_count_shows_a_line_now_and_then(monkeypatch, capsys):
 
 
 def test_a_count_is_a_bar_on_a_terminal(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     with Count("evaluate test", "utterances", 100) as count:
         count.update(50)
-        shown = sys.stderr.getvalue()
+        shown = terminal.getvalue()
     assert "evaluate test" in shown and "0/100" in shown
 
 

@@ -6,6 +6,7 @@ each kill what was on the disk, and FOLDER/starts.jsonl what each start read. At
 behind all others, and a run of the same steps that nobody kills notes in FOLDER/reference.json what there is at each.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -37,8 +38,7 @@ def job(steps: int):
 
 def goes_on(workdir: pathlib.Path, steps: int, digests: dict[int, str] | None = None, every: int = EVERY) -> None:
     """Trains up to `steps`; digests: takes in what there is after each step."""
-    settings = job(steps)
-    settings.checkpoint_every = every
+    settings = dataclasses.replace(job(steps), checkpoint_every=every)
     number, count = process_share(make_mesh(Mesh(-1, 1, 1)))
     jitted = jax.jit(make_step(make_optimizer(settings)))
     begun = False

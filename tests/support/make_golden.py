@@ -6,7 +6,7 @@ Needs PyTorch (the extra `parity`): PYTHONPATH=.:tests python tests/support/make
 import pathlib
 
 import numpy as np
-import torch
+import torch  # type: ignore[reportMissingImports]  of the extra `parity`, not in .venv
 
 from kd_jax.models.huggingface.checkpoint import TIED
 from kd_jax.models.huggingface.config import family as huggingface_family

@@ -43,7 +43,9 @@ def test_restores_exactly_and_onto_another_mesh(tmp_path):
         checkpoints.wait()
     with Checkpoints(tmp_path / FOLDER, keep=2) as checkpoints:
         for wanted in (abstract, other):
-            restored, restored_meta = checkpoints.restore(wanted)
+            found = checkpoints.restore(wanted)
+            assert found is not None
+            restored, restored_meta = found
             assert restored_meta == meta
             assert_equal(restored, state)
             for leaf, target in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted)):
@@ -62,8 +64,9 @@ def test_a_state_may_be_donated_while_it_is_being_written(tmp_path, devices):
             checkpoints.save(step, state, {})
             state = jax.block_until_ready(negate(state))
         checkpoints.wait()
-        restored, _ = checkpoints.restore({"w": jax.ShapeDtypeStruct((2_000_000,), jnp.float32, sharding=layout)})
-    np.testing.assert_array_equal(np.asarray(restored["w"]), np.arange(2_000_000.0, dtype=np.float32))
+        found = checkpoints.restore({"w": jax.ShapeDtypeStruct((2_000_000,), jnp.float32, sharding=layout)})
+    assert found is not None
+    np.testing.assert_array_equal(np.asarray(found[0]["w"]), np.arange(2_000_000.0, dtype=np.float32))
 
 
 def test_keeps_the_newest_and_never_saves_a_step_twice(tmp_path):

@@ -256,7 +256,7 @@ def test_utterances_give_their_train_partition():
 
 def test_embedded_is_asked_for_the_language(monkeypatch):
     module = types.ModuleType("kd_jax.data.embedded.utterances")
-    module.embedded_texts = lambda language: iter([f"text in {language}"])
+    vars(module)["embedded_texts"] = lambda language: iter([f"text in {language}"])
     monkeypatch.setitem(sys.modules, "kd_jax.data.embedded.utterances", module)
     assert read("embedded", language="hi") == ["text in hi"]
 

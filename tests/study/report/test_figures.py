@@ -33,7 +33,7 @@ def test_the_share_curve_goes_through_the_means_over_seeds(inputs):
         student = Student("distilled", set_name, "generic")
         expected.append(100 * np.mean(list(numbers.values(student, "dc", "error_rate").values())))
     assert list(line.get_xdata()) == [0, 50, 100]
-    np.testing.assert_allclose(line.get_ydata(), expected)
+    np.testing.assert_allclose(np.asarray(line.get_ydata()), expected)
 
 
 def test_every_seed_has_a_point_in_the_curve(inputs):

@@ -71,6 +71,7 @@ def test_heldout_loss_has_its_own_verdict():
         rows_of("distilled", "task", "generic", (4.60, 4.63, 4.69), **place),
     )
     text = findings.loss_text(numbers)
+    assert text is not None
     assert "lowest for task 100 %: 4.64 nats per masked token, against 7.05 (generic only)." in text
     assert findings.task_only_is_best(numbers, LOSS).status == findings.SEEN
 

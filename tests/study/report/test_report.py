@@ -123,8 +123,10 @@ def test_names_of_users_are_shown_as_they_are(tmp_path):
     inputs = synthetic_inputs(size=60, tasks=("dc",))
     similarity = [{**inputs.similarity[0], "domain": name}, *inputs.similarity[1:]]
     notes = [f"Mind {name}"]
-    inputs = dataclasses.replace(inputs, name=name, similarity=similarity, notes=notes, selected=())
-    inputs.provenance["command_line"] = f"run ``{name}``"
+    provenance = {**inputs.provenance, "command_line": f"run ``{name}``"}
+    inputs = dataclasses.replace(
+        inputs, name=name, similarity=similarity, notes=notes, selected=(), provenance=provenance
+    )
     write_report(tmp_path, inputs)
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     text = "".join(page.text)
