@@ -64,7 +64,7 @@ def test_needs_projection():
 @pytest.mark.parametrize(
     "setting, widths, message",
     [
-        ("always", (16, 16), "a projection where none is needed"),
+        ("always", (16, 16), "no projection is needed"),
         ("never", (16, 24), "a projection is missing, as the student is 16 wide and the teacher 24"),
         ("sometimes", (16, 24), "'sometimes' is unknown"),
     ],
