@@ -48,4 +48,4 @@ def row_axes(rows: int) -> tuple[tuple[str, ...], int]:
 
 
 class UserError(Exception):
-    """A mistake the user can mend; the message is one sentence with the place and the remedy."""
+    """A mistake the user can fix; the message is one sentence with file and line or config key, and how to fix it."""

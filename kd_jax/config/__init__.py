@@ -79,6 +79,6 @@ def resolved(config: ConfigDict, keys: Iterable[str]) -> dict[str, Any]:
 
 
 def require(condition: bool, key: str, problem: str, remedy: str) -> None:
-    """Raises a UserError that names the config key, what is wrong and how to mend it."""
+    """Raises a UserError that names the config key, what is wrong and how to fix it."""
     if not condition:
         raise UserError(f"config.{key}: {problem}; {remedy}")

@@ -64,12 +64,12 @@ def _first_difference(workdir: str | pathlib.Path, prepared: Prepared, key: str)
 
 def first_difference(theirs: Tokenizer, ours: Tokenizer) -> str:
     """The first id that two tokenizers read differently, as the end of a message."""
-    pieces = theirs.tokens(), ours.tokens()
-    for i, (one, other) in enumerate(itertools.zip_longest(*pieces)):
+    tokens = theirs.tokens(), ours.tokens()
+    for i, (one, other) in enumerate(itertools.zip_longest(*tokens)):
         if one != other:
             names = " and ".join("nothing" if token is None else repr(token) for token in (one, other))
-            return f": id {i} stands for {names} ({len(pieces[0])} and {len(pieces[1])} pieces)"
-    return ": the pieces are the same, but text is normalized or split in another way"
+            return f": id {i} stands for {names} ({len(tokens[0])} and {len(tokens[1])} tokens)"
+    return ": the tokens are the same, but text is normalized or split differently"
 
 
 def run_prepared(workdir: str | pathlib.Path, prepared: Prepared, key: str) -> Prepared:

@@ -67,21 +67,21 @@ def main(
 ) -> None:
     """Parses the flags and calls run(config, workdir); a UserError becomes one sentence and exit code 2.
 
-    instead: switches as name -> (function, help): with --NAME the function is called in place of `run`, with None where
-    there is no --workdir. Without needs_workdir the same holds of `run`, which then is a process of its own.
+    instead: switches, name -> (function, help): --NAME calls the function in place of `run`, with None where there is no
+    --workdir. Without needs_workdir `run` may also get None, and runs as a single process.
     """
     instead = instead or {}
     switches = {name: flags.DEFINE_boolean(name, False, text) for name, (_, text) in instead.items()}
     config_flag = config_flags.DEFINE_config_file("config", None, "File with the config: configs/FILE.py[:argument].")
     workdir_flag = flags.DEFINE_string("workdir", None, "Directory of this run; the same again resumes it.")
-    coordinator_flag = flags.DEFINE_string("coordinator", None, "Of several processes: HOST:PORT of process 0.")
-    processes_flag = flags.DEFINE_integer("processes", None, "How many there are; 1 keeps this one out of any job.")
-    process_flag = flags.DEFINE_integer("process", None, "Which of them this is, counted from 0.")
+    coordinator_flag = flags.DEFINE_string("coordinator", None, "Several processes: HOST:PORT of process 0.")
+    processes_flag = flags.DEFINE_integer("processes", None, "Several processes: how many; 1 runs this one alone.")
+    process_flag = flags.DEFINE_integer("process", None, "Several processes: number of this one, from 0.")
     usage = (
         f"{description}\n\n"
         f"  python -m {_module()} --config=configs/FILE.py[:argument] --workdir=DIR [--config.key=value ...]"
-        "\n\nOf several processes each is started with the same command; where TPU, SLURM, Open MPI or Kubernetes do "
-        "not tell\nthem their places, with --coordinator=HOST:PORT --processes=N --process=I too (docs/multi-host.md)."
+        "\n\nStart the same command in each of several processes. Without TPU, SLURM, Open MPI or Kubernetes, which "
+        "number\nthem, add --coordinator=HOST:PORT --processes=N --process=I (docs/multi-host.md)."
     )
     usage += "".join(f"\n  --{name}: {text}" for name, (_, text) in instead.items())
     app.usage = lambda *args, **kwargs: print(usage)
@@ -101,22 +101,22 @@ def main(
             missing = "--config" if config is None else "--workdir"
             fail(f"{missing} is missing; the form is --config=configs/FILE.py --workdir=DIR")
         try:
-            config.keys()  # a file that could not be loaded says so only when it is asked
+            config.keys()  # a file that cannot be loaded raises only here
         except OSError as error:
             given = next((word for word in argv if word.startswith("--config=")), "--config")
             fail(f"{given}: cannot be loaded ({str(error).strip().splitlines()[-1].strip()}); name a file of configs/")
         return rest
 
     def execute(_) -> None:
-        logging.set_verbosity(logging.WARNING)  # jax tells through absl which backends are not here
+        logging.set_verbosity(logging.WARNING)  # jax logs missing backends through absl
         config, workdir = config_flag.value, workdir_flag.value
-        assert config is not None, "parse has seen to it"
+        assert config is not None, "checked by parse"
         for name, switch in switches.items():
             if switch.value:
                 sys.exit(guarded(on_storage(instead[name][0]), config, workdir or None))
         if not needs_workdir:
             sys.exit(guarded(on_storage(run), config, workdir or None))
-        assert workdir, "parse has seen to it"
+        assert workdir, "checked by parse"
         try:
             place = cluster.from_flags(coordinator_flag.value, processes_flag.value, process_flag.value)
         except UserError as error:
@@ -133,7 +133,7 @@ def _module() -> str:
 
 
 def on_storage(run: Callable[[ConfigDict, Any], Any]) -> Callable[[ConfigDict, Any], Any]:
-    """The command as a function of the workdir's name, a local path or gs:// or s3://, instead of its path."""
+    """The command as a function of the workdir as given: a local path, gs:// or s3://."""
 
     def run_there(config: ConfigDict, workdir: str | None) -> Any:
         keep_copies_in(config.storage.local)
@@ -146,8 +146,8 @@ def explain_flags(error: Exception) -> str:
     """One sentence for what went wrong while the flags and the config were read."""
     if isinstance(error, UserError):
         return str(error)
-    told = error.args[0] if isinstance(error, KeyError) and error.args else error  # str() of a KeyError is a repr
-    message = " ".join(str(told).split())
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error  # str() of a KeyError is a repr
+    message = " ".join(str(text).split())
     if isinstance(error, AttributeError | KeyError) or "config." in message:
         return f"{message}; kd_jax/config/base.py declares every key"
     return message
@@ -167,7 +167,7 @@ def guarded(
 ) -> int:
     """Runs a command and returns its exit code: 0, 2 for a user's mistake, 75 when preempted after a checkpoint.
 
-    place: this process's in a job of several, which an error in one of them ends with the same codes.
+    place: this process's place in a job of several processes; an error in one of them ends all with the same code.
     """
     try:
         # Until the processes have met, SIGTERM ends this one at once: it has nothing to save.
@@ -181,7 +181,7 @@ def guarded(
 
 
 def outcome(error: BaseException) -> tuple[int, str]:
-    """The exit code that an error stands for, and what is said of it."""
+    """(exit code, message) of an error."""
     if isinstance(error, UserError):
         return MISTAKE, f"error: {error}"
     if isinstance(error, Preempted):

@@ -14,7 +14,7 @@ from kd_jax.types import Array, Batch, Params, Term
 
 
 def masked_accuracy(logits_RxKxV: Array, batch: Batch) -> Term:
-    """Masked tokens whose most likely piece is the original one."""
+    """Masked tokens whose most likely prediction is the original token."""
     hits = jnp.argmax(logits_RxKxV, axis=-1) == batch["masked_targets"]
     weights = batch["masked_weights"]
     return jnp.sum(hits * weights), jnp.sum(weights)

@@ -1,4 +1,4 @@
-"""The teacher's distribution at some positions, in whichever form it comes, and the losses against it."""
+"""The teacher's distribution at some positions, live or cached, and the losses against it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -39,11 +39,11 @@ class TeacherForm:
 
 
 def on_kept(logits: jax.Array, kept: Array, temperature: Array, form: TeacherForm) -> jax.Array:
-    """Logits over the student's pieces from logits over the teacher's, with the mass on the others where `dropped`
-    says.
+    """Logits over the student's tokens from logits over the teacher's.
 
-    logits [..., teacher pieces], kept int32 [student pieces] ascending -> [..., student pieces]. "renormalize" keeps
-    the ratios among the kept pieces; "unknown" adds the others' mass at this temperature to the unknown piece.
+    logits [..., teacher tokens], kept int32 [student tokens] ascending -> [..., student tokens]. form.dropped:
+    "renormalize" keeps the ratios among the kept tokens; "unknown" adds the probability of the others at this
+    temperature to the unknown token.
     """
     selected = jnp.take(logits, kept, axis=-1)
     if form.dropped == "renormalize":
@@ -58,7 +58,7 @@ def on_kept(logits: jax.Array, kept: Array, temperature: Array, form: TeacherFor
 def teacher_logits(
     features: tuple[jax.Array, ...], constants: dict[str, Any], form: TeacherForm
 ) -> tuple[jax.Array, ...]:
-    """Logits over the student's pieces of each teacher, not differentiated."""
+    """Each teacher's logits over the student's tokens, not differentiated."""
     temperature = constants["temperature"]
     every = []
     for states, (table, bias) in zip(features, constants["decoders"], strict=True):
