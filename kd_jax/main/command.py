@@ -67,8 +67,8 @@ def main(
 ) -> None:
     """Parses the flags and calls run(config, workdir); a UserError becomes one sentence and exit code 2.
 
-    instead: switches, name -> (function, help): --NAME calls the function in place of `run`, with None where there is no
-    --workdir. Without needs_workdir `run` may also get None, and runs as a single process.
+    instead: switches, name -> (function, help): --NAME calls the function in place of `run`, with None where there is
+    no --workdir. Without needs_workdir `run` may also get None, and runs as a single process.
     """
     instead = instead or {}
     switches = {name: flags.DEFINE_boolean(name, False, text) for name, (_, text) in instead.items()}
