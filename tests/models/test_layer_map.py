@@ -39,7 +39,7 @@ def test_layer_map(spec, student, teacher, expected):
         (("01",), "is no list of pairs"),
         ((), "is no list of pairs"),
         (3, "is no list of pairs"),
-        (((0, 3), (-2, 3)), r"the pair \(0, 3\) stands there twice"),
+        (((0, 3), (-2, 3)), r"the pair \(0, 3\) is listed twice"),
     ],
 )
 def test_layer_maps_that_cannot_be(spec, message):
