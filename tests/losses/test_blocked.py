@@ -1,6 +1,7 @@
 """Losses of blocks of logits: the same values and gradients as from all logits at once, in the memory of a block."""
 
 import contextlib
+import importlib.metadata
 import os
 import pathlib
 import re
@@ -9,7 +10,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -285,7 +285,7 @@ def compiled_memory(rows, slots, block, vocabulary=250_002, hidden=4):
 def test_peak_memory_is_below_three_blocks_of_logits(slots):
     """As XLA compiles by itself: a process of its own has not the flag that kd_jax sets for jaxlib 0.10.2."""
     program = f"from tests.losses.test_blocked import compiled_memory as of; a, b = of(16, {slots}, 128); print(a / b)"
-    flags = "--xla_cpu_experimental_ynn_fusion_type=+reduce" if jaxlib.__version__ == "0.10.2" else ""
+    flags = "--xla_cpu_experimental_ynn_fusion_type=+reduce" if importlib.metadata.version("jaxlib") == "0.10.2" else ""
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
