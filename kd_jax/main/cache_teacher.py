@@ -6,7 +6,6 @@ python -m kd_jax.main.cache_teacher --config=configs/FILE.py --workdir=DIR \\
 
 import dataclasses
 import pathlib
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -23,7 +22,6 @@ from kd_jax.jobs.teachers import KEY, find_teachers
 from kd_jax.main import command
 from kd_jax.runtime.files import read_json
 from kd_jax.trainer.mesh import make_mesh
-from kd_jax.trainer.run_directory import RunDirectory
 
 
 def keys(config: ConfigDict) -> tuple[str, ...]:
@@ -50,24 +48,27 @@ def resolve(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def work(config: ConfigDict, directory: RunDirectory) -> dict[str, Any] | None:
+def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
     """Writes the parts that are missing, and DONE when every part is there."""
+    del workdir
     execution = read_execution(config)
     vocabulary, cache = read(Vocabulary, config.vocabulary, "vocabulary"), read(Cache, config.cache, "cache")
     prepared = seen_by_student(Prepared(config.prepared), vocabulary)
     caches.check_tokens(cache, prepared.tokenizer.vocab_size)
     teachers = find_teachers(config[KEY], prepared, config.compute_dtype, execution.sharding.teacher)
     require(len(teachers) == 1, KEY, f"a cache holds one teacher's predictions, not {len(teachers)}", "name one")
-    return caches.write_cache(
+    transfer, masking = read(Transfer, config.transfer, "transfer"), read(Masking, config.masking, "masking")
+    mesh = make_mesh(execution.mesh)
+    return lambda directory: caches.write_cache(
         directory,
         cache,
-        read(Transfer, config.transfer, "transfer"),
-        read(Masking, config.masking, "masking"),
+        transfer,
+        masking,
         vocabulary,
         config.seed,
         teachers[0],
         prepared,
-        make_mesh(execution.mesh),
+        mesh,
         execution,
     )
 

@@ -1,7 +1,6 @@
 """The form that every command shares: --config, --workdir, one-sentence errors, exit codes."""
 
 import dataclasses
-import functools
 import pathlib
 import sys
 import traceback
@@ -23,6 +22,7 @@ from kd_jax.types import UserError
 MISTAKE = 2  # exit code of a user's mistake
 
 Run = Callable[[ConfigDict, pathlib.Path], Any]
+Work = Callable[[RunDirectory], dict[str, Any] | None]
 Instead = Callable[[ConfigDict, pathlib.Path | None], Any]
 
 
@@ -30,22 +30,23 @@ Instead = Callable[[ConfigDict, pathlib.Path | None], Any]
 class Command:
     """A command whose directory holds config.json, run.json and DONE, and which the same command line resumes.
 
-    keys(config): the config keys that decide what it computes. work(config, directory): starts or resumes it, and
-    returns what DONE is to say, or None where more is left to do. resolve(config): fills in values that follow from
-    others, before the config is recorded. show(config, workdir): prints what came of it.
+    keys(config): the config keys that decide what it computes. work(config, workdir): refuses whatever is wrong before
+    the directory is claimed, and returns the function that starts or resumes in it; that returns what DONE is to say,
+    or None where more is left to do. resolve(config): fills in values that follow from others, before the config is
+    recorded. show(config, workdir): prints what came of it.
     """
 
     name: str
     description: str
     keys: Callable[[ConfigDict], tuple[str, ...]]
-    work: Callable[[ConfigDict, RunDirectory], dict[str, Any] | None]
+    work: Callable[[ConfigDict, pathlib.Path], Work]
     resolve: Callable[[ConfigDict], ConfigDict] = lambda config: config
     show: Callable[[ConfigDict, pathlib.Path], None] = lambda config, workdir: None
 
     def run(self, config: ConfigDict, workdir: pathlib.Path) -> None:
         """Runs the command in its directory, unless it is done there."""
         config = self.resolve(config)
-        work = functools.partial(self.work, config)
+        work = self.work(config, workdir)
         run_once(workdir, self.name, resolved(config, self.keys(config)), read_execution(config), work)
 
     def main(self) -> None:

@@ -4,7 +4,7 @@ python -m kd_jax.main.distill --config=configs/FILE.py --workdir=DIR \\
     --config.prepared=DIR --config.teacher_checkpoint=DIR [--config.teacher_cache=DIR]
 """
 
-from typing import Any
+import pathlib
 
 from ml_collections import ConfigDict
 
@@ -20,7 +20,6 @@ from kd_jax.jobs.masked_lm import encoder_model, heldout_evaluation, transfer_se
 from kd_jax.main import command
 from kd_jax.steps.distill import make_distill_objective
 from kd_jax.trainer.mesh import make_mesh
-from kd_jax.trainer.run_directory import RunDirectory
 
 
 def keys(config: ConfigDict) -> tuple[str, ...]:
@@ -30,7 +29,7 @@ def keys(config: ConfigDict) -> tuple[str, ...]:
     return ("prepared", "seed", "transfer", "masking", "student", "vocabulary", *who, "distill", "compute_dtype")
 
 
-def work(config: ConfigDict, directory: RunDirectory) -> dict[str, Any]:
+def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
     """Trains config.student against the teachers of config.teacher_checkpoint, or their cached predictions."""
     distill, execution = read(Distill, config.distill, "distill"), read_execution(config)
     masking, transfer = read(Masking, config.masking, "masking"), read(Transfer, config.transfer, "transfer")
@@ -64,7 +63,7 @@ def work(config: ConfigDict, directory: RunDirectory) -> dict[str, Any]:
             for start, models, constants in side.phases
         ),
         batches=batches,
-        evaluate=heldout_evaluation(model, prepared, masking, mesh, distill, directory.path),
+        evaluate=heldout_evaluation(model, prepared, masking, mesh, distill, workdir),
         init=init,
         rules=execution.sharding.student,
         tables=side.tables,
@@ -76,7 +75,7 @@ def work(config: ConfigDict, directory: RunDirectory) -> dict[str, Any]:
             "remarks": remarks,
         },
     )
-    return train(job, directory, mesh, execution)
+    return lambda directory: train(job, directory, mesh, execution)
 
 
 COMMAND = command.Command("distill", "Distills a student from a teacher.", keys, work)

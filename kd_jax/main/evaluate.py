@@ -29,18 +29,23 @@ def keys(config: ConfigDict) -> tuple[str, ...]:
     return ("prepared", "evaluate", "compute_dtype")
 
 
-def work(config: ConfigDict, directory: RunDirectory) -> dict[str, Any]:
+def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
     """Predicts every utterance of config.evaluate.partition with the model of config.evaluate.checkpoint."""
     settings, execution = read(Evaluate, config.evaluate, "evaluate"), read_execution(config)
-    prepared = Prepared(config.prepared)
-    directory.start()
-    which = (make_mesh(execution.mesh), settings.partition, config.compute_dtype, execution.progress)
-    records = finetune.predict_partition(as_path(settings.checkpoint), prepared, *which)
-    if jax.process_index() == 0:
-        write_json_lines(directory.path / RECORDS, records)
-        rows = results(records, identity=lineage(settings.checkpoint), mode=settings.mode)
-        write_json_lines(directory.path / RESULTS, rows)
-    return {}
+    del workdir
+    prepared, mesh = Prepared(config.prepared), make_mesh(execution.mesh)
+
+    def score(directory: RunDirectory) -> dict[str, Any]:
+        directory.start()
+        which = (mesh, settings.partition, config.compute_dtype, execution.progress)
+        records = finetune.predict_partition(as_path(settings.checkpoint), prepared, *which)
+        if jax.process_index() == 0:
+            write_json_lines(directory.path / RECORDS, records)
+            rows = results(records, identity=lineage(settings.checkpoint), mode=settings.mode)
+            write_json_lines(directory.path / RESULTS, rows)
+        return {}
+
+    return score
 
 
 def show(config: ConfigDict, workdir: pathlib.Path) -> None:

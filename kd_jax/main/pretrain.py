@@ -5,7 +5,7 @@ python -m kd_jax.main.pretrain --config=configs/FILE.py --workdir=DIR --config.p
 
 import dataclasses
 import functools
-from typing import Any
+import pathlib
 
 import jax
 from ml_collections import ConfigDict
@@ -27,7 +27,6 @@ from kd_jax.models.functional import Functional
 from kd_jax.steps.objective import Objective
 from kd_jax.steps.pretrain import make_pretrain_objective
 from kd_jax.trainer.mesh import make_mesh
-from kd_jax.trainer.run_directory import RunDirectory
 
 # Fields of an encoder that may change when training goes on: how it is initialized, regularized and laid out.
 _FREE = ("initializer_range", "dropout", "attention_dropout", "scan", "remat")
@@ -41,7 +40,7 @@ def keys(config: ConfigDict) -> tuple[str, ...]:
     return ("prepared", "seed", "transfer", "masking", which, "pretrain", "compute_dtype", *vocabulary, "train_body")
 
 
-def work(config: ConfigDict, directory: RunDirectory) -> dict[str, Any]:
+def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
     """Trains config.teacher or config.student (config.pretrain.model), or its head alone, with the masked-LM loss."""
     pretrain, execution = read(Pretrain, config.pretrain, "pretrain"), read_execution(config)
     masking, transfer = read(Masking, config.masking, "masking"), read(Transfer, config.transfer, "transfer")
@@ -66,7 +65,7 @@ def work(config: ConfigDict, directory: RunDirectory) -> dict[str, Any]:
         model=model,
         phases=(Phase(0, objective),),
         batches=MaskedBatches(transfer_set.stores, transfer_set, masking, prepared.tokenizer, pretrain.batch_size),
-        evaluate=heldout_evaluation(model, prepared, masking, mesh, pretrain, directory.path),
+        evaluate=heldout_evaluation(model, prepared, masking, mesh, pretrain, workdir),
         init=(lambda _: trained.trained_params(start, model, mesh, rules=rules)) if start else None,
         rules=rules,
         notes={
@@ -74,7 +73,7 @@ def work(config: ConfigDict, directory: RunDirectory) -> dict[str, Any]:
             "realized": transfer_set.describe(pretrain.steps * pretrain.batch_size),
         },
     )
-    return train(job, directory, mesh, execution)
+    return lambda directory: train(job, directory, mesh, execution)
 
 
 def check_shape(shape: EncoderConfig, start: str, prepared: Prepared, which: str) -> None:

@@ -151,7 +151,7 @@ def test_a_command_killed_before_the_decoder_or_the_manifest_goes_on_and_a_chang
     [
         ({"distill.hidden": {"weight": 1.0, "layers": "0:9"}}, r"config\.distill\.hidden\.layers"),
         ({"distill.relations": {"weight": 1.0, "heads": 5}}, r"config\.distill\.relations\.heads"),
-        ({"distill.embeddings": {"weight": 1.0, "projection": "always"}}, "none is needed"),
+        ({"distill.embeddings": {"weight": 1.0, "projection": "always"}}, "no projection is needed"),
         ({"distill": {"init": "teacher"}, "student": {"hidden_size": 16}}, r"config\.student\.hidden_size"),
         ({"cache": {"format": "top_k"}, "distill.kl": {"final_temperature": 4.0}}, r"config\.cache\.format"),
     ],
@@ -170,7 +170,7 @@ def test_a_study_refuses_before_it_trains_a_teacher(tmp_path, changes, message):
 
 def test_impossible_settings_name_their_key(made, tmp_path):
     for changes, message in (
-        ({"cache__k": 10**6, "cache__format": "top_k"}, r"config\.cache\.k: 1000000 of \d+ pieces"),
+        ({"cache__k": 10**6, "cache__format": "top_k"}, r"config\.cache\.k: 1000000 of \d+ tokens"),
         ({"cache__format": "topk"}, r"config\.cache\.format"),
         ({"cache_part": 2, "cache_parts": 2}, r"config\.cache_part"),
     ):
@@ -283,5 +283,5 @@ def test_a_teacher_with_another_tokenizer_is_refused_with_the_first_piece_that_d
     config.prepared = str(tmp_path / "data")
     pretrain.run(config, tmp_path / "teacher")
     mine = ready(made, teacher_checkpoint=str(tmp_path / "teacher"))
-    with pytest.raises(UserError, match=r"another tokenizer .*: id \d+ stands for .* and .*\(500 and 600 pieces\)"):
+    with pytest.raises(UserError, match=r"another tokenizer .*: id \d+ stands for .* and .*\(500 and 600 tokens\)"):
         distill.run(mine, tmp_path / "student")

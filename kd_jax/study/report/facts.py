@@ -31,7 +31,7 @@ def best_models(study: Study, numbers: Numbers) -> list[pathlib.Path]:
 def cached_predictions(study: Study) -> dict[str, str]:
     """What was cached of each teacher, and how often at most a mask was repeated in a run."""
     found = {}
-    for stage in study.planned():
+    for stage in study.planner.plan(study.chosen):  # not planned(), which all processes must call
         if stage.command != "cache_teacher":
             continue
         cache = read_json(study.folder(stage) / "cache.json")
