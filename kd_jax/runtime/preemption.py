@@ -137,7 +137,7 @@ def reached() -> bool:
 
 
 def interruptible(items: Iterable[Item], doing: str, *, alone: bool = False) -> Iterator[Item]:
-    """The items; before each one the watchdog is told that the process is alive, and the preemption flag is polled.
+    """The items; before each one, reports to the watchdog and polls the preemption flag.
 
     doing: what the items are for, as in "the held-out loss". alone: only this process iterates, so it decides by
     itself; otherwise all processes of a job must iterate over equally many items. Raises Preempted.

@@ -100,7 +100,7 @@ def _vocabulary(values: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
             return Tokenizer.load(folder).vocab_size, ()
     except UserError:  # reported when the tokenizer is needed
         pass
-    return VOCABULARY, (f"vocabulary: {VOCABULARY:,} tokens, since the tokenizer {settings.path} is not here",)
+    return VOCABULARY, (f"vocabulary: {VOCABULARY:,} tokens, since the tokenizer {settings.path} was not found",)
 
 
 def estimates(study: Study, sizes: Sizes) -> dict[str, Estimate]:

@@ -12,7 +12,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kd_jax.config import execution
 from kd_jax.config.execution import AXES, Rules
-from kd_jax.config.settings import read
 from kd_jax.types import ROW_AXES, Batch, UserError
 
 DEFAULT = Rules()
@@ -100,11 +99,6 @@ def _ordered(shape: tuple[int, ...], devices: list[Any], written: str) -> np.nda
             f"config.mesh: {written} cannot be laid on these {len(devices)} devices ({error}); choose sizes that are "
             "products of the sides of the torus"
         ) from None
-
-
-def rules_of(table: Any, key: str) -> Rules:
-    """config.<key> as rules."""
-    return read(Rules, table, key)
 
 
 def shardings(mesh: Mesh, logical_axes: Any, abstract: Any, rules: Rules = DEFAULT) -> Any:

@@ -150,4 +150,4 @@ def test_what_is_assumed_of_data_that_are_not_here_is_said():
     config = massive_me5.get_config()
     config.tokenizer.path = "somebody/some-model"
     sizes = estimate.sizes_of(study.open_study(config, NOWHERE))
-    assert any("somebody/some-model is not here" in line for line in sizes.notes)
+    assert any("somebody/some-model was not found" in line for line in sizes.notes)
