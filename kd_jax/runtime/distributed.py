@@ -29,7 +29,8 @@ _FAILED = "kd_jax/failed"  # set once: by the first process that fails, or empty
 _LEFT = "kd_jax/left"  # by process number: it has seen the failure
 _CAUSE = 2.0  # seconds in which another process's message may still show that a crash here was only its consequence
 _TO_SAVE = 60.0  # seconds that the others get to write their part of a checkpoint after a preemption
-_TO_LEAVE = 5.0  # the same after any other end
+_TO_LEAVE = 15.0  # the same after any other end
+_TO_EXIT = 1.0  # seconds from a process's last word to its exit
 
 # What an error means to the user: (exit code, what is printed on standard error).
 Describe = Callable[[BaseException], tuple[int, str]]
@@ -116,6 +117,8 @@ class _Job:
 
     def _leave(self, code: int) -> NoReturn:
         """Exits at once; process 0 after the others, since the service ends with it and would kill them silently."""
+        sys.stdout.flush()
+        sys.stderr.flush()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._client.key_value_set(f"{_LEFT}/{self._place.process}", "")
             if self._place.process == 0:
@@ -123,8 +126,7 @@ class _Job:
                 for other in range(1, self._place.processes):
                     left = max(int(1000 * (end - time.monotonic())), 1)
                     self._client.blocking_key_value_get(f"{_LEFT}/{other}", left)
-        sys.stdout.flush()
-        sys.stderr.flush()
+                time.sleep(_TO_EXIT)  # JAX aborts a process that sees the service end, even one that is about to exit
         os._exit(code)
 
     def finish(self) -> None:

@@ -53,8 +53,9 @@ def test_an_end_of_one_is_the_end_of_all(tmp_path, what, codes, said):
     began = time.monotonic()
     found = ended(start(2, [MEMBER, what, str(tmp_path)]), timeout=120)
     assert time.monotonic() - began < 110, "they ended by themselves, well before JAX gives up waiting"
-    for (code, _, _), wanted in zip(found, codes, strict=True):
-        assert code == wanted if wanted is not None else code != 0
+    ends = [code for code, _, _ in found]
+    for code, wanted in zip(ends, codes, strict=True):
+        assert code == wanted if wanted is not None else code != 0, f"{ends}: {found}"
     if said:
         told = [errors for _, _, errors in found]
         assert any(said in errors for errors in told)
