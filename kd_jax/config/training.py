@@ -268,6 +268,8 @@ class Finetune(Training):
     epochs: > 0 replaces steps: passes over the train utterances.
     domain: ICNER: one domain's model; empty takes all domains together; "each" trains one after the other.
     max_train: labeled train utterances per locale, the same ids in each; 0 takes all.
+    labels: workdir of an evaluate run of the partition "unlabeled": its predictions are further labels, with
+        finetune.domain empty.
     label_smoothing: in [0, 1).
     tag_weight: ICNER: weight of the tag loss; the intent loss has weight 1.
     dropout: in [0, 1), in the heads and the encoder.
@@ -278,6 +280,7 @@ class Finetune(Training):
     epochs: int = 0
     domain: str = ""
     max_train: int = 0
+    labels: str = ""
     label_smoothing: float = 0.0
     tag_weight: float = 1.0
     dropout: float = 0.1
@@ -289,3 +292,5 @@ class Finetune(Training):
         check(0 <= self.dropout < 1, "dropout", f"{self.dropout} is outside [0, 1)", "0.1 is usual")
         check(self.max_train >= 0, "max_train", f"{self.max_train} is negative", "0 takes all")
         check(self.epochs >= 0, "epochs", f"{self.epochs} is negative", "0 uses config.finetune.steps")
+        whole = not (self.labels and self.domain)
+        check(whole, "labels", "a predicted label has no domain of its own", "leave finetune.domain empty")
