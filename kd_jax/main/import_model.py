@@ -84,11 +84,12 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         with Checkpoints(workdir / FOLDER, keep=1) as checkpoints:
             checkpoints.save(0, {"step": jnp.int32(0), "params": params}, {"identity": {"config": identity(record)}})
             checkpoints.wait()
-        if settings.evaluate_rows:
+        rows: list[dict[str, Any]] = []
+        if settings.evaluate_rows and has_head:  # a new head knows nothing, so its loss would say nothing of the model
             at_once = row_multiple(mesh) * -(-8 // row_multiple(mesh))
             rows = masked_lm.heldout_rows(measured, params, prepared, masking, mesh, at_once, settings.evaluate_rows)
-            if jax.process_index() == 0:
-                write_json(workdir / masked_lm.HELDOUT, rows)
+        if jax.process_index() == 0:
+            write_json(workdir / masked_lm.HELDOUT, rows)
         return {"parameters_fingerprint": params_fingerprint(params)}
 
     with TensorFiles(folder) as files:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from kd_jax.config import to_dict
 from kd_jax.config.data import Transfer, read_prepare
 from kd_jax.config.settings import read
+from kd_jax.config.training import Finetune
 from kd_jax.data.prepared import PARTS, prepare
 from kd_jax.data.text.check import check
 from kd_jax.main import command
@@ -43,7 +44,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
 def run_check(config: ConfigDict, workdir: pathlib.Path | None) -> None:
     """Prints what the data hold and what is wrong with them; raises UserError at the end if anything is."""
     del workdir  # nothing is written
-    findings = check(read_prepare(config), read(Transfer, config.transfer, "transfer"))
+    transfer = read(Transfer, config.transfer, "transfer")
+    findings = check(read_prepare(config), transfer, read(Finetune, config.finetune, "finetune").max_train)
     print("\n".join(findings.lines), flush=True)
     if findings.errors:
         count = f"{findings.errors:,} error{'s'[: findings.errors != 1]}"
