@@ -32,6 +32,7 @@ from kd_jax.jobs.masked_lm import encoder_model, resolve_dtype
 from kd_jax.models.functional import Functional
 from kd_jax.runtime import distributed
 from kd_jax.runtime.files import read_json, write_json
+from kd_jax.runtime.paths import file_name, name_of_file
 from kd_jax.runtime.progress import Count
 from kd_jax.steps.finetune import ABSENT, make_dc_objective, make_icner_objective
 from kd_jax.trainer.mesh import global_batch, local_rows, make_mesh, process_share, row_multiple
@@ -52,7 +53,7 @@ def keys(config: ConfigDict) -> tuple[str, ...]:
 def domain_folders(workdir: pathlib.Path) -> dict[str, pathlib.Path]:
     """One folder for each domain's model of a finetune.domain='each' run; empty for a run with a single model."""
     folder = workdir / "domains"
-    return {entry.name: entry for entry in sorted(folder.iterdir())} if folder.is_dir() else {}
+    return {name_of_file(entry.name): entry for entry in sorted(folder.iterdir())} if folder.is_dir() else {}
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, task: Task) -> None:
@@ -83,7 +84,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, task: Task) -> None:
         sizes = {"intents": max(len(one.intents) for one in maps), "tags": max(len(one.tags) for one in maps)}
         scores = {}
         for domain in domains:
-            folder = workdir / "domains" / domain
+            folder = workdir / "domains" / file_name(domain)
             one(dataclasses.replace(settings, domain=domain), folder, sizes)
             scores[domain] = read_json(folder / DEV)
         total = max(sum(score["count"] for score in scores.values()), 1)

@@ -1,9 +1,11 @@
 """The form that every command shares: --config, --workdir, one-sentence errors, exit codes."""
 
 import dataclasses
+import functools
 import pathlib
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -106,6 +108,13 @@ def main(
         except OSError as error:
             given = next((word for word in argv if word.startswith("--config=")), "--config")
             fail(f"{given}: cannot be loaded ({str(error).strip().splitlines()[-1].strip()}); name a file of configs/")
+        given = Counter(
+            word.lstrip("-").partition("=")[0] for word in argv[1:] if word.lstrip("-").startswith("config.")
+        )
+        for name, count in given.items():
+            value = functools.reduce(lambda block, key: block[key], name.split(".")[1:], config)
+            if count > 1 and isinstance(value, tuple):  # absl would join the values, where all others replace
+                fail(f"--{name} is given {count} times; give it once, with all of its values")
         return rest
 
     def execute(_) -> None:

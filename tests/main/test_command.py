@@ -31,6 +31,7 @@ SMOKE = "--config=configs/quickstart.py:smoke"
         ((), ("--config is missing",)),
         ((SMOKE, "surplus"), ("unexpected argument 'surplus'",)),
         ((SMOKE, "--nothing=1"), ("nothing",)),
+        ((SMOKE, "--config.study.seeds=(0,)", "--config.study.seeds=(2,)"), ("--config.study.seeds", "given 2 times")),
         ((SMOKE, "--config.rows.heldout_share=1.5"), ("config.rows.heldout_share", "1.5")),
         (("--config=configs/massive.py",), ("KD_JAX_DATA",)),
     ],
