@@ -16,6 +16,7 @@ from kd_jax.config import resolved
 from kd_jax.config.execution import read_execution
 from kd_jax.runtime import cluster, distributed
 from kd_jax.runtime.copies import keep_copies_in
+from kd_jax.runtime.files import full_disk_is_user_error
 from kd_jax.runtime.paths import as_path
 from kd_jax.runtime.preemption import EXIT_CODE, Preempted, Preemption
 from kd_jax.trainer.run_directory import RunDirectory, run_once
@@ -181,7 +182,9 @@ def guarded(
     """
     try:
         # Until the processes have met, SIGTERM ends this one at once: it has nothing to save.
-        with distributed.joined(place, outcome), Preemption():
+        # Whatever a command writes, and whichever library writes it, a full disk is told in the same sentence.
+        disk = full_disk_is_user_error(workdir or "the temporary folder")
+        with distributed.joined(place, outcome), Preemption(), disk:
             run(config, workdir)
     except (UserError, Preempted) as error:
         code, text = outcome(error)

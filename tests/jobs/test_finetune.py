@@ -14,6 +14,7 @@ from kd_jax.evaluation.records import read_records
 from kd_jax.jobs import finetune
 from kd_jax.jobs.job import compiled_step
 from kd_jax.main import evaluate, finetune_icner, prepare
+from kd_jax.runtime.paths import file_name
 from kd_jax.types import UserError
 
 
@@ -44,6 +45,14 @@ def test_the_labels_used_are_those_of_the_run(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(written))
     used = finetune.labels_used(tmp_path, prepared)
     assert used == finetune.labeled_train(prepared, 4, "") and len(used) == 4
+
+
+def test_a_domain_whose_name_is_a_path_keeps_its_name(tmp_path):
+    names = ("alarm/timer", "..", "music")
+    for name in names:
+        (tmp_path / "run" / "domains" / file_name(name)).mkdir(parents=True)
+    assert set(finetune.domain_folders(tmp_path / "run")) == set(names)
+    assert [one.name for one in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.long
