@@ -147,7 +147,9 @@ def test_classes_that_pad_a_label_map_are_left_out(data, tmp_path):
     config, prepared = data
     model, params, maps = write_finetuned(tmp_path / "run", config, prepared, "dc")
     sizes = {"domains": len(maps.domains) + 3}
-    wide = finetune.classifier(config.student, prepared, config.finetune.dropout, config.compute_dtype, "dc", sizes)
+    wide = finetune.classifier(
+        config.student, prepared, config.finetune.dropout, "first", config.compute_dtype, "dc", sizes
+    )
     head = params["domain_head"]
     padding = {"kernel": [(0, 0), (0, 3)], "bias": [(0, 3)]}
     classifier = {key: np.pad(leaf, padding[key], constant_values=9.0) for key, leaf in head["classifier"].items()}
