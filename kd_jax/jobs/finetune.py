@@ -140,7 +140,7 @@ def check_patience(settings: Finetune, dev: Sequence[Utterance], domain: str) ->
 
 
 def with_steps(settings: Finetune, utterances: int) -> Finetune:
-    """The settings with epochs turned into steps; with patience and evaluate_every=0 there is an evaluation every epoch.
+    """The settings with epochs turned into steps, and evaluate_every=0 with patience into once an epoch.
 
     Raises UserError where there is nothing to train on.
     """
