@@ -110,7 +110,7 @@ def test_classes_that_only_pad_are_left_out(family):
     icner = exported(model_of(family, "icner"), parameters(model_of(family, "icner")), CLASSES)
     assert icner.config["intents"] == ["play", "stop"]
     assert len(icner.tensors["classifier.weight"]) == 3
-    assert len(icner.intent_head["classifier.weight"]) == len(icner.intent_head["classifier.bias"]) == 2
+    assert len(icner.text_head["classifier.weight"]) == len(icner.text_head["classifier.bias"]) == 2
 
 
 def test_padding_that_positions_are_counted_by():
