@@ -9,14 +9,12 @@ import pytest
 
 from configs import quickstart
 from kd_jax.config.training import Finetune
-from kd_jax.data.prepared import Prepared
 from kd_jax.data.text.utterances import Utterance
 from kd_jax.evaluation.records import read_records
 from kd_jax.jobs import finetune
 from kd_jax.jobs.job import compiled_step
 from kd_jax.main import evaluate, finetune_icner, prepare
 from kd_jax.types import UserError
-from tests.support.finished_runs import smoke_config
 
 
 def test_class_masks_leave_only_real_classes():
@@ -89,19 +87,18 @@ def test_with_patience_there_is_an_evaluation_every_epoch(settings, every, steps
 
 
 def test_stopping_early_without_dev_utterances_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    config, prepared = smoke_config(tmp_path / "data")
+    config = quickstart.get_config("smoke")
     config.finetune.patience = 3
-    known = [one for one in prepared.utterances if one.partition != "dev" or one.domain != "alarm"]
-    assert len(known) < len(prepared.utterances)
-    monkeypatch.setattr(Prepared, "utterances", known)
-    config.finetune.domain = "each"
-    with pytest.raises(UserError, match=r"^config\.finetune\.patience: there is no dev utterance of domain alarm"):
-        finetune.run(config, tmp_path / "run", "icner")
-    monkeypatch.setattr(Prepared, "utterances", [one for one in known if one.partition != "dev"])
-    with pytest.raises(
-        UserError, match=r"^config\.finetune\.patience: there is no dev utterance by which .*; give some"
+    train, dev = utterances("train", 20, "de-DE"), utterances("dev", 20, "de-DE", ("alarm",))
+    for task, domain, known, problem in (
+        ("icner", "each", train + dev, "there is no dev utterance of domain music by which"),
+        ("dc", "", train, "there is no dev utterance by which"),
     ):
-        finetune.run(config, tmp_path / "run", "dc")
+        config.finetune.domain = domain
+        monkeypatch.setattr(finetune, "Prepared", lambda path, known=known: types.SimpleNamespace(utterances=known))
+        monkeypatch.setattr(finetune, "prepared_for", lambda config, prepared: prepared)
+        with pytest.raises(UserError, match=rf"^config\.finetune\.patience: {problem} .*; give some utterances"):
+            finetune.run(config, tmp_path / "run", task)
     assert not (tmp_path / "run").exists()
 
 
