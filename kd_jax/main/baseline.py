@@ -31,12 +31,13 @@ def keys(config: ConfigDict) -> tuple[str, ...]:
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """The config with the number of labels that config.baseline takes from config.finetune filled in."""
+    """The config with the numbers of labels that config.baseline takes from config.finetune filled in."""
     settings = read(Baseline, config.baseline, "baseline")
-    if settings.max_train >= 0:
+    missing = [name for name in ("max_train", "max_dev") if getattr(settings, name) < 0]
+    if not missing:
         return config
     config = config.copy_and_resolve_references()
-    filled = dataclasses.replace(settings, max_train=config.finetune.max_train)
+    filled = dataclasses.replace(settings, **{name: config.finetune[name] for name in missing})
     config.baseline = block(Baseline, **vars(filled))
     return config
 

@@ -96,6 +96,7 @@ class Recipe:
 
     learning_rate: float
     epochs: int
+    pooling: str = "first"
 
 
 def starts_from_teacher(distill: Distill) -> bool:
@@ -147,8 +148,9 @@ class Planner:
         limited = self.values["finetune"]["max_train"] > 0 or not self.settings.label_unlabeled
         problem = "every train utterance has its given label"
         require(limited, "study.label_unlabeled", problem, "set it to False, or give finetune.max_train")
-        searched = itertools.product(self.settings.recipe_learning_rates, self.settings.recipe_epochs)
-        self.recipes = [Recipe(float(rate), int(epochs)) for rate, epochs in searched]
+        self.poolings = self.settings.recipe_poolings or (values["finetune"]["pooling"],)
+        searched = itertools.product(self.settings.recipe_learning_rates, self.settings.recipe_epochs, self.poolings)
+        self.recipes = [Recipe(float(rate), int(epochs), pooling) for rate, epochs, pooling in searched]
         # A cache holds logits at the masked positions, which is all that these terms need.
         plain = not self.distill.features and self.distill.kd_positions == "masked" and self.distill.init == "random"
         self.caches = self.settings.cache and plain
@@ -202,7 +204,8 @@ class Planner:
 
     def recipes_of(self, student: Student) -> list[Recipe]:
         """The recipes that are tried for a student; the teacher has one of its own."""
-        own = Recipe(self.settings.teacher_learning_rate, self.settings.teacher_epochs)
+        settings = self.settings
+        own = Recipe(settings.teacher_learning_rate, settings.teacher_epochs, settings.teacher_pooling)
         return [own] if student.kind == "finetuned" else self.recipes
 
     def search(self, student: Student, task: str) -> list[Stage]:
@@ -361,6 +364,7 @@ class Planner:
         encoder = self.encoder(student, seed)
         changes = {"seed": seed, "finetune.init_from": STAGE + encoder.folder if encoder else ""}
         changes |= {"finetune.learning_rate": recipe.learning_rate, "finetune.epochs": recipe.epochs}
+        changes["finetune.pooling"] = recipe.pooling
         needs = [encoder] if encoder else []
         if student.teacher == LABELED:
             labels = self._labels(task)[-1]
@@ -393,8 +397,8 @@ class Planner:
             teacher = self.teacher()
             changes["teacher_checkpoint"] = STAGE + teacher.folder
             needs.append(teacher)
-        changes |= {"baseline.tasks": tasks, "baseline.max_train": self.values["finetune"]["max_train"]}
-        changes["baseline.c_values"] = self.c_values
+        changes |= {f"baseline.{name}": self.values["finetune"][name] for name in ("max_train", "max_dev")}
+        changes |= {"baseline.tasks": tasks, "baseline.c_values": self.c_values}
         return self._after("baseline", name, needs, changes)
 
     @property
@@ -413,7 +417,8 @@ class Planner:
             return None
         models = ("teacher", *(("intermediate",) if self.settings.chain_sets else ()), "student")
         task = "icner" if "icner" in self.settings.tasks else "dc"
-        return self._after("latency", "latency", (), {"latency.models": models, "latency.task": task})
+        changes = {"latency.models": models, "latency.task": task, "latency.pooling": self.poolings[0]}
+        return self._after("latency", "latency", (), changes)
 
 
 def _changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

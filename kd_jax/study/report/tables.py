@@ -234,7 +234,7 @@ def recipe_table(numbers: Numbers) -> Table:
             [
                 name,
                 f"{task}, {part}" if part == "slots" or part == "intent" else task,
-                f"C = {row['c']:g}" if part else f"learning rate {row['learning_rate']:g}, {row['epochs']:g} epochs",
+                f"C = {row['c']:g}" if part else recipe_text(row),
                 fixed(None if row["dev_score"] is None else 100 * row["dev_score"], 2),
                 "chosen" if row["chosen"] else "",
             ]
@@ -248,6 +248,11 @@ def recipe_table(numbers: Numbers) -> Table:
         f"C of their regression there. Trials of each row and task: {counts}."
     )
     return Table(["Student", "Task", "Tried", "Dev score, %", ""], rows, caption, 3)
+
+
+def recipe_text(row: Mapping[str, Any]) -> str:
+    """A finetuning recipe in words."""
+    return f"learning rate {row['learning_rate']:g}, {row['epochs']:g} epochs, pooling {row['pooling']}"
 
 
 def text_table(numbers: Numbers) -> Table:
