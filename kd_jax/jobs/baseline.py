@@ -28,6 +28,7 @@ from kd_jax.jobs.teachers import Teacher
 from kd_jax.models.functional import Functional
 from kd_jax.models.heads import pooled
 from kd_jax.runtime.files import write_json, write_json_lines
+from kd_jax.runtime.paths import make_folder
 from kd_jax.runtime.preemption import interruptible
 from kd_jax.runtime.progress import Count
 from kd_jax.trainer.mesh import global_batch, process_share, row_multiple
@@ -106,7 +107,7 @@ def run(
             features = functools.partial(_rows, rows)
         found = fit(task, each, features, settings)
         folder = directory.path / task
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         records = found.records(each.test, seen)
         write_json_lines(folder / RECORDS, records)
         write_json_lines(folder / RESULTS, results(records, identity=who))
