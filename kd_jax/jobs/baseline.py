@@ -65,12 +65,13 @@ class Labeled(NamedTuple):
 
 
 def labeled(prepared: Prepared, settings: Baseline, task: str) -> Labeled:
-    """What a student of the same labels sees, and is tested on. Raises UserError where there is nothing to train on."""
-    given = labeled_train(prepared, settings.max_train, "")
-    if not given:
-        raise UserError("config.nlu: there is no utterance to train on; give a data set with a train partition")
+    """What a student of the same labels sees, and is tested on. Raises UserError where either is missing."""
+    given, test = labeled_train(prepared, settings.max_train, ""), of_domain(prepared.utterances, "test", "")
+    for name, part in (("train", given), ("test", test)):
+        if not part:
+            raise UserError(f"config.nlu: there is no utterance to {name} on; give a data set with a {name} partition")
     more = predicted_labels(prepared, settings, task, "baseline")
-    return Labeled([*given, *more], labeled_dev(prepared, settings), of_domain(prepared.utterances, "test", ""))
+    return Labeled([*given, *more], labeled_dev(prepared, settings), test)
 
 
 def run(

@@ -220,9 +220,11 @@ def in_memory(*parts: list[Utterance]):
     return types.SimpleNamespace(utterances=[one for part in parts for one in part])
 
 
-def test_no_train_utterance_is_the_users_mistake(data):
+def test_nothing_to_train_or_to_test_on_is_the_users_mistake(data):
     with pytest.raises(UserError, match=r"config\.nlu: there is no utterance to train on"):
-        baseline.labeled(in_memory(data.dev, data.test), Baseline(max_train=0), "dc")
+        baseline.labeled(in_memory(data.dev, data.test), Baseline(max_train=0, max_dev=0), "dc")
+    with pytest.raises(UserError, match=r"config\.nlu: there is no utterance to test on"):
+        baseline.labeled(in_memory(data.train, data.dev), Baseline(max_train=0, max_dev=0), "dc")
 
 
 def test_predicted_labels_stand_beside_the_given_ones(data, tmp_path):
@@ -237,7 +239,7 @@ def test_predicted_labels_stand_beside_the_given_ones(data, tmp_path):
     assert [(one.id, one.text) for one in found] == [(one.id, one.text) for one in rest]
     assert [one.intent for one in found] == [record["predicted_intent"] for record in teacher.records(rest, given)]
     assert any(one.intent != gold.intent for one, gold in zip(found, rest)), "these are predictions"
-    both = baseline.labeled(prepared, Baseline(max_train=30, labels=str(tmp_path)), "icner")
+    both = baseline.labeled(prepared, Baseline(max_train=30, max_dev=0, labels=str(tmp_path)), "icner")
     assert both.train == [*given, *found]
 
     with pytest.raises(UserError, match=r"config\.finetune\.labels: .* has predictions of icner, not of dc"):
