@@ -139,12 +139,9 @@ def reading(decision: Decision, together: int) -> str:
 
 
 def clause(decision: Decision, together: int) -> str:
-    """Relative change, seeds and reading: "−3.1 % [−5.0, −1.2] with 3 seeds: lower"."""
-    one = decision.difference
-    if too_wide(one):
-        return reading(decision, together)
-    seeds = f" with {plural(one.seeds, 'seed')}" if one.seeds else ""
-    return f"{relative_text(one)}{seeds}: {reading(decision, together)}"
+    """Relative change and reading: "−3.1 % [−5.0, −1.2], lower"."""
+    said = reading(decision, together)
+    return said if too_wide(decision.difference) else f"{relative_text(decision.difference)}, {said}"
 
 
 def verdict_text(numbers: Numbers, task: str) -> str:
@@ -207,15 +204,13 @@ def _helps(numbers: Numbers, found: dict[str, Contrast]) -> tuple[str, str] | No
     """Whether distillation itself helps: it has to beat masked LM alone, and its own start if that is the teacher."""
     controls = [found[name] for name in (MLM, INITIALIZED) if found[name].decision]
     beside = [*controls, *(found[name] for name in (SCRATCH,) if found[name].decision)]
-    student = found[MLM].student
-    if student is None or not beside:
+    if not beside:
         return None
-    clauses = [
-        f"against {label(numbers, one.reference)} {clause(one.decision, _decided(found))}"
+    text = " ".join(
+        f"Against {label(numbers, one.reference)}: {clause(one.decision, _decided(found))}."
         for one in beside
         if one.reference and one.decision
-    ]
-    text = f"{sentence(label(numbers, student))}, {'; '.join(clauses)}."
+    )
     if not found[MLM].decision:
         return "whether distillation itself helps is open", f"{sentence(found[MLM].missing)}. {text}"
     if found[INITIALIZED].reference and not found[INITIALIZED].decision:
@@ -246,8 +241,8 @@ def left_out(numbers: Numbers, task: str) -> list[str]:
     """A sentence for each declared comparison that the study could not make."""
     against = {
         GENERIC: "generic text",
-        SCRATCH: "from scratch",
-        INITIALIZED: "started from the teacher",
+        SCRATCH: "a student from scratch",
+        INITIALIZED: "its own start without distillation",
         MLM: "masked LM alone",
         NGRAMS: "n-grams",
     }

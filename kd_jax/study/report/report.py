@@ -188,6 +188,8 @@ def _declared_section(numbers: Numbers) -> str:
         "Distillation is said to help only if this student beats the one by masked LM alone and, where students start "
         "from the teacher, the one that was not distilled."
     )
+    if unseeded := [numbers.label(one) for one in numbers.students if numbers.seedless(one)]:
+        meaning += f" What has no seed ({', '.join(unseeded)}) comes out the same each time, and counts for every seed."
     table = tables.declared_table(numbers)
     trends = [text for task in tasks if (text := trend_text(numbers, task))]
     trend = "Apart from these, and not adjusted with them, the trend along the share of task text:" if trends else ""
@@ -197,7 +199,7 @@ def _declared_section(numbers: Numbers) -> str:
         _bullets([sentence for task in tasks for sentence in left_out(numbers, task)]),
         trend,
         _bullets(trends),
-        "Everything else in this report is exploratory: it suggests what to compare next, and decides nothing.",
+        "Everything else in this report is exploratory: it suggests what to study next, and decides nothing.",
     )
 
 

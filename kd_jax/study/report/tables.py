@@ -258,7 +258,8 @@ def findings_table(findings: Mapping[str, Mapping[str, Answer]], sections: Seque
     caption = (
         "Seen: a significant difference in the paper's direction, over at least three seeds (p < 0.05, Holm-adjusted: "
         "finding 1 among the declared comparisons, finding 2 over the transfer sets that task text only is compared "
-        "with). Not seen: a significant difference in the other direction. Undecided: neither."
+        "with). Not seen: a significant difference in the other direction. Undecided: neither. Only finding 1 is a "
+        "declared comparison; the others are exploratory."
     )
     header = ["Finding of the paper", *(JUDGED_NAMES[what] for what in used), "Shown in"]
     return Table(header, rows, caption, len(used) + 2)
