@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from kd_jax.data.text.utterances import SharedIds, shared_ids
 from kd_jax.evaluation.records import Record
@@ -249,8 +249,8 @@ def _t_interval(
     if variance < 1e-24:  # all utterances and seeds agree: the p-value of a sign test
         return estimate, estimate, 1.0 if abs(estimate) < 1e-12 else 0.5 ** (utterances - 1)
     freedom = variance**2 / (spread + from_utterances**2 / max(utterances - 1, 1))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * variance**0.5
-    return estimate - half, estimate + half, float(2 * stats.t.sf(abs(estimate) / variance**0.5, freedom))
+    half = float(special.stdtrit(freedom, (1 + CONFIDENCE) / 2)) * variance**0.5  # the quantile of Student's t
+    return estimate - half, estimate + half, float(2 * special.stdtr(freedom, -abs(estimate) / variance**0.5))
 
 
 def _inflated(utterances: int) -> float:
