@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kd_jax.config.settings import Invalid, Settings, check, one_of, read
+from kd_jax.config.settings import Invalid, Settings, check, one_of, plain_names, read
 
 KINDS = ("generic", "task")  # of a source's text
 SOURCE_FORMATS = ("embedded", "text", "jsonl", "parquet", "huggingface", "tfds", "utterances")
@@ -33,6 +33,7 @@ class Nlu:
         one_of(self.format, ("embedded", "massive", "massive_parquet", "huggingface"), "format")
         once = 0 < len(self.locales) == len(set(self.locales))
         check(once, "locales", f"{self.locales} is empty or names a locale twice", "name each locale once")
+        plain_names(self.locales, "locales")
         check(self.max_train >= 0, "max_train", f"{self.max_train} is negative", "0 keeps all")
 
 
@@ -71,6 +72,7 @@ class Source:
         check(self.kind in KINDS, "kind", f"{self.kind!r} is unknown", "use 'generic' or 'task'")
         one_of(self.format, SOURCE_FORMATS, "format")
         check(bool(self.languages), "languages", "is empty", "name at least one language")
+        plain_names(self.languages, "languages")
         share = self.spoken_share
         check(0 <= share <= 1, "spoken_share", f"{share} is outside 0 to 1", "give a share")
         check(self.weight > 0, "weight", f"{self.weight} is not above 0", "leave the source out instead")

@@ -1,6 +1,7 @@
 """From a block of the config to a frozen dataclass that states and checks what the code below the commands reads."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -28,6 +29,13 @@ def check(condition: bool, field: str, problem: str, remedy: str) -> None:
 def one_of(value: str, choices: Iterable[str], field: str) -> None:
     """Raises Invalid unless the value is one of the choices."""
     check(value in (known := tuple(choices)), field, f"{value!r} is unknown", f"use {', '.join(known)}")
+
+
+def plain_names(names: Iterable[str], field: str) -> None:
+    """Raises Invalid unless all names can be parts of file names, which they become."""
+    for name in names:
+        plain = re.fullmatch(r"[^\W_][\w.-]*", name) is not None
+        check(plain, field, f"{name!r} cannot be a part of a file's name", "use letters, digits, '-', '_' and '.'")
 
 
 def read(kind: type[Settings], block: ConfigDict | Mapping[str, Any], key: str) -> Settings:

@@ -236,6 +236,11 @@ class Loss:
         return {name: term for name in TERMS if (term := getattr(self, name)).used}
 
     @property
+    def trains_head(self) -> bool:
+        """Whether the student's masked-LM head is part of the loss."""
+        return self.kl.used or self.mlm.used
+
+    @property
     def features(self) -> tuple[str, ...]:
         """The names of the used terms on inner states."""
         return tuple(name for name in FEATURE_TERMS if name in self.used)

@@ -68,7 +68,8 @@ def predict_records(
     spread: Spread,
     probabilities: bool = False,
 ) -> list[Record]:
-    """Records in the order of `utterances`, the same in every process; `train` decides test_unseen and tail.
+    """Records in the order of `utterances`, the same in every process; `train`, whose labels the model
+    saw, decides test_unseen and tail.
 
     Each process predicts and decodes its part of the rows; then all exchange the results. With `probabilities` a record
     also has "probability", of its domain or intent, and "tag_probabilities" from `probabilities_of_tags`.

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kd_jax.data.text.splits import normalize
+from kd_jax.data.text.splits import text_key
 from kd_jax.data.text.utterances import Utterance
 from kd_jax.evaluation.slots import SlotCounts, count_slots
 from kd_jax.runtime.files import read_json_lines
@@ -29,19 +29,19 @@ TASK_FIELDS = {
 def assign_test_sets(utterances: Sequence[Utterance], train: Iterable[Utterance]) -> list[list[str]]:
     """The test sets of each utterance: its partition, and in the test partition possibly two more.
 
-    test_unseen: its normalized text is no train utterance of its locale. tail: at least one of its words, ignoring
-    case, occurs in no train utterance of its locale.
+    train: the utterances whose labels were used. test_unseen: no such utterance of its locale has the same `text_key`.
+    tail: at least one of its words, ignoring case, occurs in no such utterance of its locale.
     """
     texts: dict[str, set[str]] = defaultdict(set)
     words: dict[str, set[str]] = defaultdict(set)
     for utterance in train:
-        texts[utterance.locale].add(normalize(utterance.text))
+        texts[utterance.locale].add(text_key(utterance.text))
         words[utterance.locale].update(word.casefold() for word in utterance.words)
     assigned = []
     for utterance in utterances:
         sets = [utterance.partition]
         if utterance.partition == "test":
-            if normalize(utterance.text) not in texts[utterance.locale]:
+            if text_key(utterance.text) not in texts[utterance.locale]:
                 sets.append("test_unseen")
             if any(word.casefold() not in words[utterance.locale] for word in utterance.words):
                 sets.append("tail")

@@ -32,6 +32,7 @@ from kd_jax.jobs.masked_lm import encoder_model, resolve_dtype
 from kd_jax.models.functional import Functional
 from kd_jax.runtime import distributed
 from kd_jax.runtime.files import read_json, write_json
+from kd_jax.runtime.paths import file_name, name_of_file
 from kd_jax.runtime.progress import Count
 from kd_jax.steps.finetune import ABSENT, make_dc_objective, make_icner_objective
 from kd_jax.trainer.mesh import global_batch, local_rows, make_mesh, process_share, row_multiple
@@ -52,7 +53,7 @@ def keys(config: ConfigDict) -> tuple[str, ...]:
 def domain_folders(workdir: pathlib.Path) -> dict[str, pathlib.Path]:
     """One folder for each domain's model of a finetune.domain='each' run; empty for a run with a single model."""
     folder = workdir / "domains"
-    return {entry.name: entry for entry in sorted(folder.iterdir())} if folder.is_dir() else {}
+    return {name_of_file(entry.name): entry for entry in sorted(folder.iterdir())} if folder.is_dir() else {}
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, task: Task) -> None:
@@ -83,7 +84,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, task: Task) -> None:
         sizes = {"intents": max(len(one.intents) for one in maps), "tags": max(len(one.tags) for one in maps)}
         scores = {}
         for domain in domains:
-            folder = workdir / "domains" / domain
+            folder = workdir / "domains" / file_name(domain)
             one(dataclasses.replace(settings, domain=domain), folder, sizes)
             scores[domain] = read_json(folder / DEV)
         total = max(sum(score["count"] for score in scores.values()), 1)
@@ -281,16 +282,23 @@ def predict_partition(
 def _predict_partition(
     checkpoint: pathlib.Path, prepared: Prepared, mesh, partition: str, compute_dtype: str, count: Count
 ) -> list[Record]:
-    domains = domain_folders(checkpoint)
+    domains, train = domain_folders(checkpoint), labels_used(checkpoint, prepared)
     if not domains:
-        return predict_with(checkpoint, prepared, mesh, partition, "", compute_dtype, count)
+        return predict_with(checkpoint, prepared, train, mesh, partition, "", compute_dtype, count)
     records = []
     for domain, folder in domains.items():
-        records += predict_with(folder, prepared, mesh, partition, domain, compute_dtype, count)
+        records += predict_with(folder, prepared, train, mesh, partition, domain, compute_dtype, count)
     # A domain without a train utterance has no model: its utterances count as errors.
     orphans = [one for one in of_domain(prepared.utterances, partition, "") if one.domain not in domains]
-    sets = assign_test_sets(orphans, of_domain(prepared.utterances, "train", ""))
+    sets = assign_test_sets(orphans, train)
     return records + [intent_slot_record(one, names, "", ["O"] * len(one.words)) for one, names in zip(orphans, sets)]
+
+
+def labels_used(checkpoint: pathlib.Path, prepared: Prepared) -> list[Utterance]:
+    """The train utterances whose labels a finetuned model saw; all of them for an exported one, which does not say."""
+    exported = serving.is_served(checkpoint)
+    limit = 0 if exported else trained.run_config(checkpoint, "evaluate.checkpoint").finetune.max_train
+    return labeled_train(prepared, limit, "")
 
 
 class Finetuned(NamedTuple):
@@ -334,13 +342,19 @@ def served(folder: pathlib.Path, compute_dtype: str) -> Finetuned:
 
 
 def predict_with(
-    folder: pathlib.Path, prepared: Prepared, mesh, partition: str, domain: str, compute_dtype: str, count: Count
+    folder: pathlib.Path,
+    prepared: Prepared,
+    train: Sequence[Utterance],
+    mesh,
+    partition: str,
+    domain: str,
+    compute_dtype: str,
+    count: Count,
 ) -> list[Record]:
-    """Records of a partition (of one domain, or of all) by the single model in `folder`."""
+    """Records of a partition (of one domain, or of all) by the single model in `folder`; train: the labels used."""
     one = load_finetuned(folder, prepared, mesh, compute_dtype, "evaluate.checkpoint")
     utterances = of_domain(prepared.utterances, partition, domain)
     if not utterances:
         return []
-    train = of_domain(prepared.utterances, "train", "")
     which = (one.model, one.params, one.masks, utterances, train, one.tokenizer, one.length, one.maps, mesh)
     return predict(*which, count=count)

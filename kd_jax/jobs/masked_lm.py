@@ -61,14 +61,20 @@ def heldout_evaluation(
     mesh: jax.sharding.Mesh,
     settings: Training,
     folder: pathlib.Path,
+    *,
+    measures: bool = True,
 ) -> Callable[[Params, int], dict[str, float]]:
-    """The evaluation of a masked-LM job: held-out losses as metrics, and by store in heldout.json."""
+    """The evaluation of a masked-LM job: held-out losses as metrics, and by store in heldout.json.
+
+    measures: False where the masked-LM head is not trained; the file then says that there is no loss.
+    """
     encoder = model.student if isinstance(model, WithProjections) else model
 
     def evaluate(params: Params, step: int) -> dict[str, float]:
         del step
         own = model.student_params(params) if isinstance(model, WithProjections) else params
-        rows = heldout_rows(encoder, own, prepared, masking, mesh, settings.batch_size, settings.evaluate_rows)
+        most = settings.evaluate_rows if measures else 0
+        rows = heldout_rows(encoder, own, prepared, masking, mesh, settings.batch_size, most) if most else []
         if jax.process_index() == 0:
             write_json(folder / HELDOUT, rows)
         return summarize(rows)

@@ -1,9 +1,11 @@
 """The form that every command shares: --config, --workdir, one-sentence errors, exit codes."""
 
 import dataclasses
+import functools
 import pathlib
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -14,6 +16,7 @@ from kd_jax.config import resolved
 from kd_jax.config.execution import read_execution
 from kd_jax.runtime import cluster, distributed
 from kd_jax.runtime.copies import keep_copies_in
+from kd_jax.runtime.files import full_disk_is_user_error
 from kd_jax.runtime.paths import as_path
 from kd_jax.runtime.preemption import EXIT_CODE, Preempted, Preemption
 from kd_jax.trainer.run_directory import RunDirectory, run_once
@@ -106,6 +109,13 @@ def main(
         except OSError as error:
             given = next((word for word in argv if word.startswith("--config=")), "--config")
             fail(f"{given}: cannot be loaded ({str(error).strip().splitlines()[-1].strip()}); name a file of configs/")
+        given = Counter(
+            word.lstrip("-").partition("=")[0] for word in argv[1:] if word.lstrip("-").startswith("config.")
+        )
+        for name, count in given.items():
+            value = functools.reduce(lambda block, key: block[key], name.split(".")[1:], config)
+            if count > 1 and isinstance(value, tuple):  # absl would join the values, where all others replace
+                fail(f"--{name} is given {count} times; give it once, with all of its values")
         return rest
 
     def execute(_) -> None:
@@ -172,7 +182,9 @@ def guarded(
     """
     try:
         # Until the processes have met, SIGTERM ends this one at once: it has nothing to save.
-        with distributed.joined(place, outcome), Preemption():
+        # Whatever a command writes, and whichever library writes it, a full disk is told in the same sentence.
+        disk = full_disk_is_user_error(workdir or "the temporary folder")
+        with distributed.joined(place, outcome), Preemption(), disk:
             run(config, workdir)
     except (UserError, Preempted) as error:
         code, text = outcome(error)

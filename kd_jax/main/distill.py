@@ -63,7 +63,8 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
             for start, models, constants in side.phases
         ),
         batches=batches,
-        evaluate=heldout_evaluation(model, prepared, masking, mesh, distill, workdir),
+        # A head that no term trains would be measured as it was drawn.
+        evaluate=heldout_evaluation(model, prepared, masking, mesh, distill, workdir, measures=distill.trains_head),
         init=init,
         rules=execution.sharding.student,
         tables=side.tables,

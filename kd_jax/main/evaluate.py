@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from kd_jax.config import require
 from kd_jax.config.commands import Evaluate
 from kd_jax.config.execution import read_execution
 from kd_jax.config.settings import read
@@ -34,6 +35,9 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
     settings, execution = read(Evaluate, config.evaluate, "evaluate"), read_execution(config)
     del workdir
     prepared, mesh = Prepared(config.prepared), make_mesh(execution.mesh)
+    utterances = finetune.of_domain(prepared.utterances, settings.partition, "")
+    problem = f"{settings.partition} has no utterance in {config.prepared}"
+    require(len(utterances) > 0, "evaluate.partition", problem, "score the other one, or prepare data that has it")
 
     def score(directory: RunDirectory) -> dict[str, Any]:
         directory.start()

@@ -6,6 +6,7 @@ python -m kd_jax.main.import_model --config=configs/FILE.py --workdir=DIR \\
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from kd_jax.jobs.job import model_layout
 from kd_jax.main import command
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional, parameter_count
+from kd_jax.models.huggingface.checkpoint import unused_heads
 from kd_jax.models.huggingface.config import CONFIG, read_config
 from kd_jax.models.huggingface.files import TensorFiles, check_files, load_params
 from kd_jax.runtime.files import write_json
@@ -80,15 +82,17 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             bias = masked_lm.unigram_log_probabilities(prepared)["generic"]
             params["mlm_head"]["bias"] = jax.device_put(bias, layout["mlm_head"]["bias"])
         if jax.process_index() == 0:
-            print("".join(f"{line}\n" for line in remarks(has_head, stored - size)), end="")
+            left_out = unused_heads(files.names(), shape)
+            print("".join(f"{line}\n" for line in remarks(has_head, stored - size, left_out)), end="")
         with Checkpoints(workdir / FOLDER, keep=1) as checkpoints:
             checkpoints.save(0, {"step": jnp.int32(0), "params": params}, {"identity": {"config": identity(record)}})
             checkpoints.wait()
-        if settings.evaluate_rows:
+        rows: list[dict[str, Any]] = []
+        if settings.evaluate_rows and has_head:  # a new head knows nothing, so its loss would say nothing of the model
             at_once = row_multiple(mesh) * -(-8 // row_multiple(mesh))
             rows = masked_lm.heldout_rows(measured, params, prepared, masking, mesh, at_once, settings.evaluate_rows)
-            if jax.process_index() == 0:
-                write_json(workdir / masked_lm.HELDOUT, rows)
+        if jax.process_index() == 0:
+            write_json(workdir / masked_lm.HELDOUT, rows)
         return {"parameters_fingerprint": params_fingerprint(params)}
 
     with TensorFiles(folder) as files:
@@ -97,9 +101,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         run_once(workdir, "import_model", record, execution, work)
 
 
-def remarks(has_head: bool, rows_left_out: int) -> list[str]:
+def remarks(has_head: bool, rows_left_out: int, tensors_left_out: Sequence[str] = ()) -> list[str]:
     """What the user should know about the imported model, one sentence per line."""
     lines: list[str] = []
+    if tensors_left_out:
+        lines.append(f"Left out, since they are the head of a finetuned model: {', '.join(tensors_left_out)}.")
     if not has_head:
         lines.append(
             "The model has no masked-LM head: a new one, tied to its token table, was drawn from config.seed. Train it "

@@ -179,8 +179,10 @@ def run(options: argparse.Namespace) -> None:
     predictor = Predictor([name.strip() for name in options.model.split(",") if name.strip()], options.prepared)
     with contextlib.ExitStack() as stack:
         texts: Iterable[str] = options.texts
+        for number, text in enumerate(options.texts, 1):
+            files.check_text(text, f"text {number} of the command line")
         if options.input:
-            texts = (line.rstrip("\r\n") for line in _opened(stack, options.input))
+            texts = _lines(options.input)
         output: TextIO = sys.stdout
         if options.output:
             pathlib.Path(options.output).parent.mkdir(parents=True, exist_ok=True)
@@ -199,13 +201,14 @@ def run(options: argparse.Namespace) -> None:
             count.update(len(chunk))
 
 
-def _opened(stack: contextlib.ExitStack, name: str) -> Iterable[str]:
+def _lines(name: str) -> Iterator[str]:
     if name == "-":
-        return sys.stdin
-    file = pathlib.Path(name)
-    if not file.is_file():
+        numbered = files.decode_lines(sys.stdin.buffer, "standard input")
+    elif pathlib.Path(name).is_file():
+        numbered = files.numbered_lines(pathlib.Path(name))
+    else:
         raise UserError(f"--input: there is no file {name}; name one with a text per line, or - for standard input")
-    return (line for _, line in files.numbered_lines(file))
+    return (line for _, line in numbered)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

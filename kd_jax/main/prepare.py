@@ -4,6 +4,7 @@ python -m kd_jax.main.prepare --config=configs/FILE.py --workdir=DIR
 python -m kd_jax.main.prepare --config=configs/FILE.py --check   # looks at all of the data and writes nothing
 """
 
+import contextlib
 import pathlib
 from collections.abc import Iterable, Iterator
 
@@ -13,9 +14,12 @@ from ml_collections import ConfigDict
 from kd_jax.config import to_dict
 from kd_jax.config.data import Transfer, read_prepare
 from kd_jax.config.settings import read
+from kd_jax.config.training import Finetune
 from kd_jax.data.prepared import PARTS, prepare
+from kd_jax.data.rows import read_manifest
 from kd_jax.data.text.check import check
 from kd_jax.main import command
+from kd_jax.runtime.lock import owned
 from kd_jax.runtime.preemption import Item, interruptible
 from kd_jax.runtime.progress import counted
 from kd_jax.trainer.run_directory import mark_done
@@ -36,14 +40,17 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         return counted(interruptible(texts, doing, alone=True), doing, unit="texts", shown=config.progress)
 
     if jax.process_index() == 0:
-        prepare(settings, to_dict(config), workdir, watch=watch)
+        finished = read_manifest(workdir) is not None  # which is only read, and may lie on a read-only disk
+        with contextlib.nullcontext() if finished else owned(workdir):
+            prepare(settings, to_dict(config), workdir, watch=watch)
     mark_done(workdir)  # the other processes wait here
 
 
 def run_check(config: ConfigDict, workdir: pathlib.Path | None) -> None:
     """Prints what the data hold and what is wrong with them; raises UserError at the end if anything is."""
     del workdir  # nothing is written
-    findings = check(read_prepare(config), read(Transfer, config.transfer, "transfer"))
+    transfer = read(Transfer, config.transfer, "transfer")
+    findings = check(read_prepare(config), transfer, read(Finetune, config.finetune, "finetune").max_train)
     print("\n".join(findings.lines), flush=True)
     if findings.errors:
         count = f"{findings.errors:,} error{'s'[: findings.errors != 1]}"

@@ -88,7 +88,11 @@ def run(config: ConfigDict, workdir: pathlib.Path, key: str | None = None) -> No
 def report(study: Study, started: float) -> None:
     """Writes the report of a finished study and prints the result table."""
     prepared = Prepared(str(study.folder(study.planner.prepare())))
-    about = {**provenance(), **facts.about_data(prepared), **facts.cached_predictions(study)}
+    about = {
+        **provenance(),
+        **facts.about_data(prepared, study.values["finetune"]["max_train"]),
+        **facts.cached_predictions(study),
+    }
     inputs = collect(study, facts.domains_against_generic(prepared), about)
     write_report(study.workdir, inputs)
     print(summary_text(inputs))

@@ -123,7 +123,8 @@ class GrowingFile:
         self._lines: list[str] = []
         if self._file is None:
             with contextlib.suppress(FileNotFoundError), reaching(path):
-                self._lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                # Not str.splitlines, which also splits at characters inside a text, such as U+2028.
+                self._lines = [f"{line}\n" for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
         self._stored, self._last_put = len(self._lines), 0.0
         self._putter = ThreadPoolExecutor(1, thread_name_prefix="growing file")  # one thread: puts keep their order
 

@@ -9,8 +9,10 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any, cast
+from urllib.parse import unquote
 
 from kd_jax.types import UserError
 
@@ -104,6 +106,16 @@ def names_in(folder: pathlib.Path) -> list[str]:
             return sorted(entry.name for entry in folder.iterdir())
     except FileNotFoundError:
         return []
+
+
+def file_name(name: str) -> str:
+    """A name from the data as a file's name: what would leave its folder, or hide there, is percent-encoded."""
+    return re.sub(r"[/\\%\x00-\x1f\x7f]|^\.", lambda found: f"%{ord(found[0]):02X}", name)
+
+
+def name_of_file(escaped: str) -> str:
+    """The inverse of `file_name`."""
+    return unquote(escaped)
 
 
 def digest(values: Any) -> str:

@@ -2,8 +2,6 @@
 
 import contextlib
 import datetime
-import errno
-import fcntl
 import json
 import os
 import pathlib
@@ -14,13 +12,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from kd_jax.runtime.copies import on_this_host
+from kd_jax.runtime.lock import is_free, take
 from kd_jax.types import UserError
 
 RUNNING, FINISHED, FAILED, STOPPED = "running", "finished", "failed", "stopped"  # stopped: preempted or interrupted
 
 _LONGEST_MESSAGE = 500  # characters
-_SECONDS_TO_WAIT = 2.0  # for the lock, which --status takes for an instant
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # from file systems without locks
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ def attempt(workdir: pathlib.Path, stage: str, *, writes: bool = True) -> Iterat
     path.parent.mkdir(parents=True, exist_ok=True)
     # flock and not a marker file: the kernel releases it however the process ends, so no stale lock blocks a resume.
     with open(path, "a+", encoding="utf-8") as file:
-        if not _lock(file.fileno()):
+        if not take(file.fileno()):
             other = read_attempt(workdir, stage)
             who = f"process {other.pid} on {other.host}" if other else "another process"
             raise UserError(f"stage {stage}: {who} is running it; wait until it ends, or stop it first")
@@ -92,7 +89,7 @@ def read_attempt(workdir: pathlib.Path, stage: str) -> Attempt | None:
         with open(path, encoding="utf-8") as file:
             values = json.loads(file.read())
             found = Attempt(**{field.name: values[field.name] for field in fields(Attempt)})
-            gone = found.outcome == RUNNING and found.host == socket.gethostname() and _is_free(file.fileno())
+            gone = found.outcome == RUNNING and found.host == socket.gethostname() and is_free(file.fileno())
     except (FileNotFoundError, json.JSONDecodeError):  # no note, or one that is being written
         return None
     lost = {"outcome": STOPPED, "ended": path.stat().st_mtime, "message": "its process is gone"}
@@ -101,26 +98,3 @@ def read_attempt(workdir: pathlib.Path, stage: str) -> Attempt | None:
 
 def _iso(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds") if seconds else ""
-
-
-def _lock(descriptor: int) -> bool:
-    """Whether this process now has the lock, or the file system has no locks."""
-    until = time.monotonic() + _SECONDS_TO_WAIT
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError as error:
-            if error.errno in _NO_LOCKS or time.monotonic() > until:
-                return error.errno in _NO_LOCKS
-        time.sleep(0.05)
-
-
-def _is_free(descriptor: int) -> bool:
-    """Whether no process has the lock; False where the file system has no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    fcntl.flock(descriptor, fcntl.LOCK_UN)
-    return True

@@ -123,6 +123,8 @@ class Study:
             if not self.done(stage):
                 continue
             rows = [row for row in self.heldout(stage) if row["kind"] == "task"]
+            if not rows:  # its masked-LM head was never trained
+                continue
             count = sum(row["count"] for row in rows)
             loss, unigram = (sum(row[key] * row["count"] for row in rows) / count for key in ("loss", "unigram_loss"))
             if loss < unigram:
@@ -139,6 +141,7 @@ class Study:
             self.notes.append(problem[0].upper() + problem[1:] + ".")
 
     def heldout(self, stage: Stage) -> list[dict[str, Any]]:
+        """The held-out masked-LM losses of a stage; none where its head was never trained."""
         return read_json(self.folder(stage) / "heldout.json")
 
     def choose(self) -> None:

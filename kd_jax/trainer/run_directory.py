@@ -1,5 +1,6 @@
 """The files that describe a run in its directory: config.json, run.json, and DONE, written last."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -17,6 +18,7 @@ from kd_jax.config import differences, identity
 from kd_jax.config.execution import Execution
 from kd_jax.runtime import distributed
 from kd_jax.runtime.files import read_json, write_json
+from kd_jax.runtime.lock import owned
 from kd_jax.runtime.paths import as_path, make_folder, reaching
 from kd_jax.runtime.watchdog import Watchdog
 from kd_jax.types import UserError
@@ -85,15 +87,21 @@ def run_once(
 ) -> None:
     """Runs a command in its directory unless it is done there; config: its resolved config as plain values.
 
-    work(directory) starts or resumes, and returns what DONE is to say, or None where more is left to do.
+    work(directory) starts or resumes, and returns what DONE is to say, or None where more is left to do. Raises
+    UserError where another process runs in the directory.
     """
-    directory = RunDirectory(workdir, command, config)
-    if directory.done:
-        return
-    with Watchdog(execution.watchdog_seconds, directory.path, exits=execution.watchdog_exit):
-        notes = work(directory)
-    if notes is not None:
-        mark_done(directory.path, **notes)
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0 and not is_done(workdir):
+            # Several machines may write one cache, each its own part.
+            part = f"-{execution.cache_part}" if execution.cache_parts > 1 else ""
+            stack.enter_context(owned(as_path(workdir), part))
+        directory = RunDirectory(workdir, command, config)
+        if directory.done:
+            return
+        with Watchdog(execution.watchdog_seconds, directory.path, exits=execution.watchdog_exit):
+            notes = work(directory)
+        if notes is not None:
+            mark_done(directory.path, **notes)
 
 
 def mark_done(workdir: str | pathlib.Path, **notes: Any) -> None:

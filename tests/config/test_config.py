@@ -2,6 +2,8 @@ import pytest
 
 from kd_jax import config as config_module
 from kd_jax.config import base
+from kd_jax.config.data import Nlu, Source
+from kd_jax.config.settings import Invalid
 from kd_jax.types import UserError
 
 
@@ -36,6 +38,15 @@ def test_identity_leaves_out_what_a_resume_may_change():
 def test_require_names_the_key_and_the_remedy():
     with pytest.raises(UserError, match=r"^config\.distill\.temperature: -1 is not positive; 2\.0 is usual$"):
         config_module.require(False, "distill.temperature", "-1 is not positive", "2.0 is usual")
+
+
+@pytest.mark.parametrize("name", ["../de", "de/DE", "", ".de", "a b"])
+def test_names_that_become_files_are_checked(name):
+    for kind, changes in ((Nlu, {}), (Source, {"kind": "generic", "format": "text"})):
+        field = "locales" if kind is Nlu else "languages"
+        with pytest.raises(Invalid, match=rf"{field}: '{name}' cannot be a part of a file's name"):
+            kind(**changes, **{field: ("de-DE", name)})
+        kind(**changes, **{field: ("de-DE", "20231101.de")})
 
 
 def test_an_unknown_key_is_refused_by_the_locked_config():

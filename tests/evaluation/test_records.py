@@ -31,6 +31,7 @@ def test_test_sets_by_locale():
     cases = {
         "wake me up": ["test"],
         "WAKE me UP": ["test"],  # the same text once normalized, no word unseen
+        "wakeme up!": ["test", "tail"],  # spaces and punctuation aside, as in decontamination; a new word all the same
         "wake an alarm": ["test", "test_unseen"],
         "wake me tomorrow": ["test", "test_unseen", "tail"],
         "guten morgen": ["test", "test_unseen", "tail"],  # seen in another locale only

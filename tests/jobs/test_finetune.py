@@ -2,15 +2,19 @@
 
 import json
 import shutil
+import types
+from typing import Any
 
 import numpy as np
 import pytest
 
 from configs import quickstart
+from kd_jax.data.text.utterances import Utterance
 from kd_jax.evaluation.records import read_records
 from kd_jax.jobs import finetune
 from kd_jax.jobs.job import compiled_step
 from kd_jax.main import evaluate, finetune_icner, prepare
+from kd_jax.runtime.paths import file_name
 from kd_jax.types import UserError
 
 
@@ -28,6 +32,27 @@ def test_impossible_settings_are_named(tmp_path, key, value):
     config.finetune[key] = value
     with pytest.raises(UserError, match=rf"config\.finetune\.{key}: {value}"):
         finetune.run(config, tmp_path, "dc")
+
+
+def test_the_labels_used_are_those_of_the_run(tmp_path):
+    def utterance(number, partition="train"):
+        return Utterance(str(number), "en-US", partition, "alarm", "alarm_set", f"text {number}", ("text",), ("O",))
+
+    prepared: Any = types.SimpleNamespace(utterances=[*map(utterance, range(9)), utterance(9, "test")])
+    config = quickstart.get_config()
+    config.finetune.max_train = 4
+    written = {"command": "finetune_dc", "config": {"finetune": config.finetune.to_dict()}}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    used = finetune.labels_used(tmp_path, prepared)
+    assert used == finetune.labeled_train(prepared, 4, "") and len(used) == 4
+
+
+def test_a_domain_whose_name_is_a_path_keeps_its_name(tmp_path):
+    names = ("alarm/timer", "..", "music")
+    for name in names:
+        (tmp_path / "run" / "domains" / file_name(name)).mkdir(parents=True)
+    assert set(finetune.domain_folders(tmp_path / "run")) == set(names)
+    assert [one.name for one in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.long

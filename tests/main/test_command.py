@@ -1,11 +1,15 @@
 """What a user sees on the command line when something is wrong: one sentence, exit code 2, nothing left behind."""
 
+import errno
 import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+
+from kd_jax.config import base
+from kd_jax.main import command
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -31,6 +35,7 @@ SMOKE = "--config=configs/quickstart.py:smoke"
         ((), ("--config is missing",)),
         ((SMOKE, "surplus"), ("unexpected argument 'surplus'",)),
         ((SMOKE, "--nothing=1"), ("nothing",)),
+        ((SMOKE, "--config.study.seeds=(0,)", "--config.study.seeds=(2,)"), ("--config.study.seeds", "given 2 times")),
         ((SMOKE, "--config.rows.heldout_share=1.5"), ("config.rows.heldout_share", "1.5")),
         (("--config=configs/massive.py",), ("KD_JAX_DATA",)),
     ],
@@ -45,6 +50,17 @@ def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path, arguments, words)
     for word in words:
         assert word in last
     assert not workdir.exists() or not any(workdir.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("IoError: No space left on device (28)")]
+)
+def test_a_full_disk_is_one_sentence_whatever_wrote(tmp_path, capsys, error):
+    def write(config, workdir):
+        raise error
+
+    assert command.guarded(write, base.get_config(), tmp_path) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: the disk is full or over its quota; free some space")
 
 
 def test_missing_workdir_is_named():

@@ -66,6 +66,8 @@ def test_import_is_a_finished_run(data, source, tmp_path, capsys):
     folder, shape, params = source
     config = imported(data, folder, tmp_path / "run")
     assert capsys.readouterr().out == ""
+    heldout = json.loads((tmp_path / "run" / "heldout.json").read_text())
+    assert {row["kind"] for row in heldout} == {"generic", "task"}
     equal(read_back(tmp_path / "run", data[1], config), params)
     trained.check_tokenizer(tmp_path / "run", data[1], "x")
     assert len(trained.parameters_fingerprint(tmp_path / "run", "x")) == 64
@@ -96,8 +98,7 @@ def test_a_new_head_is_told_of_and_the_same_for_a_seed(data, source, tmp_path, c
     bias = np.asarray(first["mlm_head"]["bias"], np.float64)
     np.testing.assert_allclose(np.exp(bias[ordinary]), counts[ordinary] / counts[ordinary].sum(), rtol=1e-4)
     assert bias[special].max() < bias[ordinary].min()
-    heldout = json.loads((tmp_path / "run" / "heldout.json").read_text())
-    assert {row["kind"] for row in heldout} == {"generic", "task"}
+    assert json.loads((tmp_path / "run" / "heldout.json").read_text()) == [], "a head that nobody trained has no loss"
     imported(data, other, tmp_path / "again")
     equal(read_back(tmp_path / "again", data[1], config), first)
 

@@ -154,7 +154,7 @@ def test_forms_of_output(runs, capsys, tmp_path, monkeypatch):
     code, printed = run(capsys, model, f"--input={tmp_path / 'lines.txt'}")
     rows = [json.loads(line) for line in printed.out.splitlines()]
     assert [row["text"] for row in rows] == ["weck mich um sieben", "", "play some jazz"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("play some jazz\nweck mich um sieben\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"play some jazz\nweck mich um sieben\n")))
     monkeypatch.setattr(predict, "CHUNK", 1)
     output = tmp_path / "new" / "de-DE.jsonl"
     code, printed = run(capsys, model, "--input=-", "--format=massive", "--locale=de-DE", f"--output={output}")
@@ -167,6 +167,12 @@ def test_forms_of_output(runs, capsys, tmp_path, monkeypatch):
     assert [one.intent for one in back[:2]] == [rows[2]["intent"], rows[0]["intent"]]
 
 
+def test_standard_input_that_is_not_utf8(runs, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"good\ncaf\xe9\n")))
+    code, printed = run(capsys, f"--model={runs / 'dc'}", "--input=-")
+    assert code == 2 and "standard input:2: byte 0xe9 at column 4 is not UTF-8" in printed.err
+
+
 def test_mistakes_are_one_sentence(runs, capsys, tmp_path):
     for arguments, words in (
         ((f"--model={runs / 'dc'}",), "give texts, or --input"),
@@ -175,6 +181,7 @@ def test_mistakes_are_one_sentence(runs, capsys, tmp_path):
         ((f"--model={tmp_path}", "x"), "--model: "),
         ((f"--model={runs / 'dc'},{runs / 'dc'}", "x"), "is a second run for dc"),
         (("--model=,", "x"), "--model: it is empty"),
+        ((f"--model={runs / 'dc'}", "x", "caf\udce9"), "text 2 of the command line: character 4 is byte 0xe9"),
     ):
         code, printed = run(capsys, *arguments)
         assert code == 2 and printed.err.startswith("error: ") and words in printed.err, printed.err

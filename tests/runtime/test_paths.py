@@ -6,7 +6,7 @@ import fsspec
 import pytest
 
 from kd_jax.runtime.files import read_json, write_atomically
-from kd_jax.runtime.paths import as_path, is_remote, names_in, reaching
+from kd_jax.runtime.paths import as_path, file_name, is_remote, name_of_file, names_in, reaching
 from kd_jax.types import UserError
 from tests.support import fake_store
 
@@ -14,6 +14,16 @@ from tests.support import fake_store
 def test_a_local_name_is_a_plain_path_and_a_path_stays_what_it_is(tmp_path):
     assert as_path("runs/a") == pathlib.Path("runs/a") and not is_remote(as_path("runs/a"))
     assert as_path(tmp_path) is tmp_path
+
+
+@pytest.mark.parametrize(
+    "name", ["alarm/timer", "..", ".", ".hidden", "a%2Fb", "müsste", "a b", "x\ny\0", "a\\b", "plain"]
+)
+def test_a_name_from_the_data_stays_in_its_folder(tmp_path, name):
+    escaped = file_name(name)
+    assert (tmp_path / escaped).parent == tmp_path and name_of_file(escaped) == name
+    (tmp_path / escaped).mkdir()
+    assert [entry.name for entry in tmp_path.iterdir()] == [escaped] and not escaped.startswith(".")
 
 
 @pytest.mark.parametrize("scheme", ["gs", "s3"])

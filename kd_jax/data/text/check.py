@@ -16,9 +16,9 @@ from kd_jax.data.prepared import check_settings
 from kd_jax.data.rows import no_text
 from kd_jax.data.text.files import fill_path
 from kd_jax.data.text.sources import load_utterances
-from kd_jax.data.text.splits import Splits, text_key
+from kd_jax.data.text.splits import Splits, shared_with_test, text_key
 from kd_jax.data.text.tokenizer import Tokenizer, train_tokenizer
-from kd_jax.data.text.utterances import PARTITIONS, Utterance, shared_ids
+from kd_jax.data.text.utterances import PARTITIONS, Utterance, shared_ids, subset_train
 from kd_jax.types import UserError
 
 SHOWN = 10  # errors that are printed; the others are counted
@@ -62,9 +62,10 @@ class Errors:
         return [f"errors: {self.count:,}{more}", *(f"  {message}" for message in self.first)]
 
 
-def check(settings: Prepare, transfer: Transfer) -> Findings:
+def check(settings: Prepare, transfer: Transfer, max_train: int = 0) -> Findings:
     """Reads what `prepare` would read, in the same way, and writes nothing.
 
+    max_train: config.finetune.max_train, labeled train utterances per locale; 0 takes all.
     An error in a record does not end it; the next record is read. Lengths are measured on SAMPLE texts of each source
     and language, drawn at random, and of a source on the hub only the first REMOTE texts are read. Raises no UserError.
     """
@@ -82,7 +83,7 @@ def check(settings: Prepare, transfer: Transfer) -> Findings:
             "",
             *labels(utterances),
             "",
-            *duplicates(utterances),
+            *duplicates(utterances, max_train),
             "",
         ]
     lines += [*texts(settings, transfer, utterances, errors), ""]
@@ -140,8 +141,10 @@ def labels(utterances: Sequence[Utterance]) -> Iterator[str]:
             yield f"note: {kind[:-1]} {label!r} is not in train, so it is always predicted wrong: {where}"
 
 
-def duplicates(utterances: Sequence[Utterance]) -> Iterator[str]:
-    """How many dev and test utterances have their text, once normalized, in an earlier partition of their locale."""
+def duplicates(utterances: Sequence[Utterance], max_train: int = 0) -> Iterator[str]:
+    """How many dev and test utterances have their text, once normalized, in an earlier partition of their locale, and
+    how many labels that are used have the text of a test utterance.
+    """
     found: dict[str, dict[tuple[str, str], Utterance]] = {name: {} for name in PARTITIONS}
     for one in utterances:
         found[one.partition].setdefault((one.locale, text_key(one.text)), one)
@@ -156,6 +159,14 @@ def duplicates(utterances: Sequence[Utterance]) -> Iterator[str]:
             share = f"{len(pairs) / totals[name]:.1%}"
             example = f" ({share}), e.g. {one.locale} {one.id} and {twin.id}: {textwrap.shorten(one.text, 60)!r}"
         yield f"  {name} in {other}: {len(pairs):,} of {totals[name]:,}{example}"
+    used = subset_train(utterances, max_train) if max_train else utterances
+    labeled = [one for one in used if one.partition == "train"]
+    same, covered = shared_with_test(labeled, utterances)
+    yield (
+        f"  labels used that have the text of a test utterance: {same:,} of {len(labeled):,}, covering {covered:,} of "
+        f"{totals['test']:,}; texts that equal them are not distilled on, but the labels stay (test_unseen is without "
+        "them)"
+    )
 
 
 @dataclasses.dataclass

@@ -67,7 +67,28 @@ def decode_lines(lines: Iterable[bytes], name: str, report: Report = raise_error
             continue
         if number == 1:
             text = text.removeprefix("\ufeff")  # the byte order mark
+            # A file with the line ends of old Mac OS would be read as one text.
+            if not text.endswith("\n") and "\r" in text.rstrip("\r"):
+                problem = "lines end in a carriage return alone"
+                report(UserError(f"{name}:1: {problem}; convert the line ends, tr '\\r' '\\n' < OLD > NEW"))
+                return
         yield number, text.rstrip("\r\n")
+
+
+def check_text(text: str, where: str) -> None:
+    """Raises UserError for text that is not Unicode, as tokenizers and files need it.
+
+    Half a surrogate pair comes from a JSON escape such as "\\ud83d", or from bytes on the command line that are not
+    UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        byte = (
+            f"byte 0x{code - 0xDC00:02x}, which is not UTF-8" if 0xDC80 <= code <= 0xDCFF else "half a surrogate pair"
+        )
+        raise UserError(f"{where}: character {error.start + 1} is {byte}; fix or remove the text") from None
 
 
 def numbered_lines(path: Path, report: Report = raise_error) -> Iterator[tuple[int, str]]:
@@ -104,7 +125,15 @@ def json_records(
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand nested lists
             problem = f"broken JSON ({error})"
         if isinstance(record, dict):
-            yield where, record
+            try:
+                if "\\u" in line:  # only an escape can spell half a surrogate pair, and most lines have none
+                    for field, value in record.items():
+                        check_text(field, f"{where}: the name of a field")
+                        check_text(value if isinstance(value, str) else "", f"{where}: field {field!r}")
+            except UserError as error:
+                report(error)
+            else:
+                yield where, record
         else:
             report(UserError(f"{where}: {problem}; write one JSON object on the line"))
 

@@ -145,12 +145,8 @@ def _jsonl(source: Source, path: str, language: str, key: str, report: files.Rep
         for where, record in files.json_records(files.numbered_lines(file, report), str(file), report):
             try:
                 _check_column(field, record, where, key, "field")
-                if isinstance(text := record[field], str):
-                    text.encode()
             except UserError as error:
                 report(error)
-            except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which breaks tokenizers
-                report(UserError(f"{where}: field {field!r} holds half a surrogate pair; fix or remove the line"))
             else:
                 yield where, record[field]
 

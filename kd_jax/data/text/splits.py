@@ -49,6 +49,18 @@ def text_key(text: str) -> str:
     return normalize(text).replace(" ", "")
 
 
+def shared_with_test(labeled: Iterable[Utterance], utterances: Iterable[Utterance]) -> tuple[int, int]:
+    """(labeled utterances with the text of a test utterance of their locale, test utterances whose text they have).
+
+    Labels are not decontaminated: a data set's train partition is used as it was published, and the test set
+    "test_unseen" leaves these utterances out.
+    """
+    known = Counter((one.locale, text_key(one.text)) for one in labeled)
+    tested = Counter((one.locale, text_key(one.text)) for one in utterances if one.partition == "test")
+    both = known.keys() & tested.keys()
+    return sum(known[one] for one in both), sum(tested[one] for one in both)
+
+
 class HeldOut:
     """The dev and test texts of all locales; a text equals one of them when their `text_key` is the same."""
 

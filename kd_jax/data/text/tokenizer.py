@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +30,8 @@ _USUAL_NAMES = {
     "mask": ("<mask>", "[MASK]"),
     "unk": ("<unk>", "[UNK]"),
 }
+# The keys of a tokenizer_config.json that decide how a WordPiece tokenizer reads a text.
+_WORDPIECE = ("do_lower_case", "strip_accents", "tokenize_chinese_chars", *(f"{role}_token" for role in _USUAL_NAMES))
 _CHUNK = 4096  # texts that are encoded at a time
 _COVERAGE = 0.9998  # of the characters of the training texts; the rest becomes <unk>
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -79,8 +83,7 @@ class Tokenizer:
                 raise UserError(f"{path}: holds neither tokenizer.json nor vocab.txt; name a tokenizer's folder")
             path = found[0]
         if path.is_file():
-            read = _read_wordpiece if path.suffix == ".txt" else _read_json
-            return cls(read(path), str(path), names)
+            return cls(*_read_wordpiece(path)) if path.suffix == ".txt" else cls(_read_json(path), str(path), names)
         if not HUB_NAME.fullmatch(str(name)):
             raise UserError(f"{name}: there is no such file or folder; name a tokenizer's folder, or one on the hub")
         problem = "there is no such folder here, and the hub gave no tokenizer of that name"
@@ -233,28 +236,32 @@ def _read_json(path: Path) -> tokenizers.Tokenizer:
         raise UserError(f"{path}: is no tokenizer that the tokenizers library reads ({error})") from error
 
 
-def _read_wordpiece(path: Path) -> tokenizers.Tokenizer:
-    """BERT's WordPiece from its vocabulary, one token per line; lower-cased unless some token has a capital.
-
-    transformers' AutoTokenizer does not read a folder with nothing but a vocab.txt.
+def _read_wordpiece(file: Path) -> tuple[tokenizers.Tokenizer, str, dict[str, str]]:
+    """What `Tokenizer` takes, of a WordPiece vocabulary with one token per line and the settings beside it, as
+    `transformers` reads them; lower-cased unless they say otherwise or some token has a capital.
     """
+    from transformers import BertTokenizer  # takes seconds to import
+
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        tokens = file.read_bytes().decode().removesuffix("\n").replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 (byte {error.start}); name a WordPiece vocabulary") from None
-    vocabulary = {token: i for i, token in enumerate(lines)}
-    if "[UNK]" not in vocabulary:
-        raise UserError(f"{path}: has no [UNK]; name a WordPiece vocabulary with one token per line")
-    is_cased = any(token != token.lower() for token in lines if not re.fullmatch(r"\[.*\]", token))
-    backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=not is_cased)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
-    backend.add_special_tokens([name for names in _USUAL_NAMES.values() for name in names if name in vocabulary])
-    if "[CLS]" in vocabulary and "[SEP]" in vocabulary:
-        ends = [(name, vocabulary[name]) for name in ("[SEP]", "[CLS]")]
-        backend.post_processor = processors.BertProcessing(*ends)
-    return backend
+        raise UserError(f"{file}: is not UTF-8 (byte {error.start}); name a WordPiece vocabulary") from None
+    if "[UNK]" not in tokens:
+        raise UserError(f"{file}: has no [UNK]; name a WordPiece vocabulary with one token per line")
+    with tempfile.TemporaryDirectory() as folder:  # under the name that the library wants, also for another name
+        shutil.copy(file, Path(folder, "vocab.txt"))
+        settings = file.parent / "tokenizer_config.json"
+        declared = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        is_cased = any(token != token.lower() for token in tokens if not re.fullmatch(r"\[.*\]", token))
+        options = {"do_lower_case": not is_cased, **{key: declared[key] for key in _WORDPIECE if key in declared}}
+        theirs = BertTokenizer.from_pretrained(folder, **options)
+    names = {role: str(getattr(theirs, f"{role}_token")) for role in _USUAL_NAMES}
+    for role, name in names.items():
+        if name not in tokens:  # the library would add it after the last token
+            raise UserError(
+                f"{file}: the tokenizer has no {role} token ({name}); use one that was made for a masked language model"
+            )
+    return theirs.backend_tokenizer, str(file), names
 
 
 def _from_transformers(name: str | os.PathLike[str], problem: str) -> tuple[tokenizers.Tokenizer, str, dict[str, str]]:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
-from kd_jax.models.huggingface.config import family, their_config
+from kd_jax.models.huggingface.config import CONFIG, family, their_config
 from kd_jax.types import Params, UserError
 
 Path = tuple[str, ...]
@@ -208,28 +209,49 @@ TIED = {
 }
 _UNUSED = {
     *(f"{kind}.{name}" for kind in ("bert", "roberta") for name in ("pooler.dense.weight", "pooler.dense.bias")),
-    *("bert.embeddings.position_ids", "roberta.embeddings.position_ids"),
     *("cls.seq_relationship.weight", "cls.seq_relationship.bias"),
 }
 
 
+# What PyTorch puts before the names of a model that it wraps, buffers, and the heads of finetuned models.
+_WRAPPERS = ("module.", "_orig_mod.")
+_BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq)$")
+_CLASSIFIERS = re.compile(r"(pre_classifier|classifier|qa_outputs|score)\.")
+
+
 def canonical_names(names: Iterable[str], config: EncoderConfig) -> dict[str, str]:
-    """The name in our map -> the checkpoint's name, for spellings that differ: a body saved alone has no prefix, and
-    the first BERT checkpoints call a norm's weight and bias gamma and beta.
+    """The name in our map -> the checkpoint's name, for spellings that differ: a body saved alone has no prefix, a
+    wrapped model has one more, and the first BERT checkpoints call a norm's weight and bias gamma and beta.
+
+    Buffers and the heads of finetuned models are left out; `unused_heads` has the latter.
     """
-    names, prefix = list(names), BODY[family(config)]
+    plain = {name: name for name in names if not _BUFFERS.search(name)}
+    for wrapper in _WRAPPERS * 2:
+        if plain and all(name.startswith(wrapper) for name in plain):
+            plain = {name.removeprefix(wrapper): stored for name, stored in plain.items()}
+    heads = {name for name in plain if _CLASSIFIERS.match(name)}
+    if heads and not any(name.startswith("decoder.") for name in plain):  # ModernBERT's classifiers have a dense layer
+        heads |= {name for name in plain if name.startswith("head.")}
+    names, prefix = [name for name in plain if name not in heads], BODY[family(config)]
     bare = not any(name.startswith(prefix) for name in names)
     found: dict[str, str] = {}
     for name in names:
         ours = prefix + name if bare else name
         for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
             ours = ours.removesuffix(old) + new if ours.endswith("LayerNorm" + old) else ours
-        found[ours] = name
+        found[ours] = plain[name]
     return found
 
 
-def check_names(names: Collection[str], config: EncoderConfig) -> bool:
-    """Whether a checkpoint with tensors of these (canonical) names has a masked-LM head on its body.
+def unused_heads(names: Iterable[str], config: EncoderConfig) -> list[str]:
+    """The tensors of a checkpoint, by the checkpoint's names, that belong to the head of a finetuned model."""
+    names = list(names)
+    used = set(canonical_names(names, config).values())
+    return sorted(name for name in names if name not in used and not _BUFFERS.search(name))
+
+
+def check_names(names: Mapping[str, str], config: EncoderConfig) -> bool:
+    """Whether a checkpoint with these `canonical_names` has a masked-LM head on its body.
 
     Raises UserError naming the first tensor that is unknown or missing; a head is complete or absent.
     """
@@ -238,7 +260,8 @@ def check_names(names: Collection[str], config: EncoderConfig) -> bool:
     known = {entry.name for entry in body_map(config)} | head | TIED[kind].keys() | _UNUSED
     for name in names:
         if name not in known:
-            raise UserError(f"{name}: no tensor of this name in a {kind} model of this config; check the config")
+            problem = f"a {kind} model of this config has no such tensor"
+            raise UserError(f"{names[name]}: {problem}; check that {CONFIG} belongs to these weights")
     has_head = any(name in head or name in TIED[kind] for name in names)
     for entry in name_map(config) if has_head else body_map(config):
         if entry.name not in names:
@@ -293,7 +316,10 @@ def exported(model: Functional, params: Params, classes: dict[str, tuple[str, ..
         head = _text_head(shape, "domain_head", names.text_dense, names.masked_norm, names.text_classifier)
         tensors |= _classified(params, head, labels)
         config = _config(shape, "ForSequenceClassification") | numbered
-        return Exported({**config, "problem_type": "single_label_classification"}, tensors, {})
+        # `transformers` refuses the key for a single class, and takes a model of one class for a regression without it:
+        # only its loss differs.
+        kind = {"problem_type": "single_label_classification"} if len(labels) > 1 else {}
+        return Exported({**config, **kind}, tensors, {})
     # ModernBERT's token classifier has a dense layer and a norm, the others are one linear layer.
     if shape.head_style == "modernbert":
         tag_head = _text_head(shape, "tag_head", names.text_dense, names.masked_norm, "classifier")

@@ -142,7 +142,7 @@ def check_files(files: TensorFiles, config: EncoderConfig, *, stored_vocab_size:
     Raises UserError naming the tensor that is missing, unknown, of another shape, or untied.
     """
     names = canonical_names(files.names(), config)
-    has_head = check_names(names.keys(), config)
+    has_head = check_names(names, config)
     shapes = _by_path(Functional("mlm", config).abstract())
     for entry in name_map(config) if has_head else body_map(config):
         expected = entry.their_shape(_part_shape(entry, shapes[entry.path].shape))

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 
 from kd_jax.data.prepared import Prepared
+from kd_jax.data.text.splits import shared_with_test
 from kd_jax.evaluation.similarity import jensen_shannon, matched_jsd, vocabulary_overlap
+from kd_jax.jobs.finetune import labeled_train
 from kd_jax.runtime.files import read_json
 from kd_jax.study.report.numbers import HEADLINE, Numbers
 from kd_jax.study.run import Study
@@ -44,11 +46,18 @@ def cached_predictions(study: Study) -> dict[str, str]:
     return found
 
 
-def about_data(prepared: Prepared) -> dict[str, str]:
-    """The number of texts that decontamination removed from each store."""
+def about_data(prepared: Prepared, max_train: int) -> dict[str, str]:
+    """Overlap with held-out utterances: texts that decontamination removed from each store, and labels that it kept."""
     stores = [store for store in prepared.manifest["stores"] if store["removed"].get("decontaminated")]
     counts = ", ".join(f"{store['name']} {store['removed']['decontaminated']}" for store in stores)
-    return {"left out, equal to a dev or test utterance": counts or "no text"}
+    labeled = labeled_train(prepared, max_train, "")
+    same, covered = shared_with_test(labeled, prepared.utterances)
+    return {
+        "left out, equal to a dev or test utterance": counts or "no text",
+        "labeled utterances with the text of a test utterance of their locale": (
+            f"{same:,} of {len(labeled):,}, which cover {covered:,} test utterances; test_unseen is without these"
+        ),
+    }
 
 
 def domains_against_generic(prepared: Prepared) -> list[dict[str, Any]]:

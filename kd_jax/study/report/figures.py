@@ -33,7 +33,7 @@ from kd_jax.study.report.plotting import (
 
 @rc_context(STYLE)
 def heldout_loss(numbers: Numbers) -> Figure | None:
-    """Held-out masked-LM loss of students and teachers on task and generic text, and the unigram's."""
+    """Held-out masked-LM loss of students and teachers on task and generic text, and each one's unigram."""
     everyone, place = [*numbers.students, *numbers.teachers], Place("heldout_task")
     models = [who for who in everyone if numbers.mean(who, "mlm", "loss", place)]
     if not models:
@@ -44,14 +44,16 @@ def heldout_loss(numbers: Numbers) -> Figure | None:
         for row, who in enumerate(models):
             values = numbers.values(who, "mlm", "loss", Place(f"heldout_{kind}")).values()
             seed_points(panel, values, row, (color(numbers, who), marker(who)))
-        unigram = numbers.unigram_loss(kind)
-        if unigram is not None:
-            panel.axvline(unigram, color=SOFT, linestyle=(0, (4, 3)), linewidth=1)
-            at: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "va": "bottom"}
-            panel.annotate("unigram", (unigram, -0.6), (-3, 2), color=SOFT, size=9, **at)
+            unigram_mark(panel, numbers.unigram_loss(who, kind), row)
         panel.set_title(f"On held-out {kind} text\n")
         panel.set_xlabel("loss, nats per masked token")
     return figure
+
+
+def unigram_mark(panel: Axes, loss: float | None, row: int) -> None:
+    """A bar at the loss of a unigram, in the row of the model with the same vocabulary."""
+    if loss is not None:
+        panel.plot([loss], [row], "|", color=INK, markersize=15, markeredgewidth=1.6, zorder=3)
 
 
 @rc_context(STYLE)
@@ -177,9 +179,8 @@ def teacher_noise(numbers: Numbers) -> Figure | None:
             rows_axis(panel, names)
             for position, locale in enumerate(names):
                 place = Place(f"heldout_{kind}", locale)
-                unigram = numbers.unigram_loss(kind, locale)
-                if metric == "loss" and unigram is not None:
-                    panel.plot([unigram], [position], "|", color=INK, markersize=15, markeredgewidth=1.6, zorder=3)
+                if metric == "loss" and numbers.teachers:
+                    unigram_mark(panel, numbers.unigram_loss(numbers.teachers[0], kind, locale), position)
                 for teacher, style in styles.items():
                     values = [scale * value for value in numbers.values(teacher, "mlm", metric, place).values()]
                     seed_points(panel, values, position, style)
@@ -295,8 +296,8 @@ class Drawing(NamedTuple):
 FIGURES = {  # the name of the file -> the figure
     "heldout_loss": Drawing(
         heldout_loss,
-        "Held-out masked-LM loss (lower is better). Small points are seeds, large ones their means; the dashed line is "
-        "a unigram's loss.",
+        "Held-out masked-LM loss (lower is better). Small points are seeds, large ones their means; the bar is the "
+        "loss of a unigram of the same vocabulary.",
         "Dot plot of held-out masked-LM loss by student and teacher, on task and on generic text",
         "No held-out masked-LM loss was measured.",
     ),

@@ -70,21 +70,27 @@ def loss_text(numbers: Numbers) -> str | None:
 
 
 def unigram_text(numbers: Numbers) -> str | None:
-    """Names the students whose held-out loss is nowhere below a unigram's; None if there are none."""
-    weak = []
+    """Names the students whose held-out loss is nowhere below a unigram's; None if there are none.
+
+    Students of inner states are left out: their masked-LM head is trained little or not at all, and says nothing of the
+    encoder.
+    """
+    weak, measured = [], 0
     for student in numbers.students:
+        if student.kind == "distilled" and numbers.distills_states:
+            continue
         below = []
         for kind in ("task", "generic"):
             losses = [numbers.mean(student, "mlm", key, Place(f"heldout_{kind}")) for key in ("loss", "unigram_loss")]
             if losses[0] is not None and losses[1] is not None:
                 below.append(losses[0].mean < losses[1].mean)
+        measured += bool(below)
         # Below the unigram on either kind of text is enough: a student of generic text need not know the task's.
         if below and not any(below):
             weak.append(label(numbers, student))
     if not weak:
         return None
-    measured = [one for one in numbers.students if one.kind != "scratch"]
-    who = "every student" if len(weak) == len(measured) else "; ".join(weak)
+    who = "every student" if len(weak) == measured > 1 else "; ".join(weak)
     return (
         f"No better than a unigram on held-out text, of the task or generic: {who}. Such an encoder has not learned to "
         "use context yet, so its results after finetuning say little about its transfer set. Distill longer first "

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kd_jax.config.training import FEATURE_TERMS
 from kd_jax.data.text.utterances import SharedIds
 from kd_jax.evaluation.records import Record
 from kd_jax.evaluation.significance import (
@@ -262,11 +263,19 @@ class Numbers:
         wanted = [self.scratch, self.with_share(0.0), self.with_share(1.0), *self.distilled("adapted")[-1:]]
         return [student for student in wanted if student]
 
-    def unigram_loss(self, kind: str, locale: str = "all") -> float | None:
-        """Held-out loss of a unigram on "task" or "generic" text, in nats; the same in every model's results."""
-        place = Place(f"heldout_{kind}", locale)
-        means = (self.mean(who, "mlm", "unigram_loss", place) for who in [*self.teachers, *self.students])
-        return next((mean.mean for mean in means if mean), None)
+    @property
+    def distills_states(self) -> bool:
+        """Whether the distilled students learn the teacher's inner states."""
+        terms = self.inputs.config.get("distill", {})
+        return any(terms.get(name, {}).get("weight", 0) for name in FEATURE_TERMS)
+
+    def unigram_loss(self, who: Student, kind: str, locale: str = "all") -> float | None:
+        """Loss of a unigram on the model's own held-out "task" or "generic" tokens, in nats per masked token.
+
+        It depends on the vocabulary: a student with a trimmed one predicts among fewer tokens than its teacher.
+        """
+        found = self.mean(who, "mlm", "unigram_loss", Place(f"heldout_{kind}", locale))
+        return found.mean if found else None
 
     def heldout_locales(self, kind: str) -> list[str]:
         """ "all", then the languages of "task" or "generic" held-out text."""

@@ -245,8 +245,9 @@ def _heldout_section(numbers: Numbers, figure: str) -> str:
 def _test_sets_section(numbers: Numbers, figure: str) -> str:
     names = {name for task in numbers.tasks() for name in numbers.test_sets(task)}
     meanings = {
-        "test_unseen": "utterances whose text is not in train",
-        "tail": "utterances with at least one word that is not in train",
+        "test_unseen": "utterances whose text, case, punctuation and spaces aside, is not among the labeled ones of "
+        "their locale",
+        "tail": "utterances with at least one word that no labeled utterance of their locale has",
     }
     blocks = []
     for name, meaning in meanings.items():

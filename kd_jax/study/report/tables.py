@@ -171,19 +171,24 @@ def heldout_cells(numbers: Numbers, who: Student, kind: str, locale: str = "all"
 
 
 def heldout_table(numbers: Numbers) -> Table:
-    """Masked-LM loss and accuracy of students and teachers on held-out text, and the loss of a unigram."""
+    """Masked-LM loss and accuracy on held-out text of every model whose masked-LM head was trained, and the loss of a
+    unigram of the same vocabulary.
+    """
     kinds, rows = ("task", "generic"), []
     for who in [*numbers.teachers, *numbers.students]:
-        cells = [cell for kind in kinds for cell in heldout_cells(numbers, who, kind)]
+        cells: list[str] = []
+        for kind in kinds:
+            loss, accuracy = heldout_cells(numbers, who, kind)
+            cells += [loss, fixed(numbers.unigram_loss(who, kind), 2), accuracy]
         if any(cell != NONE for cell in cells):
             rows.append([numbers.label(who), *cells])
-    unigram = [cell for kind in kinds for cell in (fixed(numbers.unigram_loss(kind), 2), NONE)]
     caption = (
         "Held-out masked-LM loss in nats per masked token (↓) and masked-token accuracy in % (↑): mean ± standard "
-        f"deviation over {seeds_text(numbers)}. A from-scratch student has learned no masked LM."
+        f"deviation over {seeds_text(numbers)}. Unigram: the loss of token frequencies in each model's own vocabulary; "
+        "losses can be compared only where it is the same. A model whose masked-LM head was never trained is left out."
     )
-    header = ["Model", "Loss, task text", "Accuracy, task text", "Loss, generic text", "Accuracy, generic text"]
-    return Table(header, [*rows, ["a unigram", *unigram]], caption)
+    header = ["Model"] + [f"{what}, {kind} text" for kind in kinds for what in ("Loss", "Unigram", "Accuracy")]
+    return Table(header, rows, caption)
 
 
 def locale_table(numbers: Numbers, task: str) -> Table:
@@ -203,7 +208,7 @@ def locale_table(numbers: Numbers, task: str) -> Table:
 def teacher_table(numbers: Numbers) -> Table:
     """Loss and accuracy of each teacher by kind of text and language, and the unigram's loss."""
     rows = [
-        [kind, locale, fixed(numbers.unigram_loss(kind, locale), 2)]
+        [kind, locale, fixed(numbers.unigram_loss(numbers.teachers[0], kind, locale), 2)]
         + [cell for teacher in numbers.teachers for cell in heldout_cells(numbers, teacher, kind, locale)]
         for kind in ("task", "generic")
         for locale in numbers.heldout_locales(kind)

@@ -48,8 +48,8 @@ def config_of(folder, locales=("en-US",), **generic):
     return config
 
 
-def check(config):
-    return check_module.check(read_prepare(config), read(Transfer, config.transfer, "transfer"))
+def check(config, max_train=0):
+    return check_module.check(read_prepare(config), read(Transfer, config.transfer, "transfer"), max_train)
 
 
 @pytest.fixture
@@ -115,6 +115,17 @@ def test_the_same_text_in_two_partitions(whole):
     assert "  dev in train: 0 of 5" in lines and "  test in dev: 0 of 6" in lines
     (line,) = [line for line in lines if line.startswith("  test in train: ")]
     assert line.startswith("  test in train: 1 of 6 (16.7%), e.g. en-US 29 and 3: 'START, timer number 3!'")
+
+
+def test_labels_that_have_the_text_of_a_test_utterance_are_counted_among_those_used(whole):
+    start = "  labels used that have the text of a test utterance: "
+
+    def counted(max_train):
+        (line,) = [line for line in check(config_of(whole), max_train=max_train).lines if line.startswith(start)]
+        return line.removeprefix(start).partition(";")[0]
+
+    assert counted(0) == "1 of 20, covering 1 of 6"
+    assert counted(1) == "0 of 1, covering 0 of 6"
 
 
 def test_a_locale_without_dev_and_a_language_without_generic_text(whole):

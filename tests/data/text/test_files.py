@@ -4,7 +4,15 @@ import gzip
 
 import pytest
 
-from kd_jax.data.text.files import fill_path, find_files, hub_error, json_records, load_hub, numbered_lines
+from kd_jax.data.text.files import (
+    check_text,
+    fill_path,
+    find_files,
+    hub_error,
+    json_records,
+    load_hub,
+    numbered_lines,
+)
 from kd_jax.types import UserError
 
 
@@ -48,6 +56,23 @@ def test_numbered_lines(tmp_path):
     packed.write_bytes(gzip.compress(content))
     for file in (plain, packed):
         assert list(numbered_lines(file)) == [(1, "eins\u2028zwei"), (2, ""), (3, "दो\x85\u200d")]
+
+
+def test_line_ends_that_would_make_one_text_of_a_file_are_refused(tmp_path):
+    file = tmp_path / "mac.txt"
+    file.write_bytes(b"one\rtwo\rthree\r")
+    with pytest.raises(UserError, match=r"mac.txt:1: lines end in a carriage return alone; convert"):
+        list(numbered_lines(file))
+    file.write_bytes(b"one\rtwo\nthree\r\n\r")  # inside a text it is a character like any other
+    assert [text for _, text in numbered_lines(file)] == ["one\rtwo", "three", ""]
+
+
+def test_text_that_is_not_unicode_is_named():
+    check_text("Grüße 😀", "here")
+    with pytest.raises(UserError, match=r"^here: character 6 is half a surrogate pair; fix"):
+        check_text("play \ud83d now", "here")
+    with pytest.raises(UserError, match=r"^text 1: character 3 is byte 0xff, which is not UTF-8; fix"):
+        check_text(b"ab\xff".decode(errors="surrogateescape"), "text 1")
 
 
 def test_what_is_wrong_with_a_file(tmp_path):

@@ -89,7 +89,7 @@ def test_jsonl(tmp_path):
         (b'{"body": "a", "n": 1}', r"a.jsonl:2: no field 'text'; it has: body, n; set config.sources.web.field"),
         (b'{"text": ["a"]}', r"a.jsonl:2: field 'text' holds a list and not text"),
         (b'{"text": "\xfc"}', r"a.jsonl:2: byte 0xfc at column 11 is not UTF-8"),
-        (b'{"text": "half \\ud83d"}', r"a.jsonl:2: field 'text' holds half a surrogate pair"),
+        (b'{"text": "half \\ud83d"}', r"a.jsonl:2: field 'text': character 6 is half a surrogate pair"),
     ],
 )
 def test_a_broken_jsonl_line_is_named(tmp_path, line, reason):

@@ -176,6 +176,29 @@ def test_wordpiece_from_vocabulary(tmp_path):
     assert tokenizer.encode(["WAKE"])[0].tolist() == [5]
 
 
+@pytest.mark.parametrize("settings", [{}, {"do_lower_case": False}, {"do_lower_case": True, "strip_accents": False}])
+def test_wordpiece_reads_as_transformers_does(tmp_path, settings):
+    from transformers import BertTokenizer
+
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    # A line separator is a character like any other in a vocabulary.
+    folder = wordpiece_file(tmp_path, (*special, "a", "à", "musste", "müsste", "\u2028", "a\u2028b", "##b", "周", "Ab"))
+    if settings:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = Tokenizer.load(folder)
+    theirs = BertTokenizer.from_pretrained(folder, **({} if settings else {"do_lower_case": False}))
+    assert ours.vocab_size == 14 and ours.tokens()[13] == "Ab"
+    for text in (
+        "musste MÜSSTE müsste",
+        "a à ab AB",
+        "周 a周b",
+        "a\u2028b",
+        "a\u200bb\u0301 \ufffd\x00 \t a",
+        "[MASK a",
+    ):
+        assert ours.encode([text])[0].tolist() == theirs(text, add_special_tokens=False).input_ids, text
+
+
 def test_byte_level(tmp_path):
     tokenizer = byte_tokenizer(tmp_path)
     ((ids, index),) = tokenizer.encode_words([("wake", "über", "灯")])

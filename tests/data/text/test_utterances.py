@@ -126,6 +126,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     [
         (b'{"id": "2", ', r"de-DE.jsonl:2: broken JSON"),
         (b"[1]", r"de-DE.jsonl:2: holds a JSON list"),
+        (b'{"utt": "play \\ud83d now"}', r"de-DE.jsonl:2: field 'utt': character 6 is half a surrogate pair"),
         (b'{"id": "\xff"}', r"de-DE.jsonl:2: byte 0xff at column 9 is not UTF-8"),
         (record(id="2", intent=...), r"de-DE.jsonl:2: field 'intent' is missing"),
         (record(id=2), r"de-DE.jsonl:2: field 'id' is 2 and not a string"),

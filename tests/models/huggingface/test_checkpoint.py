@@ -1,6 +1,7 @@
 """Tensors of each family: round trip, merged projections, clear errors; exports, which PyTorch computes the same."""
 
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -111,6 +112,25 @@ def test_classes_that_only_pad_are_left_out(family):
     assert icner.config["intents"] == ["play", "stop"]
     assert len(icner.tensors["classifier.weight"]) == 3
     assert len(icner.intent_head["classifier.weight"]) == len(icner.intent_head["classifier.bias"]) == 2
+
+
+@pytest.mark.parametrize("family", EXPORTED)
+@pytest.mark.parametrize("count", [1, 2])
+def test_transformers_reads_the_config_of_every_number_of_classes(family, count, tmp_path):
+    from transformers import AutoConfig
+
+    names = ("alarm", "music")[:count]
+    for kind, classes in (
+        ("dc", {"domains": names}),
+        ("icner", {"intents": names, "tags": ("O", "B-a", "I-a")[: 2 * count - 1]}),
+    ):
+        shape = model_of(family, "mlm").config
+        model: Any = Functional(kind, shape, **{key: len(value) for key, value in classes.items()})
+        found = exported(model, parameters(model), classes)
+        (tmp_path / "config.json").write_text(json.dumps(found.config))
+        theirs = AutoConfig.from_pretrained(tmp_path)
+        labels = classes["domains" if kind == "dc" else "tags"]
+        assert theirs.num_labels == len(labels) and tuple(theirs.id2label.values()) == labels
 
 
 def test_padding_that_positions_are_counted_by():

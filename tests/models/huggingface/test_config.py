@@ -92,11 +92,22 @@ def test_there_and_back(name):
         ("mmbert_base", {"mlp_bias": True}, "mlp_bias"),
         ("mmbert_base", {"layer_types": ["sliding_attention"] * 22}, "layer_types"),
         ("mmbert_base", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_parameters.*yarn"),
+        (
+            "mmbert_base",
+            {"rope_parameters": {"full_attention": {"type": "yarn", "factor": 2.0}}},
+            "rope_parameters.*yarn",
+        ),
+        ("mmbert_base", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e3}}, "rope_parameters"),  # flat
     ],
 )
 def test_what_is_not_supported_is_named(kind, changes, words):
     with pytest.raises(UserError, match=words.replace("(", r"\(")):
         encoder_values(PUBLIC[kind] | changes, "folder/config.json")
+
+
+def test_the_other_spelling_of_the_local_window():
+    values = PUBLIC["mmbert_base"] | {"sliding_window": 16}  # on each side, and the token itself counts for neither
+    assert encoder_values(values, "x")["local_window"] == 32
 
 
 def test_patterns_of_global_layers():

@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 from kd_jax.config.execution import Mesh
 from kd_jax.models.functional import Functional
 from kd_jax.models.huggingface import files as huggingface_files
-from kd_jax.models.huggingface.checkpoint import BODY, head_map, name_map, to_huggingface
-from kd_jax.models.huggingface.config import read_config
+from kd_jax.models.huggingface.checkpoint import BODY, exported, head_map, name_map, to_huggingface, unused_heads
+from kd_jax.models.huggingface.config import family, read_config
 from kd_jax.models.huggingface.files import INDEX, SINGLE, TensorFiles, check_files, load_params
 from kd_jax.trainer.mesh import make_mesh, shardings
 from kd_jax.types import UserError
@@ -116,6 +116,35 @@ def test_old_names_of_norms(tmp_path):
 
     save_file({renamed(name): tensor for name, tensor in to_huggingface(params, config).items()}, tmp_path / SINGLE)
     equal(load(tmp_path, config)[0], params)
+
+
+def test_names_of_wrapped_models_and_buffers(case, tmp_path):
+    config, params, tensors = case
+    buffers = {f"{BODY[family(config)]}embeddings.{name}": np.arange(3) for name in ("position_ids", "token_type_ids")}
+    for wrapper in ("module.", "module._orig_mod."):
+        save_file({wrapper + name: tensor for name, tensor in (tensors | buffers).items()}, tmp_path / SINGLE)
+        equal(load(tmp_path, config)[0], params)
+    renamed = {f"module.{name}": tensor for name, tensor in (tensors | {"surprise.weight": np.zeros(3)}).items()}
+    save_file(renamed, tmp_path / SINGLE)
+    with pytest.raises(UserError, match=r"^module\.surprise\.weight: "):  # as the file has it
+        load(tmp_path, config)
+
+
+@pytest.mark.parametrize("kind", ["dc", "icner"])
+def test_the_head_of_a_finetuned_model_is_left_out(case, kind, tmp_path):
+    config, params, _ = case
+    sizes = {"dc": {"domains": 3}, "icner": {"intents": 2, "tags": 3}}[kind]
+    params = {**parameters(Functional(kind, config, **sizes)), "encoder": params["encoder"]}
+    classes = {"domains": ("a", "b", "c"), "intents": ("x", "y"), "tags": ("O", "B-a", "I-a")}
+    tensors = exported(Functional(kind, config, **sizes), params, classes).tensors
+    if family(config) == "distilbert":  # which is exported as BERT
+        config = small_config("bert", type_vocab_size=1)
+    save_file(tensors, tmp_path / SINGLE)
+    loaded, has_head = load(tmp_path, config)
+    assert not has_head
+    equal(loaded["encoder"]["layers"], params["encoder"]["layers"])
+    heads = unused_heads(tensors, config)
+    assert heads and all(name.startswith(("classifier.", "head.")) for name in heads)
 
 
 def test_rows_beyond_the_tokenizer_are_left_out(tmp_path):

@@ -19,8 +19,10 @@ def rows_of(student, set_name, teacher, values, task="dc", metric="error_rate", 
     return [{**who, **place, "seed": seed, "value": value} for seed, value in enumerate(values)]
 
 
-def numbers_of(*groups):
-    return ReportInputs(name="x", results=[row for group in groups for row in group], task_shares=SHARES).numbers
+def numbers_of(*groups, **more):
+    return ReportInputs(
+        name="x", results=[row for group in groups for row in group], task_shares=SHARES, **more
+    ).numbers
 
 
 GENERIC = rows_of("distilled", "generic", "generic", (0.200, 0.201, 0.199))
@@ -103,6 +105,9 @@ def test_students_no_better_than_a_unigram_are_named():
     text = findings.unigram_text(numbers_of(learned, plateau))
     assert text.startswith("No better than a unigram on held-out text, of the task or generic: distilled, task 100 %.")
     assert findings.unigram_text(numbers_of(learned, SCRATCH)) is None
+    weights = {"hidden": {"weight": 1.0}, "kl": {"weight": 0.0}}
+    inner = numbers_of(learned, plateau, config={"distill": weights})
+    assert findings.unigram_text(inner) is None, "their heads say nothing of the states they learned"
 
 
 def test_domain_gains_are_relative_error_reductions():

@@ -1,0 +1,95 @@
+"""Locks that the kernel releases however their process ends, and the one owner of a folder that a command writes.
+
+They hold between the processes of one host, and between hosts where the file system passes flock on (NFS 4, Lustre
+mounted with flock, GPFS). Where a file system has no locks, and between hosts on gs:// and s3://, two owners go
+unnoticed (docs/long-runs.md).
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import socket
+import time
+from collections.abc import Iterator
+
+from kd_jax.runtime.copies import on_this_host
+from kd_jax.runtime.paths import make_folder
+from kd_jax.types import UserError
+
+_SECONDS_TO_WAIT = 2.0  # for a lock that another process takes for an instant, to see whether it is free
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # from file systems without locks
+
+
+@contextlib.contextmanager
+def owned(folder: pathlib.Path, part: str = "") -> Iterator[None]:
+    """Makes this process the only one that writes in `folder`, or in that part of it; the folder is made if need be.
+
+    Raises UserError with host, process and age of the other one. The lock's file is removed at the end.
+    """
+    folder = on_this_host(folder)
+    make_folder(folder)
+    path = folder / f".owner{part}"
+    try:
+        descriptor = _locked(path)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+    try:
+        values = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(values).encode(), 0)
+        yield
+    finally:
+        # Before the lock is released: a file that is removed later may be another owner's.
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        os.close(descriptor)
+
+
+def _locked(path: pathlib.Path) -> int:
+    """The descriptor of the file at `path`, locked."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        if not take(descriptor):
+            os.close(descriptor)
+            raise UserError(f"{path.parent}: {_owner(path)}; wait until it ends, stop it, or choose another folder")
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.sameopenfile(descriptor, same := os.open(path, os.O_RDONLY)):
+                os.close(same)
+                return descriptor
+            os.close(same)
+        os.close(descriptor)  # the owner before has removed the file in the meantime: this lock guards nothing
+
+
+def _owner(path: pathlib.Path) -> str:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        minutes = (time.time() - values["started"]) / 60
+        return f"process {values['pid']} on {values['host']} has been writing here for {minutes:.0f} minutes"
+    except (OSError, ValueError, KeyError):  # it is gone, or has not said yet who it is
+        return "another process is writing here"
+
+
+def take(descriptor: int) -> bool:
+    """Whether this process now has the lock of an open file, or the file system has no locks."""
+    until = time.monotonic() + _SECONDS_TO_WAIT
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno in _NO_LOCKS or time.monotonic() > until:
+                return error.errno in _NO_LOCKS
+        time.sleep(0.05)
+
+
+def is_free(descriptor: int) -> bool:
+    """Whether no process has the lock; False where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    return True

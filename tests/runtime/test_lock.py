@@ -1,0 +1,82 @@
+"""One owner of a folder, on this host: the second is told who, a kill releases it, and nothing is left behind."""
+
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from kd_jax.runtime.lock import owned
+from kd_jax.types import UserError
+
+ROOT = pathlib.Path(__file__).parents[2]
+PROGRAM = """
+import pathlib, sys, time
+from kd_jax.runtime.lock import owned
+with owned(pathlib.Path(sys.argv[1])):
+    print("inside", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that owns tmp_path/run."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "inside\n"
+        yield process
+        process.kill()
+
+
+def test_the_second_owner_is_told_of_the_first(tmp_path, other):
+    told = rf"^{re.escape(str(tmp_path / 'run'))}: process {other.pid} on \S+ has been writing here for 0 minutes; wait"
+    with pytest.raises(UserError, match=told), owned(tmp_path / "run"):
+        pytest.fail("two owners")
+    with owned(tmp_path / "run", "-1"), owned(tmp_path / "run", "-2"):  # parts of a cache have owners of their own
+        assert sorted(os.listdir(tmp_path / "run")) == [".owner", ".owner-1", ".owner-2"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_an_end_of_the_owner_releases_the_folder(tmp_path, other, how):
+    other.send_signal(how)
+    other.wait()
+    with owned(tmp_path / "run"):
+        pass
+    assert os.listdir(tmp_path / "run") == []
+
+
+def test_an_error_releases_the_folder_and_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), owned(tmp_path / "run"):
+        _ = 1 / 0
+    with owned(tmp_path / "run"):
+        pass
+    assert os.listdir(tmp_path / "run") == []
+
+
+def test_a_lock_whose_file_was_removed_guards_nothing(tmp_path, monkeypatch):
+    """The owner before removes its file between our open and our lock: the file that is locked then must be the new."""
+    from kd_jax.runtime import lock
+
+    opened = []
+    take = lock.take
+
+    def slow(descriptor):
+        opened.append(descriptor)
+        if len(opened) == 1:
+            (tmp_path / ".owner").unlink()
+        return take(descriptor)
+
+    monkeypatch.setattr(lock, "take", slow)
+    with owned(tmp_path):
+        assert len(opened) == 2 and (tmp_path / ".owner").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"file: cannot be written \(.*\); "), owned(tmp_path / "file"):
+        pytest.fail("no folder")
