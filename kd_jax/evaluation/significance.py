@@ -5,13 +5,17 @@ happen to be in the test set. `compare` and `trend` cover both. The variance of 
 (all students see the same ones, so it is of their mean difference) plus that over seeds (each student's own, which
 may differ tenfold), less what both count: the noise of single answers, seen in how differently the seeds answer the
 same utterance. Ratios are linearized. The interval is a t interval whose degrees of freedom (Satterthwaite 1946, as in
-Welch's test) are few if seeds cause most of the variance, and many if utterances do. It does not cover what all seeds
-share: the teacher, the transfer set's own texts, the finetuning recipe, the languages. A student's only seed is not
-covered, and a baseline without a seed has none to cover.
+Welch's test) are few if seeds cause most of the variance, and many if utterances do; it is never narrower than the one
+of the seeds alone. It does not cover what all seeds share: the teacher, the transfer set's own texts, the finetuning
+recipe, the languages. A student's only seed is not covered, and a baseline without a seed has none to cover.
+
+In simulated studies (tests/evaluation/test_simulated_studies.py; 500 or 2000 utterances, 3 or 5 seeds that spread by 0
+to 7 points, in one student up to three times as far) five equal students and n-grams were said to differ in 2.1 to
+5.5 % of 2,000 studies of each kind, at a nominal 5 %. docs/comparisons.md has the power.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from scipy import special
@@ -103,7 +107,7 @@ def parallel_ids(records: Iterable[Record]) -> SharedIds:
 
 
 def error_counts(
-    records: Mapping[int | None, Sequence[Record]],
+    records: Mapping[Any, Sequence[Record]],
     metric: str,
     *,
     test_set: str,

@@ -111,6 +111,17 @@ def test_a_baseline_without_a_seed_counts_for_every_seed():
     )
 
 
+@pytest.mark.parametrize(("seed_noise", "least"), [(0.0, 0.93), (0.3, 0.91)])
+def test_coverage_on_simulated_students(seed_noise, least):
+    rng = np.random.default_rng(1)
+    truth = true_difference(-0.2, seed_noise)
+    hits = 0
+    for _ in range(300):
+        got = compare(*students(rng, (-0.2, 0), utterances=200, seed_noise=seed_noise))
+        hits += got.low <= truth <= got.high
+    assert hits / 300 >= least
+
+
 def test_relative_change_and_ratio_metrics():
     rng = np.random.default_rng(2)
     denominator = rng.integers(0, 4, 300).astype(float)  # spans an utterance, many without any
