@@ -45,6 +45,13 @@ DECLARED = {
     MLM: "no student was trained by masked LM alone",
     NGRAMS: "there are no n-grams",
 }
+AGAINST = {
+    GENERIC: "generic text",
+    SCRATCH: "training from scratch",
+    INITIALIZED: "its own start without distillation",
+    MLM: "masked LM alone",
+    NGRAMS: "n-grams",
+}
 FEWEST_SHARES = 3  # of a trend; with two it is their difference
 INTENT_ERROR = MEASURES[1]
 
@@ -202,20 +209,20 @@ def _texts(numbers: Numbers, found: dict[str, Contrast]) -> tuple[str, str]:
 
 def _helps(numbers: Numbers, found: dict[str, Contrast]) -> tuple[str, str] | None:
     """Whether distillation itself helps: it has to beat masked LM alone, and its own start if that is the teacher."""
-    controls = [found[name] for name in (MLM, INITIALIZED) if found[name].decision]
-    beside = [*controls, *(found[name] for name in (SCRATCH,) if found[name].decision)]
-    if not beside:
+    clauses = []
+    for name in (MLM, INITIALIZED, SCRATCH):
+        reference, decision = found[name].reference, found[name].decision
+        if reference and decision:
+            which = f" ({label(numbers, reference)})" if name == MLM else ""
+            clauses.append(f"Against {AGAINST[name]}{which}: {clause(decision, _decided(found))}.")
+    if not clauses:
         return None
-    text = " ".join(
-        f"Against {label(numbers, one.reference)}: {clause(one.decision, _decided(found))}."
-        for one in beside
-        if one.reference and one.decision
-    )
+    text = " ".join(clauses)
     if not found[MLM].decision:
         return "whether distillation itself helps is open", f"{sentence(found[MLM].missing)}. {text}"
     if found[INITIALIZED].reference and not found[INITIALIZED].decision:
         return "whether distillation itself helps is open", f"{sentence(found[INITIALIZED].missing)}. {text}"
-    statuses = [one.status for one in controls]
+    statuses = [status for name in (MLM, INITIALIZED) if (status := found[name].status)]
     if all(status == LOWER for status in statuses):
         return "distillation helps", text
     if found[SCRATCH].status == LOWER:
@@ -239,16 +246,9 @@ def _article(measure: Measure) -> str:
 
 def left_out(numbers: Numbers, task: str) -> list[str]:
     """A sentence for each declared comparison that the study could not make."""
-    against = {
-        GENERIC: "generic text",
-        SCRATCH: "a student from scratch",
-        INITIALIZED: "its own start without distillation",
-        MLM: "masked LM alone",
-        NGRAMS: "n-grams",
-    }
     found = declared(numbers, task)
     return [
-        f"{TASK_NAMES[task]}: not compared with {against[name]}, because {one.missing}."
+        f"{TASK_NAMES[task]}: not compared with {AGAINST[name]}, because {one.missing}."
         for name, one in found.items()
         if one.decision is None
     ]

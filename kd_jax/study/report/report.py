@@ -189,7 +189,7 @@ def _declared_section(numbers: Numbers) -> str:
         "from the teacher, the one that was not distilled."
     )
     if unseeded := [numbers.label(one) for one in numbers.students if numbers.seedless(one)]:
-        meaning += f" What has no seed ({', '.join(unseeded)}) comes out the same each time, and counts for every seed."
+        meaning += f" What has no seed ({'; '.join(unseeded)}) comes out the same each time, and counts for every seed."
     table = tables.declared_table(numbers)
     trends = [text for task in tasks if (text := trend_text(numbers, task))]
     trend = "Apart from these, and not adjusted with them, the trend along the share of task text:" if trends else ""

@@ -130,7 +130,7 @@ def seeds_text(numbers: Numbers) -> str:
 def unseeded(numbers: Numbers) -> str:
     """A remark on the rows in which nothing is random; empty if there are none."""
     names = [numbers.label(student) for student in numbers.students if numbers.seedless(student)]
-    return f" (no seed, so no spread: {', '.join(names)})" if names else ""
+    return f" (no seed, so no spread: {'; '.join(names)})" if names else ""
 
 
 def declared_table(numbers: Numbers) -> Table:

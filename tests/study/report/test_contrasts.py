@@ -77,8 +77,8 @@ def test_the_declared_student_is_not_the_one_with_the_lowest_error():
 def test_a_clear_study_says_who_won_and_that_distillation_helps():
     text = contrasts.verdict_text(study(ALL), "dc")
     assert text.startswith("**DC: task text wins over generic text.** ")
-    assert "**Distillation helps.** Against MLM only from the teacher, task 100 %: −" in text
-    assert "Against from the teacher, not distilled: −" in text and "Against from scratch: −" in text
+    assert "**Distillation helps.** Against masked LM alone (MLM only from the teacher, task 100 %): −" in text
+    assert "Against its own start without distillation: −" in text and "Against training from scratch: −" in text
 
 
 @pytest.mark.parametrize("rival", [(INITIALIZED, "", ""), ("mlm", "task", INITIALIZED)])
@@ -174,7 +174,7 @@ def test_what_was_not_run_is_left_out_with_a_sentence():
     found = contrasts.declared(numbers, "dc")
     assert found[GENERIC].status == LOWER and found[NGRAMS].decision is None
     assert contrasts.left_out(numbers, "dc") == [
-        "DC: not compared with a student from scratch, because no student was trained from scratch.",
+        "DC: not compared with training from scratch, because no student was trained from scratch.",
         "DC: not compared with its own start without distillation, because no student started from the teacher without "
         "distillation.",
         "DC: not compared with masked LM alone, because no student was trained by masked LM alone.",
