@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import get_args
 
 from kd_jax.config.settings import check, one_of
+from kd_jax.models.encoder_config import Pooling
 
 
 @dataclass(frozen=True)
@@ -75,17 +77,20 @@ class Latency:
 
     models: encoder blocks of this config: some of teacher, intermediate, student.
     task: dc | icner: whose heads they have.
+    pooling: first | mean | max: how the heads read an utterance, as finetune.pooling; a study sets it.
     calls: timed calls of each, >= 5.
     seconds: most seconds for each model and number of utterances.
     """
 
     models: tuple[str, ...] = ("teacher", "student")
     task: str = "icner"
+    pooling: str = "first"
     calls: int = 200
     seconds: float = 20.0
 
     def __post_init__(self):
         one_of(self.task, ("dc", "icner"), "task")
+        one_of(self.pooling, get_args(Pooling), "pooling")
         check(self.calls >= 5, "calls", f"{self.calls} is too few", "use 5 or more")
 
 
@@ -129,7 +134,8 @@ class Study:
     seeds: of the students.
     tasks: dc, icner or both.
     latency: measure size and latency of teacher and students, with config.latency.
-    recipe_learning_rates, recipe_epochs: finetuning recipes, searched on dev for each student with the first seed.
+    recipe_learning_rates, recipe_epochs, recipe_poolings: finetuning recipes, all combinations, searched on dev for
+        each student with the first seed; without recipe_poolings all have finetune.pooling.
     require_teacher_better_than_unigram: stop before distilling from a teacher whose loss on task text is no better
         than a unigram's.
     """
@@ -151,6 +157,7 @@ class Study:
     latency: bool = True
     recipe_learning_rates: tuple[float, ...] = (1e-3,)
     recipe_epochs: tuple[int, ...] = (10,)
+    recipe_poolings: tuple[str, ...] = ()
     require_teacher_better_than_unigram: bool = True
 
     def __post_init__(self):
@@ -161,4 +168,6 @@ class Study:
         check(not twice, "selected_sets", f"{', '.join(twice)} is a transfer set too", "choose another name")
         switch = self.schedule_switch
         check(0 < switch < 1, "schedule_switch", f"{switch} is outside (0, 1)", "0.5 switches half-way")
+        for name in self.recipe_poolings:
+            one_of(name, get_args(Pooling), "recipe_poolings")
         check(len(self.seeds) > 0, "seeds", "there is no seed", "give at least one, better three")

@@ -1,9 +1,11 @@
 """Settings of the training jobs: steps and optimizer, the terms of the distillation loss, finetuning."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Literal, get_args
 
 from kd_jax.config.settings import check, one_of
+from kd_jax.models.encoder_config import Pooling
 
 SCHEDULES = ("linear", "cosine", "constant")
 Distance = Literal["cosine", "mse"]
@@ -57,6 +59,11 @@ class Training:
         ignored = ("batch_size", "log_every", "evaluate_every", "evaluate_rows", "checkpoint_every", "keep_checkpoints")
         values = {one.name: getattr(self, one.name) for one in fields(Training) if one.name not in ignored}
         return Training(**values, batch_size=self.accumulation)
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """Top-level entry of the parameters -> factor of its learning rate, where it is not 1."""
+        return {}
 
     def __post_init__(self):
         def require(condition: bool, name: str, wanted: str) -> None:
@@ -273,6 +280,15 @@ class Finetune(Training):
     epochs: > 0 replaces steps: passes over the train utterances.
     domain: ICNER: one domain's model; empty takes all domains together; "each" trains one after the other.
     max_train: labeled train utterances per locale, the same ids in each; 0 takes all.
+    max_dev: dev utterances per locale that dev.json, the search for a recipe and early stopping may see, the same ids
+        in each; 0 takes all.
+    pooling: first | mean | max: what DC and the intent head read of an utterance: the state of its first token, or the
+        mean or maximum over all of its tokens, special ones included.
+    encoder_rate: factor of the learning rate of the encoder, and so of its weight decay, in (0, 1]; the heads have 1.
+        It applies to an encoder that is trained from scratch too.
+    patience: evaluations on dev without a better score after which training stops, keeping the best parameters; 0 never
+        stops, and keeps the last. The learning rate is still scheduled over all steps: a run that stops early has not
+        come to the end of it. With patience, evaluate_every=0 means once an epoch.
     label_smoothing: in [0, 1).
     tag_weight: ICNER: weight of the tag loss; the intent loss has weight 1.
     dropout: in [0, 1), in the heads and the encoder.
@@ -286,6 +302,19 @@ class Finetune(Training):
     label_smoothing: float = 0.0
     tag_weight: float = 1.0
     dropout: float = 0.1
+    max_dev: int = 0
+    pooling: str = "first"
+    encoder_rate: float = 1.0
+    patience: int = 0
+
+    @property
+    def of_step(self) -> Training:
+        step = super().of_step
+        return Finetune(**vars(step), encoder_rate=self.encoder_rate) if self.rates else step
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        return {} if self.encoder_rate == 1 else {"encoder": self.encoder_rate}
 
     def __post_init__(self):
         super().__post_init__()
@@ -294,3 +323,8 @@ class Finetune(Training):
         check(0 <= self.dropout < 1, "dropout", f"{self.dropout} is outside [0, 1)", "0.1 is usual")
         check(self.max_train >= 0, "max_train", f"{self.max_train} is negative", "0 takes all")
         check(self.epochs >= 0, "epochs", f"{self.epochs} is negative", "0 uses config.finetune.steps")
+        check(self.max_dev >= 0, "max_dev", f"{self.max_dev} is negative", "0 takes all")
+        check(self.patience >= 0, "patience", f"{self.patience} is negative", "0 never stops early")
+        rate = self.encoder_rate
+        check(0 < rate <= 1, "encoder_rate", f"{rate} is outside (0, 1]", "1.0 trains the encoder like the heads")
+        one_of(self.pooling, get_args(Pooling), "pooling")

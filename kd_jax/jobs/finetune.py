@@ -6,7 +6,7 @@ import math
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from kd_jax.config.training import Finetune
 from kd_jax.data.labeled import FinetuneBatches, LabeledSet
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.text.tokenizer import Tokenizer
-from kd_jax.data.text.utterances import LabelMaps, Utterance, subset_train
+from kd_jax.data.text.utterances import LabelMaps, Utterance, subset, subset_train
 from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.evaluation.predictions import Spread, predict_records
 from kd_jax.evaluation.records import Record, assign_test_sets, intent_slot_record
@@ -29,12 +29,14 @@ from kd_jax.jobs import serving, trained
 from kd_jax.jobs.job import Job, Phase
 from kd_jax.jobs.job import train as train_job
 from kd_jax.jobs.masked_lm import encoder_model, resolve_dtype
+from kd_jax.models.encoder_config import Pooling
 from kd_jax.models.functional import Functional
 from kd_jax.runtime import distributed
 from kd_jax.runtime.files import read_json, write_json
 from kd_jax.runtime.paths import file_name, name_of_file
 from kd_jax.runtime.progress import Count
 from kd_jax.steps.finetune import ABSENT, make_dc_objective, make_icner_objective
+from kd_jax.trainer.best import Best
 from kd_jax.trainer.mesh import global_batch, local_rows, make_mesh, process_share, row_multiple
 from kd_jax.trainer.run_directory import RunDirectory, run_once
 from kd_jax.types import Array, Batch, Params, UserError
@@ -69,6 +71,9 @@ def run(config: ConfigDict, workdir: pathlib.Path, task: Task) -> None:
     start = settings.init_from
     encoder = trained.encoder_block(start, "finetune.init_from") if start else config.student.to_dict()
     values = resolved(config, keys(config))
+    each_domain = task == "icner" and settings.domain == "each"
+    for domain in domains if each_domain else [settings.domain if task == "icner" else ""]:
+        check_patience(settings, labeled_dev(prepared, settings, domain), domain)
 
     def one(settings: Finetune, folder: pathlib.Path, sizes: Mapping[str, int]) -> None:
         domain = settings.domain if task == "icner" else ""
@@ -93,7 +98,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, task: Task) -> None:
             write_json(workdir / DEV, {"score": mean, "count": total})
         return {}
 
-    if task == "icner" and settings.domain == "each":
+    if each_domain:
         run_once(workdir, f"finetune_{task}", values, execution, each)
     else:
         one(settings, workdir, {})
@@ -118,10 +123,32 @@ def labeled_train(prepared: Prepared, max_train: int, domain: str) -> list[Utter
     return of_domain(utterances, "train", domain)
 
 
+def labeled_dev(prepared: Prepared, settings: Finetune, domain: str = "") -> list[Utterance]:
+    """The dev utterances, of one domain or of all, by which recipes are chosen and finetuning stops early."""
+    most = settings.max_dev
+    return of_domain(subset(prepared.utterances, "dev", most) if most else prepared.utterances, "dev", domain)
+
+
+def check_patience(settings: Finetune, dev: Sequence[Utterance], domain: str) -> None:
+    """Raises UserError for early stopping without an utterance to measure it by."""
+    of = f" of domain {domain}" if domain else ""
+    require(
+        bool(dev) or not settings.patience,
+        "finetune.patience",
+        f"there is no dev utterance{of} by which training could stop early",
+        "give some utterances the partition dev, or set it to 0",
+    )
+
+
 def with_steps(settings: Finetune, utterances: int) -> Finetune:
-    """The settings with epochs turned into steps. Raises UserError where there is nothing to train on."""
+    """The settings with epochs turned into steps, and evaluate_every=0 with patience into once an epoch.
+
+    Raises UserError where there is nothing to train on.
+    """
     if not utterances:
         raise UserError("config.nlu: there is no utterance to train on; give a data set with a train partition")
+    if settings.patience and not settings.evaluate_every:
+        settings = dataclasses.replace(settings, evaluate_every=math.ceil(utterances / settings.batch_size))
     if not settings.epochs:
         return settings
     steps = math.ceil(settings.epochs * utterances / settings.batch_size)
@@ -136,12 +163,18 @@ def with_steps(settings: Finetune, utterances: int) -> Finetune:
 
 
 def classifier(
-    encoder: Mapping[str, Any], prepared: Prepared, dropout: float, compute_dtype: str, task: Task, sizes: Mapping
+    encoder: Mapping[str, Any],
+    prepared: Prepared,
+    dropout: float,
+    pooling: Pooling,
+    compute_dtype: str,
+    task: Task,
+    sizes: Mapping,
 ) -> Functional:
     """The finetuned model's shape: the encoder with the dropout of finetuning, and the task's head."""
     masked = encoder_model(encoder, prepared, compute_dtype, "student")
     shape = dataclasses.replace(masked.config, dropout=dropout)
-    return Functional(task, shape, compute_dtype=masked.compute_dtype, **sizes)
+    return Functional(task, shape, compute_dtype=masked.compute_dtype, pooling=pooling, **sizes)
 
 
 def finetune(
@@ -161,12 +194,13 @@ def finetune(
     """
     domain, start = settings.domain if task == "icner" else "", settings.init_from
     train = labeled_train(prepared, settings.max_train, domain)
-    dev = of_domain(prepared.utterances, "dev", domain)
+    dev = labeled_dev(prepared, settings, domain)
     if start:
         trained.check_tokenizer(start, prepared, "finetune.init_from")
     maps = LabelMaps.from_train(train)
     padded = {**class_counts(task, maps), **sizes}
-    model = classifier(encoder, prepared, settings.dropout, values["compute_dtype"], task, padded)
+    pooling = cast(Pooling, settings.pooling)
+    model = classifier(encoder, prepared, settings.dropout, pooling, values["compute_dtype"], task, padded)
     masks = class_masks(class_counts(task, maps), padded)
     mesh = make_mesh(execution.mesh)
     length = prepared.settings.rows.length
@@ -181,10 +215,7 @@ def finetune(
     def evaluate(params: Params, step: int) -> dict[str, float]:
         del step
         records = predict(model, params, masks, dev, train, prepared.tokenizer, length, maps, mesh)
-        scores = dev_scores(records, task)
-        if jax.process_index() == 0:
-            write_json(directory.path / DEV, {**scores, "count": len(dev)})
-        return {f"dev/{name}": value for name, value in scores.items()}
+        return {f"dev/{name}": value for name, value in dev_scores(records, task).items()}
 
     if task == "dc":
         objective = make_dc_objective(model, settings.label_smoothing)
@@ -192,6 +223,7 @@ def finetune(
         objective = make_icner_objective(model, settings.label_smoothing, settings.tag_weight)
     fingerprint = prepared.tokenizer.fingerprint
     notes = {"train_utterances": len(train), "classes": padded, "labels": maps.to_json()}
+    best = Best("dev/score", settings.patience)
     job = Job(
         settings=settings,
         seed=values["seed"],
@@ -199,11 +231,16 @@ def finetune(
         phases=(Phase(0, objective, lambda: masks),),
         batches=FinetuneBatches(labeled, settings.batch_size, length, values["seed"], rows),
         evaluate=evaluate,
+        best=best,
         init=init if start else None,
         rules=rules,
         notes={"tokenizer_fingerprint": fingerprint, **notes},
     )
-    return train_job(job, directory, mesh, execution)
+    ended = train_job(job, directory, mesh, execution)
+    if jax.process_index() == 0:
+        scores = {name.removeprefix("dev/"): value for name, value in best.metrics.items()}
+        write_json(directory.path / DEV, {**scores, "count": len(dev)})
+    return ended
 
 
 def class_counts(task: str, maps: LabelMaps) -> dict[str, int]:
@@ -327,7 +364,9 @@ def load_finetuned(folder: pathlib.Path, prepared: Prepared, mesh, compute_dtype
     maps = LabelMaps.from_json(run["labels"])
     start = config.finetune.init_from
     encoder = trained.encoder_block(start, "finetune.init_from") if start else config.student
-    model = classifier(encoder, prepared, float(config.finetune.dropout), compute_dtype, task, run["classes"])
+    # Runs of 0.2.0 have no key for the pooling.
+    dropout, pooling = float(config.finetune.dropout), config.finetune.get("pooling", "first")
+    model = classifier(encoder, prepared, dropout, pooling, compute_dtype, task, run["classes"])
     params = trained.trained_params(folder, model, mesh)
     masks, length = class_masks(class_counts(task, maps), run["classes"]), prepared.settings.rows.length
     return Finetuned(task, model, params, masks, maps, prepared.tokenizer, length)

@@ -266,6 +266,7 @@ def remarks(study: Study) -> list[str]:
         (trained, "A trained tokenizer can get fewer tokens than config.tokenizer.vocab_size."),
         (trimmed, "Students are counted with the full vocabulary; config.vocabulary.trim makes it smaller."),
         (cached, "Cached predictions are counted for every row of every run; repeated ones are made once."),
+        (study.values["finetune"]["patience"] > 0, "Finetuning that stops early is counted to its last epoch."),
         (True, "Tokens are positions of rows, padding included."),
         (True, "FLOPs are those of matrix products, without held-out evaluation and the terms on inner states."),
         (auto, "Activations are counted in float32; where the machine computes in bfloat16 they take half."),

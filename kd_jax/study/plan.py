@@ -83,6 +83,7 @@ class Recipe:
 
     learning_rate: float
     epochs: int
+    pooling: str = "first"
 
 
 def students(settings: commands.Study) -> list[Student]:
@@ -116,8 +117,9 @@ class Planner:
         selects = not self.settings.selected_sets or values["select"]["share"] > 0
         require(selects, "study.selected_sets", "no text is selected", "set config.select.share above 0")
         self.students = students(self.settings)
-        searched = itertools.product(self.settings.recipe_learning_rates, self.settings.recipe_epochs)
-        self.recipes = [Recipe(float(rate), int(epochs)) for rate, epochs in searched]
+        self.poolings = self.settings.recipe_poolings or (values["finetune"]["pooling"],)
+        searched = itertools.product(self.settings.recipe_learning_rates, self.settings.recipe_epochs, self.poolings)
+        self.recipes = [Recipe(float(rate), int(epochs), pooling) for rate, epochs, pooling in searched]
         # A cache holds logits at the masked positions, which is all that these terms need.
         plain = not self.distill.features and self.distill.kd_positions == "masked" and self.distill.init == "random"
         self.caches = self.settings.cache and plain
@@ -301,6 +303,7 @@ class Planner:
         encoder = self.encoder(student, seed)
         changes = {"seed": seed, "finetune.init_from": STAGE + encoder.folder if encoder else ""}
         changes |= {"finetune.learning_rate": recipe.learning_rate, "finetune.epochs": recipe.epochs}
+        changes["finetune.pooling"] = recipe.pooling
         name = f"{task}-{student.name}-seed{seed}"
         return self._after(f"finetune_{task}", name, (encoder,) if encoder else (), changes)
 
@@ -315,7 +318,8 @@ class Planner:
             return None
         models = ("teacher", *(("intermediate",) if self.settings.chain_sets else ()), "student")
         task = "icner" if "icner" in self.settings.tasks else "dc"
-        return self._after("latency", "latency", (), {"latency.models": models, "latency.task": task})
+        changes = {"latency.models": models, "latency.task": task, "latency.pooling": self.poolings[0]}
+        return self._after("latency", "latency", (), changes)
 
 
 def _changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

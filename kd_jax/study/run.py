@@ -1,5 +1,6 @@
 """Running a study: finished stages are skipped, interrupted ones resume, and recipes are chosen on dev."""
 
+import dataclasses
 import itertools
 import pathlib
 import time
@@ -158,8 +159,8 @@ class Study:
             best = max(range(len(scores)), key=lambda index: scores[index] or 0.0)
             self.chosen[student.name, task] = self.planner.recipes[best]
             for index, (recipe, score) in enumerate(zip(self.planner.recipes, scores, strict=True)):
-                tried = {"learning_rate": recipe.learning_rate, "epochs": recipe.epochs, "dev_score": score}
-                self.searched.append({"student": student.name, "task": task, **tried, "chosen": index == best})
+                tried = {**dataclasses.asdict(recipe), "dev_score": score, "chosen": index == best}
+                self.searched.append({"student": student.name, "task": task, **tried})
 
     def _dev_scores(self, student: Student, task: str) -> list[float | None] | None:
         """The dev score of each recipe; [None] if there is only one, and None while the search is not finished."""

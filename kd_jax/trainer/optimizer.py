@@ -49,13 +49,24 @@ def make_optimizer(job: Training) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW (Loshchilov and Hutter 2019): the decay follows the schedule.
 
     The state is a dict with the keys "clip", "adam", "decay" and "learning_rate", so checkpoints have readable names.
+    With `job.rates` the update of those parts, decay included, is multiplied at last.
     """
     clip = optax.clip_by_global_norm(job.clip_norm) if job.clip_norm > 0 else optax.identity()
+    rates = dict(job.rates)
+
+    def slowed(updates: Params, params: Params | None = None) -> Params:
+        del params
+        return {
+            name: jax.tree.map(lambda leaf, rate=rates[name]: rate * leaf, part) if name in rates else part
+            for name, part in updates.items()
+        }
+
     return optax.named_chain(
         ("clip", clip),
         ("adam", optax.scale_by_adam(b1=job.beta1, b2=job.beta2, eps=job.epsilon)),
         ("decay", optax.add_decayed_weights(job.weight_decay, mask=decay_mask)),
         ("learning_rate", optax.scale_by_learning_rate(make_schedule(job))),
+        *([("rates", optax.stateless(slowed))] if rates else []),
     )
 
 

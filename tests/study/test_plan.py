@@ -88,10 +88,27 @@ def test_distillation_settings_are_the_same_for_all_transfer_sets():
 
 
 def test_recipe_reaches_the_finetuning_stage():
-    stage = planner().finetune(Student("scratch"), 2, "dc", Recipe(0.5, 7))
+    stage = planner().finetune(Student("scratch"), 2, "dc", Recipe(0.5, 7, "max"))
     job = stage.config["finetune"]
-    assert (job["learning_rate"], job["epochs"], stage.config["seed"]) == (0.5, 7, 2)
+    assert (job["learning_rate"], job["epochs"], job["pooling"], stage.config["seed"]) == (0.5, 7, "max", 2)
     assert job["init_from"] == ""
+
+
+def test_poolings_are_searched_like_rates_and_epochs_and_all_students_have_as_many_trials():
+    config = quickstart.get_config()
+    config.study.recipe_epochs = (4, 8)
+    config.finetune.pooling = "mean"
+    assert {recipe.pooling for recipe in planner(config).recipes} == {"mean"}
+    config.study.recipe_poolings = ("max", "first")
+    plan = planner(config)
+    assert len(plan.recipes) == len(set(plan.recipes)) == 2 * 2 * 2
+    trials = {(student, task): len(plan.search(student, task)) for student in plan.students for task in ("dc", "icner")}
+    assert set(trials.values()) == {8}
+    latency = plan.latency()
+    assert latency is not None and latency.config["latency"]["pooling"] == "max"
+    config.study.recipe_poolings = ("sum",)
+    with pytest.raises(UserError, match=r"config\.study\.recipe_poolings: 'sum' is unknown; use first, mean, max"):
+        planner(config)
 
 
 def test_share_outside_zero_to_one_names_the_key():

@@ -45,7 +45,7 @@ class ReportInputs:
     realized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # transfer set -> TransferSet.describe
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # label -> rows of metrics.jsonl
     similarity: Sequence[Mapping[str, Any]] = ()  # domain, jsd, jsd_matched, overlap, tokens
-    recipes: Sequence[Mapping[str, Any]] = ()  # student, task, learning_rate, epochs, dev_score, chosen
+    recipes: Sequence[Mapping[str, Any]] = ()  # student, task, learning_rate, epochs, pooling, dev_score, chosen
     notes: Sequence[str] = ()  # warnings
     latency: Mapping[str, Any] | None = None  # latency.json; None where nothing was measured
 

@@ -307,9 +307,9 @@ def _method_section(numbers: Numbers) -> str:
     inputs = numbers.inputs
     blocks = [_bullets(_settings(inputs.config))]
     if inputs.recipes:
-        if len({(row["learning_rate"], row["epochs"]) for row in inputs.recipes}) == 1:
+        if len({(row["learning_rate"], row["epochs"], row["pooling"]) for row in inputs.recipes}) == 1:
             row = inputs.recipes[0]
-            recipe = f"learning rate {row['learning_rate']:g}, {row['epochs']:g} epochs"
+            recipe = f"learning rate {row['learning_rate']:g}, {row['epochs']:g} epochs, pooling {row['pooling']}"
             blocks.append(f"One finetuning recipe was given for all students ({recipe}); nothing was searched.")
         else:
             blocks.append(tables.recipe_table(numbers).markdown())

@@ -225,13 +225,14 @@ def recipe_table(numbers: Numbers) -> Table:
             TASK_NAMES.get(row["task"], row["task"]),
             f"{row['learning_rate']:g}",
             f"{row['epochs']:g}",
+            row["pooling"],
             fixed(None if row["dev_score"] is None else 100 * row["dev_score"], 2),
             "chosen" if row["chosen"] else "",
         ]
         for row in numbers.inputs.recipes
     ]
     caption = "The same search for every student, on the dev partition with the first seed."
-    return Table(["Student", "Task", "Learning rate", "Epochs", "Dev score, %", ""], rows, caption, 2)
+    return Table(["Student", "Task", "Learning rate", "Epochs", "Pooling", "Dev score, %", ""], rows, caption, 2)
 
 
 def text_table(numbers: Numbers) -> Table:
