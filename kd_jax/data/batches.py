@@ -17,7 +17,7 @@ from kd_jax.types import Batch, UserError
 
 
 class MaskedBatches:
-    """Batch k of a transfer set, as NumPy arrays; a pure function of k."""
+    """Batch k of a transfer set, as NumPy arrays; a pure function of k. kept: see `MaskedRows`."""
 
     def __init__(
         self,
@@ -26,9 +26,10 @@ class MaskedBatches:
         masking: Masking,
         tokenizer: Tokenizer,
         batch_size: int,
+        kept: np.ndarray | None = None,
     ):
         self.transfer_set, self.masking, self.batch_size = transfer_set, masking, batch_size
-        self._masked = MaskedRows(stores, masking, tokenizer)
+        self._masked = MaskedRows(stores, masking, tokenizer, kept)
         fingerprints = [store.fingerprint for store in stores]
         identity = [fingerprints, transfer_set.fingerprint, asdict(masking), tokenizer.fingerprint, batch_size]
         # Equal fingerprints mean equal batches at every step; a resumed run compares them.
@@ -41,10 +42,16 @@ class MaskedBatches:
 
 
 class MaskedRows:
-    """Any rows of some stores, masked: a pure function of (store, row, masking epoch)."""
+    """Any rows of some stores, masked: a pure function of (store, row, masking epoch).
 
-    def __init__(self, stores: Sequence[RowStore], masking: Masking, tokenizer: Tokenizer):
-        self.stores, self.masking = tuple(stores), masking
+    kept int32 [student tokens]: the full tokenizer's id of each token of a trimmed vocabulary; given, batches also
+    have "teacher_tokens", the same rows for a teacher that reads the full vocabulary.
+    """
+
+    def __init__(
+        self, stores: Sequence[RowStore], masking: Masking, tokenizer: Tokenizer, kept: np.ndarray | None = None
+    ):
+        self.stores, self.masking, self._kept = tuple(stores), masking, kept
         self.length = stores[0].length
         self.slots = num_slots(self.length, masking.rate)
         self._mask_id, self._special_ids = tokenizer.mask_id, tokenizer.special_ids
@@ -70,7 +77,7 @@ class MaskedRows:
             special_ids=self._special_ids,
             random_ids=self._random_ids,
         )
-        return {
+        batch = {
             "tokens": corrupted,
             "segment_ids": segment_ids,
             "positions": positions(segment_ids),
@@ -78,6 +85,20 @@ class MaskedRows:
             "masked_targets": targets,
             "masked_weights": weights,
         }
+        if self._kept is None:
+            return batch
+        # A dropped token is <unk> for the student alone. It is never masked, so what masking left as it was is there.
+        full = full_tokens(self.stores, source, row)
+        return {**batch, "teacher_tokens": np.where(corrupted == tokens, full, self._kept[corrupted])}
+
+
+def full_tokens(stores: Sequence[RowStore], source: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """int32 [n, L]: rows of the stores numbered int [n], unmasked, in the full tokenizer's ids."""
+    tokens = np.empty((len(row), stores[0].length), np.int32)
+    for number in np.unique(source):
+        mine = np.flatnonzero(source == number)
+        tokens[mine] = stores[number].full_rows(row[mine])[0]
+    return tokens
 
 
 def heldout_batches(

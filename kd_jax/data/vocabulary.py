@@ -62,6 +62,9 @@ class _TrimmedStore(RowStore):
         tokens, segment_ids = self._store.rows(indices)
         return self._tokenizer.from_full[tokens], segment_ids
 
+    def full_rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._store.rows(indices)
+
     def token_counts(self, vocabulary: int) -> np.ndarray:
         if vocabulary != self._tokenizer.vocab_size:
             raise ValueError(f"{vocabulary} tokens wanted, the trimmed vocabulary has {self._tokenizer.vocab_size}")

@@ -90,6 +90,8 @@ def abstract_job(config: ConfigDict, mesh: jax.sharding.Mesh) -> AbstractJob:
         if kept is not None:
             constants["kept"] = jax.ShapeDtypeStruct(kept.shape, np.int32, sharding=replicated(mesh))
         if what == "distill":
+            if kept is not None:
+                fields["teacher_tokens"] = fields["tokens"]
             check(distill, execution, "", "")
             models, shape, once = (teacher.model,), teacher.model.config, execution.sharding.teacher_once
             form = teacher_form(vocabulary, prepared)

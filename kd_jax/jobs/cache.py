@@ -67,6 +67,8 @@ def identity(
         "teacher": trained.parameters_fingerprint(teacher.workdir, KEY),
         "tokenizer": prepared.tokenizer.fingerprint,
         "vocabulary policy": vocabulary.dropped if vocabulary.trim else "",
+        # Older caches lack it: there the teacher read <unk> where the student's vocabulary lacks a token.
+        **({"reading of dropped tokens": "as themselves"} if teacher.kept is not None else {}),
         "rows": {store.name: store.fingerprint for store in prepared.stores("train")},
         "masking": dataclasses.asdict(masking),
         "form": form,
@@ -166,7 +168,7 @@ def write_cache(
     execution: Execution,
 ) -> dict[str, Any] | None:
     """Writes the parts that are missing; returns what DONE is to say, or None while other machines write theirs."""
-    rows = MaskedRows(prepared.stores("train"), masking, prepared.tokenizer)
+    rows = MaskedRows(prepared.stores("train"), masking, prepared.tokenizer, teacher.kept)
     form = form_of(cache)
     visits, each = visits_of(cache, transfer, seed, masking.epochs, prepared)
     layout = layout_of(prepared, teacher, form, rows)

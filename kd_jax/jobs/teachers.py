@@ -99,7 +99,8 @@ def in_the_loop(
         return start, tuple(one.model for one in chosen), constants
 
     def batches(transfer_set: TransferSet) -> MaskedBatches:
-        return MaskedBatches(transfer_set.stores, transfer_set, masking, prepared.tokenizer, distill.batch_size)
+        kept = teachers[0].kept
+        return MaskedBatches(transfer_set.stores, transfer_set, masking, prepared.tokenizer, distill.batch_size, kept)
 
     phases = tuple(
         phase(start, [teachers[number] for number in numbers]) for start, numbers in schedule(distill, len(teachers))

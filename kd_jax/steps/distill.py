@@ -65,7 +65,8 @@ def make_distill_objective(
     Teacher in the loop: frozen["teachers"] holds the parameters of each of `teachers`, whose probabilities are
     averaged. From a cache (settings.form.cached): the batch carries the teacher's predictions, and frozen["decoder"]
     the (table, bias) that turns cached features into logits; `teachers` is empty. frozen["kept"] int32 [student
-    tokens], where the student's vocabulary is trimmed: the teacher's id of each of its tokens.
+    tokens], where the student's vocabulary is trimmed: the teacher's id of each of its tokens; a teacher in the loop
+    then reads batch["teacher_tokens"].
 
     A term whose weight is 0 is not computed. Logits of both models are formed in blocks, at the masked positions only
     unless kd_positions is "all". Equal arguments give the same object, so equal jobs share one compilation.
@@ -76,8 +77,7 @@ def make_distill_objective(
         """The teachers' states; nothing where no term reads them."""
         if not (settings.kl.used or settings.features):
             return ()
-        tokens = batch["tokens"]
-        theirs = {**batch, "tokens": jnp.take(frozen["kept"], tokens)} if "kept" in frozen else batch
+        theirs = {**batch, "tokens": batch["teacher_tokens"]} if "kept" in frozen else batch
         return tuple(
             teacher.capture(params, theirs, **settings.captured(1), columns_RxK=_columns(batch, settings))
             for teacher, params in zip(teachers, jax.lax.stop_gradient(frozen["teachers"]), strict=True)

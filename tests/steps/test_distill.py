@@ -167,11 +167,15 @@ def test_a_trimmed_student_sees_the_teacher_on_its_own_pieces(models, dropped):
     kept = np.sort(np.random.default_rng(3).permutation(VOCABULARY)[:40]).astype(np.int32)
     student = tiny(vocab_size=40, initializer_range=0.3)
     params = student.init(jax.random.key(0))
-    ours = {**batch, "tokens": batch["tokens"] % 40, "masked_targets": batch["masked_targets"] % 40}
+    # The teacher reads a dropped token as itself, where the student reads <unk>.
+    full = batch["tokens"]
+    tokens = np.where(np.isin(full, kept), np.searchsorted(kept, full), 3).astype(np.int32)
+    assert (kept[tokens] != full).any()
+    ours = {**batch, "tokens": tokens, "teacher_tokens": full, "masked_targets": batch["masked_targets"] % 40}
     form = TeacherForm(dropped=dropped, unknown=3)
     settings = dataclasses.replace(KL_ALONE, form=form)
     _, metrics = one_step(distillation(student, teacher, settings), params, {"teachers": (theirs,), "kept": kept}, ours)
-    logits = masked_logits(teacher, theirs, {**ours, "tokens": kept[ours["tokens"]]})
+    logits = masked_logits(teacher, theirs, {**ours, "tokens": full})
     p = softmax(on_kept(jnp.asarray(logits), kept, jnp.float32(2.0), form), 2.0)
     q = softmax(masked_logits(student, params, ours), 2.0)
     np.testing.assert_allclose(metrics["kl"][0], 4 * kl_of(p, q, batch["masked_weights"]), rtol=1e-4)
