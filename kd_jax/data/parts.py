@@ -87,6 +87,11 @@ class PartsWriter:
         """Whether that array is there."""
         return f"{name}.npy" in names_in(self.folder)
 
+    def read_attached(self, name: str) -> np.ndarray:
+        """That array, whichever machine wrote it."""
+        with reaching(self.folder):
+            return np.load(io.BytesIO((self.folder / f"{name}.npy").read_bytes()), allow_pickle=False)
+
     def finish(self, attached: Sequence[str] = ()) -> dict[str, Any] | None:
         """Writes the manifest, also of the arrays `attached`, and returns it when every part is there; else None."""
         if self.missing(0, 1):
@@ -128,7 +133,9 @@ class Parts:
         self.folder, self._command = as_path(folder), command
         self.manifest = manifest_of(self.folder)
         if (found := kind_of(self.manifest)) != command:
-            raise UserError(f"config.{KEY}: {self.folder} was written by {found}, not {command}; name another folder")
+            clean = "True" if found == "cache_states" else "False"
+            problem = f"{self.folder} was written by {found}, and {command} is needed here"
+            raise UserError(f"config.{KEY}: {problem}; name another folder, or set config.distill.clean to {clean}")
         self._copy = None
         if is_remote(self.folder):
             if "files" not in self.manifest:

@@ -76,6 +76,18 @@ def heldout_evaluation(
     return evaluate
 
 
+def no_heldout(folder: pathlib.Path) -> Callable[[Params, int], dict[str, float]]:
+    """The evaluation of a job without a masked-LM loss: an empty heldout.json."""
+
+    def evaluate(params: Params, step: int) -> dict[str, float]:
+        del params, step
+        if jax.process_index() == 0:
+            write_json(folder / HELDOUT, [])
+        return {}
+
+    return evaluate
+
+
 @functools.cache
 def compiled_heldout_step(model: Functional):
     """The jitted held-out step of a model, the same function for all runs of a study."""
