@@ -38,8 +38,8 @@ def counts_of(store: RowStore) -> np.ndarray:
 class StatesWriter(PartsWriter):
     """The parts of a cache of states: consecutive rows of a store each, and writing them.
 
-    layers: the teacher's layers whose states are kept, of `width` numbers in `dtype`. identity: JSON values that a
-    reader compares; a folder begun with another identity is refused.
+    layers: the teacher's layers whose states are kept, of `width` numbers in `dtype`; `components` of them where they
+    are reduced, else 0. identity: JSON values that a reader compares; a folder begun with another one is refused.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class StatesWriter(PartsWriter):
         dtype: str,
         identity: Mapping[str, Any],
         rows_per_part: int,
+        components: int = 0,
     ):
         self.stores, self.layers, self.width, self.dtype = tuple(stores), tuple(layers), width, np.dtype(dtype)
         self._counts = [counts_of(store) for store in stores]
@@ -64,6 +65,8 @@ class StatesWriter(PartsWriter):
         begun = {
             "command": "cache_states",
             "identity": identity,
+            "rows": {store.name: store.fingerprint for store in stores},
+            "components": components,
             "layers": list(layers),
             "width": width,
             "dtype": dtype,
@@ -122,7 +125,7 @@ class TeacherStates(Parts):
     def check_stores(self, stores: Sequence[RowStore]) -> None:
         """Raises UserError for a store that the cache lacks, or whose rows are not those that it was made from."""
         for store in stores:
-            recorded = self.identity["rows"].get(store.name)
+            recorded = self.manifest["rows"].get(store.name)
             remedy = "run cache_states with config.states.kinds that include it, into another directory"
             require(recorded is not None, KEY, f"{self.folder} has no states of {store.name}", remedy)
             problem = f"{self.folder} was made from other rows of {store.name}"

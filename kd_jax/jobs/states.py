@@ -82,10 +82,9 @@ def write_states(
     stores, shape = stores_of(states, prepared), teacher.model.config
     layers, width = kept_layers(states, shape), states.components or shape.hidden_size
     same = identity(teacher, prepared.tokenizer.fingerprint)
-    same["rows"] = {store.name: store.fingerprint for store in stores}
-    same["components"] = states.components
+    size = states.rows_per_part
     with distributed.first_goes_ahead():
-        writer = StatesWriter(directory.path, stores, layers, width, states.dtype, same, states.rows_per_part)
+        writer = StatesWriter(directory.path, stores, layers, width, states.dtype, same, size, states.components)
     directory.start(tokenizer_fingerprint=prepared.tokenizer.fingerprint)
     wanted = distributed.from_first(writer.missing(execution.cache_part, execution.cache_parts))
     bases = [*(f"basis_layer_{layer}" for layer in layers), "basis_texts"] if states.components else []
@@ -211,8 +210,7 @@ def cached_states(
     """The states that cache_states wrote, as targets of a student; no teacher is in memory."""
     cache = TeacherStates(folder)
     full = prepared.full if isinstance(prepared, TrimmedPrepared) and teacher.kept is not None else prepared
-    recorded = {name: cache.identity[name] for name in ("rows", "components")}  # rows: checked for those that are read
-    cache.check({**identity(teacher, full.tokenizer.fingerprint), **recorded})
+    cache.check(identity(teacher, full.tokenizer.fingerprint))
     layers: dict[str, int] = {}
     if distill.hidden.used:
         pairs = layers_of("hidden", distill.hidden.layers, student, teacher.model.config)

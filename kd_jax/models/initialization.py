@@ -50,10 +50,9 @@ def principal_table(table_VxH: np.ndarray, counts_V: np.ndarray, width: int, siz
     """(token table float32 [V, width], share of the variance that it keeps): the leading principal components of the
     teacher's table, where token v has weight sqrt(counts[v]).
 
-    Weights between those of types and those of running text: the frequent tokens matter most, and the rare ones still
-    count. The mean is left out, since every token has it. size: root mean square of the entries, as that of a random
-    table, so that the first norm and the learning rate find what they expect. A student that is wider than its teacher
-    gets zeros in the remaining columns; `from_table` leaves those as they were drawn.
+    Weights between those of types and of running text: frequent tokens matter most, and rare ones still count. The mean
+    is left out, since every token has it. size: root mean square of the entries; that of a random table suits the first
+    norm and the learning rate. A student that is wider than its teacher gets zeros in the remaining columns.
     """
     table, weights = np.asarray(table_VxH, np.float64), np.sqrt(np.asarray(counts_V, np.float64))
     weights = weights / weights.sum()

@@ -290,7 +290,9 @@ def _feature_terms(
     if theirs.texts is not None:
         slots = theirs.texts.shape[1]
         own = projected("sentence", text_means(ours.hidden, batch["segment_ids"], slots))
-        there = (jnp.max(jnp.asarray(batch["segment_ids"]), axis=1)[:, None] > jnp.arange(slots)).astype(jnp.float32)
+        there = (jnp.max(jnp.asarray(batch["segment_ids"]), axis=1)[:, None] > jnp.arange(slots)[None]).astype(
+            jnp.float32
+        )
         terms["sentence"] = hidden_distance(own, theirs.texts, there, settings.sentence.distance)
     return terms
 
