@@ -20,6 +20,7 @@ COMMANDS = {
     "import_model": "Reads a masked LM of `transformers` as a teacher.",
     "pretrain": "Trains a masked LM from scratch, or continues from another run.",
     "cache_teacher": "Writes a teacher's predictions once for all of its students.",
+    "cache_states": "Writes a teacher's states of unmasked text once for all of its students.",
     "distill": "Distills a student from a teacher over a transfer set.",
     "finetune_dc": "Finetunes a model for domain classification.",
     "finetune_icner": "Finetunes a model for intents and slots together.",

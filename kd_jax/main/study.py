@@ -23,6 +23,7 @@ from kd_jax.data.prepared import Prepared
 from kd_jax.jobs import teachers
 from kd_jax.jobs.cache import check_temperature
 from kd_jax.main import (
+    cache_states,
     cache_teacher,
     command,
     distill,
@@ -44,7 +45,8 @@ from kd_jax.study.report.report import summary_text, write_report
 from kd_jax.study.run import Study
 from kd_jax.trainer.run_directory import provenance
 
-_MODULES = (prepare, import_model, pretrain, cache_teacher, distill, finetune_dc, finetune_icner, evaluate, latency)
+_CACHES = (cache_teacher, cache_states)
+_MODULES = (prepare, import_model, pretrain, *_CACHES, distill, finetune_dc, finetune_icner, evaluate, latency)
 COMMANDS = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
 KEYS = {name: lambda values, of=module.keys: of(from_dict(values)) for name, module in COMMANDS.items()}
 
@@ -57,7 +59,7 @@ def check(study: Study) -> None:
     teachers.check(terms, read(Execution, values, ""), values["teacher_checkpoint"], values["teacher_cache"])
     student, teacher = (encoder_config(values[name], 1) for name in ("student", "teacher"))
     teachers.check_shapes_of(terms, student, teacher, values["vocabulary"]["trim"])
-    if study.planner.caches:
+    if study.planner.caches and not terms.clean:
         check_temperature(study.planner.cache_settings, terms)
     read(Finetune, values["finetune"], "finetune")
 
