@@ -23,6 +23,11 @@ HOST_COMMANDS = ("prepare", REPORT)  # these need no accelerator
 # the adapted one; first the generic, then the adapted; both averaged; an intermediate student of the generic one.
 OTHER_TEACHERS = ("adapted", "schedule", "average", "chain")
 
+LABELED = "labeled"  # as teacher of a row: the finetuned teacher labeled its further train utterances
+INITIALIZED = (
+    "initialized"  # a student that started from its teacher; as teacher of a row: it was trained on from there
+)
+
 # The transfer set of teachers, and of every student unless it says otherwise.
 GENERIC = {"transfer.task_share": 0.0, "transfer.generic": "generic"}
 

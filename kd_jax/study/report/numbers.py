@@ -9,11 +9,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kd_jax.config.training import FEATURE_TERMS
+from kd_jax.data.text.utterances import SharedIds
 from kd_jax.evaluation.records import Record
-from kd_jax.evaluation.significance import Difference, ErrorCounts, SeedMean, compare, error_counts, over_seeds
-from kd_jax.study.plan import OTHER_TEACHERS, Student
+from kd_jax.evaluation.significance import (
+    Difference,
+    ErrorCounts,
+    SeedMean,
+    comparable,
+    compare,
+    error_counts,
+    over_seeds,
+    parallel_ids,
+)
+from kd_jax.study.plan import INITIALIZED, LABELED, OTHER_TEACHERS, Student
 
-KINDS = ("scratch", "mlm", "distilled")
+KINDS = ("ngrams", "probe", "finetuned", "scratch", INITIALIZED, "mlm", "distilled")  # in this order in tables
+TRAINED = ("scratch", INITIALIZED, "mlm", "distilled")  # students; the other rows say what these have to beat or reach
 TEACHERS = ("generic", *OTHER_TEACHERS)
 TEACHER_LABELS = {
     "adapted": "adapted teacher",
@@ -21,9 +32,17 @@ TEACHER_LABELS = {
     "average": "both teachers averaged",
     "chain": "by way of an intermediate",
 }
+KIND_LABELS = {
+    "ngrams": "n-grams",
+    "probe": "teacher, frozen, linear probe",
+    "finetuned": "teacher, finetuned",
+    "scratch": "from scratch",
+    INITIALIZED: "from the teacher, not distilled",
+}
 TEST = "test"  # the test set of every table and figure that names no other
 
-RecordKey = tuple[str, str, str, int, str]  # student, transfer set, teacher, seed, task
+# Student, transfer set, teacher, seed, task; the seed is None for a row in which nothing is random.
+RecordKey = tuple[str, str, str, int | None, str]
 
 
 @dataclass(frozen=True)
@@ -101,7 +120,7 @@ class Numbers:
 
     def __init__(self, inputs: ReportInputs):
         self.inputs = inputs
-        self._values: dict[tuple, dict[int, tuple[float, int]]] = defaultdict(dict)  # -> seed -> value, count
+        self._values: dict[tuple, dict[int | None, tuple[float, int]]] = defaultdict(dict)  # -> seed -> value, count
         students, self._places = set(), set()
         for row in inputs.results:
             student = Student(row["student"], row["transfer_set"], row["teacher"])
@@ -121,7 +140,8 @@ class Numbers:
         self._differences: dict[tuple, Difference | None] = {}
 
     def _order(self, student: Student) -> tuple:
-        teacher = TEACHERS.index(student.teacher) if student.teacher in TEACHERS else -1
+        others = ("", LABELED, INITIALIZED, *TEACHERS)
+        teacher = others.index(student.teacher) if student.teacher in others else -1
         return KINDS.index(student.kind), teacher, self.share(student) or 0.0, student.transfer_set
 
     def share(self, student: Student) -> float | None:
@@ -133,8 +153,8 @@ class Numbers:
         """The name of a student or teacher in tables and figures, as plain text."""
         if student.kind == "teacher":
             return f"{student.teacher} teacher"
-        if student.kind == "scratch":
-            return "from scratch"
+        if student.kind in KIND_LABELS:
+            return KIND_LABELS[student.kind] + (", labels by the teacher" if student.teacher == LABELED else "")
         share, selected = self.share(student), self.inputs.selected
         text = student.transfer_set if share is None else "generic only" if share == 0 else f"task {percent(share)}"
         if student.transfer_set in selected:
@@ -142,7 +162,8 @@ class Numbers:
         elif share is not None:
             same = [name for name, one in self.inputs.task_shares.items() if one == share and name not in selected]
             text += f" ({student.transfer_set})" if len(same) > 1 else ""  # the share alone would be ambiguous
-        kind = "MLM only" if student.kind == "mlm" else "distilled"
+        kind = "distilled" if student.kind == "distilled" else "MLM only"
+        kind += " from the teacher" if student.teacher == INITIALIZED else ""
         return f"{kind}, {text}" + (f", {TEACHER_LABELS[student.teacher]}" if student.teacher in TEACHER_LABELS else "")
 
     def tasks(self) -> list[str]:
@@ -152,7 +173,9 @@ class Numbers:
         return [measure for measure in MEASURES if measure.task in self.tasks()]
 
     def seeds(self) -> list[int]:
-        return sorted({seed for key, values in self._values.items() if key[0].kind in KINDS for seed in values})
+        """The seeds of the students; rows in which nothing is random have none."""
+        found = {seed for key, values in self._values.items() if key[0].kind in KINDS for seed in values}
+        return sorted(seed for seed in found if seed is not None)
 
     def test_sets(self, task: str) -> list[str]:
         return sorted({place.test_set for found, place in self._places if found == task and place.scope == "all"})
@@ -160,10 +183,10 @@ class Numbers:
     def locales(self, task: str) -> list[str]:
         return sorted({place.locale for found, place in self._places if found == task and place.scope == "locale"})
 
-    def values(self, student: Student, task: str, metric: str, place: Place = WHOLE_TEST) -> dict[int, float]:
-        """Seed -> value."""
+    def values(self, student: Student, task: str, metric: str, place: Place = WHOLE_TEST) -> dict[int | None, float]:
+        """Seed -> value; the seed is None where nothing is random."""
         found = self._values.get((student, task, metric, place), {})
-        return {seed: value for seed, (value, _) in sorted(found.items())}
+        return {seed: found[seed][0] for seed in sorted(found, key=lambda seed: -1 if seed is None else seed)}
 
     def count(self, student: Student, task: str, metric: str, place: Place = WHOLE_TEST) -> int | None:
         """The denominator of a value, as results.py defines it for each metric; None if there is no value."""
@@ -184,11 +207,17 @@ class Numbers:
             if not values:
                 self._errors[key] = None
             elif all(records.values()):
-                self._errors[key] = error_counts(records, measure.error, test_set=place.test_set)
+                parallel = self.shared_ids.parallel
+                self._errors[key] = error_counts(records, measure.error, test_set=place.test_set, parallel=parallel)
             else:  # as if each seed had one utterance
                 rates = np.array(list(values.values()))[:, None]
                 self._errors[key] = ErrorCounts(rates, np.ones_like(rates), tuple(values), ("all",))
         return self._errors[key]
+
+    @cached_property
+    def shared_ids(self) -> SharedIds:
+        """The ids that locales share in the test set, which is the same for all students."""
+        return parallel_ids(next(iter(self.inputs.records.values()), ()))
 
     def _records(self, key: RecordKey, place: Place) -> Sequence[Record]:
         """The records of one locale and domain."""
@@ -201,6 +230,10 @@ class Numbers:
                         buckets[locale, domain].append(record)
         return self._buckets[key].get((place.locale, place.domain), ())
 
+    def seedless(self, student: Student) -> bool:
+        """Whether nothing in the row is random, so that it was made once and has no seed."""
+        return any(None in seeds for key, seeds in self._values.items() if key[0] == student)
+
     def difference(
         self, student: Student | None, reference: Student | None, measure: Measure, place: Place = WHOLE_TEST
     ) -> Difference | None:
@@ -208,7 +241,7 @@ class Numbers:
         if student is None or reference is None or student == reference:
             return None
         key = (student, reference, measure.task, measure.error, place)
-        if key not in self._differences:  # a thousand resamples each, and several tables ask for the same pair
+        if key not in self._differences:  # several tables ask for the same pair
             a, b = self.errors(student, measure, place), self.errors(reference, measure, place)
             self._differences[key] = compare(a, b) if a is not None and b is not None and comparable(a, b) else None
         return self._differences[key]
@@ -223,7 +256,7 @@ class Numbers:
 
     @property
     def scratch(self) -> Student | None:
-        return next((student for student in self.students if student.kind == "scratch"), None)
+        return next((student for student in self.students if student == Student("scratch")), None)
 
     def compared(self) -> list[Student]:
         """The few students in a breakdown: from scratch, generic only, task only, and of the adapted teacher."""
@@ -249,12 +282,6 @@ class Numbers:
         rows = (row for row in self.inputs.results if row["task"] == "mlm" and row["student"] == "teacher")
         found = {row["locale"] for row in rows if row["test_set"] == f"heldout_{kind}"}
         return [name for name in ["all", *sorted(found - {"all"})] if name in found]
-
-
-def comparable(a: ErrorCounts, b: ErrorCounts) -> bool:
-    """Whether their difference has an interval: common seeds, and more than one seed or utterance."""
-    shared = set(a.seeds) & set(b.seeds)
-    return a.ids == b.ids and (len(shared) > 1 or (len(shared) == 1 and len(a.ids) > 1))
 
 
 def percent(share: float) -> str:
