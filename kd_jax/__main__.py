@@ -19,6 +19,8 @@ COMMANDS = {
     "prepare": "Reads, tokenizes and packs all text once; --check only looks for errors in it.",
     "import_model": "Reads a masked LM of `transformers` as a teacher.",
     "pretrain": "Trains a masked LM from scratch, or continues from another run.",
+    "initialize": "Starts a student from layers of its teacher, without training it.",
+    "baseline": "Fits n-grams or a probe of the teacher, which students have to beat.",
     "cache_teacher": "Writes a teacher's predictions once for all of its students.",
     "cache_states": "Writes a teacher's states of unmasked text once for all of its students.",
     "distill": "Distills a student from a teacher over a transfer set.",

@@ -344,6 +344,8 @@ class Finetune(Training):
     patience: evaluations on dev without a better score after which training stops, keeping the best parameters; 0 never
         stops, and keeps the last. The learning rate is still scheduled over all steps: a run that stops early has not
         come to the end of it. With patience, evaluate_every=0 means once an epoch.
+    labels: workdir of an evaluate run of the partition "unlabeled": its predictions are further labels, with
+        finetune.domain empty.
     label_smoothing: in [0, 1).
     tag_weight: ICNER: weight of the tag loss; the intent loss has weight 1.
     dropout: in [0, 1), in the heads and the encoder.
@@ -354,6 +356,7 @@ class Finetune(Training):
     epochs: int = 0
     domain: str = ""
     max_train: int = 0
+    labels: str = ""
     label_smoothing: float = 0.0
     tag_weight: float = 1.0
     dropout: float = 0.1
@@ -383,3 +386,5 @@ class Finetune(Training):
         rate = self.encoder_rate
         check(0 < rate <= 1, "encoder_rate", f"{rate} is outside (0, 1]", "1.0 trains the encoder like the heads")
         one_of(self.pooling, get_args(Pooling), "pooling")
+        whole = not (self.labels and self.domain)
+        check(whole, "labels", "a predicted label has no domain of its own", "leave finetune.domain empty")

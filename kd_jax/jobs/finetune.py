@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kd_jax.config import require, resolved
+from kd_jax.config.commands import Baseline
 from kd_jax.config.data import Vocabulary
 from kd_jax.config.execution import Execution, read_execution
 from kd_jax.config.settings import read
@@ -23,8 +24,8 @@ from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.data.text.utterances import LabelMaps, Utterance, subset, subset_train
 from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.evaluation.predictions import Spread, predict_records
-from kd_jax.evaluation.records import Record, assign_test_sets, intent_slot_record
-from kd_jax.evaluation.results import results
+from kd_jax.evaluation.records import Record, assign_test_sets, intent_slot_record, read_records
+from kd_jax.evaluation.results import RECORDS, results
 from kd_jax.jobs import serving, trained
 from kd_jax.jobs.job import Job, Phase
 from kd_jax.jobs.job import train as train_job
@@ -33,7 +34,7 @@ from kd_jax.models.encoder_config import Pooling
 from kd_jax.models.functional import Functional
 from kd_jax.runtime import distributed
 from kd_jax.runtime.files import read_json, write_json
-from kd_jax.runtime.paths import file_name, name_of_file
+from kd_jax.runtime.paths import as_path, file_name, name_of_file
 from kd_jax.runtime.progress import Count
 from kd_jax.steps.finetune import ABSENT, make_dc_objective, make_icner_objective
 from kd_jax.trainer.best import Best
@@ -63,6 +64,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, task: Task) -> None:
     settings, execution = read(Finetune, config.finetune, "finetune"), read_execution(config)
     prepared = prepared_for(config, Prepared(config.prepared))
     train = labeled_train(prepared, settings.max_train, "")
+    predicted = predicted_labels(prepared, settings, task, "finetune")
     domains = sorted({utterance.domain for utterance in train})
     if task == "icner" and settings.domain:
         known = settings.domain == "each" or settings.domain in domains
@@ -77,7 +79,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, task: Task) -> None:
 
     def one(settings: Finetune, folder: pathlib.Path, sizes: Mapping[str, int]) -> None:
         domain = settings.domain if task == "icner" else ""
-        settings = with_steps(settings, len(labeled_train(prepared, settings.max_train, domain)))
+        settings = with_steps(settings, len(labeled_train(prepared, settings.max_train, domain)) + len(predicted))
         own = {**values, "finetune": dataclasses.asdict(settings)}
         work = functools.partial(finetune, values=own, settings=settings, task=task, encoder=encoder, sizes=sizes)
         run_once(folder, f"finetune_{task}", own, execution, lambda it: work(it, prepared, execution))
@@ -123,7 +125,7 @@ def labeled_train(prepared: Prepared, max_train: int, domain: str) -> list[Utter
     return of_domain(utterances, "train", domain)
 
 
-def labeled_dev(prepared: Prepared, settings: Finetune, domain: str = "") -> list[Utterance]:
+def labeled_dev(prepared: Prepared, settings: Finetune | Baseline, domain: str = "") -> list[Utterance]:
     """The dev utterances, of one domain or of all, by which recipes are chosen and finetuning stops early."""
     most = settings.max_dev
     return of_domain(subset(prepared.utterances, "dev", most) if most else prepared.utterances, "dev", domain)
@@ -138,6 +140,42 @@ def check_patience(settings: Finetune, dev: Sequence[Utterance], domain: str) ->
         f"there is no dev utterance{of} by which training could stop early",
         "give some utterances the partition dev, or set it to 0",
     )
+
+
+def unlabeled_train(prepared: Prepared, max_train: int) -> list[Utterance]:
+    """The train utterances whose labels finetuning may not see."""
+    labeled = {(one.locale, one.id) for one in labeled_train(prepared, max_train, "")}
+    return [one for one in of_domain(prepared.utterances, "train", "") if (one.locale, one.id) not in labeled]
+
+
+def predicted_labels(prepared: Prepared, settings: Finetune | Baseline, task: str, block: str) -> list[Utterance]:
+    """The utterances that the evaluate run `labels` of config.<block> labeled, with the task's labels replaced by its
+    predictions; none without such a run. Raises UserError for a run that gives no further labels of the task.
+    """
+    if not settings.labels:
+        return []
+    key, file = f"config.{block}.labels", as_path(settings.labels) / RECORDS
+    if not file.is_file():
+        raise UserError(f"{key}: {file} does not exist; give the workdir of a finished evaluate run")
+    found = {(record["locale"], record["id"]): record for record in read_records(file)}
+    known = {(one.locale, one.id) for one in labeled_train(prepared, settings.max_train, "")}
+    if twice := known & found.keys():
+        raise UserError(
+            f"{key}: {settings.labels} labels {len(twice)} utterances that have labels already; use an evaluate run "
+            f"with evaluate.partition=unlabeled of a model with config.{block}.max_train={settings.max_train}"
+        )
+    if other := sorted({record["task"] for record in found.values()} - {task}):
+        raise UserError(
+            f"{key}: {settings.labels} has predictions of {other[0]}, not of {task}; evaluate a {task} model"
+        )
+
+    def labeled(one: Utterance, record: Record) -> Utterance:
+        if task == "dc":
+            return dataclasses.replace(one, domain=record["predicted_domain"])
+        return dataclasses.replace(one, intent=record["predicted_intent"], tags=tuple(record["predicted_tags"]))
+
+    unlabeled = unlabeled_train(prepared, settings.max_train)
+    return [labeled(one, record) for one in unlabeled if (record := found.get((one.locale, one.id)))]
 
 
 def with_steps(settings: Finetune, utterances: int) -> Finetune:
@@ -193,11 +231,12 @@ def finetune(
     sizes: class counts to pad the label maps to, where several models share a compiled step.
     """
     domain, start = settings.domain if task == "icner" else "", settings.init_from
-    train = labeled_train(prepared, settings.max_train, domain)
+    given = labeled_train(prepared, settings.max_train, domain)
+    train = [*given, *predicted_labels(prepared, settings, task, "finetune")]
     dev = labeled_dev(prepared, settings, domain)
     if start:
         trained.check_tokenizer(start, prepared, "finetune.init_from")
-    maps = LabelMaps.from_train(train)
+    maps = LabelMaps.from_train(given)
     padded = {**class_counts(task, maps), **sizes}
     pooling = cast(Pooling, settings.pooling)
     model = classifier(encoder, prepared, settings.dropout, pooling, values["compute_dtype"], task, padded)
@@ -214,7 +253,7 @@ def finetune(
 
     def evaluate(params: Params, step: int) -> dict[str, float]:
         del step
-        records = predict(model, params, masks, dev, train, prepared.tokenizer, length, maps, mesh)
+        records = predict(model, params, masks, dev, given, prepared.tokenizer, length, maps, mesh)
         return {f"dev/{name}": value for name, value in dev_scores(records, task).items()}
 
     if task == "dc":
@@ -222,7 +261,12 @@ def finetune(
     else:
         objective = make_icner_objective(model, settings.label_smoothing, settings.tag_weight)
     fingerprint = prepared.tokenizer.fingerprint
-    notes = {"train_utterances": len(train), "classes": padded, "labels": maps.to_json()}
+    notes = {
+        "train_utterances": len(train),
+        "predicted_labels": len(train) - len(given),
+        "classes": padded,
+        "labels": maps.to_json(),
+    }
     best = Best("dev/score", settings.patience)
     job = Job(
         settings=settings,
@@ -311,7 +355,7 @@ def predict_partition(
     checkpoint: pathlib.Path, prepared: Prepared, mesh, partition: str, compute_dtype: str, progress: bool = False
 ) -> list[Record]:
     """Records of a partition by a finetuned model, or by that of each gold domain where there are several."""
-    total = len(of_domain(prepared.utterances, partition, ""))
+    total = len(scored_utterances(checkpoint, prepared, partition, ""))
     with Count(f"evaluate {partition}", "utterances", total, shown=progress) as count:
         return _predict_partition(checkpoint, prepared, mesh, partition, compute_dtype, count)
 
@@ -326,9 +370,20 @@ def _predict_partition(
     for domain, folder in domains.items():
         records += predict_with(folder, prepared, train, mesh, partition, domain, compute_dtype, count)
     # A domain without a train utterance has no model: its utterances count as errors.
-    orphans = [one for one in of_domain(prepared.utterances, partition, "") if one.domain not in domains]
+    orphans = [one for one in scored_utterances(checkpoint, prepared, partition, "") if one.domain not in domains]
     sets = assign_test_sets(orphans, train)
     return records + [intent_slot_record(one, names, "", ["O"] * len(one.words)) for one, names in zip(orphans, sets)]
+
+
+def scored_utterances(checkpoint: pathlib.Path, prepared: Prepared, partition: str, domain: str) -> list[Utterance]:
+    """The utterances of a partition, or the train utterances whose labels a finetuned model has not seen."""
+    if partition != "unlabeled":
+        return of_domain(prepared.utterances, partition, domain)
+    if serving.is_served(checkpoint):
+        problem = f"{checkpoint} is exported and does not say which labels it has seen"
+        raise UserError(f"config.evaluate.partition: {problem}; name the finetuning run")
+    limit = trained.run_config(checkpoint, "evaluate.checkpoint").finetune.max_train
+    return [one for one in unlabeled_train(prepared, limit) if domain in ("", one.domain)]
 
 
 def labels_used(checkpoint: pathlib.Path, prepared: Prepared) -> list[Utterance]:
@@ -392,7 +447,7 @@ def predict_with(
 ) -> list[Record]:
     """Records of a partition (of one domain, or of all) by the single model in `folder`; train: the labels used."""
     one = load_finetuned(folder, prepared, mesh, compute_dtype, "evaluate.checkpoint")
-    utterances = of_domain(prepared.utterances, partition, domain)
+    utterances = scored_utterances(folder, prepared, partition, domain)
     if not utterances:
         return []
     which = (one.model, one.params, one.masks, utterances, train, one.tokenizer, one.length, one.maps, mesh)

@@ -206,6 +206,8 @@ def _origin(workdir: pathlib.Path) -> Iterator[str]:
         yield f"Finetuned on {run['train_utterances']} labeled utterances{how}."
     elif "import_model" in config:
         yield f"Imported from {config.import_model.path} ({run['masked_lm_head']} masked-LM head)."
+    elif trained.run_command(workdir) == "initialize":
+        yield f"Started from layers of {pathlib.Path(config.teacher_checkpoint).name}, not trained, seed {config.seed}."
     elif "distill" in config:
         teacher = config.teacher_checkpoint or config.teacher_cache
         names = ", ".join(pathlib.Path(one.strip()).name for one in teacher.split(","))
@@ -275,7 +277,9 @@ def _is_scored(folder: pathlib.Path) -> bool:
 
 def _scored(folder: pathlib.Path) -> str:
     config = read_json(folder / "config.json")["config"]
-    return config["evaluate"]["checkpoint"] if "evaluate" in config else ""
+    # Labels for others to learn from are no score.
+    scored = "evaluate" in config and config["evaluate"]["partition"] != "unlabeled"
+    return config["evaluate"]["checkpoint"] if scored else ""
 
 
 def _same(scored: str, workdir: pathlib.Path) -> bool:

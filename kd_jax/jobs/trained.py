@@ -32,8 +32,13 @@ def run_config(workdir: str | pathlib.Path, key: str) -> ConfigDict:
         raise UserError(f"config.{key}: {workdir} holds no config.json; give the workdir of a finished run") from None
 
 
+def run_command(workdir: str | pathlib.Path) -> str:
+    """The command that a run's directory belongs to."""
+    return read_json(as_path(workdir) / "config.json")["command"]
+
+
 def encoder_block(workdir: str | pathlib.Path, key: str) -> dict[str, Any]:
-    """The encoder keys of the model that a pretrain or distill run trained, or that import_model read."""
+    """The encoder keys of the model that a pretrain, distill or initialize run wrote, or that import_model read."""
     config = run_config(workdir, key)
     which = config.pretrain.model if "pretrain" in config else "teacher" if "import_model" in config else "student"
     if which not in config:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kd_jax.config.commands import Evaluate
+from kd_jax.config.commands import Baseline, Evaluate
 from kd_jax.config.data import Cache, Masking, Nlu, Rows, States, TokenizerSettings
 from kd_jax.config.settings import read
 from kd_jax.config.training import Distill, Finetune, Pretrain, Training
@@ -143,13 +143,15 @@ class _Estimator:
         if isinstance(job, Distill):
             return self._distill(job, stage.config)
         if isinstance(job, Finetune):
-            return self._finetune(job)
+            return self._finetune(job, self._of_teacher(stage))
         if stage.command == "cache_teacher":
             return self._cache(read(Cache, stage.config["cache"], "cache"))
         if stage.command == "cache_states":
             return self._states(read(States, stage.config["states"], "states"))
         if stage.command == "evaluate":
-            return self._evaluate(read(Evaluate, stage.config["evaluate"], "evaluate"))
+            return self._evaluate(read(Evaluate, stage.config["evaluate"], "evaluate"), self._of_teacher(stage))
+        if stage.command == "baseline":
+            return self._baseline(read(Baseline, stage.config["baseline"], "baseline"))
         if stage.command == "prepare":
             return Estimate()
         # What remains takes seconds, whatever the study's size; `latency` has all its models in memory.
@@ -228,17 +230,46 @@ class _Estimator:
         rows = self.sizes.train * self.sizes.tokens / self.length
         return Estimate(rows * self.length, rows * flops_per_row(teacher, self.length, 0, 0, training=False), memory)
 
-    def _finetune(self, job: Finetune) -> Estimate:
-        student, train = self.shape("student"), self.sizes.train
-        train = min(train, job.max_train * len(self.values["nlu"]["locales"]) or train)
+    def _of_teacher(self, stage: Stage) -> bool:
+        """Whether a stage finetunes the teacher, or evaluates the finetuned one."""
+        if stage.command == "evaluate":
+            return self._of_teacher(self.stages[stage.config["evaluate"]["checkpoint"].removeprefix(STAGE)])
+        start = self.stages.get(stage.config["finetune"]["init_from"].removeprefix(STAGE))
+        return start is not None and (
+            start.command == "import_model"
+            or (start.command == "pretrain" and start.config["pretrain"]["model"] == "teacher")
+        )
+
+    def _labeled(self, max_train: int) -> int:
+        """The train utterances of all locales whose labels are given."""
+        return min(self.sizes.train, max_train * len(self.values["nlu"]["locales"]) or self.sizes.train)
+
+    def _baseline(self, settings: Baseline) -> Estimate:
+        """The teacher's forward pass; what runs on the CPU after it is not counted."""
+        if settings.features != "teacher":
+            return Estimate()
+        teacher = self.shape("teacher")
+        utterances = self._labeled(settings.max_train) + 2 * self.sizes.test  # dev is at most about as large as test
+        rows = math.ceil(utterances * self.sizes.tokens / self.length)
+        memory = {"teacher": FLOAT * self.parameters(teacher), "activations": self._forward_activations(teacher, 32)}
+        flops = flops_per_row(teacher, self.length, 0, 0, training=False)
+        return Estimate(rows * self.length, rows * flops, memory)
+
+    def _finetune(self, job: Finetune, of_teacher: bool) -> Estimate:
+        student = self.shape("teacher" if of_teacher else "student")
+        train = self.sizes.train if job.labels else self._labeled(job.max_train)
         steps = math.ceil(job.epochs * train / job.batch_size) if job.epochs else job.steps
         rows = math.ceil(1.1 * job.batch_size * self.sizes.tokens / self.length)  # as FinetuneBatches makes them
         flops = steps * rows * flops_per_row(student, self.length, 0, 0, training=True)
         memory = self._training_memory(student, math.ceil(rows / job.accumulation))
         return Estimate(steps * rows * self.length, flops, memory)
 
-    def _evaluate(self, settings: Evaluate) -> Estimate:
-        student, rows = self.shape("student"), math.ceil(self.sizes.test * self.sizes.tokens / self.length)
+    def _evaluate(self, settings: Evaluate, of_teacher: bool) -> Estimate:
+        student = self.shape("teacher" if of_teacher else "student")
+        utterances = self.sizes.test
+        if settings.partition == "unlabeled":
+            utterances = self.sizes.train - self._labeled(self.values["finetune"]["max_train"])
+        rows = math.ceil(utterances * self.sizes.tokens / self.length)
         activations = self._forward_activations(student, settings.batch_rows)
         memory = {"parameters": FLOAT * self.parameters(student), "activations": activations}
         flops = rows * flops_per_row(student, self.length, 0, 0, training=False)

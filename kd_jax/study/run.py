@@ -10,7 +10,7 @@ from typing import Any
 from kd_jax.runtime.files import read_json, write_json
 from kd_jax.runtime.preemption import interruptible
 from kd_jax.study.attempts import attempt
-from kd_jax.study.plan import PHASES, REPORT, STAGE, Keys, Planner, Recipe, Stage, Student
+from kd_jax.study.plan import FITTED, PHASES, REPORT, STAGE, Keys, Planner, Recipe, Stage, Student
 from kd_jax.types import UserError
 
 # Runs one command: (its name, its config as plain values, its directory).
@@ -150,15 +150,17 @@ class Study:
         `searched` gets all scores.
         """
         self.chosen, self.searched = {}, []
-        pairs = list(itertools.product(self.settings.tasks, self.planner.students))
+        students = [one for one in self.planner.students if one.kind not in FITTED]  # those choose C by themselves
+        pairs = list(itertools.product(self.settings.tasks, students))
         # All processes take one process's view, since a file can reach their file systems at different times.
         found = self._agree([self._dev_scores(student, task) for task, student in pairs])
         for (task, student), scores in zip(pairs, found, strict=True):
             if scores is None:
                 continue
             best = max(range(len(scores)), key=lambda index: scores[index] or 0.0)
-            self.chosen[student.name, task] = self.planner.recipes[best]
-            for index, (recipe, score) in enumerate(zip(self.planner.recipes, scores, strict=True)):
+            recipes = self.planner.recipes_of(student)
+            self.chosen[student.name, task] = recipes[best]
+            for index, (recipe, score) in enumerate(zip(recipes, scores, strict=True)):
                 tried = {**dataclasses.asdict(recipe), "dev_score": score, "chosen": index == best}
                 self.searched.append({"student": student.name, "task": task, **tried})
 

@@ -64,7 +64,8 @@ class ReportInputs:
     realized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # transfer set -> TransferSet.describe
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # label -> rows of metrics.jsonl
     similarity: Sequence[Mapping[str, Any]] = ()  # domain, jsd, jsd_matched, overlap, tokens
-    recipes: Sequence[Mapping[str, Any]] = ()  # student, task, learning_rate, epochs, pooling, dev_score, chosen
+    # Student, task, dev_score, chosen, and learning_rate, epochs and pooling, or part and c.
+    recipes: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()  # warnings
     latency: Mapping[str, Any] | None = None  # latency.json; None where nothing was measured
 
