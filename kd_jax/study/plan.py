@@ -199,10 +199,8 @@ class Planner:
         last = tuple(key for key in found if key not in needed)
         return [*found.values(), Stage(REPORT, REPORT, {}, last, REPORT, REPORT)]
 
-    def seeds(self, student: Student) -> tuple[int | None, ...]:
-        """The seeds of a row: None alone where nothing is random, the first where one run has to do."""
-        if student.kind in FITTED:
-            return (None,)
+    def seeds(self, student: Student) -> tuple[int, ...]:
+        """The seeds of a row that is finetuned; of the teacher the first, since one run has to do."""
         return self.settings.seeds[:1] if student.kind == "finetuned" else self.settings.seeds
 
     def recipes_of(self, student: Student) -> list[Recipe]:
