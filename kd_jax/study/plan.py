@@ -200,7 +200,9 @@ class Planner:
         return [*found.values(), Stage(REPORT, REPORT, {}, last, REPORT, REPORT)]
 
     def seeds(self, student: Student) -> tuple[int, ...]:
-        """The seeds of a row that is finetuned; of the teacher the first, since one run has to do."""
+        """The seeds of a row: none where nothing is random, the first where one run has to do."""
+        if student.kind in FITTED:
+            return ()
         return self.settings.seeds[:1] if student.kind == "finetuned" else self.settings.seeds
 
     def recipes_of(self, student: Student) -> list[Recipe]:

@@ -267,8 +267,9 @@ class Numbers:
     @property
     def distills_states(self) -> bool:
         """Whether the distilled students learn the teacher's inner states."""
-        terms = self.inputs.config.get("distill", {})
-        return any(terms.get(name, {}).get("weight", 0) for name in FEATURE_TERMS)
+        config = self.inputs.config
+        terms = config["distill"] if "distill" in config else {}
+        return any(terms[name]["weight"] > 0 for name in FEATURE_TERMS if name in terms)
 
     def unigram_loss(self, who: Student, kind: str, locale: str = "all") -> float | None:
         """Loss of a unigram on the model's own held-out "task" or "generic" tokens, in nats per masked token.
