@@ -248,9 +248,13 @@ def _t_interval(
     variance = max(from_utterances + from_seeds - doubled, from_utterances, from_seeds)
     if variance < 1e-24:  # all utterances and seeds agree: the p-value of a sign test
         return estimate, estimate, 1.0 if abs(estimate) < 1e-12 else 0.5 ** (utterances - 1)
-    freedom = variance**2 / (spread + from_utterances**2 / max(utterances - 1, 1))
-    half = float(special.stdtrit(freedom, (1 + CONFIDENCE) / 2)) * variance**0.5  # the quantile of Student's t
-    return estimate - half, estimate + half, float(2 * special.stdtr(freedom, -abs(estimate) / variance**0.5))
+    bounds = [(variance, variance**2 / (spread + from_utterances**2 / max(utterances - 1, 1)))]
+    if from_seeds > doubled:
+        # Seeds that lie close together by chance would give too many degrees of freedom.
+        bounds.append((from_seeds - doubled, from_seeds**2 / spread))
+    half = max(float(special.stdtrit(freedom, (1 + CONFIDENCE) / 2)) * part**0.5 for part, freedom in bounds)
+    p_value = max(float(2 * special.stdtr(freedom, -abs(estimate) / part**0.5)) for part, freedom in bounds)
+    return estimate - half, estimate + half, p_value
 
 
 def _inflated(utterances: int) -> float:

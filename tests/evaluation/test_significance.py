@@ -81,6 +81,19 @@ def test_the_noise_of_single_answers_is_counted_once():
     assert (got.high - got.low) / 2 == pytest.approx(expected, rel=0.15)
 
 
+def test_an_interval_is_no_narrower_than_that_of_the_seeds_alone():
+    """Seeds that lie close together by chance are not made up for by the degrees of freedom of the utterances."""
+    rng = np.random.default_rng(5)
+    of_seeds, of_utterances = np.array([0.40, 0.42, 0.41]), rng.normal(0, 0.16, 400)
+    student = counts(of_seeds[:, None] + of_utterances - of_utterances.mean())
+    got = compare(student, counts(np.zeros((1, 400)), (None,)))
+    low, high = stats.t.interval(0.95, 2, loc=0.41, scale=stats.sem(of_seeds))
+    assert (got.low, got.high) == pytest.approx((low, high))
+    # Where the utterances vary more, they decide.
+    got = compare(student, counts(rng.random((1, 400)) < 0.5, (None,)))
+    assert got.high - got.low > 1.5 * (high - low)
+
+
 def test_a_baseline_without_a_seed_counts_for_every_seed():
     ngrams, student = counts([[1, 1, 0, 1, 0]], (None,)), counts([[0, 1, 0, 1, 0], [0, 0, 0, 1, 0], [0, 1, 0, 0, 0]])
     got = compare(student, ngrams)
