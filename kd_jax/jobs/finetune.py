@@ -419,11 +419,7 @@ def load_finetuned(folder: pathlib.Path, prepared: Prepared, mesh, compute_dtype
     maps = LabelMaps.from_json(run["labels"])
     start = config.finetune.init_from
     encoder = trained.encoder_block(start, "finetune.init_from") if start else config.student
-    # Runs of 0.2.0 have no key for the pooling.
-    dropout, pooling = (
-        float(config.finetune.dropout),
-        config.finetune.pooling if "pooling" in config.finetune else "first",
-    )
+    dropout, pooling = float(config.finetune.dropout), config.finetune.pooling
     model = classifier(encoder, prepared, dropout, pooling, compute_dtype, task, run["classes"])
     params = trained.trained_params(folder, model, mesh)
     masks, length = class_masks(class_counts(task, maps), run["classes"]), prepared.settings.rows.length

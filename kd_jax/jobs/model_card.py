@@ -202,8 +202,7 @@ def _origin(workdir: pathlib.Path) -> Iterator[str]:
         start = config.finetune.init_from
         best = trained.ended(workdir).get(BEST_STEP)
         kept = "" if best is None else f", the parameters of step {best}, the best on dev"
-        pooling = config.finetune.pooling if "pooling" in config.finetune else "first"  # as in runs of 0.2.0
-        how = f"{_job(config.finetune)}, pooling {pooling}, seed {config.seed}{kept}"
+        how = f"{_job(config.finetune)}, pooling {config.finetune.pooling}, seed {config.seed}{kept}"
         yield f"Finetuned on {run['train_utterances']} labeled utterances{how}."
     elif "import_model" in config:
         yield f"Imported from {config.import_model.path} ({run['masked_lm_head']} masked-LM head)."

@@ -27,9 +27,12 @@ from kd_jax.types import Params, UserError
 def run_config(workdir: str | pathlib.Path, key: str) -> ConfigDict:
     """The resolved config of a run; `key` is the config key that named its directory."""
     try:
-        return from_dict(read_json(as_path(workdir) / "config.json")["config"])
+        config = from_dict(read_json(as_path(workdir) / "config.json")["config"])
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"config.{key}: {workdir} holds no config.json; give the workdir of a finished run") from None
+    if "finetune" in config and "pooling" not in config.finetune:
+        config.finetune.pooling = "first"  # all that 0.2.0 had
+    return config
 
 
 def run_command(workdir: str | pathlib.Path) -> str:

@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -145,6 +146,17 @@ def test_labels_and_heads(data, runs, tmp_path):
         assert files.shape("classifier.weight")[0] == len(maps.tags)
     modes = {file.stat().st_mode for file in (tmp_path / "icner").iterdir()}
     assert (tmp_path / "icner" / "intent_head.safetensors").is_file() and len(modes) == 1
+
+
+def test_a_run_of_a_version_without_pooling_reads_the_first_token(data, runs, tmp_path):
+    shutil.copytree(runs[0] / "dc", tmp_path / "dc")
+    file = tmp_path / "dc" / "config.json"
+    values = json.loads(file.read_text())
+    for key in ("pooling", "patience", "encoder_rate", "max_dev"):
+        del values["config"]["finetune"][key]
+    file.write_text(json.dumps(values))
+    one = export.read_run(tmp_path / "dc", make_mesh(Mesh()))
+    assert one.model == runs[1]["dc"][0] and one.model.pooling == "first"
 
 
 def test_a_pooled_classifier_is_a_class_of_transformers_or_has_its_head_apart(data, runs, tmp_path):
