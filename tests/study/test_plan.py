@@ -175,7 +175,7 @@ def test_students_of_clean_text_share_the_states_of_the_layers_that_they_read():
     plan = planner(config)
     states = plan.cache("generic")
     assert states.command == "cache_states"
-    assert states.config["states"]["layers"] == "1,3"  # of a teacher with 4 layers, for a student with 2
+    assert states.config["states"]["layers"] == "1,2"  # of a teacher with 3 layers, for a student with 2
     assert states.config["states"]["kinds"] == ("generic", "task")
     assert plan.cache("adapted").config["states"]["kinds"] == ("task",)
     assert not {"cache", "transfer", "masking", "student", "vocabulary"} & states.config.keys()
