@@ -320,7 +320,7 @@ class States:
     kinds: tuple[str, ...] = ()
     dtype: str = "float16"
     components: int = 0
-    rows_per_part: int = 1024
+    rows_per_part: int = 512
     batch_rows: int = 64
 
     def __post_init__(self):

@@ -163,7 +163,8 @@ class KL(Term):
 
 @dataclass(frozen=True)
 class Hidden(Term):
-    """Distance of hidden states after matched layers, at every real token.
+    """Distance of hidden states after matched layers, at every real token; of unmasked text (clean) the last layer's
+    are those behind the final norm.
 
     distance: cosine | mse.
     layers: uniform | last | "0:3,1:7": pairs student:teacher, counted from 0 (-1 is the last).

@@ -64,6 +64,15 @@ class Targets(NamedTuple):
     texts: Array | None = None
 
 
+def with_output(states: Captured, model: Functional) -> Captured:
+    """The same, where the last layer's states are the encoder's output, behind its final norm if it has one.
+
+    Of unmasked text that is what a student learns from and with, since it is what finetuning and a sentence encoder
+    read; the terms on masked text compare the states before that norm.
+    """
+    return states._replace(layers={**states.layers, model.config.num_layers - 1: states.hidden})
+
+
 def text_slots(length: int) -> int:
     """The most texts that a packed row of that length can hold."""
     return length // SHORTEST
@@ -104,9 +113,14 @@ def make_distill_objective(
             return ()
         theirs = {**batch, "tokens": batch["teacher_tokens"]} if "kept" in frozen else batch
         return tuple(
-            teacher.capture(params, theirs, **settings.captured(1), columns_RxK=_columns(batch, settings))
+            states_of(teacher, params, theirs, None, 1)
             for teacher, params in zip(teachers, jax.lax.stop_gradient(frozen["teachers"]), strict=True)
         )
+
+    def states_of(model: Functional, params: Params, batch: Batch, key: Key, side: int) -> Captured:
+        columns = _columns(batch, settings)
+        states = model.capture(params, batch, key, **settings.captured(side), columns_RxK=columns)
+        return with_output(states, model) if settings.clean else states
 
     def features_of(frozen: Frozen, states: tuple[Captured, ...]) -> tuple[jax.Array, ...]:
         every = zip(teachers, frozen["teachers"], states)
@@ -135,7 +149,7 @@ def make_distill_objective(
 
     def loss(params: Params, frozen: Frozen, batch: Batch, key: Key, scales: Scales, progress: Array) -> Loss:
         mine = student.student_params(params)
-        ours = student.student.capture(mine, batch, key, **settings.captured(0), columns_RxK=_columns(batch, settings))
+        ours = states_of(student.student, mine, batch, key, 0)
         states: tuple[Captured, ...] = () if form.cached or settings.once else predict(frozen, batch)
         # Terms on inner states have exactly one teacher.
         theirs = _cached_targets(batch, settings) if form.kind == "states" else _targets(states, batch, settings)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from kd_jax.losses.features import text_means
 from kd_jax.models.functional import Functional
+from kd_jax.steps.distill import with_output
 from kd_jax.types import Batch, Params
 
 
@@ -17,7 +18,7 @@ def make_states_step(teacher: Functional, layers: Sequence[int], texts: int, dty
     """
 
     def step(params: Params, batch: Batch) -> tuple[list[jax.Array], jax.Array]:
-        captured = teacher.capture(params, batch, layers=tuple(layers))
+        captured = with_output(teacher.capture(params, batch, layers=tuple(layers)), teacher)
         means = text_means(captured.hidden, batch["segment_ids"], texts)
         return [captured.layers[layer].astype(jnp.dtype(dtype)) for layer in layers], means.astype(jnp.dtype(dtype))
 

@@ -1,16 +1,22 @@
 """The command that caches a teacher's states, and distilling from what it wrote: as with the teacher in the loop."""
 
-import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
+from kd_jax.config.data import Vocabulary
+from kd_jax.config.settings import read
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.teacher_states import StateBatches, StatesWriter
+from kd_jax.data.vocabulary import kept_ids, seen_by_student, train_counts
+from kd_jax.jobs import masked_lm
 from kd_jax.jobs.cache import SUMMARY
-from kd_jax.main import cache_states, cache_teacher, distill, prepare, pretrain
-from kd_jax.runtime.files import read_json
+from kd_jax.main import cache_states, distill, prepare, pretrain
+from kd_jax.models.initialization import principal_table
+from kd_jax.runtime.files import read_json, write_json
+from kd_jax.trainer.checkpoint import load_params
 from kd_jax.types import UserError
 from tests.main.test_cache_teacher import STEPS, config_for, final_params, metrics_of
 
@@ -55,47 +61,48 @@ def assert_same(one, other, tolerance):
         np.testing.assert_allclose(left, right, atol=tolerance, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("vocabulary", [{"trim": False}, TRIM], ids=["full", "trimmed"])
-def test_students_from_the_cache_equal_those_of_the_teacher_in_the_loop(made, tmp_path, vocabulary):
-    changes = {"vocabulary": {"min_count": 1, "dropped": "renormalize", **vocabulary}, "transfer__task_share": 0.3}
+@pytest.fixture(scope="module")
+def straight(made):
+    """The student of that cache."""
+    distill.run(cached(made), made / "straight")
+    return made / "straight"
+
+
+def losses_of(workdir, name="loss"):
+    return [row[name] for row in metrics_of(workdir) if name in row]
+
+
+def test_students_from_the_cache_equal_those_of_the_teacher_in_the_loop(made, tmp_path):
+    changes = {"vocabulary": TRIM, "transfer__task_share": 0.3}
     config = ready(made, **changes)
     distill.run(config, tmp_path / "loop")
     distill.run(cached(made, **changes), tmp_path / "cached")
     one, other = final_params(config, tmp_path / "loop"), final_params(config, tmp_path / "cached")
     assert_same(one, other, 2e-5)
-    for left, right in zip(metrics_of(tmp_path / "loop"), metrics_of(tmp_path / "cached"), strict=True):
-        for name in ("loss", "hidden", "sentence"):
-            if name in left:
-                np.testing.assert_allclose(left[name], right[name], rtol=1e-5)
-    assert {"hidden", "sentence"} <= metrics_of(tmp_path / "loop")[0].keys()
+    for name in ("loss", "hidden", "sentence"):
+        left, right = losses_of(tmp_path / "loop", name), losses_of(tmp_path / "cached", name)
+        assert len(left) == STEPS
+        np.testing.assert_allclose(left, right, rtol=1e-5)
     assert read_json(tmp_path / "cached" / "heldout.json") == []
 
 
-def test_float16_and_components_cost_what_they_say(made, tmp_path):
-    summaries, losses = {}, {}
-    for name, changes in {
-        "float16": {"states__dtype": "float16"},
-        "half": {"states__components": 16},
-        "whole": {"states__components": 32},
-    }.items():
+def test_float16_and_components_cost_what_they_say(made, straight, tmp_path):
+    summaries = {"whole": read_json(made / "cache" / SUMMARY)}
+    for name, changes in {"float16": {"states__dtype": "float16"}, "half": {"states__components": 16}}.items():
         cache_states.run(ready(made, states__layers="0,-1", **changes), tmp_path / name)
         summaries[name] = read_json(tmp_path / name / SUMMARY)
-        config = cached(made, tmp_path / name)
-        distill.run(config, tmp_path / f"student-{name}")
-        losses[name] = [row["loss"] for row in metrics_of(tmp_path / f"student-{name}") if "loss" in row]
-    distill.run(cached(made), tmp_path / "student")
-    exact = [row["loss"] for row in metrics_of(tmp_path / "student") if "loss" in row]
-    full = read_json(made / "cache" / SUMMARY)
-    assert full["explained"] == {} and full["tokens"] == summaries["float16"]["tokens"]
+        distill.run(cached(made, tmp_path / name), tmp_path / f"student-{name}")
+    whole, float16, half = summaries.values()
     # Two layers of 32 numbers per token, and 32 per text.
     headers = 200 * len(list((made / "cache" / "parts").glob("*.npy")))
-    assert 0 < full["bytes"] - 4 * 32 * (2 * full["tokens"] + full["texts"]) < headers
-    assert abs(full["bytes"] - 2 * summaries["float16"]["bytes"]) < headers
-    np.testing.assert_allclose(losses["float16"], exact, rtol=1e-3)
-    assert losses["float16"] != exact
-    # All components are the same vectors, rotated; a projection that is drawn for them makes another student.
-    assert all(share > 0.9999 for share in summaries["whole"]["explained"].values())
-    assert all(0.3 < share < 0.9999 for share in summaries["half"]["explained"].values())
+    for found, bytes_each in ((whole, 4 * 32), (float16, 2 * 32), (half, 4 * 16)):
+        assert 0 < found["bytes"] - bytes_each * (2 * found["tokens"] + found["texts"]) < headers
+    np.testing.assert_allclose(losses_of(tmp_path / "student-float16"), losses_of(straight), rtol=1e-3)
+    assert losses_of(tmp_path / "student-float16") != losses_of(straight)
+    assert whole["explained"] == {}
+    assert half["explained"].keys() == {"layer 0", "layer 1", "texts"}
+    assert all(0.3 < share < 0.9999 for share in half["explained"].values())
+    # The student is as wide as what is left of the states.
     assert read_json(tmp_path / "student-half" / "run.json")["projections"] == []
 
 
@@ -130,8 +137,7 @@ def test_components_are_those_of_the_machine_with_part_0(made, tmp_path):
     assert (tmp_path / "cache" / "manifest.json").read_text() == (tmp_path / "whole" / "manifest.json").read_text()
 
 
-def test_a_student_resumes_bit_for_bit(made, tmp_path, monkeypatch):
-    distill.run(cached(made), tmp_path / "straight")
+def test_a_student_resumes_bit_for_bit(made, straight, tmp_path, monkeypatch):
     own = StateBatches.batch
 
     def broken(self, step, *rest):
@@ -146,27 +152,33 @@ def test_a_student_resumes_bit_for_bit(made, tmp_path, monkeypatch):
     assert (tmp_path / "broken" / "checkpoints" / str(STEPS - 1)).is_dir()
     distill.run(cached(made), tmp_path / "broken")
     config = cached(made)
-    assert_same(final_params(config, tmp_path / "straight"), final_params(config, tmp_path / "broken"), 0)
+    assert_same(final_params(config, straight), final_params(config, tmp_path / "broken"), 0)
 
 
 def test_a_narrow_student_starts_from_the_teachers_table_and_keeps_it_frozen(made, tmp_path):
-    changes = {"distill__init": "teacher", "distill__table_rate": 0.0, "vocabulary": TRIM}
-    tables = []
-    for name, config in {"loop": ready(made, **changes), "cached": cached(made, **changes)}.items():
-        distill.run(config, tmp_path / name)
-        tables.append(final_params(config, tmp_path / name)["encoder"]["embeddings"]["tokens"])
-    np.testing.assert_array_equal(*tables)
-    np.testing.assert_allclose(np.sqrt(np.mean(tables[0] ** 2)), config.student.initializer_range, rtol=1e-5)
-    assert "token table" in read_json(tmp_path / "cached" / "run.json")["remarks"][0]
-    distill.run(cached(made, **changes | {"distill__table_rate": 1.0}), tmp_path / "free")
-    assert np.abs(final_params(config, tmp_path / "free")["encoder"]["embeddings"]["tokens"] - tables[0]).max() > 1e-4
+    config = cached(made, distill__init="teacher", distill__table_rate=0.0, vocabulary=TRIM)
+    distill.run(config, tmp_path / "student")
+    table = final_params(config, tmp_path / "student")["encoder"]["embeddings"]["tokens"]
+    full = Prepared(config.prepared)
+    seen = seen_by_student(full, read(Vocabulary, config.vocabulary, "vocabulary"))
+    theirs = jax.device_get(load_params(made / "teacher", teacher_shape(config, full)))
+    whole = theirs["encoder"]["embeddings"]["tokens"][kept_ids(seen)]
+    expected, _ = principal_table(whole, train_counts(seen), 16, config.student.initializer_range)
+    np.testing.assert_array_equal(table, expected)
+    assert "token table" in read_json(tmp_path / "student" / "run.json")["remarks"][0]
+
+
+def teacher_shape(config, prepared):
+    return masked_lm.encoder_model(config.teacher, prepared, "auto", "teacher").abstract()
 
 
 def test_what_does_not_fit_is_refused_in_one_sentence_and_nothing_is_written(made, tmp_path):
-    config = ready(made, pretrain__steps=3)
-    pretrain.run(config, tmp_path / "teacher")
+    shutil.copytree(made / "teacher", tmp_path / "teacher")
+    done = read_json(tmp_path / "teacher" / "DONE")
+    write_json(tmp_path / "teacher" / "DONE", {**done, "parameters_fingerprint": "another"})
     masked = config_for(prepared=str(made / "data"), teacher_checkpoint=str(made / "teacher"))
-    cache_teacher.run(masked, tmp_path / "predictions")
+    (tmp_path / "predictions").mkdir()
+    write_json(tmp_path / "predictions" / "manifest.json", {"identity": {}})  # as cache_teacher's, without its name
     cache_states.run(ready(made, states__layers="none", states__kinds=("task",)), tmp_path / "task")
     only_texts = {"distill__hidden": {"weight": 0.0}}
     for config, message in (
@@ -206,6 +218,3 @@ def test_rows_that_changed_since_the_cache_was_written_are_refused(made, tmp_pat
     with pytest.raises(UserError, match="was made from other rows of generic-"):
         distill.run(cached(made, prepared=str(tmp_path / "data")), tmp_path / "student")
     assert not (tmp_path / "student").exists()
-    place = made / "cache" / "parts"
-    note = json.loads(next(place.glob("*.json")).read_text())
-    assert note["tokens"] > 0 and note["texts"] > 0

@@ -142,6 +142,20 @@ def test_the_sentence_term_compares_the_mean_states_of_texts(models, also):
     assert set(metrics) >= {"sentence", "loss"} and ("accuracy" in metrics) == (also != "clean")
 
 
+def test_of_unmasked_text_the_last_states_are_those_behind_the_final_norm(models):
+    student, params, teacher, theirs, batch = models
+    assert student.config.final_norm
+    settings = DistillSettings(
+        **NOTHING, hidden=Hidden(1.0, distance="mse"), hidden_layers=((0, 0), (1, 2)), clean=True
+    )
+    clean = {name: batch[name] for name in ("tokens", "segment_ids", "positions")}
+    _, metrics = one_step(distillation(student, teacher, settings), params, {"teachers": (theirs,)}, clean)
+    ours, goal = student.capture(params, batch, layers=(0,)), teacher.capture(theirs, batch, layers=(0,))
+    pairs = ((ours.layers[0], goal.layers[0]), (ours.hidden, goal.hidden))
+    expected = sum(float(hidden_distance(*pair, real_tokens(batch), "mse")[0]) for pair in pairs)
+    np.testing.assert_allclose(metrics["hidden"][0], expected / 2, rtol=1e-4)
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_cached_states_give_the_step_of_the_teacher_in_the_loop(models, accumulation):
     _, _, _, _, batch = models
