@@ -36,10 +36,8 @@ class Baseline:
     c_values: C of the logistic regression, the inverse of its L2 penalty, > 0; the first with the best dev score is
         taken. The slots' CRF tries the same values.
     c_without_dev: C where there is no dev partition.
-    max_train: labeled train utterances per locale, the same as a student's; 0 takes all, -1 as many as
-        finetune.max_train.
-    max_dev: dev utterances per locale by which C is chosen, the same as a student's; 0 takes all, -1 as many as
-        finetune.max_dev.
+    max_train, max_dev: labeled train and dev utterances per locale, the same as a student's; 0 takes all, -1 as many
+        as finetune says.
     labels: workdir of an evaluate run of the partition "unlabeled", whose predictions are used as further labels; for
         one task.
     """
@@ -59,8 +57,8 @@ class Baseline:
         check(len(self.c_values) > 0, "c_values", "it is empty", "give at least one value, such as 10")
         for c in (*self.c_values, self.c_without_dev):
             check(c > 0, "c_values" if c in self.c_values else "c_without_dev", f"{c} is not positive", "10 is usual")
-        check(self.max_train >= -1, "max_train", f"{self.max_train} is negative", "0 takes all")
-        check(self.max_dev >= -1, "max_dev", f"{self.max_dev} is negative", "0 takes all")
+        for name in ("max_train", "max_dev"):
+            check(getattr(self, name) >= -1, name, f"{getattr(self, name)} is negative", "0 takes all")
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ class Study:
     ngrams: also TF-IDF of n-grams with logistic regression and a CRF, on the students' labels (config.baseline).
     probe: also logistic regression on the frozen generic teacher's states.
     finetune_teacher: also the generic teacher finetuned, with the first seed and one recipe, as an upper bound.
-    teacher_learning_rate, teacher_epochs: that recipe.
+    teacher_learning_rate, teacher_epochs, teacher_pooling: that recipe.
     label_unlabeled: also n-grams and a student from scratch trained on the labels that the finetuned teacher gives to
         the train utterances which finetune.max_train left out, next to the given labels.
     seeds: of the students.
@@ -201,6 +199,7 @@ class Study:
     finetune_teacher: bool = False
     teacher_learning_rate: float = 1e-4
     teacher_epochs: int = 5
+    teacher_pooling: str = "mean"
     label_unlabeled: bool = False
     seeds: tuple[int, ...] = (0, 1, 2)
     tasks: tuple[str, ...] = ("dc", "icner")
@@ -222,6 +221,7 @@ class Study:
             one_of(name, get_args(Pooling), "recipe_poolings")
         check(len(self.seeds) > 0, "seeds", "there is no seed", "give at least one, better three")
         check(self.teacher_learning_rate > 0, "teacher_learning_rate", "it is not above 0", "1e-4 is usual")
+        one_of(self.teacher_pooling, get_args(Pooling), "teacher_pooling")
         check(self.teacher_epochs >= 0, "teacher_epochs", "it is negative", "0 uses config.finetune.steps")
         labels = self.finetune_teacher or not self.label_unlabeled
         check(labels, "label_unlabeled", "no teacher is finetuned that could label", "set finetune_teacher to True too")

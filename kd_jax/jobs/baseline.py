@@ -25,9 +25,10 @@ from kd_jax.evaluation.results import RECORDS, RESULTS, TERMS, results
 from kd_jax.evaluation.slots import repair_bio
 from kd_jax.jobs.finetune import DEV, dev_scores, labeled_dev, labeled_train, of_domain, predicted_labels
 from kd_jax.jobs.teachers import Teacher
-from kd_jax.losses.features import text_means
 from kd_jax.models.functional import Functional
+from kd_jax.models.heads import pooled
 from kd_jax.runtime.files import write_json, write_json_lines
+from kd_jax.runtime.paths import make_folder
 from kd_jax.runtime.preemption import interruptible
 from kd_jax.runtime.progress import Count
 from kd_jax.trainer.mesh import global_batch, process_share, row_multiple
@@ -106,7 +107,7 @@ def run(
             features = functools.partial(_rows, rows)
         found = fit(task, each, features, settings)
         folder = directory.path / task
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         records = found.records(each.test, seen)
         write_json_lines(folder / RECORDS, records)
         write_json_lines(folder / RESULTS, results(records, identity=who))
@@ -301,7 +302,7 @@ def teacher_states(
     mine = slice(*process_slice(rows, *process_share(mesh)))
     with Count("teacher's states", "utterances", len(utterances), shown=progress) as count:
         for batch, index_RxS in interruptible(packed(texts, length, rows), "the teacher's states"):
-            local = {name: batch[name][mine] for name in ("tokens", "segment_ids", "positions", "utterance_labels")}
+            local = {name: batch[name][mine] for name in ("tokens", "segment_ids", "positions", "first_positions")}
             mean_RxSxH = mean(params, global_batch(mesh, local))
             chosen = index_RxS >= 0
             found[index_RxS[chosen]] = np.asarray(multihost_utils.process_allgather(mean_RxSxH, tiled=True))[chosen]
@@ -311,10 +312,11 @@ def teacher_states(
 
 @functools.cache
 def compiled_means(model: Functional) -> Callable[[Params, Batch], jax.Array]:
-    """Jitted (params, packed rows) -> float32 [R, S, H]: the mean state of the tokens of each row's segments 1 to S."""
+    """Jitted (params, packed rows) -> float32 [R, S, H]: the mean state of the tokens of each utterance."""
 
     def means(params: Params, batch: Mapping[str, Array]) -> jax.Array:
         hidden_RxLxH = model.hidden(params, batch).astype(jnp.float32)
-        return text_means(hidden_RxLxH, batch["segment_ids"], batch["utterance_labels"].shape[1])
+        segments_RxL, firsts_RxS = jnp.asarray(batch["segment_ids"]), jnp.asarray(batch["first_positions"])
+        return pooled(hidden_RxLxH, segments_RxL, firsts_RxS, "mean")
 
     return jax.jit(means)

@@ -207,13 +207,14 @@ class Planner:
 
     def recipes_of(self, student: Student) -> list[Recipe]:
         """The recipes that are tried for a student; the teacher has one of its own."""
-        own = Recipe(self.settings.teacher_learning_rate, self.settings.teacher_epochs, self.poolings[0])
+        settings = self.settings
+        own = Recipe(settings.teacher_learning_rate, settings.teacher_epochs, settings.teacher_pooling)
         return [own] if student.kind == "finetuned" else self.recipes
 
     def search(self, student: Student, task: str) -> list[Stage]:
         """The runs that the recipe is chosen from, one per recipe with the first seed; none if there is one recipe."""
         recipes = self.recipes_of(student)
-        if len(recipes) == 1:
+        if len(recipes) == 1 or student.kind in FITTED:  # the latter choose C in their only stage
             return []
         return [self.finetune(student, self.settings.seeds[0], task, recipe) for recipe in recipes]
 
@@ -417,9 +418,8 @@ class Planner:
             teacher = self.teacher()
             changes["teacher_checkpoint"] = STAGE + teacher.folder
             needs.append(teacher)
-        changes |= {f"baseline.{key}": self.values["finetune"][key] for key in ("max_train", "max_dev")}
-        changes["baseline.tasks"] = tasks
-        changes["baseline.c_values"] = self.c_values
+        changes |= {f"baseline.{name}": self.values["finetune"][name] for name in ("max_train", "max_dev")}
+        changes |= {"baseline.tasks": tasks, "baseline.c_values": self.c_values}
         return self._after("baseline", name, needs, changes)
 
     @property

@@ -267,8 +267,9 @@ class Numbers:
     @property
     def distills_states(self) -> bool:
         """Whether the distilled students learn the teacher's inner states."""
-        config = self.inputs.config
-        terms = config["distill"] if "distill" in config else {}
+        if "distill" not in self.inputs.config:
+            return False
+        terms = self.inputs.config["distill"]
         return any(terms[name]["weight"] > 0 for name in FEATURE_TERMS if name in terms)
 
     def unigram_loss(self, who: Student, kind: str, locale: str = "all") -> float | None:
