@@ -18,6 +18,7 @@ _API = {
     "StoreWriter": "data.rows",
     "TransferSet": "data.transfer_set",
     "MaskedBatches": "data.batches",
+    "CleanBatches": "data.batches",
     # Models
     "EncoderConfig": "models.encoder_config",
     "Functional": "models.functional",
@@ -29,6 +30,7 @@ _API = {
     "sampled_divergence": "losses.sparse",
     "hidden_distance": "losses.features",
     "relation_divergence": "losses.features",
+    "text_means": "losses.features",
     "blocked_losses": "losses.blocked",
     # Steps: an objective, and the pure function (state, frozen, batch) -> (state, metrics) that minimizes it
     "DistillSettings": "steps.distill",

@@ -8,8 +8,19 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kd_jax.config.commands import CompileCheck, Evaluate, Export, ImportModel, Latency, Study
-from kd_jax.config.data import Cache, Masking, Nlu, Rows, Select, Source, TokenizerSettings, Transfer, Vocabulary
+from kd_jax.config.commands import Baseline, CompileCheck, Evaluate, Export, ImportModel, Latency, Study
+from kd_jax.config.data import (
+    Cache,
+    Masking,
+    Nlu,
+    Rows,
+    Select,
+    Source,
+    States,
+    TokenizerSettings,
+    Transfer,
+    Vocabulary,
+)
 from kd_jax.config.execution import Execution
 from kd_jax.config.settings import block
 from kd_jax.config.training import Distill, Finetune, Pretrain, Training
@@ -49,10 +60,12 @@ def get_config() -> ConfigDict:
     config.teacher = encoder("teacher_small")
     config.student = encoder("student_small")
     config.intermediate = encoder("student_base")  # the study's chains: distilled from the teacher, then a teacher
-    config.teacher_checkpoint = ""  # distill: workdir of a pretrain or distill run; several are joined by commas
-    config.teacher_cache = ""  # distill: workdir of a cache_teacher run; the teacher is then not loaded
+    # distill, baseline: workdir of a pretrain, import_model or distill run; several are joined by commas
+    config.teacher_checkpoint = ""
+    config.teacher_cache = ""  # distill: workdir of a cache_teacher or cache_states run; the teacher is then not loaded
     config.import_model = block(ImportModel)
     config.cache = block(Cache)
+    config.states = block(States)
 
     # Jobs.
     config.pretrain = block(Pretrain)
@@ -61,6 +74,7 @@ def get_config() -> ConfigDict:
     config.distill = block(Distill)
     config.chain = block(Training)  # the study's chains: the job of the intermediate, with config.distill's terms
     config.finetune = block(Finetune)
+    config.baseline = block(Baseline)
     config.evaluate = block(Evaluate)
     config.export = block(Export)
     config.latency = block(Latency)

@@ -1,9 +1,11 @@
-"""Settings of the remaining commands: import, evaluation, export, latency, compile check, and the study."""
+"""Settings of the remaining commands: import, baselines, evaluation, export, latency, compile check, and the study."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import get_args
 
 from kd_jax.config.settings import check, one_of
+from kd_jax.models.encoder_config import Pooling
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,47 @@ class ImportModel:
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """A classifier without a student, which students have to beat: `config.baseline`.
+
+    features: ngrams (TF-IDF of words 1-2 and of characters 2-5) | teacher (the frozen teacher_checkpoint: the mean of
+        its last layer over the tokens of each utterance).
+    tasks: dc, icner or both: ngrams predict intents and slots, the teacher intents only.
+    c_values: C of the logistic regression, the inverse of its L2 penalty, > 0; the first with the best dev score is
+        taken. The slots' CRF tries the same values.
+    c_without_dev: C where there is no dev partition.
+    max_train, max_dev: labeled train and dev utterances per locale, the same as a student's; 0 takes all, -1 as many
+        as finetune says.
+    labels: workdir of an evaluate run of the partition "unlabeled", whose predictions are used as further labels; for
+        one task.
+    """
+
+    features: str = "ngrams"
+    tasks: tuple[str, ...] = ("dc", "icner")
+    c_values: tuple[float, ...] = (1.0, 10.0, 100.0)
+    c_without_dev: float = 10.0
+    max_train: int = -1
+    max_dev: int = -1
+    labels: str = ""
+
+    def __post_init__(self):
+        one_of(self.features, ("ngrams", "teacher"), "features")
+        for task in self.tasks:
+            one_of(task, ("dc", "icner"), "tasks")
+        check(len(self.c_values) > 0, "c_values", "it is empty", "give at least one value, such as 10")
+        for c in (*self.c_values, self.c_without_dev):
+            check(c > 0, "c_values" if c in self.c_values else "c_without_dev", f"{c} is not positive", "10 is usual")
+        for name in ("max_train", "max_dev"):
+            check(getattr(self, name) >= -1, name, f"{getattr(self, name)} is negative", "0 takes all")
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """Scoring of a finetuned model: `config.evaluate`.
 
     checkpoint: workdir of a finetune run.
-    partition: dev | test.
+    partition: dev | test | unlabeled (the train utterances that finetune.max_train left out; their predictions can
+        serve as labels, see finetune.labels).
     mode: strict (IOB2 after repair) | massive (the official score).
     batch_rows: rows predicted at a time.
     """
@@ -41,10 +79,10 @@ class Evaluate:
 
     def __post_init__(self):
         check(
-            self.partition in ("dev", "test"),
+            self.partition in ("dev", "test", "unlabeled"),
             "partition",
             f"{self.partition!r} is no partition to score",
-            "use dev or test",
+            "use dev, test or unlabeled",
         )
         check(self.mode in ("strict", "massive"), "mode", f"{self.mode!r} is unknown", "use strict or massive")
         check(bool(self.checkpoint), "checkpoint", "it is empty", "give the workdir of a finetune run")
@@ -75,17 +113,20 @@ class Latency:
 
     models: encoder blocks of this config: some of teacher, intermediate, student.
     task: dc | icner: whose heads they have.
+    pooling: first | mean | max: how the heads read an utterance, as finetune.pooling; a study sets it.
     calls: timed calls of each, >= 5.
     seconds: most seconds for each model and number of utterances.
     """
 
     models: tuple[str, ...] = ("teacher", "student")
     task: str = "icner"
+    pooling: str = "first"
     calls: int = 200
     seconds: float = 20.0
 
     def __post_init__(self):
         one_of(self.task, ("dc", "icner"), "task")
+        one_of(self.pooling, get_args(Pooling), "pooling")
         check(self.calls >= 5, "calls", f"{self.calls} is too few", "use 5 or more")
 
 
@@ -93,7 +134,7 @@ class Latency:
 class CompileCheck:
     """What `compile_check` compiles, without the hardware: `config.compile_check`.
 
-    command: pretrain | distill (teacher in the loop) | cached (config.cache.format).
+    command: pretrain | distill (teacher in the loop) | cached (config.cache, or config.states with distill.clean).
     rows: of a batch; 0 takes the job's batch_size.
     tries: compilations to spend on the largest batch that fits, >= 0.
     price: of a device per hour, in any currency; 0 reports hours only.
@@ -126,10 +167,17 @@ class Study:
     schedule_switch: progress, in (0, 1).
     cache: students that share a teacher read its cached predictions, where the terms allow it.
     mlm_sets: transfer sets also learned by MLM alone, without a teacher.
+    ngrams: also TF-IDF of n-grams with logistic regression and a CRF, on the students' labels (config.baseline).
+    probe: also logistic regression on the frozen generic teacher's states.
+    finetune_teacher: also the generic teacher finetuned, with the first seed and one recipe, as an upper bound.
+    teacher_learning_rate, teacher_epochs, teacher_pooling: that recipe.
+    label_unlabeled: also n-grams and a student from scratch trained on the labels that the finetuned teacher gives to
+        the train utterances which finetune.max_train left out, next to the given labels.
     seeds: of the students.
     tasks: dc, icner or both.
     latency: measure size and latency of teacher and students, with config.latency.
-    recipe_learning_rates, recipe_epochs: finetuning recipes, searched on dev for each student with the first seed.
+    recipe_learning_rates, recipe_epochs, recipe_poolings: finetuning recipes, all combinations, searched on dev for
+        each student with the first seed; without recipe_poolings all have finetune.pooling.
     require_teacher_better_than_unigram: stop before distilling from a teacher whose loss on task text is no better
         than a unigram's.
     """
@@ -146,11 +194,19 @@ class Study:
     schedule_switch: float = 0.5
     cache: bool = True
     mlm_sets: tuple[str, ...] = ("task",)
+    ngrams: bool = True
+    probe: bool = True
+    finetune_teacher: bool = False
+    teacher_learning_rate: float = 1e-4
+    teacher_epochs: int = 5
+    teacher_pooling: str = "mean"
+    label_unlabeled: bool = False
     seeds: tuple[int, ...] = (0, 1, 2)
     tasks: tuple[str, ...] = ("dc", "icner")
     latency: bool = True
     recipe_learning_rates: tuple[float, ...] = (1e-3,)
     recipe_epochs: tuple[int, ...] = (10,)
+    recipe_poolings: tuple[str, ...] = ()
     require_teacher_better_than_unigram: bool = True
 
     def __post_init__(self):
@@ -161,4 +217,11 @@ class Study:
         check(not twice, "selected_sets", f"{', '.join(twice)} is a transfer set too", "choose another name")
         switch = self.schedule_switch
         check(0 < switch < 1, "schedule_switch", f"{switch} is outside (0, 1)", "0.5 switches half-way")
+        for name in self.recipe_poolings:
+            one_of(name, get_args(Pooling), "recipe_poolings")
         check(len(self.seeds) > 0, "seeds", "there is no seed", "give at least one, better three")
+        check(self.teacher_learning_rate > 0, "teacher_learning_rate", "it is not above 0", "1e-4 is usual")
+        one_of(self.teacher_pooling, get_args(Pooling), "teacher_pooling")
+        check(self.teacher_epochs >= 0, "teacher_epochs", "it is negative", "0 uses config.finetune.steps")
+        labels = self.finetune_teacher or not self.label_unlabeled
+        check(labels, "label_unlabeled", "no teacher is finetuned that could label", "set finetune_teacher to True too")

@@ -3,7 +3,7 @@
 Fields of every record: id, locale, domain, intent, partition, test_sets (list), task ("dc" or "icner"), words (list).
 A DC record adds predicted_domain. An ICNER record adds gold_tags, predicted_intent, predicted_tags (IOB2, one for each
 word), the counts of strict scoring (gold_slots, correct, substitutions, insertions, deletions) and exact (intent and
-all spans right).
+all spans right). A model that predicts no slots leaves predicted_tags and all after it null.
 """
 
 import os
@@ -55,14 +55,22 @@ def domain_record(utterance: Utterance, test_sets: Sequence[str], predicted_doma
 
 
 def intent_slot_record(
-    utterance: Utterance, test_sets: Sequence[str], predicted_intent: str, predicted_tags: Sequence[str]
+    utterance: Utterance, test_sets: Sequence[str], predicted_intent: str, predicted_tags: Sequence[str] | None
 ) -> Record:
-    """The ICNER record of one utterance; ValueError unless predicted_tags holds one tag for each word."""
-    counts = count_slots(utterance.tags, predicted_tags)
-    return {
+    """The ICNER record of one utterance; ValueError unless predicted_tags holds one tag for each word.
+
+    predicted_tags: None for a model that predicts no slots.
+    """
+    known = {
         **_common(utterance, test_sets, "icner"),
         "gold_tags": list(utterance.tags),
         "predicted_intent": predicted_intent,
+    }
+    if predicted_tags is None:
+        return {**known, **dict.fromkeys(("predicted_tags", "gold_slots", *SlotCounts._fields, "exact"))}
+    counts = count_slots(utterance.tags, predicted_tags)
+    return {
+        **known,
         "predicted_tags": list(predicted_tags),
         "gold_slots": counts.correct + counts.substitutions + counts.deletions,
         **counts._asdict(),

@@ -55,6 +55,11 @@ def _massive_exact(record: Record) -> bool:
     return record["predicted_intent"] == record["intent"] and sum(counts) == counts.correct
 
 
+def _of_slots(term: Callable[[Record], Term]) -> Callable[[Record], Term]:
+    """A term that needs predicted slots: 0 of 0, so that the metric is undefined, where a model predicts none."""
+    return lambda record: (0.0, 0.0) if record["predicted_tags"] is None else term(record)
+
+
 def _share(right: Callable[[Record], bool]) -> Callable[[Record], Term]:
     return lambda record: (float(right(record)), 1)
 
@@ -82,14 +87,14 @@ TERMS: dict[str, dict[str, Callable[[Record], Term]]] = {
     "icner": {
         "intent_accuracy": _intent,
         "intent_error_rate": _rest(_intent),
-        "slot_f1": _f1,
-        "slot_error_rate": _rest(_f1),
-        "exact_match": _exact,
-        "exact_match_error_rate": _rest(_exact),
-        "semer": _semer,
+        "slot_f1": _of_slots(_f1),
+        "slot_error_rate": _of_slots(_rest(_f1)),
+        "exact_match": _of_slots(_exact),
+        "exact_match_error_rate": _of_slots(_rest(_exact)),
+        "semer": _of_slots(_semer),
         "massive_intent_accuracy": _intent,
-        "massive_slot_f1": lambda record: _slot_f1(_massive(record)),
-        "massive_exact_match": _share(_massive_exact),
+        "massive_slot_f1": _of_slots(lambda record: _slot_f1(_massive(record))),
+        "massive_exact_match": _of_slots(_share(_massive_exact)),
     },
 }
 
@@ -157,6 +162,9 @@ def macro_f1(gold: Sequence[str], predicted: Sequence[str]) -> float | None:
 
 def _check_against_seqeval(records: Sequence[Record]) -> None:
     # Ours are sums that can be resampled; seqeval's is the reference that others report.
+    records = [record for record in records if record["predicted_tags"] is not None]
+    if not records:
+        return
     terms = [_f1(record) for record in records]
     spans = sum(denominator for _, denominator in terms)
     ours = sum(numerator for numerator, _ in terms) / spans if spans else 0.0

@@ -6,13 +6,14 @@ import math
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from kd_jax.config import require, resolved
+from kd_jax.config.commands import Baseline
 from kd_jax.config.data import Vocabulary
 from kd_jax.config.execution import Execution, read_execution
 from kd_jax.config.settings import read
@@ -20,21 +21,23 @@ from kd_jax.config.training import Finetune
 from kd_jax.data.labeled import FinetuneBatches, LabeledSet
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.text.tokenizer import Tokenizer
-from kd_jax.data.text.utterances import LabelMaps, Utterance, subset_train
+from kd_jax.data.text.utterances import LabelMaps, Utterance, subset, subset_train
 from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.evaluation.predictions import Spread, predict_records
-from kd_jax.evaluation.records import Record, assign_test_sets, intent_slot_record
-from kd_jax.evaluation.results import results
+from kd_jax.evaluation.records import Record, assign_test_sets, intent_slot_record, read_records
+from kd_jax.evaluation.results import RECORDS, results
 from kd_jax.jobs import serving, trained
 from kd_jax.jobs.job import Job, Phase
 from kd_jax.jobs.job import train as train_job
 from kd_jax.jobs.masked_lm import encoder_model, resolve_dtype
+from kd_jax.models.encoder_config import Pooling
 from kd_jax.models.functional import Functional
 from kd_jax.runtime import distributed
 from kd_jax.runtime.files import read_json, write_json
-from kd_jax.runtime.paths import file_name, name_of_file
+from kd_jax.runtime.paths import as_path, file_name, name_of_file
 from kd_jax.runtime.progress import Count
 from kd_jax.steps.finetune import ABSENT, make_dc_objective, make_icner_objective
+from kd_jax.trainer.best import Best
 from kd_jax.trainer.mesh import global_batch, local_rows, make_mesh, process_share, row_multiple
 from kd_jax.trainer.run_directory import RunDirectory, run_once
 from kd_jax.types import Array, Batch, Params, UserError
@@ -61,6 +64,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, task: Task) -> None:
     settings, execution = read(Finetune, config.finetune, "finetune"), read_execution(config)
     prepared = prepared_for(config, Prepared(config.prepared))
     train = labeled_train(prepared, settings.max_train, "")
+    predicted = predicted_labels(prepared, settings, task, "finetune")
     domains = sorted({utterance.domain for utterance in train})
     if task == "icner" and settings.domain:
         known = settings.domain == "each" or settings.domain in domains
@@ -69,10 +73,13 @@ def run(config: ConfigDict, workdir: pathlib.Path, task: Task) -> None:
     start = settings.init_from
     encoder = trained.encoder_block(start, "finetune.init_from") if start else config.student.to_dict()
     values = resolved(config, keys(config))
+    each_domain = task == "icner" and settings.domain == "each"
+    for domain in domains if each_domain else [settings.domain if task == "icner" else ""]:
+        check_patience(settings, labeled_dev(prepared, settings, domain), domain)
 
     def one(settings: Finetune, folder: pathlib.Path, sizes: Mapping[str, int]) -> None:
         domain = settings.domain if task == "icner" else ""
-        settings = with_steps(settings, len(labeled_train(prepared, settings.max_train, domain)))
+        settings = with_steps(settings, len(labeled_train(prepared, settings.max_train, domain)) + len(predicted))
         own = {**values, "finetune": dataclasses.asdict(settings)}
         work = functools.partial(finetune, values=own, settings=settings, task=task, encoder=encoder, sizes=sizes)
         run_once(folder, f"finetune_{task}", own, execution, lambda it: work(it, prepared, execution))
@@ -93,7 +100,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, task: Task) -> None:
             write_json(workdir / DEV, {"score": mean, "count": total})
         return {}
 
-    if task == "icner" and settings.domain == "each":
+    if each_domain:
         run_once(workdir, f"finetune_{task}", values, execution, each)
     else:
         one(settings, workdir, {})
@@ -118,10 +125,68 @@ def labeled_train(prepared: Prepared, max_train: int, domain: str) -> list[Utter
     return of_domain(utterances, "train", domain)
 
 
+def labeled_dev(prepared: Prepared, settings: Finetune | Baseline, domain: str = "") -> list[Utterance]:
+    """The dev utterances, of one domain or of all, by which recipes are chosen and finetuning stops early."""
+    most = settings.max_dev
+    return of_domain(subset(prepared.utterances, "dev", most) if most else prepared.utterances, "dev", domain)
+
+
+def check_patience(settings: Finetune, dev: Sequence[Utterance], domain: str) -> None:
+    """Raises UserError for early stopping without an utterance to measure it by."""
+    of = f" of domain {domain}" if domain else ""
+    require(
+        bool(dev) or not settings.patience,
+        "finetune.patience",
+        f"there is no dev utterance{of} by which training could stop early",
+        "give some utterances the partition dev, or set it to 0",
+    )
+
+
+def unlabeled_train(prepared: Prepared, max_train: int) -> list[Utterance]:
+    """The train utterances whose labels finetuning may not see."""
+    labeled = {(one.locale, one.id) for one in labeled_train(prepared, max_train, "")}
+    return [one for one in of_domain(prepared.utterances, "train", "") if (one.locale, one.id) not in labeled]
+
+
+def predicted_labels(prepared: Prepared, settings: Finetune | Baseline, task: str, block: str) -> list[Utterance]:
+    """The utterances that the evaluate run `labels` of config.<block> labeled, with the task's labels replaced by its
+    predictions; none without such a run. Raises UserError for a run that gives no further labels of the task.
+    """
+    if not settings.labels:
+        return []
+    key, file = f"config.{block}.labels", as_path(settings.labels) / RECORDS
+    if not file.is_file():
+        raise UserError(f"{key}: {file} does not exist; give the workdir of a finished evaluate run")
+    found = {(record["locale"], record["id"]): record for record in read_records(file)}
+    known = {(one.locale, one.id) for one in labeled_train(prepared, settings.max_train, "")}
+    if twice := known & found.keys():
+        raise UserError(
+            f"{key}: {settings.labels} labels {len(twice)} utterances that have labels already; use an evaluate run "
+            f"with evaluate.partition=unlabeled of a model with config.{block}.max_train={settings.max_train}"
+        )
+    if other := sorted({record["task"] for record in found.values()} - {task}):
+        raise UserError(
+            f"{key}: {settings.labels} has predictions of {other[0]}, not of {task}; evaluate a {task} model"
+        )
+
+    def labeled(one: Utterance, record: Record) -> Utterance:
+        if task == "dc":
+            return dataclasses.replace(one, domain=record["predicted_domain"])
+        return dataclasses.replace(one, intent=record["predicted_intent"], tags=tuple(record["predicted_tags"]))
+
+    unlabeled = unlabeled_train(prepared, settings.max_train)
+    return [labeled(one, record) for one in unlabeled if (record := found.get((one.locale, one.id)))]
+
+
 def with_steps(settings: Finetune, utterances: int) -> Finetune:
-    """The settings with epochs turned into steps. Raises UserError where there is nothing to train on."""
+    """The settings with epochs turned into steps, and evaluate_every=0 with patience into once an epoch.
+
+    Raises UserError where there is nothing to train on.
+    """
     if not utterances:
         raise UserError("config.nlu: there is no utterance to train on; give a data set with a train partition")
+    if settings.patience and not settings.evaluate_every:
+        settings = dataclasses.replace(settings, evaluate_every=math.ceil(utterances / settings.batch_size))
     if not settings.epochs:
         return settings
     steps = math.ceil(settings.epochs * utterances / settings.batch_size)
@@ -136,12 +201,18 @@ def with_steps(settings: Finetune, utterances: int) -> Finetune:
 
 
 def classifier(
-    encoder: Mapping[str, Any], prepared: Prepared, dropout: float, compute_dtype: str, task: Task, sizes: Mapping
+    encoder: Mapping[str, Any],
+    prepared: Prepared,
+    dropout: float,
+    pooling: Pooling,
+    compute_dtype: str,
+    task: Task,
+    sizes: Mapping,
 ) -> Functional:
     """The finetuned model's shape: the encoder with the dropout of finetuning, and the task's head."""
     masked = encoder_model(encoder, prepared, compute_dtype, "student")
     shape = dataclasses.replace(masked.config, dropout=dropout)
-    return Functional(task, shape, compute_dtype=masked.compute_dtype, **sizes)
+    return Functional(task, shape, compute_dtype=masked.compute_dtype, pooling=pooling, **sizes)
 
 
 def finetune(
@@ -160,13 +231,15 @@ def finetune(
     sizes: class counts to pad the label maps to, where several models share a compiled step.
     """
     domain, start = settings.domain if task == "icner" else "", settings.init_from
-    train = labeled_train(prepared, settings.max_train, domain)
-    dev = of_domain(prepared.utterances, "dev", domain)
+    given = labeled_train(prepared, settings.max_train, domain)
+    train = [*given, *predicted_labels(prepared, settings, task, "finetune")]
+    dev = labeled_dev(prepared, settings, domain)
     if start:
         trained.check_tokenizer(start, prepared, "finetune.init_from")
-    maps = LabelMaps.from_train(train)
+    maps = LabelMaps.from_train(given)
     padded = {**class_counts(task, maps), **sizes}
-    model = classifier(encoder, prepared, settings.dropout, values["compute_dtype"], task, padded)
+    pooling = cast(Pooling, settings.pooling)
+    model = classifier(encoder, prepared, settings.dropout, pooling, values["compute_dtype"], task, padded)
     masks = class_masks(class_counts(task, maps), padded)
     mesh = make_mesh(execution.mesh)
     length = prepared.settings.rows.length
@@ -180,18 +253,21 @@ def finetune(
 
     def evaluate(params: Params, step: int) -> dict[str, float]:
         del step
-        records = predict(model, params, masks, dev, train, prepared.tokenizer, length, maps, mesh)
-        scores = dev_scores(records, task)
-        if jax.process_index() == 0:
-            write_json(directory.path / DEV, {**scores, "count": len(dev)})
-        return {f"dev/{name}": value for name, value in scores.items()}
+        records = predict(model, params, masks, dev, given, prepared.tokenizer, length, maps, mesh)
+        return {f"dev/{name}": value for name, value in dev_scores(records, task).items()}
 
     if task == "dc":
         objective = make_dc_objective(model, settings.label_smoothing)
     else:
         objective = make_icner_objective(model, settings.label_smoothing, settings.tag_weight)
     fingerprint = prepared.tokenizer.fingerprint
-    notes = {"train_utterances": len(train), "classes": padded, "labels": maps.to_json()}
+    notes = {
+        "train_utterances": len(train),
+        "predicted_labels": len(train) - len(given),
+        "classes": padded,
+        "labels": maps.to_json(),
+    }
+    best = Best("dev/score", settings.patience)
     job = Job(
         settings=settings,
         seed=values["seed"],
@@ -199,11 +275,16 @@ def finetune(
         phases=(Phase(0, objective, lambda: masks),),
         batches=FinetuneBatches(labeled, settings.batch_size, length, values["seed"], rows),
         evaluate=evaluate,
+        best=best,
         init=init if start else None,
         rules=rules,
         notes={"tokenizer_fingerprint": fingerprint, **notes},
     )
-    return train_job(job, directory, mesh, execution)
+    ended = train_job(job, directory, mesh, execution)
+    if jax.process_index() == 0:
+        scores = {name.removeprefix("dev/"): value for name, value in best.metrics.items()}
+        write_json(directory.path / DEV, {**scores, "count": len(dev)})
+    return ended
 
 
 def class_counts(task: str, maps: LabelMaps) -> dict[str, int]:
@@ -274,7 +355,7 @@ def predict_partition(
     checkpoint: pathlib.Path, prepared: Prepared, mesh, partition: str, compute_dtype: str, progress: bool = False
 ) -> list[Record]:
     """Records of a partition by a finetuned model, or by that of each gold domain where there are several."""
-    total = len(of_domain(prepared.utterances, partition, ""))
+    total = len(scored_utterances(checkpoint, prepared, partition, ""))
     with Count(f"evaluate {partition}", "utterances", total, shown=progress) as count:
         return _predict_partition(checkpoint, prepared, mesh, partition, compute_dtype, count)
 
@@ -289,9 +370,20 @@ def _predict_partition(
     for domain, folder in domains.items():
         records += predict_with(folder, prepared, train, mesh, partition, domain, compute_dtype, count)
     # A domain without a train utterance has no model: its utterances count as errors.
-    orphans = [one for one in of_domain(prepared.utterances, partition, "") if one.domain not in domains]
+    orphans = [one for one in scored_utterances(checkpoint, prepared, partition, "") if one.domain not in domains]
     sets = assign_test_sets(orphans, train)
     return records + [intent_slot_record(one, names, "", ["O"] * len(one.words)) for one, names in zip(orphans, sets)]
+
+
+def scored_utterances(checkpoint: pathlib.Path, prepared: Prepared, partition: str, domain: str) -> list[Utterance]:
+    """The utterances of a partition, or the train utterances whose labels a finetuned model has not seen."""
+    if partition != "unlabeled":
+        return of_domain(prepared.utterances, partition, domain)
+    if serving.is_served(checkpoint):
+        problem = f"{checkpoint} is exported and does not say which labels it has seen"
+        raise UserError(f"config.evaluate.partition: {problem}; name the finetuning run")
+    limit = trained.run_config(checkpoint, "evaluate.checkpoint").finetune.max_train
+    return [one for one in unlabeled_train(prepared, limit) if domain in ("", one.domain)]
 
 
 def labels_used(checkpoint: pathlib.Path, prepared: Prepared) -> list[Utterance]:
@@ -327,7 +419,8 @@ def load_finetuned(folder: pathlib.Path, prepared: Prepared, mesh, compute_dtype
     maps = LabelMaps.from_json(run["labels"])
     start = config.finetune.init_from
     encoder = trained.encoder_block(start, "finetune.init_from") if start else config.student
-    model = classifier(encoder, prepared, float(config.finetune.dropout), compute_dtype, task, run["classes"])
+    dropout, pooling = float(config.finetune.dropout), config.finetune.pooling
+    model = classifier(encoder, prepared, dropout, pooling, compute_dtype, task, run["classes"])
     params = trained.trained_params(folder, model, mesh)
     masks, length = class_masks(class_counts(task, maps), run["classes"]), prepared.settings.rows.length
     return Finetuned(task, model, params, masks, maps, prepared.tokenizer, length)
@@ -353,7 +446,7 @@ def predict_with(
 ) -> list[Record]:
     """Records of a partition (of one domain, or of all) by the single model in `folder`; train: the labels used."""
     one = load_finetuned(folder, prepared, mesh, compute_dtype, "evaluate.checkpoint")
-    utterances = of_domain(prepared.utterances, partition, domain)
+    utterances = scored_utterances(folder, prepared, partition, domain)
     if not utterances:
         return []
     which = (one.model, one.params, one.masks, utterances, train, one.tokenizer, one.length, one.maps, mesh)

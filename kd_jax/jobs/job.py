@@ -16,6 +16,7 @@ from kd_jax.models.functional import Functional, parameter_count
 from kd_jax.models.projection import WithProjections
 from kd_jax.steps.objective import Objective
 from kd_jax.steps.train_step import make_train_step
+from kd_jax.trainer.best import Best
 from kd_jax.trainer.checkpoint import FOLDER, Checkpoints
 from kd_jax.trainer.goodput import Goodput
 from kd_jax.trainer.loop import fit
@@ -28,6 +29,8 @@ from kd_jax.trainer.weights_and_biases import tracker
 from kd_jax.types import Batch, Params
 
 Model = Functional | WithProjections
+
+BEST_STEP = "best_step"  # in DONE, where a run kept the parameters of its best evaluation: that evaluation's step
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,10 @@ class Batches(Protocol):
 class Job:
     """A training run, in the terms that all of them share.
 
-    evaluate(params, step) -> metrics; it may also write files. init replaces some or all of the parameters that are
-    drawn from the seed. rules: how the trained model is sharded. tables: sharding tables of frozen models, printed at
-    the start where there are several devices. notes: for run.json.
+    evaluate(params, step) -> metrics; it may also write files. best: which of the evaluations counts; None has only the
+    last parameters. init replaces some or all of the parameters that are drawn from the seed. rules: how the trained
+    model is sharded. tables: sharding tables of frozen models, printed at the start where there are several devices.
+    notes: for run.json.
     """
 
     settings: Training
@@ -65,6 +69,7 @@ class Job:
     phases: tuple[Phase, ...]
     batches: Batches
     evaluate: Callable[[Params, int], Mapping[str, float | None]]
+    best: Best | None = None
     init: Callable[[Params], Params] | None = None
     rules: Rules = DEFAULT
     tables: Sequence[str] = ()
@@ -104,12 +109,16 @@ def train(job: Job, directory: RunDirectory, mesh: jax.sharding.Mesh, execution:
             writer=writer,
             identity={"config": identity(directory.config), "data": fingerprint},
             evaluate=job.evaluate,
+            best=job.best,
             description=directory.path.name,
             lines=[*sharding_lines(abstract["params"], "trained:"), *job.tables] if mesh.size > 1 else (),
             progress=execution.progress,
             goodput=goodput,
         )
-    return {"parameters_fingerprint": params_fingerprint(state["params"]), **goodput.summary()}
+    params, kept = state["params"], {}
+    if job.best is not None and job.best.params is not None:
+        params, kept = job.best.params, {BEST_STEP: job.best.step, "stopped_at": int(state["step"])}
+    return {"parameters_fingerprint": params_fingerprint(params), **kept, **goodput.summary()}
 
 
 @functools.cache

@@ -12,15 +12,18 @@ from kd_jax.data.prepared import Prepared
 from kd_jax.evaluation.results import RESULTS
 from kd_jax.jobs import trained
 from kd_jax.jobs.finetune import DEV
+from kd_jax.jobs.job import BEST_STEP
 from kd_jax.jobs.masked_lm import HELDOUT, summarize
 from kd_jax.models.encoder_config import EncoderConfig
+from kd_jax.models.functional import Functional
+from kd_jax.models.huggingface.checkpoint import head_apart
 from kd_jax.runtime.files import read_json, read_json_lines
 from kd_jax.runtime.paths import as_path
 from kd_jax.trainer.run_directory import is_done
 from kd_jax.types import UserError
 
 KEY = "export.results"
-INTENT_HEAD = "intent_head.safetensors"
+TEXT_HEADS = {"dc": "domain_head.safetensors", "icner": "intent_head.safetensors"}  # where they are files of their own
 
 _CARD = """---
 library_name: {library}
@@ -73,17 +76,34 @@ print(tokenizer.convert_ids_to_tokens(logits[0, 2].topk(5).indices.tolist()))"""
     "dc": """with torch.no_grad():
     logits = model(**tokenizer("wake me up at seven", return_tensors="pt")).logits
 print("domain:", model.config.id2label[logits[0].argmax().item()])""",
+    "dc_apart": """head = load_file(f"{folder}/domain_head.safetensors")
+batch = tokenizer("wake me up at seven", return_tensors="pt")
+with torch.no_grad():
+    states = model(**batch).last_hidden_state[0]  # one text without padding
+HEAD
+print("domain:", model.config.domains[logits.argmax().item()])""",
     "icner": """head = load_file(f"{folder}/intent_head.safetensors")
 batch = tokenizer("wake me up at seven", return_tensors="pt")
 with torch.no_grad():
     tags = model(**batch).logits[0].argmax(-1).tolist()
-    x = model.base_model(**batch).last_hidden_state[0, 0]
-    x = torch.nn.functional.linear(x, head["dense.weight"], head.get("dense.bias"))
-    x = ACTIVATION
-    intent = torch.nn.functional.linear(x, head["classifier.weight"], head["classifier.bias"])
-print("intent:", model.config.intents[intent.argmax().item()])
+    states = model.base_model(**batch).last_hidden_state[0]  # one text without padding
+HEAD
+print("intent:", model.config.intents[logits.argmax().item()])
 for token, tag in zip(tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist()), tags):
     print(token, model.config.id2label[tag])""",
+}
+
+# The head that classifies a text, behind the states of its tokens.
+_HEAD = """x = POOLED
+x = torch.nn.functional.linear(x, head["dense.weight"], head.get("dense.bias"))
+x = ACTIVATION
+logits = torch.nn.functional.linear(x, head["classifier.weight"], head["classifier.bias"])"""
+
+_POOLED = {"first": "states[0]", "mean": "states.mean(0)", "max": "states.amax(0)"}
+_READS = {
+    "first": "the last hidden state of the first token",
+    "mean": "the mean of the last hidden states of all tokens",
+    "max": "the maximum of the last hidden states of all tokens",
 }
 
 _INT8 = """The weights are int8 with a scale for each output channel, which `transformers` does not load. kd_jax does:
@@ -130,16 +150,18 @@ _PROGRAM_USE = {
 
 
 def model_card(
-    kind: str,
-    shape: EncoderConfig,
+    model: Functional,
     workdir: pathlib.Path,
     prepared: Prepared,
     parameters: Mapping[str, int],
     settings: Export,
 ) -> str:
     """The text of the card of the model that the run in `workdir` trained."""
+    kind, shape = model.kind, model.config
     pipeline, what = _KINDS[kind]
-    usage = [_INT8 if settings.int8 else _usage(kind, shape)]
+    if kind == "dc" and head_apart(model):
+        pipeline = "feature-extraction"  # all that `transformers` does with the folder by itself
+    usage = [_INT8 if settings.int8 else _usage(model)]
     if settings.stablehlo:
         usage.append(_PROGRAM + _PROGRAM_USE[kind])
     return _CARD.format(
@@ -178,9 +200,14 @@ def _origin(workdir: pathlib.Path) -> Iterator[str]:
     run, start = read_json(workdir / "run.json"), ""
     if "finetune" in config:
         start = config.finetune.init_from
-        yield f"Finetuned on {run['train_utterances']} labeled utterances{_job(config.finetune)}, seed {config.seed}."
+        best = trained.ended(workdir).get(BEST_STEP)
+        kept = "" if best is None else f", the parameters of step {best}, the best on dev"
+        how = f"{_job(config.finetune)}, pooling {config.finetune.pooling}, seed {config.seed}{kept}"
+        yield f"Finetuned on {run['train_utterances']} labeled utterances{how}."
     elif "import_model" in config:
         yield f"Imported from {config.import_model.path} ({run['masked_lm_head']} masked-LM head)."
+    elif trained.run_command(workdir) == "initialize":
+        yield f"Started from layers of {pathlib.Path(config.teacher_checkpoint).name}, not trained, seed {config.seed}."
     elif "distill" in config:
         teacher = config.teacher_checkpoint or config.teacher_cache
         names = ", ".join(pathlib.Path(one.strip()).name for one in teacher.split(","))
@@ -250,7 +277,9 @@ def _is_scored(folder: pathlib.Path) -> bool:
 
 def _scored(folder: pathlib.Path) -> str:
     config = read_json(folder / "config.json")["config"]
-    return config["evaluate"]["checkpoint"] if "evaluate" in config else ""
+    # Labels for others to learn from are no score.
+    scored = "evaluate" in config and config["evaluate"]["partition"] != "unlabeled"
+    return config["evaluate"]["checkpoint"] if scored else ""
 
 
 def _same(scored: str, workdir: pathlib.Path) -> bool:
@@ -269,21 +298,26 @@ def results_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _usage(kind: str, shape: EncoderConfig) -> str:
-    model = {"mlm": "MaskedLM", "dc": "SequenceClassification", "icner": "TokenClassification"}[kind]
-    imports = "from safetensors.torch import load_file\n" if kind == "icner" else ""
-    use = _USE[kind].replace("ACTIVATION", _activation(shape))
-    code = _TRANSFORMERS.format(imports=imports, model=f"AutoModelFor{model}", use=use)
-    if kind != "icner":
+def _usage(model: Functional) -> str:
+    kind, apart = model.kind, head_apart(model)
+    loaded = {"mlm": "ForMaskedLM", "dc": "ForSequenceClassification", "icner": "ForTokenClassification"}[kind]
+    if kind == "dc" and apart:
+        loaded = ""  # the encoder alone
+    imports = "from safetensors.torch import load_file\n" if apart else ""
+    head = _HEAD.replace("POOLED", _POOLED[model.pooling]).replace("ACTIVATION", _activation(model.config))
+    use = _USE["dc_apart" if kind == "dc" and apart else kind].replace("HEAD", head)
+    code = _TRANSFORMERS.format(imports=imports, model=f"AutoModel{loaded}", use=use)
+    if not apart:
         return code
+    gives, name = ("The model gives the tags (IOB2). ", "intent") if kind == "icner" else ("", "domain")
     return (
-        f"The model gives the tags (IOB2). The intent head is in `{INTENT_HEAD}` and reads the last hidden state of "
-        f"the first token; the names of its classes are `intents` in config.json.\n\n{code}"
+        f"{gives}The {name} head is in `{TEXT_HEADS[kind]}` and reads {_READS[model.pooling]}; the names of its "
+        f"classes are `{name}s` in config.json.\n\n{code}"
     )
 
 
 def _activation(shape: EncoderConfig) -> str:
-    """PyTorch code for what is between the two layers of the intent head."""
+    """PyTorch code for what is between the two layers of a head."""
     if shape.head_style != "modernbert":
         return "torch.tanh(x)"
     activation = {

@@ -70,6 +70,7 @@ def write(
         "task": model.kind,
         "weights": "int8" if int8 else "float32",
         "length": length,
+        "pooling": model.pooling,
         "encoder": dataclasses.asdict(model.config),
         **{name: list(classes[name]) for name in CLASSES[model.kind]},
     }
@@ -101,7 +102,9 @@ def read(folder: pathlib.Path) -> Served:
     names = CLASSES[about["task"]]
     maps = LabelMaps(**{name: tuple(about[name]) if name in names else () for name in ("domains", "intents", "tags")})
     sizes: dict[str, Any] = {name: len(about[name]) for name in names}
-    model = Functional(about["task"], EncoderConfig(**about["encoder"]), **sizes)
+    # Folders of 0.2.0 do not name the pooling.
+    pooling = about.get("pooling", "first")
+    model = Functional(about["task"], EncoderConfig(**about["encoder"]), pooling=pooling, **sizes)
     try:
         tensors = load_file(folder / WEIGHTS)
     except Exception as error:  # the library raises an exception of its own

@@ -13,6 +13,7 @@ from kd_jax.data.prepared import Prepared
 from kd_jax.data.rows import MANIFEST
 from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.data.vocabulary import seen_by_student
+from kd_jax.jobs.job import BEST_STEP
 from kd_jax.models.functional import Functional
 from kd_jax.runtime.files import read_json
 from kd_jax.runtime.paths import as_path
@@ -26,13 +27,21 @@ from kd_jax.types import Params, UserError
 def run_config(workdir: str | pathlib.Path, key: str) -> ConfigDict:
     """The resolved config of a run; `key` is the config key that named its directory."""
     try:
-        return from_dict(read_json(as_path(workdir) / "config.json")["config"])
+        config = from_dict(read_json(as_path(workdir) / "config.json")["config"])
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"config.{key}: {workdir} holds no config.json; give the workdir of a finished run") from None
+    if "finetune" in config and "pooling" not in config.finetune:
+        config.finetune.pooling = "first"  # all that 0.2.0 had
+    return config
+
+
+def run_command(workdir: str | pathlib.Path) -> str:
+    """The command that a run's directory belongs to."""
+    return read_json(as_path(workdir) / "config.json")["command"]
 
 
 def encoder_block(workdir: str | pathlib.Path, key: str) -> dict[str, Any]:
-    """The encoder keys of the model that a pretrain or distill run trained, or that import_model read."""
+    """The encoder keys of the model that a pretrain, distill or initialize run wrote, or that import_model read."""
     config = run_config(workdir, key)
     which = config.pretrain.model if "pretrain" in config else "teacher" if "import_model" in config else "student"
     if which not in config:
@@ -82,14 +91,22 @@ def run_prepared(workdir: str | pathlib.Path, prepared: Prepared, key: str) -> P
     )
 
 
-def parameters_fingerprint(workdir: str | pathlib.Path, key: str) -> str:
-    """Of the parameters that a finished run ended with."""
+def ended(workdir: str | pathlib.Path) -> dict[str, Any]:
+    """What a finished run noted at its end; {} for one that is not finished."""
     try:
-        return read_json(as_path(workdir) / DONE)["parameters_fingerprint"]
+        return read_json(as_path(workdir) / DONE)
     except (FileNotFoundError, NotADirectoryError):
-        if not as_path(workdir).exists():
-            raise UserError(f"config.{key}: {workdir} does not exist; name the workdir of a finished run") from None
-        raise UserError(f"config.{key}: {workdir} is not finished; start its command again first") from None
+        return {}
+
+
+def parameters_fingerprint(workdir: str | pathlib.Path, key: str) -> str:
+    """Of the parameters that count of a finished run."""
+    notes = ended(workdir)
+    if notes:
+        return notes["parameters_fingerprint"]
+    if not as_path(workdir).exists():
+        raise UserError(f"config.{key}: {workdir} does not exist; name the workdir of a finished run")
+    raise UserError(f"config.{key}: {workdir} is not finished; start its command again first")
 
 
 def trained_params(
@@ -99,8 +116,10 @@ def trained_params(
     subtree: str | None = None,
     rules: Rules = DEFAULT,
 ) -> Params:
-    """The parameters (or one subtree) of a run's newest checkpoint, placed on the mesh by the rules."""
+    """The parameters (or one subtree) of a run, placed on the mesh by the rules: those of its best evaluation if it has
+    ended and kept them, else those of its newest checkpoint."""
     abstract, axes = model.abstract(), model.logical_axes()
     if subtree:
         abstract, axes = {subtree: abstract[subtree]}, {subtree: axes[subtree]}
-    return load_params(workdir, with_shardings(abstract, shardings(mesh, axes, abstract, rules)))
+    placed = with_shardings(abstract, shardings(mesh, axes, abstract, rules))
+    return load_params(workdir, placed, ended(workdir).get(BEST_STEP))

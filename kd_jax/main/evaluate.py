@@ -69,11 +69,15 @@ def lineage(checkpoint: str) -> dict:
         return lineage(record["config"]["export"]["checkpoint"])
     config = trained.run_config(checkpoint, "evaluate.checkpoint")
     start = config.finetune.init_from
-    who = {"student": "scratch", "transfer_set": "", "teacher": "", "seed": config.seed}
+    # Runs of 0.2.0 have no key for labels.
+    labeled = "labeled" if "labels" in config.finetune and config.finetune.labels else ""
+    who = {"student": "scratch", "transfer_set": "", "teacher": labeled, "seed": config.seed}
     if start:
         encoder = trained.run_config(start, "finetune.init_from")
         if "import_model" in encoder:
             return who | {"student": "imported", "teacher": pathlib.Path(start).name}
+        if trained.run_command(start) == "initialize":
+            return who | {"student": "initialized"}
         distilled = "distill" in encoder
         who["student"] = "distilled" if distilled else "mlm"
         who["transfer_set"] = f"task_share={encoder.transfer.task_share:g}"

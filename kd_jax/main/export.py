@@ -26,7 +26,7 @@ from kd_jax.data.rows import new_folder
 from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.data.vocabulary import TrimmedTokenizer, standalone
 from kd_jax.jobs import finetune, masked_lm, serving, trained
-from kd_jax.jobs.model_card import INTENT_HEAD, model_card
+from kd_jax.jobs.model_card import TEXT_HEADS, model_card
 from kd_jax.jobs.serving import RECORD
 from kd_jax.main import command
 from kd_jax.models.functional import Functional, parameter_count
@@ -74,7 +74,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     tokenizer, shape, serves = one.tokenizer, one.model.config, settings.int8 or settings.stablehlo
     if serves:
         check_serving(one.model.kind, settings)
-    card = model_card(one.model.kind, shape, source, one.prepared, parameter_count(one.params), settings)
+    card = model_card(one.model, source, one.prepared, parameter_count(one.params), settings)
     with new_folder(workdir) as folder:
         tokenizer.save(folder)
         # The models have no token types, and no more positions than this.
@@ -106,14 +106,14 @@ def check_serving(kind: str, settings: Export) -> None:
 
 
 def write_transformers(folder: pathlib.Path, one: Trained) -> None:
-    """config.json, model.safetensors and, for ICNER, the intent head."""
+    """config.json, model.safetensors and, where it is apart, the head that classifies a text."""
     tokenizer, shape = one.tokenizer, one.model.config
     found = exported(one.model, one.params, one.classes)
     ids = tokenizer_ids(shape, cls=tokenizer.cls_id, sep=tokenizer.sep_id, pad=tokenizer.pad_id)
     write_json(folder / CONFIG, found.config | ids)
-    for name, tensors in ((SINGLE, found.tensors), (INTENT_HEAD, found.intent_head)):
-        if tensors:
-            save_file(tensors, folder / name, metadata={"format": "pt"})
+    save_file(found.tensors, folder / SINGLE, metadata={"format": "pt"})
+    if found.text_head:
+        save_file(found.text_head, folder / TEXT_HEADS[one.model.kind], metadata={"format": "pt"})
 
 
 def is_exported(workdir: pathlib.Path, record: dict[str, Any]) -> bool:

@@ -96,7 +96,8 @@ def measure(
         seen = prepared if name == "teacher" else seen_by_student(prepared, vocabulary)
         shape = masked_lm.encoder_model(encoder, seen, dtype, name).config
         sizes: dict[str, Any] = finetune.class_counts(settings.task, maps)
-        model = Functional(cast(Any, settings.task), shape, compute_dtype=dtype, **sizes)
+        pooling = cast(Any, settings.pooling)
+        model = Functional(cast(Any, settings.task), shape, compute_dtype=dtype, pooling=pooling, **sizes)
         params = random_params(model, device) if fits(model, device) else None
         found[name] = Measured(model, params, batches_of(utterances, seen, maps, settings.task))
     times: dict[str, dict[int, list[float]]] = {name: {} for name in found}

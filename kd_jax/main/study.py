@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from kd_jax.config import from_dict, to_dict
+from kd_jax.config.commands import Baseline
 from kd_jax.config.execution import Execution
 from kd_jax.config.settings import read
 from kd_jax.config.training import Finetune
@@ -23,6 +24,8 @@ from kd_jax.data.prepared import Prepared
 from kd_jax.jobs import teachers
 from kd_jax.jobs.cache import check_temperature
 from kd_jax.main import (
+    baseline,
+    cache_states,
     cache_teacher,
     command,
     distill,
@@ -30,6 +33,7 @@ from kd_jax.main import (
     finetune_dc,
     finetune_icner,
     import_model,
+    initialize,
     latency,
     prepare,
     pretrain,
@@ -44,7 +48,10 @@ from kd_jax.study.report.report import summary_text, write_report
 from kd_jax.study.run import Study
 from kd_jax.trainer.run_directory import provenance
 
-_MODULES = (prepare, import_model, pretrain, cache_teacher, distill, finetune_dc, finetune_icner, evaluate, latency)
+_MODULES = (
+    *(prepare, import_model, pretrain, initialize, cache_teacher, cache_states, distill),
+    *(baseline, finetune_dc, finetune_icner, evaluate, latency),
+)
 COMMANDS = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
 KEYS = {name: lambda values, of=module.keys: of(from_dict(values)) for name, module in COMMANDS.items()}
 
@@ -57,9 +64,10 @@ def check(study: Study) -> None:
     teachers.check(terms, read(Execution, values, ""), values["teacher_checkpoint"], values["teacher_cache"])
     student, teacher = (encoder_config(values[name], 1) for name in ("student", "teacher"))
     teachers.check_shapes_of(terms, student, teacher, values["vocabulary"]["trim"])
-    if study.planner.caches:
+    if study.planner.caches and not terms.clean:
         check_temperature(study.planner.cache_settings, terms)
     read(Finetune, values["finetune"], "finetune")
+    read(Baseline, values["baseline"], "baseline")
 
 
 def open_study(config: ConfigDict, workdir: pathlib.Path, **together: Any) -> Study:

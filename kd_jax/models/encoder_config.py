@@ -11,6 +11,7 @@ from typing import Any, Literal
 from kd_jax.types import UserError
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"]
+Pooling = Literal["first", "mean", "max"]  # how the vector of a text is read from the states of its tokens
 
 _AT_LEAST_1 = (
     *("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions", "global_every"),

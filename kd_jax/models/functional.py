@@ -11,8 +11,8 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kd_jax.models.encoder import Captured, Encoder
-from kd_jax.models.encoder_config import EncoderConfig
-from kd_jax.models.heads import MaskedHead, SequenceHead, TokenHead, gather_positions
+from kd_jax.models.encoder_config import EncoderConfig, Pooling
+from kd_jax.models.heads import MaskedHead, SequenceHead, TokenHead, pooled
 from kd_jax.types import Array, Batch, Params
 
 
@@ -22,7 +22,8 @@ class Functional:
 
     Hashable, so a jitted function may close over it. Parameters are nested dicts of float32 arrays with string keys;
     those of all layers are stacked on axis 0 under params["encoder"]["layers"]. `compute_dtype` is the dtype of
-    activations and logits. Without a `dropout_key` everything is deterministic.
+    activations and logits. `pooling` says how DC and the intent head read a text. Without a `dropout_key` everything is
+    deterministic.
     """
 
     kind: Literal["mlm", "dc", "icner"]
@@ -31,6 +32,7 @@ class Functional:
     intents: int = 0
     tags: int = 0
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    pooling: Pooling = "first"
 
     def _merge(self, params: Params) -> Any:
         return nnx.merge(_graph_and_state(self)[0], params)
@@ -100,17 +102,23 @@ class Functional:
 
     def domain_logits(self, params: Params, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
         """Logits [R, S, domains] of the utterances whose first tokens are at `first_positions`."""
-        first_RxSxH = self.hidden_at(params, batch, batch["first_positions"], dropout_key)
-        return self._merge(params).domain_head(first_RxSxH, _head_key(dropout_key, 0))
+        if self.pooling == "first":  # the last layer is needed at these columns only
+            text_RxSxH = self.hidden_at(params, batch, batch["first_positions"], dropout_key)
+        else:
+            text_RxSxH = self._pooled(self.hidden(params, batch, dropout_key), batch)
+        return self._merge(params).domain_head(text_RxSxH, _head_key(dropout_key, 0))
 
     def intent_and_tag_logits(
         self, params: Params, batch: Batch, dropout_key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Logits [R, S, intents] and [R, L, tags]."""
         hidden_RxLxH, model = self.hidden(params, batch, dropout_key), self._merge(params)
-        first_RxSxH = gather_positions(hidden_RxLxH, jnp.asarray(batch["first_positions"]))
-        intents = model.intent_head(first_RxSxH, _head_key(dropout_key, 0))
+        intents = model.intent_head(self._pooled(hidden_RxLxH, batch), _head_key(dropout_key, 0))
         return intents, model.tag_head(hidden_RxLxH, _head_key(dropout_key, 1))
+
+    def _pooled(self, hidden_RxLxH: jax.Array, batch: Batch) -> jax.Array:
+        segments_RxL, firsts_RxS = jnp.asarray(batch["segment_ids"]), jnp.asarray(batch["first_positions"])
+        return pooled(hidden_RxLxH, segments_RxL, firsts_RxS, self.pooling)
 
 
 class _Model(nnx.Module):

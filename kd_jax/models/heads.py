@@ -4,13 +4,44 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kd_jax.models.encoder_config import EncoderConfig
+from kd_jax.models.encoder_config import EncoderConfig, Pooling
 from kd_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, drop
 
 
 def gather_positions(hidden_RxLxH: jax.Array, positions_RxK: jax.Array) -> jax.Array:
     """The hidden states [R, K, H] at the given columns of each row."""
     return jnp.take_along_axis(hidden_RxLxH, positions_RxK[:, :, None], axis=1)
+
+
+def pooled(
+    hidden_RxLxH: jax.Array, segment_ids_RxL: jax.Array, first_positions_RxS: jax.Array, pooling: Pooling
+) -> jax.Array:
+    """The vectors [R, S, H] of the texts whose first tokens are at the given columns, in the dtype of the states.
+
+    mean and max go over all tokens of a text, its special tokens included, as the mean over the attention mask does in
+    e5 and sentence-transformers; the mean is summed in float32. A slot without a text gets the vector of whatever is at
+    its column, which is finite.
+    """
+    if pooling == "first":
+        return gather_positions(hidden_RxLxH, first_positions_RxS)
+    segments_RxS = jnp.take_along_axis(segment_ids_RxL, first_positions_RxS, axis=1)
+    inside_RxSxL = segment_ids_RxL[:, None, :] == segments_RxS[:, :, None]
+    if pooling == "mean":
+        total_RxSxH = jnp.einsum(
+            "rsl,rlh->rsh",
+            inside_RxSxL.astype(hidden_RxLxH.dtype),
+            hidden_RxLxH,
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+        # A segment has at least the token at its column.
+        count_RxS = jnp.sum(inside_RxSxL, axis=2, dtype=jnp.float32)
+        return (total_RxSxH / count_RxS[:, :, None]).astype(hidden_RxLxH.dtype)
+    # Where the maximum is, then what is there: its gradient is one sum over columns, and [R, S, L, H] is never kept.
+    lowest = jnp.asarray(-jnp.inf, hidden_RxLxH.dtype)
+    states_RxSxLxH = jnp.where(inside_RxSxL[:, :, :, None], hidden_RxLxH[:, None], lowest)
+    columns_RxSxH = jnp.argmax(jax.lax.stop_gradient(states_RxSxLxH), axis=2)
+    return jnp.take_along_axis(hidden_RxLxH, columns_RxSxH, axis=1)
 
 
 def _dense(config: EncoderConfig, rngs: nnx.Rngs) -> Linear:
@@ -49,8 +80,8 @@ class MaskedHead(nnx.Module):
 
 
 class SequenceHead(nnx.Module):
-    """Classifies a text by its first token: BertPooler and classifier, RobertaClassificationHead, or ModernBERT's
-    prediction head and classifier.
+    """Classifies a text by its vector, from `pooled`: BertPooler and classifier, RobertaClassificationHead, or
+    ModernBERT's prediction head and classifier.
     """
 
     def __init__(self, config: EncoderConfig, classes: int, *, rngs: nnx.Rngs):
@@ -59,12 +90,12 @@ class SequenceHead(nnx.Module):
         self.norm = LayerNorm(config) if config.head_style == "modernbert" else None
         self.classifier = _classifier(config, classes, rngs)
 
-    def __call__(self, first_RxSxH: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+    def __call__(self, text_RxSxH: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         """Logits [R, S, classes]."""
         config = self.config
         if config.head_style == "roberta":
-            first_RxSxH = drop(first_RxSxH, config.dropout, dropout_key, 0)
-        x = self.dense(first_RxSxH)
+            text_RxSxH = drop(text_RxSxH, config.dropout, dropout_key, 0)
+        x = self.dense(text_RxSxH)
         x = jnp.tanh(x) if self.norm is None else self.norm(ACTIVATIONS[config.head_activation](x))
         return self.classifier(drop(x, config.dropout, dropout_key, 1))
 

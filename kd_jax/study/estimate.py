@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kd_jax.config.commands import Evaluate
-from kd_jax.config.data import Cache, Masking, Nlu, Rows, TokenizerSettings
+from kd_jax.config.commands import Baseline, Evaluate
+from kd_jax.config.data import Cache, Masking, Nlu, Rows, States, TokenizerSettings
 from kd_jax.config.settings import read
 from kd_jax.config.training import Distill, Finetune, Pretrain, Training
 from kd_jax.data.masking import num_slots
@@ -143,11 +143,15 @@ class _Estimator:
         if isinstance(job, Distill):
             return self._distill(job, stage.config)
         if isinstance(job, Finetune):
-            return self._finetune(job)
+            return self._finetune(job, self._of_teacher(stage))
         if stage.command == "cache_teacher":
             return self._cache(read(Cache, stage.config["cache"], "cache"))
+        if stage.command == "cache_states":
+            return self._states(read(States, stage.config["states"], "states"))
         if stage.command == "evaluate":
-            return self._evaluate(read(Evaluate, stage.config["evaluate"], "evaluate"))
+            return self._evaluate(read(Evaluate, stage.config["evaluate"], "evaluate"), self._of_teacher(stage))
+        if stage.command == "baseline":
+            return self._baseline(read(Baseline, stage.config["baseline"], "baseline"))
         if stage.command == "prepare":
             return Estimate()
         # What remains takes seconds, whatever the study's size; `latency` has all its models in memory.
@@ -178,6 +182,13 @@ class _Estimator:
             teachers = teachers[:1]
         rows, vocabulary = job.batch_size // job.accumulation, student.vocab_size
         memory = self._training_memory(student, rows)
+        if job.clean:  # without a masked-LM loss
+            flops = flops_per_row(student, self.length, 0, 0, training=True)
+            if not config["teacher_cache"]:
+                flops += flops_per_row(teachers[0], self.length, 0, 0, training=False)
+                memory["teacher"] = FLOAT * self.parameters(teachers[0])
+                memory["activations"] += self._forward_activations(teachers[0], rows)
+            return self._job(job, flops, memory)
         if config["teacher_cache"]:
             memory |= self._logits(vocabulary, rows, copies=4, block=job.block_positions)
             flops = self.flops(student, training=True)
@@ -211,17 +222,54 @@ class _Estimator:
             memory |= self._logits(teacher.vocab_size, cache.batch_rows, copies=2)
         return Estimate(rows * self.length, rows * flops, memory)
 
-    def _finetune(self, job: Finetune) -> Estimate:
-        student, train = self.shape("student"), self.sizes.train
-        train = min(train, job.max_train * len(self.values["nlu"]["locales"]) or train)
+    def _states(self, states: States) -> Estimate:
+        """Of the task's utterances alone; how much generic text there is, is known once it is prepared."""
+        teacher = self.shape("teacher")
+        memory: dict[str, float] = {"teacher": FLOAT * self.parameters(teacher)}
+        memory["activations"] = self._forward_activations(teacher, states.batch_rows)
+        rows = self.sizes.train * self.sizes.tokens / self.length
+        return Estimate(rows * self.length, rows * flops_per_row(teacher, self.length, 0, 0, training=False), memory)
+
+    def _of_teacher(self, stage: Stage) -> bool:
+        """Whether a stage finetunes the teacher, or evaluates the finetuned one."""
+        if stage.command == "evaluate":
+            return self._of_teacher(self.stages[stage.config["evaluate"]["checkpoint"].removeprefix(STAGE)])
+        start = self.stages.get(stage.config["finetune"]["init_from"].removeprefix(STAGE))
+        return start is not None and (
+            start.command == "import_model"
+            or (start.command == "pretrain" and start.config["pretrain"]["model"] == "teacher")
+        )
+
+    def _labeled(self, max_train: int) -> int:
+        """The train utterances of all locales whose labels are given."""
+        return min(self.sizes.train, max_train * len(self.values["nlu"]["locales"]) or self.sizes.train)
+
+    def _baseline(self, settings: Baseline) -> Estimate:
+        """The teacher's forward pass; what runs on the CPU after it is not counted."""
+        if settings.features != "teacher":
+            return Estimate()
+        teacher = self.shape("teacher")
+        utterances = self._labeled(settings.max_train) + 2 * self.sizes.test  # dev is at most about as large as test
+        rows = math.ceil(utterances * self.sizes.tokens / self.length)
+        memory = {"teacher": FLOAT * self.parameters(teacher), "activations": self._forward_activations(teacher, 32)}
+        flops = flops_per_row(teacher, self.length, 0, 0, training=False)
+        return Estimate(rows * self.length, rows * flops, memory)
+
+    def _finetune(self, job: Finetune, of_teacher: bool) -> Estimate:
+        student = self.shape("teacher" if of_teacher else "student")
+        train = self.sizes.train if job.labels else self._labeled(job.max_train)
         steps = math.ceil(job.epochs * train / job.batch_size) if job.epochs else job.steps
         rows = math.ceil(1.1 * job.batch_size * self.sizes.tokens / self.length)  # as FinetuneBatches makes them
         flops = steps * rows * flops_per_row(student, self.length, 0, 0, training=True)
         memory = self._training_memory(student, math.ceil(rows / job.accumulation))
         return Estimate(steps * rows * self.length, flops, memory)
 
-    def _evaluate(self, settings: Evaluate) -> Estimate:
-        student, rows = self.shape("student"), math.ceil(self.sizes.test * self.sizes.tokens / self.length)
+    def _evaluate(self, settings: Evaluate, of_teacher: bool) -> Estimate:
+        student = self.shape("teacher" if of_teacher else "student")
+        utterances = self.sizes.test
+        if settings.partition == "unlabeled":
+            utterances = self.sizes.train - self._labeled(self.values["finetune"]["max_train"])
+        rows = math.ceil(utterances * self.sizes.tokens / self.length)
         activations = self._forward_activations(student, settings.batch_rows)
         memory = {"parameters": FLOAT * self.parameters(student), "activations": activations}
         flops = rows * flops_per_row(student, self.length, 0, 0, training=False)
@@ -262,10 +310,16 @@ def remarks(study: Study) -> list[str]:
     """What a reader of the estimates must know, one sentence per line."""
     trained, trimmed = study.values["tokenizer"]["kind"] == "train", study.values["vocabulary"]["trim"]
     cached, auto = study.planner.caches, study.values["compute_dtype"] == "auto"
+    states = cached and study.planner.distill.clean
     lines = (
         (trained, "A trained tokenizer can get fewer tokens than config.tokenizer.vocab_size."),
         (trimmed, "Students are counted with the full vocabulary; config.vocabulary.trim makes it smaller."),
-        (cached, "Cached predictions are counted for every row of every run; repeated ones are made once."),
+        (
+            cached and not states,
+            "Cached predictions are counted for every row of every run; repeated ones are made once.",
+        ),
+        (states, "Cached states are counted for the task's utterances; those of generic text come on top."),
+        (study.values["finetune"]["patience"] > 0, "Finetuning that stops early is counted to its last epoch."),
         (True, "Tokens are positions of rows, padding included."),
         (True, "FLOPs are those of matrix products, without held-out evaluation and the terms on inner states."),
         (auto, "Activations are counted in float32; where the machine computes in bfloat16 they take half."),

@@ -9,7 +9,7 @@ from typing import Any
 from kd_jax.config import fingerprint, identity
 from kd_jax.runtime.files import write_atomically, write_json
 from kd_jax.runtime.paths import make_folder
-from kd_jax.study.plan import HOST_COMMANDS, REPORT, Stage
+from kd_jax.study.plan import REPORT, Stage
 from kd_jax.study.run import Study
 
 FILE, TABLE = "plan.json", "plan.tsv"
@@ -57,7 +57,7 @@ def plan(
                 "done": done[stage.key],
                 "command_line": command_line(arguments, stage.key),
                 "resources": {
-                    "accelerator": stage.command not in HOST_COMMANDS,
+                    "accelerator": stage.accelerator,
                     **(resources(stage) if stage.command != REPORT else {}),
                 },
             }
@@ -80,7 +80,7 @@ def arrays(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     for stage in stages:
         direct = frozenset(array_of[need] for need in stage.needs if need in array_of)
         before = frozenset().union(*(waits[other] for other in direct))
-        group = (stage.phase, stage.command.split("_")[0], direct - before)
+        group = (stage.phase, stage.command.split("_")[0], direct - before, stage.accelerator)
         array_of[stage.key] = group
         groups.setdefault(group, []).append(stage)
         waits[group] = direct | before
@@ -88,14 +88,14 @@ def arrays(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     found = []
     for number, (group, members) in enumerate(groups.items(), start=1):
         parts = [members[start : start + _MOST_IN_ARRAY] for start in range(0, len(members), _MOST_IN_ARRAY)]
-        phase, kind, direct = group
+        phase, kind, direct, _ = group
         label = f"{number:02d}-{phase}" if kind == phase else f"{number:02d}-{phase}-{kind}"
         names[group] = [label if len(parts) == 1 else f"{label}-{part}" for part in range(1, len(parts) + 1)]
         found += [
             {
                 "name": name,
                 "needs": sorted(need for other in direct for need in names[other]),
-                "accelerator": members[0].command not in HOST_COMMANDS,
+                "accelerator": members[0].accelerator,
                 "stages": [stage.key for stage in part],
             }
             for name, part in zip(names[group], parts, strict=True)

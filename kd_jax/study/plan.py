@@ -12,7 +12,8 @@ from typing import Any
 from kd_jax.config import EXECUTION_KEYS, commands, fingerprint, identity, require
 from kd_jax.config.data import Cache
 from kd_jax.config.settings import read
-from kd_jax.config.training import Distill, Finetune, Pretrain, Training
+from kd_jax.config.training import STATE_TERMS, Distill, Finetune, Pretrain, Training
+from kd_jax.models.layer_map import layer_map, read_layers
 
 REPORT = "report"
 PHASES = ("teachers", "predictions", "students", "recipes", "finetuning", REPORT)  # in this order they run
@@ -22,6 +23,8 @@ HOST_COMMANDS = ("prepare", REPORT)  # these need no accelerator
 # the adapted one; first the generic, then the adapted; both averaged; an intermediate student of the generic one.
 OTHER_TEACHERS = ("adapted", "schedule", "average", "chain")
 
+# Rows of the result table that train no student. The first two have no seed, since nothing in them is random.
+FITTED = {"ngrams": "ngrams", "probe": "teacher"}  # kind -> config.baseline.features
 LABELED = "labeled"  # as teacher of a row: the finetuned teacher labeled its further train utterances
 INITIALIZED = (
     "initialized"  # a student that started from its teacher; as teacher of a row: it was trained on from there
@@ -32,6 +35,7 @@ GENERIC = {"transfer.task_share": 0.0, "transfer.generic": "generic"}
 
 # Keys of config.cache that say for which runs a cache is written, not what is predicted.
 CACHED_RUNS = ("task_shares", "generic", "seeds", "steps", "batch_size")
+CACHED_ROWS = ("kinds", "rows_per_part", "batch_rows")  # the same of config.states
 
 STAGE = "stage:"  # the value "stage:<folder>" stands for a stage's directory, so that a study can be moved
 
@@ -62,6 +66,12 @@ class Stage:
         return self.name if self.deferred else self.folder
 
     @property
+    def accelerator(self) -> bool:
+        """Whether the command has work for an accelerator."""
+        fitted = self.command == "baseline" and self.config["baseline"]["features"] == "ngrams"
+        return self.command not in HOST_COMMANDS and not fitted
+
+    @property
     def job(self) -> Training | None:
         """The settings of a training stage; None for other commands."""
         name = self.command.split("_")[0]
@@ -73,9 +83,9 @@ class Stage:
 class Student:
     """One row of the result table: how the encoder was trained before finetuning."""
 
-    kind: str  # scratch | mlm | distilled
+    kind: str  # ngrams | probe | finetuned (teacher) | scratch | initialized | mlm | distilled
     transfer_set: str = ""
-    teacher: str = ""  # generic | adapted | schedule | average | chain
+    teacher: str = ""  # distilled: generic | adapted | schedule | average | chain; mlm: initialized; else: labeled
 
     @property
     def name(self) -> str:
@@ -88,16 +98,32 @@ class Recipe:
 
     learning_rate: float
     epochs: int
+    pooling: str = "first"
 
 
-def students(settings: commands.Study) -> list[Student]:
-    """The compared students; both baselines are always among them."""
+def starts_from_teacher(distill: Distill) -> bool:
+    """Whether distilled students start from their teacher, and therefore need controls that do so too."""
+    return distill.init == "teacher"
+
+
+def students(settings: commands.Study, initialized: bool = False) -> list[Student]:
+    """The compared students; from scratch and MLM alone are always among them.
+
+    initialized: distilled students start from their teacher, so rows that start there without distillation are added.
+    """
     sets = task_shares(settings)
     for key in ("mlm_sets", *(f"{teacher}_sets" for teacher in OTHER_TEACHERS)):
         for name in getattr(settings, key):
             require(name in sets, f"study.{key}", f"{name!r} is no transfer set", f"name one of {', '.join(sets)}")
     require(len(settings.mlm_sets) > 0, "study.mlm_sets", "the no-teacher baseline is missing", "name a transfer set")
-    rows = [Student("scratch"), *(Student("mlm", name) for name in settings.mlm_sets)]
+    labeled = ("", LABELED) if settings.label_unlabeled else ("",)
+    rows = [Student("ngrams", "", given) for given in labeled if settings.ngrams]
+    rows += [Student("probe")] if settings.probe else []
+    rows += [Student("finetuned")] if settings.finetune_teacher else []
+    rows += [Student("scratch", "", given) for given in labeled]
+    rows += [Student(INITIALIZED)] if initialized else []
+    starts = ("", INITIALIZED) if initialized else ("",)
+    rows += [Student("mlm", name, start) for start in starts for name in settings.mlm_sets]
     rows += [Student("distilled", name, "generic") for name in sets]
     for teacher in OTHER_TEACHERS:
         rows += [Student("distilled", name, teacher) for name in getattr(settings, f"{teacher}_sets")]
@@ -120,12 +146,17 @@ class Planner:
         self.cache_settings = read(Cache, values["cache"], "cache")
         selects = not self.settings.selected_sets or values["select"]["share"] > 0
         require(selects, "study.selected_sets", "no text is selected", "set config.select.share above 0")
-        self.students = students(self.settings)
-        searched = itertools.product(self.settings.recipe_learning_rates, self.settings.recipe_epochs)
-        self.recipes = [Recipe(float(rate), int(epochs)) for rate, epochs in searched]
-        # A cache holds logits at the masked positions, which is all that these terms need.
-        plain = not self.distill.features and self.distill.kd_positions == "masked" and self.distill.init == "random"
-        self.caches = self.settings.cache and plain
+        self.students = students(self.settings, starts_from_teacher(self.distill))
+        limited = self.values["finetune"]["max_train"] > 0 or not self.settings.label_unlabeled
+        problem = "every train utterance has its given label"
+        require(limited, "study.label_unlabeled", problem, "set it to False, or give finetune.max_train")
+        self.poolings = self.settings.recipe_poolings or (values["finetune"]["pooling"],)
+        searched = itertools.product(self.settings.recipe_learning_rates, self.settings.recipe_epochs, self.poolings)
+        self.recipes = [Recipe(float(rate), int(epochs), pooling) for rate, epochs, pooling in searched]
+        # A cache holds logits at the masked positions, or states of unmasked text; these terms need nothing else.
+        masked = not self.distill.features and self.distill.kd_positions == "masked"
+        states = self.distill.clean and set(self.distill.features) <= set(STATE_TERMS)
+        self.caches = self.settings.cache and (masked or states)
         self._keys = keys
         # Cache -> hash of what it predicts, whichever rows it holds. A student's folder depends on this hash and not on
         # the cache's own, so that a finished student stays finished when a seed or a transfer set is added.
@@ -144,33 +175,52 @@ class Planner:
                 if stage is not None:
                     found.setdefault(stage.key, replace(stage, phase=phase))
 
-        seeds, tasks = self.settings.seeds, self.settings.tasks
-        teachers = self.teachers()
+        tasks, teachers = self.settings.tasks, self.teachers()
         add("teachers", (self.prepare(), self.imported(), *teachers.values()))
         # The adapted teacher of schedules and averages alone has no students that could read its cache.
         add("predictions", (self.cache(name) for name in teachers if name == "generic" or self.settings.adapted_sets))
         chains = [student for student in self.students if student.teacher == "chain"]
-        add("students", (self.intermediate(one.transfer_set, seed) for one in chains for seed in seeds))
-        add("students", (self.encoder(student, seed) for student in self.students for seed in seeds))
-        for task, student in itertools.product(tasks, self.students):
+        add("students", (self.intermediate(one.transfer_set, seed) for one in chains for seed in self.settings.seeds))
+        finetuned = [one for one in self.students if one.kind not in FITTED]
+        add("students", (self.encoder(one, seed) for one in finetuned for seed in self.seeds(one)))
+        if self.settings.label_unlabeled:
+            for task in tasks:
+                add("students", self._labels(task))
+        for task, student in itertools.product(tasks, finetuned):
             add("recipes", self.search(student, task))
-        for task, student in itertools.product(tasks, self.students):
-            for seed in seeds:
+        for student, task in itertools.product(self.students, tasks):
+            if student.kind in FITTED:
+                add("finetuning", [self.baseline(student, task)])
+        for task, student in itertools.product(tasks, finetuned):
+            for seed in self.seeds(student):
                 add("finetuning", self._finetuned(student, seed, task, chosen.get((student.name, task))))
         add("finetuning", (self.latency(),))  # last, when no other stage disturbs the measurement
         needed = {need for stage in found.values() for need in stage.needs}
         last = tuple(key for key in found if key not in needed)
         return [*found.values(), Stage(REPORT, REPORT, {}, last, REPORT, REPORT)]
 
+    def seeds(self, student: Student) -> tuple[int, ...]:
+        """The seeds of a row: none where nothing is random, the first where one run has to do."""
+        if student.kind in FITTED:
+            return ()
+        return self.settings.seeds[:1] if student.kind == "finetuned" else self.settings.seeds
+
+    def recipes_of(self, student: Student) -> list[Recipe]:
+        """The recipes that are tried for a student; the teacher has one of its own."""
+        settings = self.settings
+        own = Recipe(settings.teacher_learning_rate, settings.teacher_epochs, settings.teacher_pooling)
+        return [own] if student.kind == "finetuned" else self.recipes
+
     def search(self, student: Student, task: str) -> list[Stage]:
         """The runs that the recipe is chosen from, one per recipe with the first seed; none if there is one recipe."""
-        if len(self.recipes) == 1:
+        recipes = self.recipes_of(student)
+        if len(recipes) == 1 or student.kind in FITTED:  # the latter choose C in their only stage
             return []
-        return [self.finetune(student, self.settings.seeds[0], task, recipe) for recipe in self.recipes]
+        return [self.finetune(student, self.settings.seeds[0], task, recipe) for recipe in recipes]
 
     def _finetuned(self, student: Student, seed: int, task: str, recipe: Recipe | None) -> list[Stage]:
         """Finetuning and evaluation with a recipe, or both deferred until it is chosen."""
-        finetuned = self.finetune(student, seed, task, recipe or self.recipes[0])
+        finetuned = self.finetune(student, seed, task, recipe or self.recipes_of(student)[0])
         scored = self.evaluate(finetuned)
         if recipe is not None:
             return [finetuned, scored]
@@ -236,12 +286,15 @@ class Planner:
         return {"transfer.task_share": task_shares(self.settings)[transfer_set], "transfer.generic": kind}
 
     def cache(self, teacher: str) -> Stage | None:
-        """The predictions of a teacher for all its students and seeds; None where they are not used."""
+        """The predictions or states of a teacher for all its students and seeds; None where they are not used."""
         if not self.caches or teacher not in ("generic", "adapted"):
             return None
         sets = task_shares(self.settings) if teacher == "generic" else self.settings.adapted_sets
         transfers = [self.transfer(name) for name in sets]
         of = self.teachers()[teacher]
+        if self.distill.clean:
+            stage = self._after("cache_states", f"states-{teacher}", (of,), self._states(of, transfers))
+            return self._predicted(stage, "states", CACHED_ROWS)
         changes = {
             "seed": 0,
             "teacher_checkpoint": STAGE + of.folder,
@@ -254,11 +307,26 @@ class Planner:
             # Hidden states serve any temperature, so theirs must not change the folder.
             "cache.temperature": 1.0 if self.cache_settings.format == "hidden" else self.distill.kl.temperature,
         }
-        stage = self._after("cache_teacher", f"cache-{teacher}", (of,), changes)
+        return self._predicted(self._after("cache_teacher", f"cache-{teacher}", (of,), changes), "cache", CACHED_RUNS)
+
+    def _states(self, teacher: Stage, transfers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        """The changes that make config.states what the students of these transfer sets read."""
+        shares = [(one["transfer.task_share"], one["transfer.generic"]) for one in transfers]
+        kinds = {"task" for share, _ in shares if share > 0} | {kind for share, kind in shares if share < 1}
+        layers, key = "none", "distill.hidden.layers"
+        if self.distill.hidden.used:
+            ours, theirs = (self.values[name]["num_layers"] for name in ("student", "teacher"))
+            pairs = layer_map(read_layers(self.distill.hidden.layers, key), ours, theirs, key)
+            layers = ",".join(str(layer) for layer in sorted({layer for _, layer in pairs}))
+        where = {"seed": 0, "teacher_checkpoint": STAGE + teacher.folder}
+        return {**where, "states.layers": layers, "states.kinds": tuple(sorted(kinds))}
+
+    def _predicted(self, stage: Stage, block: str, rows: Iterable[str]) -> Stage:
+        """The stage of a cache, whose predictions are noted; rows: the keys of its block that only say which rows."""
         if STAGE + stage.folder not in self._predictions:
             values = identity(stage.config)
-            for key in CACHED_RUNS:
-                del values["cache"][key]
+            for key in rows:
+                del values[block][key]
             self._predictions[STAGE + stage.folder] = fingerprint(values)
         return stage
 
@@ -274,16 +342,27 @@ class Planner:
         }
         return self._after("distill", f"intermediate-{transfer_set}-seed{seed}", (teacher,), changes)
 
+    def initialized(self, seed: int) -> Stage:
+        """The student as distillation starts it, from layers of the generic teacher."""
+        teacher = self.teacher()
+        changes = {"seed": seed, "teacher_checkpoint": STAGE + teacher.folder}
+        return self._after("initialize", f"{INITIALIZED}-seed{seed}", (teacher,), changes)
+
     def encoder(self, student: Student, seed: int) -> Stage | None:
-        """The stage that trains the student's encoder; None for from-scratch."""
+        """The stage that trains the student's encoder; None for from-scratch. A finetuned teacher is its own."""
         if student.kind == "scratch":
             return None
+        if student.kind == "finetuned":
+            return self.teacher()
+        if student.kind == INITIALIZED:
+            return self.initialized(seed)
         name, changes = f"{student.name}-seed{seed}", {"seed": seed, **self.transfer(student.transfer_set)}
         if student.kind == "mlm":
             # The same text, steps, batch and schedule as the distilled students; only the teacher is missing.
             job = {key: self.values["distill"][key] for key in self.values["adapt"]}
-            changes["pretrain"] = {**job, "model": "student", "init_from": ""}
-            return self._after("pretrain", name, (), changes)
+            start = [self.initialized(seed)] if student.teacher == INITIALIZED else []
+            changes["pretrain"] = {**job, "model": "student", "init_from": "".join(STAGE + one.folder for one in start)}
+            return self._after("pretrain", name, start, changes)
         teachers = self.teachers()
         if student.teacher == "chain":
             needs = [self.intermediate(student.transfer_set, seed)]
@@ -306,13 +385,52 @@ class Planner:
         encoder = self.encoder(student, seed)
         changes = {"seed": seed, "finetune.init_from": STAGE + encoder.folder if encoder else ""}
         changes |= {"finetune.learning_rate": recipe.learning_rate, "finetune.epochs": recipe.epochs}
-        name = f"{task}-{student.name}-seed{seed}"
-        return self._after(f"finetune_{task}", name, (encoder,) if encoder else (), changes)
+        changes["finetune.pooling"] = recipe.pooling
+        needs = [encoder] if encoder else []
+        if student.teacher == LABELED:
+            labels = self._labels(task)[-1]
+            changes["finetune.labels"] = STAGE + labels.folder
+            needs.append(labels)
+        return self._after(f"finetune_{task}", f"{task}-{student.name}-seed{seed}", needs, changes)
 
-    def evaluate(self, finetuned: Stage) -> Stage:
+    def evaluate(self, finetuned: Stage, partition: str = "test") -> Stage:
         changes = {"prepared": STAGE + self.prepare().folder, "evaluate.checkpoint": STAGE + finetuned.folder}
-        changes["evaluate.partition"] = "test"
-        return self._stage("evaluate", f"test-{finetuned.name}", (finetuned,), changes)
+        changes["evaluate.partition"] = partition
+        name = "label" if partition == "unlabeled" else partition
+        return self._stage("evaluate", f"{name}-{finetuned.name}", (finetuned,), changes)
+
+    def _labels(self, task: str) -> list[Stage]:
+        """The finetuned teacher of a task, and its labels of the train utterances whose given ones it did not see."""
+        teacher = Student("finetuned")
+        finetuned = self.finetune(teacher, self.settings.seeds[0], task, self.recipes_of(teacher)[0])
+        return [finetuned, self.evaluate(finetuned, "unlabeled")]
+
+    def baseline(self, student: Student, task: str) -> Stage:
+        """The fit and the results of a row of FITTED: of all tasks at once, but for labels that serve one task."""
+        tasks, needs, name = self.settings.tasks, list[Stage](), student.name
+        changes: dict[str, Any] = {"baseline.features": FITTED[student.kind]}
+        if student.teacher == LABELED:
+            labels = self._labels(task)[-1]
+            changes["baseline.labels"] = STAGE + labels.folder
+            tasks, name = (task,), f"{name}-{task}"
+            needs.append(labels)
+        if student.kind == "probe":
+            teacher = self.teacher()
+            changes["teacher_checkpoint"] = STAGE + teacher.folder
+            needs.append(teacher)
+        changes |= {f"baseline.{name}": self.values["finetune"][name] for name in ("max_train", "max_dev")}
+        changes |= {"baseline.tasks": tasks, "baseline.c_values": self.c_values}
+        return self._after("baseline", name, needs, changes)
+
+    @property
+    def c_values(self) -> tuple[float, ...]:
+        """As many values of C as students have recipes, and at least the three of config.baseline."""
+        given = tuple(float(c) for c in self.values["baseline"]["c_values"])
+        count = len(self.recipes)
+        if count <= len(given):
+            return given
+        step = (max(given) / min(given)) ** (1 / (count - 1))
+        return tuple(float(f"{min(given) * step**number:.3g}") for number in range(count))
 
     def latency(self) -> Stage | None:
         """Size and latency of the shapes that the study trains; None if study.latency is off."""
@@ -320,7 +438,8 @@ class Planner:
             return None
         models = ("teacher", *(("intermediate",) if self.settings.chain_sets else ()), "student")
         task = "icner" if "icner" in self.settings.tasks else "dc"
-        return self._after("latency", "latency", (), {"latency.models": models, "latency.task": task})
+        changes = {"latency.models": models, "latency.task": task, "latency.pooling": self.poolings[0]}
+        return self._after("latency", "latency", (), changes)
 
 
 def _changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Running a study: finished stages are skipped, interrupted ones resume, and recipes are chosen on dev."""
 
+import dataclasses
 import itertools
 import pathlib
 import time
@@ -9,7 +10,7 @@ from typing import Any
 from kd_jax.runtime.files import read_json, write_json
 from kd_jax.runtime.preemption import interruptible
 from kd_jax.study.attempts import attempt
-from kd_jax.study.plan import PHASES, REPORT, STAGE, Keys, Planner, Recipe, Stage, Student
+from kd_jax.study.plan import FITTED, PHASES, REPORT, STAGE, Keys, Planner, Recipe, Stage, Student
 from kd_jax.types import UserError
 
 # Runs one command: (its name, its config as plain values, its directory).
@@ -149,17 +150,19 @@ class Study:
         `searched` gets all scores.
         """
         self.chosen, self.searched = {}, []
-        pairs = list(itertools.product(self.settings.tasks, self.planner.students))
+        students = [one for one in self.planner.students if one.kind not in FITTED]  # those choose C by themselves
+        pairs = list(itertools.product(self.settings.tasks, students))
         # All processes take one process's view, since a file can reach their file systems at different times.
         found = self._agree([self._dev_scores(student, task) for task, student in pairs])
         for (task, student), scores in zip(pairs, found, strict=True):
             if scores is None:
                 continue
             best = max(range(len(scores)), key=lambda index: scores[index] or 0.0)
-            self.chosen[student.name, task] = self.planner.recipes[best]
-            for index, (recipe, score) in enumerate(zip(self.planner.recipes, scores, strict=True)):
-                tried = {"learning_rate": recipe.learning_rate, "epochs": recipe.epochs, "dev_score": score}
-                self.searched.append({"student": student.name, "task": task, **tried, "chosen": index == best})
+            recipes = self.planner.recipes_of(student)
+            self.chosen[student.name, task] = recipes[best]
+            for index, (recipe, score) in enumerate(zip(recipes, scores, strict=True)):
+                tried = {**dataclasses.asdict(recipe), "dev_score": score, "chosen": index == best}
+                self.searched.append({"student": student.name, "task": task, **tried})
 
     def _dev_scores(self, student: Student, task: str) -> list[float | None] | None:
         """The dev score of each recipe; [None] if there is only one, and None while the search is not finished."""

@@ -135,6 +135,8 @@ def _steps(folder: pathlib.Path, stage: Stage) -> int:
 def _kinds(stage: Stage) -> tuple[tuple, ...]:
     """What stages that take equally long have in common, the closest match first."""
     job = stage.job
+    if stage.command == "baseline":
+        return ((stage.command, stage.config["baseline"]["features"]),)
     if job is None:
         return ((stage.command,),)
     model = job.model if isinstance(job, Pretrain) else ""

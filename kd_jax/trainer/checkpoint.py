@@ -18,6 +18,7 @@ from kd_jax.trainer.state import State, from_plain, to_plain
 from kd_jax.types import Params, UserError
 
 FOLDER = "checkpoints"  # inside a run's directory
+BEST = "best"  # part of a run's state: the parameters of its best evaluation so far, where it stops early
 
 
 class _OrbaxNoise(logging.Filter):
@@ -115,11 +116,12 @@ class Checkpoints:
         self.close()
 
 
-def load_params(workdir: str | pathlib.Path, abstract: Params) -> Params:
+def load_params(workdir: str | pathlib.Path, abstract: Params, best_step: int | None = None) -> Params:
     """The parameters of another run's newest checkpoint, without its optimizer state.
 
-    abstract: all of the parameters or some of their top-level entries, as ShapeDtypeStructs with shardings. Raises
-    UserError when the directory holds no checkpoint, or one of another model; it names the first difference.
+    abstract: all of the parameters or some of their top-level entries, as ShapeDtypeStructs with shardings. best_step:
+    of the best evaluation of a run that has ended and kept its parameters, which are then read. Raises UserError when
+    the directory holds no checkpoint, or one of another model; it names the first difference.
     """
     none = UserError(f"{workdir}: holds no checkpoint; give the workdir of a run that has saved one")
     folder = absolute(as_path(workdir) / FOLDER)
@@ -133,17 +135,19 @@ def load_params(workdir: str | pathlib.Path, abstract: Params) -> Params:
         step = manager.latest_step()
         if step is None:
             raise none
-        saved = manager.item_metadata(step)["state"].tree["params"]
+        # The last checkpoint is older than an evaluation of it that was made up for after a preemption.
+        part = "params" if best_step in (None, step) else BEST
+        saved = manager.item_metadata(step)["state"].tree[part]
         for problem in _mismatches({name: saved[name] for name in abstract if name in saved}, abstract):
             raise UserError(
                 f"{folder / str(step)}: a checkpoint of another model: {problem}; give the workdir of a run of this "
                 "model, or change the model's config to that run's"
             )
-        item = {"params": abstract}
+        item = {part: abstract}
         arguments = ocp.args.PyTreeRestore(
             item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
         )
-        return manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]["params"]
+        return manager.restore(step, args=ocp.args.Composite(state=arguments))["state"][part]
 
 
 def absolute(folder: pathlib.Path) -> pathlib.Path:

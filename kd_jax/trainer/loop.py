@@ -12,11 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kd_jax.config.training import Training
-from kd_jax.runtime import preemption
+from kd_jax.runtime import distributed, preemption
 from kd_jax.runtime.preemption import Preempted
 from kd_jax.runtime.progress import Progress
 from kd_jax.runtime.watchdog import alive
-from kd_jax.trainer.checkpoint import Checkpoints
+from kd_jax.trainer.best import Best
+from kd_jax.trainer.checkpoint import BEST, Checkpoints
 from kd_jax.trainer.goodput import Goodput
 from kd_jax.trainer.mesh import global_batch, process_share, replicated, row_multiple
 from kd_jax.trainer.metrics import MetricsWriter, Window
@@ -45,6 +46,7 @@ def fit(
     writer: MetricsWriter,
     identity: dict[str, Any],
     evaluate: Callable[[Params, int], Mapping[str, float | None]] | None = None,
+    best: Best | None = None,
     tokens_in: Callable[[Batch], tuple[int, int]] = count_tokens,
     goodput: Goodput | None = None,
     description: str = "train",
@@ -53,12 +55,15 @@ def fit(
 ) -> State:
     """Trains from the newest checkpoint, or from `initial_state()`, up to `job.steps` and returns the final state.
 
+    With patience the run may stop earlier; `best` then has the parameters that count.
+
     abstract: the state as ShapeDtypeStructs with shardings. phases: (start, train_step, constants), ascending from step
     0: from step `start` on, the jitted train_step, which may donate the state and whose metrics hold "loss", is called
     with constants(), which is called when the phase begins. batch_at(step): this process's rows, NumPy, called on a
     thread of its own one step ahead.
     evaluate(params, step): called every `job.evaluate_every` steps and at the end; it may raise
-    Preempted. goodput: its state is saved in every checkpoint. lines: printed at the start.
+    Preempted. best: takes in what `evaluate` returns; with goodput, its state is saved in every checkpoint, so that a
+    resumed run stops at the same step with the same parameters. lines: printed at the start.
     Read of `job`: steps, log_every, evaluate_every, checkpoint_every, skip_non_finite.
 
     Raises UserError when `identity` is not that of the checkpoint, and when a metric is not finite in more steps than
@@ -67,8 +72,12 @@ def fit(
     goodput = goodput or Goodput()
     # 1. This run's own checkpoint, 2. whatever the command starts from.
     checkpoints.check(identity)
-    restored = checkpoints.restore(abstract)
+    keeps = best is not None and best.patience > 0
+    restored = checkpoints.restore({**abstract, BEST: abstract["params"]} if keeps else abstract)
     state, meta = restored if restored is not None else (initial_state(), {})
+    kept = state.pop(BEST, None)
+    if best is not None and meta:
+        best.restore(meta["best"], kept)
     start = int(state["step"])
     goodput.start(meta.get("account"), writer.start(start, meta.get("rows")))
     phase: Any = None
@@ -83,21 +92,29 @@ def fit(
             local = batch_at(step)
             return global_batch(mesh, local), _over_processes(tokens_in(local), mesh)
 
+        def with_best(state: State) -> State:
+            """What a checkpoint holds; before the first evaluation, the parameters themselves stand for the best."""
+            return state if best is None or not best.patience else {**state, BEST: best.params or state["params"]}
+
         def evaluate_now(step: int) -> None:
             if evaluate is not None:
                 bar.note(f"evaluating at step {step}")
                 alive(f"the evaluation at step {step}")
                 with goodput.spent("evaluation"):
-                    writer.write(step, evaluate(state["params"], step))
+                    found = evaluate(state["params"], step)
+                    writer.write(step, found)
+                if best is not None:  # all processes must stop at the same step
+                    best.add(step, distributed.from_first(dict(found)), state["params"])
 
         # A preemption does not wait for an evaluation that was due: it is made up for here.
         if meta.get("evaluation_due"):
             evaluate_now(start)
-        ahead = collections.deque(reader.submit(read, step) for step in range(start, min(start + 1, job.steps)))
+        end = start if best is not None and best.stops else job.steps  # stopped before it was killed
+        ahead = collections.deque(reader.submit(read, step) for step in range(start, min(start + 1, end)))
         if preemption.reached():  # while the parameters were read, say
             raise Preempted("nothing was to be saved yet")
         saving.enter_context(goodput.spent("steps"))
-        for step in range(start + 1, job.steps + 1):
+        for step in range(start + 1, end + 1):
             alive(f"step {step}")
             began = time.perf_counter()
             with goodput.spent("data_wait"):
@@ -125,6 +142,9 @@ def fit(
                     evaluate_now(step)
                 except Preempted:  # it is made up for, as it is not known how far it came
                     stop = True
+                if best is not None and best.stops and not last:
+                    bar.say(f"{description}: stopped at step {step}, since no score was above that of step {best.step}")
+                    last = True
             if last or stop or step % job.checkpoint_every == 0:
                 alive(f"the checkpoint of step {step}")
                 meta = {
@@ -133,13 +153,16 @@ def fit(
                     "rows": writer.rows,
                     "evaluation_due": evaluation_due and stop,
                     "account": goodput.saved(),
+                    **({"best": best.saved()} if best is not None else {}),
                 }
                 with goodput.spent("checkpoint"):
                     writer.sync()
-                    checkpoints.save(step, state, meta)
+                    checkpoints.save(step, with_best(state), meta)
             if stop:
                 checkpoints.wait()
                 raise Preempted(f"step {step} of {job.steps} is saved")
+            if last:
+                break
         alive("the last checkpoint")
         with goodput.spent("checkpoint"):
             checkpoints.wait()

@@ -49,13 +49,27 @@ def make_optimizer(job: Training) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW (Loshchilov and Hutter 2019): the decay follows the schedule.
 
     The state is a dict with the keys "clip", "adam", "decay" and "learning_rate", so checkpoints have readable names.
+    With `job.rates` the update of those parts, decay included, is multiplied at last.
     """
     clip = optax.clip_by_global_norm(job.clip_norm) if job.clip_norm > 0 else optax.identity()
+    rates = dict(job.rates)
+
+    def slowed(updates: Params, params: Params | None = None) -> Params:
+        del params
+
+        def scaled(path, leaf: Array) -> Array:
+            place = jax.tree_util.keystr(path, simple=True, separator="/")
+            found = [rate for name, rate in rates.items() if f"{place}/".startswith(f"{name}/")]
+            return found[0] * leaf if found else leaf
+
+        return jax.tree_util.tree_map_with_path(scaled, updates)
+
     return optax.named_chain(
         ("clip", clip),
         ("adam", optax.scale_by_adam(b1=job.beta1, b2=job.beta2, eps=job.epsilon)),
         ("decay", optax.add_decayed_weights(job.weight_decay, mask=decay_mask)),
         ("learning_rate", optax.scale_by_learning_rate(make_schedule(job))),
+        *([("rates", optax.stateless(slowed))] if rates else []),
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart
+from kd_jax.config.training import Finetune
 from kd_jax.data.text.utterances import Utterance
 from kd_jax.evaluation.records import read_records
 from kd_jax.jobs import finetune
@@ -25,13 +26,82 @@ def test_class_masks_leave_only_real_classes():
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("label_smoothing", 1.0), ("dropout", -0.1), ("epochs", -1), ("max_train", -5)]
+    ("key", "value"),
+    [
+        ("label_smoothing", 1.0),
+        ("dropout", -0.1),
+        ("epochs", -1),
+        ("max_train", -5),
+        ("max_dev", -1),
+        ("patience", -2),
+        ("encoder_rate", 0.0),
+        ("encoder_rate", 1.5),
+        ("pooling", "sum"),
+    ],
 )
 def test_impossible_settings_are_named(tmp_path, key, value):
     config = quickstart.get_config()
     config.finetune[key] = value
-    with pytest.raises(UserError, match=rf"config\.finetune\.{key}: {value}"):
-        finetune.run(config, tmp_path, "dc")
+    with pytest.raises(UserError, match=rf"config\.finetune\.{key}: {value!r}"):
+        finetune.run(config, tmp_path / "run", "dc")
+    assert not (tmp_path / "run").exists()
+
+
+def utterances(partition, count, locale, domains=("alarm", "music")):
+    """Utterances of which only what choosing reads is filled in."""
+    return [
+        Utterance(f"{partition}{number}", locale, partition, domains[number % len(domains)], "x", "a", ("a",), ("O",))
+        for number in range(count)
+    ]
+
+
+def test_the_dev_utterances_that_are_seen_are_the_same_in_each_locale_and_part_of_more():
+    locales = ("de-DE", "en-US", "fr-FR")
+    known = [one for locale in locales for part in ("train", "dev", "test") for one in utterances(part, 30, locale)]
+    prepared = types.SimpleNamespace(utterances=known)
+
+    def chosen(most, domain=""):
+        found = finetune.labeled_dev(prepared, Finetune(max_dev=most), domain)
+        assert {one.partition for one in found} == {"dev"}
+        return {locale: [one.id for one in found if one.locale == locale] for locale in locales}
+
+    few, more, everything = chosen(5), chosen(12), chosen(0)
+    assert [len(few["de-DE"]), len(more["de-DE"]), len(everything["de-DE"])] == [5, 12, 30]
+    assert few["de-DE"] == few["en-US"] == few["fr-FR"] and set(few["de-DE"]) < set(more["de-DE"])
+    assert few["de-DE"] != everything["de-DE"][:5], "not simply the first"
+    alarms = chosen(12, "alarm")["de-DE"]
+    assert 0 < len(alarms) < 12 and set(alarms) < set(more["de-DE"])
+    assert len(finetune.labeled_train(prepared, 4, "")) == 12, "train has a limit of its own"
+
+
+@pytest.mark.parametrize(
+    ("settings", "every", "steps"),
+    [
+        (Finetune(epochs=3, patience=2), 4, 10),
+        (Finetune(epochs=3), 0, 10),
+        (Finetune(epochs=3, patience=2, evaluate_every=7), 7, 10),
+        (Finetune(steps=50, patience=2), 4, 50),
+    ],
+)
+def test_with_patience_there_is_an_evaluation_every_epoch(settings, every, steps):
+    found = finetune.with_steps(settings, 100)  # 100 utterances are 3.1 batches of 32
+    assert (found.evaluate_every, found.steps) == (every, steps)
+
+
+def test_stopping_early_without_dev_utterances_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    config = quickstart.get_config("smoke")
+    config.finetune.patience = 3
+    train, dev = utterances("train", 20, "de-DE"), utterances("dev", 20, "de-DE", ("alarm",))
+    for task, domain, known, problem in (
+        ("icner", "each", train + dev, "there is no dev utterance of domain music by which"),
+        ("dc", "", train, "there is no dev utterance by which"),
+    ):
+        config.finetune.domain = domain
+        monkeypatch.setattr(finetune, "Prepared", lambda path, known=known: types.SimpleNamespace(utterances=known))
+        monkeypatch.setattr(finetune, "prepared_for", lambda config, prepared: prepared)
+        with pytest.raises(UserError, match=rf"^config\.finetune\.patience: {problem} .*; give some utterances"):
+            finetune.run(config, tmp_path / "run", task)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_labels_used_are_those_of_the_run(tmp_path):

@@ -1,13 +1,17 @@
 """An exported predictor answers in a fresh process, at any batch, as the run it was exported from."""
 
+import dataclasses
 import json
 import re
 import subprocess
 import sys
 
+import jax
+import jax.export
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file
 
 from kd_jax.config import to_dict
 from kd_jax.jobs import finetune, serving
@@ -143,11 +147,36 @@ def test_float_export_predicts_what_the_run_predicts(data, runs, tmp_path):
     assert predict.Predictor([str(out)]).predict(texts) == predict.Predictor([str(runs[0] / "icner")]).predict(texts)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "pooling"), [("dc", "max"), ("icner", "mean")])
+def test_a_pooled_model_is_served_as_it_was_trained(data, task, pooling, tmp_path):
+    pytest.importorskip("flatbuffers", reason="jax serializes programs with flatbuffers")
+    config, prepared = data[0].copy_and_resolve_references(), data[1]
+    config.finetune.pooling = pooling
+    model, *_ = write_finetuned(tmp_path / "run", config, prepared, task)
+    out = exported(data, tmp_path / "run", tmp_path / "out", stablehlo=True, int8=task == "icner")
+    assert serving.read(out).model == model and model.pooling == pooling
+    if task == "dc":
+        texts = [one.text for one in prepared.utterances[:20]]
+        assert predict.Predictor([str(out)]).predict(texts) == predict.Predictor([str(tmp_path / "run")]).predict(texts)
+    program = jax.export.deserialize(bytearray((out / serving.PROGRAM).read_bytes()))
+    asked, weights = texts_of(data), load_file(out / serving.WEIGHTS)
+    ids, mask = asked["ids1"], asked["mask1"]
+    answered = program.call(weights, ids, mask)["domain" if task == "dc" else "intent"]
+    expected = serving.answers(model, weights, ids, mask)["domain" if task == "dc" else "intent"]
+    np.testing.assert_allclose(answered, expected, atol=1e-5)
+    first = dataclasses.replace(model, pooling="first")
+    other = serving.answers(first, weights, ids, mask)["domain" if task == "dc" else "intent"]
+    assert np.abs(np.asarray(other) - np.asarray(answered)).max() > 1e-3
+
+
 def test_classes_that_pad_a_label_map_are_left_out(data, tmp_path):
     config, prepared = data
     model, params, maps = write_finetuned(tmp_path / "run", config, prepared, "dc")
     sizes = {"domains": len(maps.domains) + 3}
-    wide = finetune.classifier(config.student, prepared, config.finetune.dropout, config.compute_dtype, "dc", sizes)
+    wide = finetune.classifier(
+        config.student, prepared, config.finetune.dropout, "first", config.compute_dtype, "dc", sizes
+    )
     head = params["domain_head"]
     padding = {"kernel": [(0, 0), (0, 3)], "bias": [(0, 3)]}
     classifier = {key: np.pad(leaf, padding[key], constant_values=9.0) for key, leaf in head["classifier"].items()}

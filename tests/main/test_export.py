@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -28,6 +29,8 @@ from tests.support import hub_cache
 from tests.support.finished_runs import smoke_config, write_finetuned, write_student
 
 SHAPES = {"modernbert": "tiny", "bert": "mbert", "roberta": "xlmr_base"}
+# Runs whose text head reads more than the first token: (family, pooling).
+POOLED = {"dc-class": ("modernbert", "mean"), "dc-apart": ("bert", "mean"), "icner-pooled": ("roberta", "max")}
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,10 @@ def runs(data, tmp_path_factory):
         found[family] = write_student(folder / family, of_family(config, family), prepared)
     for task in ("dc", "icner"):
         found[task] = write_finetuned(folder / task, config, prepared, task)
+    for name, (family, pooling) in POOLED.items():
+        changed = of_family(config, family)
+        changed.finetune.pooling = pooling
+        found[name] = write_finetuned(folder / name, changed, prepared, name.split("-")[0])
     return folder, found
 
 
@@ -139,6 +146,31 @@ def test_labels_and_heads(data, runs, tmp_path):
         assert files.shape("classifier.weight")[0] == len(maps.tags)
     modes = {file.stat().st_mode for file in (tmp_path / "icner").iterdir()}
     assert (tmp_path / "icner" / "intent_head.safetensors").is_file() and len(modes) == 1
+
+
+def test_a_run_of_a_version_without_pooling_reads_the_first_token(data, runs, tmp_path):
+    shutil.copytree(runs[0] / "dc", tmp_path / "dc")
+    file = tmp_path / "dc" / "config.json"
+    values = json.loads(file.read_text())
+    for key in ("pooling", "patience", "encoder_rate", "max_dev"):
+        del values["config"]["finetune"][key]
+    file.write_text(json.dumps(values))
+    one = export.read_run(tmp_path / "dc", make_mesh(Mesh()))
+    assert one.model == runs[1]["dc"][0] and one.model.pooling == "first"
+
+
+def test_a_pooled_classifier_is_a_class_of_transformers_or_has_its_head_apart(data, runs, tmp_path):
+    folder, found = runs
+    for name in ("dc-class", "dc-apart"):
+        written(data, folder / name, tmp_path / name)
+    values, apart = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("dc-class", "dc-apart"))
+    assert values["architectures"] == ["ModernBertForSequenceClassification"]
+    assert values["classifier_pooling"] == "mean" and not (tmp_path / "dc-class" / "domain_head.safetensors").exists()
+    assert apart["architectures"] == ["BertModel"] and tuple(apart["domains"]) == found["dc-apart"][2].domains
+    assert (tmp_path / "dc-apart" / "domain_head.safetensors").is_file()
+    card = (tmp_path / "dc-apart" / "README.md").read_text(encoding="utf-8")
+    assert "reads the mean of the last hidden states of all tokens" in card and "pooling mean, seed 0" in card
+    assert 'pipeline_tag: "feature-extraction"' in card
 
 
 def test_the_same_export_is_left_and_another_refused(data, runs, tmp_path):
@@ -243,7 +275,7 @@ def example(folder):
     return folder / "example.py"
 
 
-@pytest.mark.parametrize("name", [*SHAPES, "dc", "icner"])
+@pytest.mark.parametrize("name", [*SHAPES, "dc", "icner", *POOLED])
 def test_examples_of_the_cards_run(data, runs, name, tmp_path, monkeypatch, capsys):
     torch = pytest.importorskip("torch", reason="the examples use PyTorch")
     folder, found = runs
@@ -264,18 +296,18 @@ def test_examples_of_the_cards_run(data, runs, name, tmp_path, monkeypatch, caps
     if name in SHAPES:
         batch["tokens"][0, 2] = tokenizer.mask_id
         ours, theirs = model.mlm_logits(params, model.hidden(params, batch)), values["logits"]
-    elif name == "dc":
-        ours, theirs = model.domain_logits(params, batch)[:, 0], values["logits"]
+    elif model.kind == "dc":
+        ours, theirs = model.domain_logits(params, batch)[0, 0], values["logits"].squeeze(0)
     else:
         intents, tags = model.intent_and_tag_logits(params, batch)
-        ours, theirs = intents[0, 0], values["intent"]
+        ours, theirs = intents[0, 0], values["logits"]
         assert tags[0].argmax(-1).tolist() == values["tags"]
     assert isinstance(theirs, torch.Tensor)
     np.testing.assert_allclose(np.asarray(ours), theirs.numpy(), atol=1e-5)
 
 
 def test_examples_compile_without_torch(data, runs, tmp_path):
-    for name in ("bert", "dc", "icner"):
+    for name in ("bert", "dc", "icner", "dc-apart"):
         written(data, runs[0] / name, tmp_path / name)
         file: pathlib.Path = example(tmp_path / name)
         program = compile(file.read_text(), str(file), "exec")

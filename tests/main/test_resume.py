@@ -13,7 +13,12 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import quickstart
+from kd_jax.config.execution import Mesh
+from kd_jax.data.prepared import Prepared
+from kd_jax.jobs import finetune, trained
 from kd_jax.main import prepare
+from kd_jax.trainer.mesh import make_mesh
+from kd_jax.trainer.state import params_fingerprint
 from tests.support import several_processes
 
 pytestmark = pytest.mark.slow
@@ -96,6 +101,52 @@ def test_kill_and_resume_is_bit_identical(prepared, tmp_path):
     assert any("opt_state" in path for path in one)
     for path in one:
         np.testing.assert_array_equal(one[path], other[path], err_msg=str(path))
+
+
+def test_early_stopping_is_the_same_across_a_kill(prepared, tmp_path):
+    """A rate so high that dev does not get better for long: the run stops early, whether it is killed before or not."""
+
+    def start(workdir):
+        values = {"epochs": 0, "steps": 60, "patience": 3, "evaluate_every": 2, "checkpoint_every": 3, "log_every": 1}
+        values |= {"learning_rate": 0.5, "pooling": "mean", "encoder_rate": 0.5, "max_dev": 5}
+        return [
+            *(sys.executable, "-m", "kd_jax.main.finetune_dc", "--config=configs/quickstart.py:smoke"),
+            *(f"--workdir={workdir}", f"--config.prepared={prepared}", "--config.progress=False"),
+            *("--config.tensorboard=False", *(f"--config.finetune.{name}={value}" for name, value in values.items())),
+        ]
+
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    finished = run(start(straight))
+    assert finished.returncode == 0, finished.stderr
+    done = json.loads((straight / "DONE").read_text(encoding="utf-8"))
+    assert done["best_step"] < done["stopped_at"] < 60 and "stopped at step" in finished.stderr
+
+    process = subprocess.Popen(start(broken), cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
+    metrics, deadline = broken / "metrics.jsonl", time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and len(metrics.read_text(encoding="utf-8").splitlines()) >= 4:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (broken / "DONE").exists()
+    finished = run(start(broken))
+    assert finished.returncode == 0, finished.stderr
+    again = json.loads((broken / "DONE").read_text(encoding="utf-8"))
+    for name in ("parameters_fingerprint", "best_step", "stopped_at"):
+        assert again[name] == done[name], name
+    assert rows_of(straight) == rows_of(broken)
+    scores = [row["dev/score"] for row in rows_of(straight) if "dev/score" in row]
+    assert json.loads((broken / "dev.json").read_text())["score"] == max(scores)
+    one, other = (what_is_read(folder) for folder in (straight, broken))
+    assert one == other == done["parameters_fingerprint"]
+
+
+def what_is_read(workdir):
+    """The fingerprint of the parameters that evaluate, predict and export read."""
+    config = trained.run_config(workdir, "x")
+    found = finetune.load_finetuned(workdir, Prepared(config.prepared), make_mesh(Mesh()), "float32", "x")
+    return params_fingerprint(found.params)
 
 
 def test_another_config_on_resume_is_refused_with_the_difference(prepared, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kd_jax.models.functional import Functional
-from kd_jax.models.heads import gather_positions
+from kd_jax.models.heads import gather_positions, pooled
 from tests.support.small_models import FAMILIES, packed_batch, parameters, small_config, with_alone
 
 ROWS = [[7, 12, 3], [20], [5, 5]]
@@ -42,6 +42,86 @@ def test_packed_utterances_equal_single_ones(family):
         size = columns.stop - columns.start
         np.testing.assert_allclose(intents[row, slot], intents_alone[index, 0], atol=1e-5)
         np.testing.assert_allclose(tags[row, columns], tags_alone[index, :size], atol=1e-5)
+
+
+def pooling_case():
+    """(states, batch): rows with one to three texts, padding behind them, a row of padding alone, and unused slots."""
+    batch = packed_batch([*ROWS, [], [24]], 24)
+    batch["first_positions"] = first_positions(batch, 4)
+    return np.random.default_rng(1).normal(size=(5, 24, 6)).astype(np.float32), batch
+
+
+def texts_of(batch):
+    """(row, slot, columns) of each text of a packed batch."""
+    for row, segments in enumerate(batch["segment_ids"]):
+        for segment in range(1, segments.max() + 1):
+            yield row, segment - 1, np.flatnonzero(segments == segment)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_pooling_matches_numpy_in_float64_and_has_its_gradient(pooling):
+    hidden, batch = pooling_case()
+    weights = np.random.default_rng(2).normal(size=(5, 4, 6))
+
+    def run(hidden):
+        vectors = pooled(hidden, jnp.asarray(batch["segment_ids"]), jnp.asarray(batch["first_positions"]), pooling)
+        used = np.zeros((5, 4, 1))
+        for row, slot, _ in texts_of(batch):
+            used[row, slot] = 1.0
+        return jnp.sum(vectors * jnp.asarray(weights * used, jnp.float32)), vectors
+
+    (_, vectors), gradient = jax.jit(jax.value_and_grad(run, has_aux=True))(hidden)
+    assert np.isfinite(vectors).all() and np.isfinite(gradient).all()
+    expected = np.zeros(hidden.shape)
+    for row, slot, columns in texts_of(batch):
+        states = hidden[row, columns].astype(np.float64)
+        wanted = states.mean(0) if pooling == "mean" else states.max(0)
+        np.testing.assert_allclose(vectors[row, slot], wanted, rtol=1e-6, atol=1e-7)
+        shares = np.ones(states.shape) / len(columns) if pooling == "mean" else states == wanted
+        expected[row, columns] += shares * weights[row, slot]
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-7)
+    assert not expected[3].any()
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_pooling_matches_torch(pooling):
+    torch = pytest.importorskip("torch", reason="parity needs PyTorch")
+    hidden, batch = pooling_case()
+    vectors = pooled(jnp.asarray(hidden), jnp.asarray(batch["segment_ids"]), batch["first_positions"], pooling)
+    for row, slot, columns in texts_of(batch):
+        states = torch.tensor(hidden[row, columns]).requires_grad_()
+        theirs = states.mean(0) if pooling == "mean" else states.max(0).values
+        np.testing.assert_allclose(vectors[row, slot], theirs.detach().numpy(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_mean_of_small_numbers_is_summed_in_float32():
+    """300 ones: a sum in bfloat16 stops at 256."""
+    batch = packed_batch([[300]], 300)
+    states = jnp.ones((1, 300, 2), jnp.bfloat16)
+    mean = pooled(states, jnp.asarray(batch["segment_ids"]), jnp.zeros((1, 1), jnp.int32), "mean")
+    assert mean.dtype == jnp.bfloat16 and np.asarray(mean, np.float32).tolist() == [[[1.0, 1.0]]]
+
+
+@pytest.mark.parametrize(("kind", "pooling", "family"), [("dc", "mean", "modernbert"), ("icner", "max", "bert")])
+def test_pooled_utterances_equal_single_ones(kind, pooling, family):
+    sizes = {"domains": 3} if kind == "dc" else {"intents": 3, "tags": 5}
+    model = Functional(kind, small_config(family), pooling=pooling, **sizes)
+    params = parameters(model)
+    batch, places = with_alone(packed_batch(ROWS, 24))
+    batch["first_positions"] = first_positions(batch, 3)
+
+    def run(params):
+        logits = model.domain_logits(params, batch) if kind == "dc" else model.intent_and_tag_logits(params, batch)[0]
+        return model.hidden(params, batch), logits
+
+    states, logits = map(np.asarray, jax.jit(run)(params))
+    head = params["domain_head" if kind == "dc" else "intent_head"]
+    for index, (row, columns) in enumerate(places):
+        slot = batch["segment_ids"][row, columns.start] - 1
+        np.testing.assert_allclose(logits[row, slot], logits[3 + index, 0], atol=1e-5)
+        inside = states[row, columns].astype(np.float64)
+        expected = numpy_head(head, inside.mean(0) if pooling == "mean" else inside.max(0), family)
+        np.testing.assert_allclose(logits[row, slot], expected, atol=1e-4)
 
 
 def numpy_head(params, x, style):

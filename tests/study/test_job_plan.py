@@ -8,7 +8,7 @@ from configs import quickstart
 from kd_jax.config import to_dict
 from kd_jax.main import study
 from kd_jax.study import job_plan
-from kd_jax.study.plan import REPORT
+from kd_jax.study.plan import REPORT, Student
 from kd_jax.study.run import Study
 from kd_jax.types import UserError
 
@@ -44,7 +44,7 @@ def test_stages_stand_after_what_they_need_and_the_report_is_last(tmp_path):
         assert one.key not in seen
         seen.add(one.key)
     assert stages[-1].key == REPORT
-    assert all(stage.startswith(("test-", "latency-")) for stage in stages[-1].needs)
+    assert all(stage.startswith(("test-", "ngrams-", "probe-", "latency-")) for stage in stages[-1].needs)
 
 
 def test_running_every_key_in_order_is_the_whole_study(tmp_path):
@@ -94,7 +94,7 @@ def test_stages_after_the_search_choose_their_recipe_when_they_start(tmp_path):
     opened.run_stage("dc-scratch-seed1")
     (best,) = (stage for stage in opened.planned() if stage.folder == searched[0])
     assert best.config["finetune"]["learning_rate"] == 1e-3
-    chosen = opened.planner.finetune(opened.planner.students[0], 1, "dc", opened.planner.recipes[0])
+    chosen = opened.planner.finetune(Student("scratch"), 1, "dc", opened.planner.recipes[0])
     assert ran[-1] == chosen.folder
     # The plan made now knows the folder, and the old key still finds it.
     again = {one["key"] for one in job_plan.plan(opened, ARGUMENTS)["stages"]}
@@ -110,7 +110,8 @@ def test_the_choice_is_that_of_the_whole_study(tmp_path):
     anew.choose()
     assert anew.chosen == opened.chosen
     assert {recipe.learning_rate for recipe in anew.chosen.values()} == {1e-3}
-    assert set(anew.chosen) == {(student.name, "dc") for student in opened.planner.students}
+    students = {one.name for one in opened.planner.students} - {"ngrams", "probe"}  # which choose C by themselves
+    assert set(anew.chosen) == {(name, "dc") for name in students}
 
 
 def test_a_stage_whose_needs_are_missing_or_that_is_unknown_is_refused(tmp_path):
@@ -152,10 +153,13 @@ def test_arrays_wait_for_what_their_stages_need_and_for_nothing_else(tmp_path):
     assert baselines["needs"] == [array_of[next(key for key in array_of if key.startswith("prepare"))]]
     students = by_name[array_of[next(key for key in array_of if key.startswith("distilled-task-generic"))]]
     assert len(students["stages"]) == 6  # three transfer sets, two seeds
+    ngrams = array_of[next(key for key in array_of if key.startswith("ngrams"))]
     assert [one["name"] for one in values["arrays"] if not one["accelerator"]] == [
         "01-teachers-prepare",
+        ngrams,
         values["arrays"][-1]["name"],
     ]
+    assert by_name[ngrams]["needs"] == ["01-teachers-prepare"]
 
 
 def test_an_array_too_long_for_a_scheduler_is_cut(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from configs import quickstart
 from kd_jax.config import to_dict
 from kd_jax.main import study
-from kd_jax.study.plan import Planner, Recipe, Student
+from kd_jax.study.plan import FITTED, Planner, Recipe, Student
 from kd_jax.types import UserError
 
 
@@ -19,21 +19,87 @@ def all_stages(config):
     """Every stage with its folder, as if the first recipe had won everywhere."""
     plan = planner(config)
     tasks = config.study.tasks
-    return plan.plan({(student.name, task): plan.recipes[0] for student in plan.students for task in tasks})[:-1]
+    return plan.plan({(one.name, task): plan.recipes_of(one)[0] for one in plan.students for task in tasks})[:-1]
 
 
 def teacher_stages(plan: Planner):
     return [stage for stage in plan.plan({}) if stage.phase == "teachers"]
 
 
-def test_both_baselines_are_always_compared():
+def test_baselines_are_always_compared():
     names = [student.name for student in planner().students]
-    assert names[0] == "scratch"
-    assert "mlm-task" in names
+    assert names[:4] == ["ngrams", "probe", "scratch", "mlm-task"]
     config = quickstart.get_config()
+    config.study.update({"ngrams": False, "probe": False})
+    assert [student.name for student in planner(config).students][:2] == ["scratch", "mlm-task"]
     config.study.mlm_sets = ()
     with pytest.raises(UserError, match=r"config\.study\.mlm_sets"):
         planner(config)
+
+
+def test_ngrams_and_the_probe_have_no_seed_and_the_students_labels():
+    config = quickstart.get_config()
+    plan = planner(config)
+    for kind, features in (("ngrams", "ngrams"), ("probe", "teacher")):
+        assert plan.seeds(Student(kind)) == ()
+        (stage,) = {
+            plan.baseline(Student(kind), task).folder: plan.baseline(Student(kind), task) for task in ("dc", "icner")
+        }.values()
+        settings = stage.config["baseline"]
+        assert (settings["features"], settings["max_train"], settings["tasks"]) == (features, 400, ("dc", "icner"))
+        assert settings["c_values"] == (1.0, 10.0, 100.0), "two recipes, and at least three values"
+    assert plan.baseline(Student("probe"), "dc").config["teacher_checkpoint"] == "stage:" + plan.teacher().folder
+    assert "finetune" not in stage.config and plan.baseline(Student("ngrams"), "dc").accelerator is False
+    folder = plan.baseline(Student("ngrams"), "dc").folder
+    config.finetune.warmup_steps += 1
+    assert planner(config).baseline(Student("ngrams"), "dc").folder == folder
+    config.study.recipe_epochs = (4, 8)
+    assert planner(config).c_values == (1.0, 4.64, 21.5, 100.0), "one for each of four recipes"
+
+
+def test_the_finetuned_teacher_labels_what_students_did_not_see():
+    config = quickstart.get_config()
+    config.study.update({"finetune_teacher": True, "label_unlabeled": True, "teacher_epochs": 3})
+    plan = planner(config)
+    names = [one.name for one in plan.students]
+    assert names[:6] == ["ngrams", "ngrams-labeled", "probe", "finetuned", "scratch", "scratch-labeled"]
+    stages = {stage.name: stage for stage in all_stages(config)}
+    teacher = stages["dc-finetuned-seed0"]
+    assert teacher.config["finetune"]["init_from"] == "stage:" + plan.teacher().folder
+    assert (teacher.config["finetune"]["learning_rate"], teacher.config["finetune"]["epochs"]) == (1e-4, 3)
+    assert teacher.phase == stages["label-dc-finetuned-seed0"].phase == "students"
+    assert stages["label-dc-finetuned-seed0"].config["evaluate"]["partition"] == "unlabeled"
+    labels = "stage:" + stages["label-dc-finetuned-seed0"].folder
+    assert stages["dc-scratch-labeled-seed2"].config["finetune"]["labels"] == labels
+    assert stages["ngrams-labeled-dc"].config["baseline"]["labels"] == labels
+    assert stages["ngrams-labeled-icner"].config["baseline"]["labels"] != labels
+    assert stages["dc-scratch-seed2"].config["finetune"]["labels"] == ""
+    assert "dc-finetuned-seed1" not in stages and "test-dc-finetuned-seed0" in stages
+
+    config.finetune.max_train = 0
+    with pytest.raises(UserError, match=r"config\.study\.label_unlabeled: every train utterance has its given label"):
+        planner(config)
+    config.finetune.max_train, config.study.finetune_teacher = 400, False
+    with pytest.raises(UserError, match=r"config\.study\.label_unlabeled: no teacher is finetuned"):
+        planner(config)
+
+
+def test_students_that_start_from_their_teacher_have_controls_that_do_so_too():
+    config = quickstart.get_config()
+    config.distill.init = "teacher"
+    plan = planner(config)
+    names = [one.name for one in plan.students]
+    assert names[2:6] == ["scratch", "initialized", "mlm-task", "mlm-task-initialized"]
+    started = plan.encoder(Student("initialized"), 1)
+    assert started.command == "initialize" and started.config["seed"] == 1
+    distilled = plan.encoder(Student("distilled", "task", "generic"), 1)
+    for key in ("student", "vocabulary", "distill", "teacher_checkpoint", "prepared"):
+        assert started.config[key] == distilled.config[key], key
+    mlm, plain = plan.encoder(Student("mlm", "task", "initialized"), 1), plan.encoder(Student("mlm", "task"), 1)
+    assert mlm.config["pretrain"] == {**plain.config["pretrain"], "init_from": "stage:" + started.folder}
+    assert mlm.config["transfer"] == plain.config["transfer"] == distilled.config["transfer"]
+    finetuned = plan.finetune(Student("initialized"), 1, "dc", plan.recipes[0])
+    assert finetuned.config["finetune"]["init_from"] == "stage:" + started.folder
 
 
 def test_every_stage_comes_after_what_it_needs_and_folders_are_unique():
@@ -88,10 +154,28 @@ def test_distillation_settings_are_the_same_for_all_transfer_sets():
 
 
 def test_recipe_reaches_the_finetuning_stage():
-    stage = planner().finetune(Student("scratch"), 2, "dc", Recipe(0.5, 7))
+    stage = planner().finetune(Student("scratch"), 2, "dc", Recipe(0.5, 7, "max"))
     job = stage.config["finetune"]
-    assert (job["learning_rate"], job["epochs"], stage.config["seed"]) == (0.5, 7, 2)
+    assert (job["learning_rate"], job["epochs"], job["pooling"], stage.config["seed"]) == (0.5, 7, "max", 2)
     assert job["init_from"] == ""
+
+
+def test_poolings_are_searched_like_rates_and_epochs_and_all_students_have_as_many_trials():
+    config = quickstart.get_config()
+    config.study.recipe_epochs = (4, 8)
+    config.finetune.pooling = "mean"
+    assert {recipe.pooling for recipe in planner(config).recipes} == {"mean"}
+    config.study.recipe_poolings = ("max", "first")
+    plan = planner(config)
+    assert len(plan.recipes) == len(set(plan.recipes)) == 2 * 2 * 2
+    searched = [student for student in plan.students if student.kind not in FITTED]
+    trials = {(student, task): len(plan.search(student, task)) for student in searched for task in ("dc", "icner")}
+    assert set(trials.values()) == {8} and len(plan.c_values) == 8
+    latency = plan.latency()
+    assert latency is not None and latency.config["latency"]["pooling"] == "max"
+    config.study.recipe_poolings = ("sum",)
+    with pytest.raises(UserError, match=r"config\.study\.recipe_poolings: 'sum' is unknown; use first, mean, max"):
+        planner(config)
 
 
 def test_share_outside_zero_to_one_names_the_key():
@@ -158,6 +242,50 @@ def test_what_a_cache_does_not_serve_loads_the_teacher(change):
     stage = distilled(config, "generic")
     assert stage.config["teacher_cache"] == ""
     assert "," not in stage.config["teacher_checkpoint"]
+
+
+def of_clean_text(**changes):
+    config = quickstart.get_config()
+    config.distill.clean = True
+    config.distill.kl.weight = config.distill.mlm.weight = 0.0
+    config.distill.hidden.weight = 1.0
+    config.distill.update(changes)
+    return config
+
+
+def test_students_of_clean_text_share_the_states_of_the_layers_that_they_read():
+    config = of_clean_text()
+    config.study.adapted_sets = ("task",)
+    plan = planner(config)
+    states = plan.cache("generic")
+    assert states.command == "cache_states"
+    assert states.config["states"]["layers"] == "1,2"  # of a teacher with 3 layers, for a student with 2
+    assert states.config["states"]["kinds"] == ("generic", "task")
+    assert plan.cache("adapted").config["states"]["kinds"] == ("task",)
+    assert not {"cache", "transfer", "masking", "student", "vocabulary"} & states.config.keys()
+    for name in config.study.transfer_sets:
+        for seed in config.study.seeds:
+            stage = plan.encoder(Student("distilled", name, "generic"), seed)
+            assert stage.config["teacher_cache"] == f"stage:{states.folder}"
+            assert states.folder in stage.needs
+    for change in ({"hidden": {"layers": "last"}}, {"init": "teacher"}, {"sentence": {"weight": 1.0}}):
+        other = of_clean_text(**change)
+        stage = planner(other).cache("generic")
+        assert (stage.folder == states.folder) == ("hidden" not in change)
+    only = of_clean_text(hidden={"weight": 0.0}, sentence={"weight": 1.0})
+    assert planner(only).cache("generic").config["states"]["layers"] == "none"
+    only.distill.embeddings.weight = 1.0
+    assert planner(only).cache("generic") is None
+
+
+def test_another_kind_of_text_leaves_finished_students_of_states_as_they_are():
+    config = of_clean_text()
+    config.study.transfer_sets = ConfigDict({"task": 1.0})
+    before = {stage.name: stage.folder for stage in all_stages(config)}
+    config.study.transfer_sets = ConfigDict({"task": 1.0, "mix50": 0.5})
+    after = {stage.name: stage.folder for stage in all_stages(config)}
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"states-generic"}
 
 
 def test_a_schedule_of_teachers_switches_at_its_step_and_an_average_does_not():

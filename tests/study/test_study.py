@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 
 from configs import quickstart
+from kd_jax.config.execution import Mesh
+from kd_jax.data.prepared import Prepared
+from kd_jax.jobs import trained
+from kd_jax.jobs.masked_lm import encoder_model
 from kd_jax.main import evaluate, study
 from kd_jax.study import run as study_run
+from kd_jax.trainer.mesh import make_mesh
 from kd_jax.types import UserError
 
 pytestmark = pytest.mark.slow
@@ -17,11 +22,14 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """(workdir, config) of a finished smoke study."""
+    """(workdir, config) of a finished smoke study with every kind of row."""
     workdir = tmp_path_factory.mktemp("study")
     config = quickstart.get_config("smoke")
     config.progress = False
     config.tensorboard = False
+    config.distill.init = "teacher"  # so that rows stand beside it that start there too
+    config.finetune.max_train = 100
+    config.study.update({"finetune_teacher": True, "teacher_epochs": 0, "label_unlabeled": True})
     study.run(config, workdir)
     return workdir, config
 
@@ -35,9 +43,69 @@ def test_report_and_results_are_written(finished):
     assert all(set(row) == wanted | {"value", "count"} for row in rows)
     compared = {(row["student"], row["transfer_set"], row["teacher"]) for row in rows}
     assert {("scratch", "", ""), ("mlm", "task", ""), ("distilled", "task", "adapted")} <= compared
+    assert {("initialized", "", ""), ("mlm", "task", "initialized"), ("finetuned", "", "")} <= compared
+    assert {("ngrams", "", ""), ("ngrams", "", "labeled"), ("probe", "", ""), ("scratch", "", "labeled")} <= compared
     assert {("teacher", "", "generic"), ("teacher", "", "adapted")} <= compared
     assert {row["test_set"] for row in rows if row["task"] == "icner"} == {"test", "test_unseen", "tail"}
     assert {row["test_set"] for row in rows if row["task"] == "mlm"} == {"heldout_task", "heldout_generic"}
+
+
+def test_every_row_stands_in_the_result_table(finished):
+    workdir, _ = finished
+    report = (workdir / "report.md").read_text(encoding="utf-8")
+    section = report.split("## Results")[1].split("\n## ")[0]
+    cells = {
+        line.split(" | ")[0].strip("|* "): line.split(" | ")[1:] for line in section.splitlines() if line[:1] == "|"
+    }
+    assert [name for name in cells if name not in ("Student", "---")] == [
+        "n-grams",
+        "n-grams, labels by the teacher",
+        "teacher, frozen, linear probe",
+        "teacher, finetuned",
+        "from scratch",
+        "from scratch, labels by the teacher",
+        "from the teacher, not distilled",
+        "MLM only, task 100 %",
+        "MLM only from the teacher, task 100 %",
+        *("distilled, generic only", "distilled, task 50 %", "distilled, task 100 %"),
+        "distilled, task 100 %, adapted teacher",
+    ]
+    for name, (dc, intent, *slots) in cells.items():
+        if name not in ("Student", "---"):
+            assert dc[0].isdigit() and intent[0].isdigit(), name
+            assert all(cell.startswith("–") for cell in slots) == (name == "teacher, frozen, linear probe"), name
+    rows = [json.loads(line) for line in (workdir / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {row["seed"] for row in rows if row["student"] in ("ngrams", "probe")} == {None}
+    assert "C = 10" in report and "Trials of each row and task" in report
+
+
+def test_a_student_that_is_not_distilled_is_what_distillation_starts_from(finished):
+    workdir, _ = finished
+    (start,) = (workdir / "stages").glob("initialized-seed0-*")
+    (teacher,) = (workdir / "stages").glob("pretrain-teacher-*")
+    assert json.loads((start / "heldout.json").read_text()) == []
+    config = trained.run_config(start, "x")
+    prepared = Prepared(config.prepared)
+    student, original = (
+        encoder_model(trained.encoder_block(folder, "x"), prepared, "float32", "student") for folder in (start, teacher)
+    )
+    ours, theirs = (
+        trained.trained_params(folder, model, make_mesh(Mesh()))
+        for folder, model in ((start, student), (teacher, original))
+    )
+    assert np.array_equal(ours["encoder"]["embeddings"]["tokens"], theirs["encoder"]["embeddings"]["tokens"])
+
+
+def test_the_teachers_labels_are_those_that_others_learn_from(finished):
+    workdir, _ = finished
+    (labels,) = (workdir / "stages").glob("label-dc-finetuned-seed0-*")
+    records = [json.loads(line) for line in (labels / evaluate.RECORDS).read_text(encoding="utf-8").splitlines()]
+    assert len(records) == 4 * (200 - 100) and {record["partition"] for record in records} == {"train"}
+    (student,) = (workdir / "stages").glob("dc-scratch-labeled-seed0-*")
+    run = json.loads((student / "run.json").read_text())
+    assert (run["train_utterances"], run["predicted_labels"]) == (4 * 200, 4 * 100)
+    (fitted,) = (workdir / "stages").glob("ngrams-labeled-dc-*")
+    assert json.loads((fitted / "baseline.json").read_text())["dc"]["train_utterances"] == 4 * 200
 
 
 def test_every_stage_says_how_it_was_run_and_that_it_is_whole(finished):
@@ -98,7 +166,10 @@ def test_records_cover_every_test_utterance_once(finished):
             if one["partition"] == "test":
                 test.add((one["locale"], one["id"]))
     folders = list((workdir / "stages").glob("test-*"))
-    assert folders
+    folders += [
+        file.parent for name in ("ngrams", "probe") for file in (workdir / "stages").glob(f"{name}-*/*/dev.json")
+    ]
+    assert len([folder for folder in folders if folder.name in ("dc", "icner")]) == 6
     for folder in folders:
         records = [json.loads(line) for line in (folder / evaluate.RECORDS).read_text(encoding="utf-8").splitlines()]
         assert len(records) == len(test)

@@ -80,7 +80,13 @@ def write_finetuned(workdir, config, prepared, task, domain=""):
     maps = LabelMaps.for_domain(known, domain) if domain else LabelMaps.from_train(known)
     sizes = finetune.class_counts(task, maps)
     model: Functional = finetune.classifier(
-        config.student, prepared, config.finetune.dropout, config.compute_dtype, task, sizes
+        config.student,
+        prepared,
+        config.finetune.dropout,
+        config.finetune.pooling,
+        config.compute_dtype,
+        task,
+        sizes,
     )
     keys = ("prepared", "seed", "finetune", "compute_dtype", "student", "vocabulary")
     notes = {"train_utterances": 20, "classes": sizes, "labels": maps.to_json()}

@@ -150,7 +150,7 @@ def synthetic_inputs(
         for task in tasks:
             for rate, score in ((1e-3, 0.80), (3e-3, 0.82)):
                 chosen = rate == 3e-3
-                recipe = {"student": name, "task": task, "learning_rate": rate, "epochs": 4}
+                recipe = {"student": name, "task": task, "learning_rate": rate, "epochs": 4, "pooling": "mean"}
                 recipes.append({**recipe, "dev_score": score, "chosen": chosen})
     for name, loss in (("generic", {"task": 6.6, "generic": 5.2}), ("adapted", {"task": 4.2, "generic": 5.9})):
         objects += heldout_rows({"student": "teacher", "transfer_set": "", "teacher": name, "seed": 0}, loss)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kd_jax.config.settings import block, read
-from kd_jax.config.training import Training
+from kd_jax.config.training import Distill, Finetune, Training
 from kd_jax.trainer.optimizer import after_skipped, decay_mask, make_optimizer, make_schedule
 from kd_jax.types import UserError
 
@@ -115,6 +115,34 @@ def test_the_defaults_are_in_range():
     assert read(Training, block(Training), "pretrain") == Training()
 
 
+def test_the_encoder_moves_by_its_share_and_the_heads_as_before():
+    params = {"encoder": PARAMS, "head": {"kernel": jnp.ones((2, 3))}}
+    gradients = jax.tree.map(lambda leaf: jnp.sin(jnp.arange(leaf.size, dtype=jnp.float32)).reshape(leaf.shape), params)
+
+    def updates(**changes):
+        optimizer = make_optimizer(Finetune(steps=10, warmup_steps=0, **changes).of_step)
+        state = optimizer.init(params)
+        for _ in range(2):
+            found, state = optimizer.update(gradients, state, params)
+        return found, state
+
+    (whole, state), (slowed, other) = updates(), updates(encoder_rate=0.25)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(whole):
+        factor = 0.25 if path[0].key == "encoder" else 1.0
+        node = slowed
+        for key in path:
+            node = node[key.key]
+        np.testing.assert_array_equal(node, factor * leaf)  # a power of two, so nothing is rounded
+        assert np.any(leaf)
+    assert list(state) == ["clip", "adam", "decay", "learning_rate"] and list(other)[-1] == "rates"
+
+
+def test_an_encoder_at_the_full_rate_is_the_same_program():
+    assert Finetune(encoder_rate=1.0, max_train=7, pooling="mean", patience=3).of_step == Training(batch_size=1)
+    assert Finetune(encoder_rate=0.5, max_train=7).of_step == Finetune(encoder_rate=0.5, patience=3).of_step
+    assert Finetune(encoder_rate=0.5).of_step.rates == {"encoder": 0.5}
+
+
 def test_after_a_skipped_step_only_the_schedule_went_on():
     job = Training(steps=10, warmup_steps=2)
     optimizer = make_optimizer(job)
@@ -125,3 +153,26 @@ def test_after_a_skipped_step_only_the_schedule_went_on():
     assert int(skipped["learning_rate"].count) == 1
     assert int(skipped["adam"].count) == 0 and not skipped["adam"].mu["kernel"].any()
     assert jax.tree.structure(skipped) == jax.tree.structure(after)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25])
+def test_the_token_table_has_a_rate_of_its_own(rate):
+    params = {
+        "encoder": {"embeddings": {"tokens": jnp.full((3, 2), 0.5), "norm": jnp.ones(2)}},
+        "projections": jnp.ones(2),
+    }
+    gradients = jax.tree.map(jnp.ones_like, params)
+
+    def update(**changes):
+        optimizer = make_optimizer(Distill(warmup_steps=0, **changes).of_step)
+        state = optimizer.init(params)
+        return optimizer.update(gradients, state, params)[0], state
+
+    plain, before = update()
+    slowed, _ = update(table_rate=rate)
+    assert before.keys() == {"clip", "adam", "decay", "learning_rate"}  # as in older checkpoints
+    tables = [one["encoder"]["embeddings"].pop("tokens") for one in (plain, slowed)]
+    np.testing.assert_array_equal(tables[1], rate * tables[0])
+    jax.tree.map(np.testing.assert_array_equal, plain, slowed)
+    with pytest.raises(UserError, match=r"config\.distill\.table_rate: -1\.0 is negative"):
+        read(Distill, block(Distill, table_rate=-1.0), "distill")

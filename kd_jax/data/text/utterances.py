@@ -286,7 +286,12 @@ def write_massive(utterances: Iterable[Utterance], folder: str | os.PathLike[str
 
 
 def subset_train(utterances: Sequence[Utterance], max_train: int) -> list[Utterance]:
-    """All dev and test utterances, and in each locale the `max_train` train utterances whose ids hash lowest.
+    """All dev and test utterances, and `max_train` train utterances in each locale."""
+    return subset(utterances, "train", max_train)
+
+
+def subset(utterances: Sequence[Utterance], partition: str, most: int) -> list[Utterance]:
+    """In each locale the `most` utterances of the partition whose ids hash lowest, and all of the other partitions.
 
     So a parallel data set keeps the same ids in every locale, and a smaller subset is a part of a larger one.
     """
@@ -294,12 +299,12 @@ def subset_train(utterances: Sequence[Utterance], max_train: int) -> list[Uttera
     def rank(utterance: Utterance) -> tuple[bytes, str]:
         return hashlib.sha256(utterance.id.encode()).digest(), utterance.id
 
-    train: dict[str, list[Utterance]] = {}
+    found: dict[str, list[Utterance]] = {}
     for utterance in utterances:
-        if utterance.partition == "train":
-            train.setdefault(utterance.locale, []).append(utterance)
-    kept = {(locale, one.id) for locale, members in train.items() for one in sorted(members, key=rank)[:max_train]}
-    return [one for one in utterances if one.partition != "train" or (one.locale, one.id) in kept]
+        if utterance.partition == partition:
+            found.setdefault(utterance.locale, []).append(utterance)
+    kept = {(locale, one.id) for locale, members in found.items() for one in sorted(members, key=rank)[:most]}
+    return [one for one in utterances if one.partition != partition or (one.locale, one.id) in kept]
 
 
 # Unrelated utterances with one id have the same intent by chance: less than 90 % of them unless one intent makes up

@@ -289,7 +289,19 @@ class Exported(NamedTuple):
 
     config: dict[str, Any]  # of config.json, without the tokenizer's ids
     tensors: dict[str, np.ndarray]  # of model.safetensors
-    intent_head: dict[str, np.ndarray]  # of an ICNER model, under our names: no class of `transformers` has two heads
+    text_head: dict[str, np.ndarray]  # under our names, where no class of `transformers` has it on that body
+
+
+# What ModernBERT's classifier calls the poolings that it has; those of the other families read the first token only.
+_THEIR_POOLING = {"first": "cls", "mean": "mean"}
+
+
+def head_apart(model: Functional) -> bool:
+    """Whether the export has the head that classifies a text in a file of its own: no class of `transformers` has two
+    heads (ICNER), or that pooling (DC)."""
+    modern = family(model.config) == "modernbert"
+    known = model.pooling in _THEIR_POOLING if modern else model.pooling == "first"
+    return model.kind == "icner" or (model.kind == "dc" and not known)
 
 
 def exported(model: Functional, params: Params, classes: dict[str, tuple[str, ...]]) -> Exported:
@@ -312,10 +324,16 @@ def exported(model: Functional, params: Params, classes: dict[str, tuple[str, ..
         "label2id": {label: number for number, label in enumerate(labels)},
         "classifier_dropout": shape.dropout,
     }
+    if model.kind == "dc" and head_apart(model):
+        head = _classified(params, _text_head(shape, "domain_head", "dense", "norm", "classifier"), labels)
+        config = _config(shape, "Model") | {"domains": list(labels), "pooling": model.pooling}
+        return Exported(config, tensors, head)
     if model.kind == "dc":
         head = _text_head(shape, "domain_head", names.text_dense, names.masked_norm, names.text_classifier)
         tensors |= _classified(params, head, labels)
         config = _config(shape, "ForSequenceClassification") | numbered
+        if "classifier_pooling" in config:
+            config["classifier_pooling"] = _THEIR_POOLING[model.pooling]
         # `transformers` refuses the key for a single class, and takes a model of one class for a regression without it:
         # only its loss differs.
         kind = {"problem_type": "single_label_classification"} if len(labels) > 1 else {}
@@ -329,7 +347,7 @@ def exported(model: Functional, params: Params, classes: dict[str, tuple[str, ..
     intents = classes["intents"]
     intent_head = _classified(params, _text_head(shape, "intent_head", "dense", "norm", "classifier"), intents)
     config = _config(shape, "ForTokenClassification") | numbered
-    return Exported({**config, "intents": list(intents)}, tensors, intent_head)
+    return Exported({**config, "intents": list(intents), "pooling": model.pooling}, tensors, intent_head)
 
 
 def _config(shape: EncoderConfig, suffix: str) -> dict[str, Any]:

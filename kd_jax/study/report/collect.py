@@ -6,9 +6,10 @@ from typing import Any
 from kd_jax.config import fingerprint, identity
 from kd_jax.evaluation.records import read_records
 from kd_jax.evaluation.results import IDENTITY, RECORDS, RESULTS
+from kd_jax.jobs.baseline import ABOUT
 from kd_jax.runtime.files import read_json, read_json_lines, write_json_lines
-from kd_jax.study.plan import task_shares
-from kd_jax.study.report.numbers import ReportInputs
+from kd_jax.study.plan import FITTED, Student, task_shares
+from kd_jax.study.report.numbers import TASK_NAMES, ReportInputs
 from kd_jax.study.run import Study
 from kd_jax.study.status import METRICS
 
@@ -17,25 +18,30 @@ def collect(study: Study, similarity: list[dict[str, Any]], provenance: dict[str
     """Reads every finished stage, writes results.jsonl, and returns the inputs of the report."""
     objects: list[dict[str, Any]] = []
     records, curves, realized = {}, {}, {}
+    recipes, notes = list(study.searched), list(study.notes)
     settings = study.settings
     for name, stage in study.planner.teachers().items():
         who = {"student": "teacher", "transfer_set": "", "teacher": name, "seed": study.values["seed"]}
         objects += heldout_results(study.heldout(stage), who)
         curves[f"teacher, {name}"] = read_curve(study.folder(stage))
     for student in study.planner.students:
-        for seed in settings.seeds:
+        for seed in study.planner.seeds(student) or (None,):
             named = (student.kind, student.transfer_set, student.teacher, seed)
             who: dict[str, Any] = dict(zip(IDENTITY, named, strict=True))
-            encoder = study.planner.encoder(student, seed)
-            if encoder is not None:
+            encoder = None if seed is None else study.planner.encoder(student, seed)
+            if encoder is not None and student.kind != "finetuned":  # whose encoder is the teacher
                 objects += heldout_results(study.heldout(encoder), who)
                 curves[f"{student.name}, seed {seed}"] = read_curve(study.folder(encoder))
-                realized[student.transfer_set] = read_json(study.folder(encoder) / "run.json")["realized"]
+                if student.transfer_set:
+                    realized[student.transfer_set] = read_json(study.folder(encoder) / "run.json")["realized"]
             for task in settings.tasks:
-                finetuned = study.planner.finetune(student, seed, task, study.chosen[student.name, task])
-                scored = study.folder(study.planner.evaluate(finetuned))
+                scored = scored_folder(study, student, seed, task)
                 objects += [{**row, **who} for row in read_json_lines(scored / RESULTS)]
                 records[*named, task] = read_records(scored / RECORDS)
+                if student.kind in FITTED:
+                    about = read_json(scored.parent / ABOUT)[task]
+                    recipes += [{"student": student.name, "task": task, **trial} for trial in about["trials"]]
+                    notes += [f"{student.name}, {TASK_NAMES[task]}: {note}." for note in about["notes"]]
     write_json_lines(study.workdir / RESULTS, objects)
     latency = study.planner.latency()
     measured = study.folder(latency) / "latency.json" if latency else None
@@ -50,10 +56,18 @@ def collect(study: Study, similarity: list[dict[str, Any]], provenance: dict[str
         realized=realized,
         curves=curves,
         similarity=similarity,
-        recipes=study.searched,
-        notes=study.notes,
+        recipes=recipes,
+        notes=notes,
         latency=read_json(measured) if measured and measured.is_file() else None,
     )
+
+
+def scored_folder(study: Study, student: Student, seed: int | None, task: str) -> pathlib.Path:
+    """Where the test records and results of one row, seed and task are."""
+    if seed is None:
+        return study.folder(study.planner.baseline(student, task)) / task
+    finetuned = study.planner.finetune(student, seed, task, study.chosen[student.name, task])
+    return study.folder(study.planner.evaluate(finetuned))
 
 
 def read_curve(folder: pathlib.Path) -> list[dict[str, Any]]:

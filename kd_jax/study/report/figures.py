@@ -14,6 +14,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.transforms import BboxBase
 
+from kd_jax.study.plan import INITIALIZED, LABELED, Student
 from kd_jax.study.report.findings import correlation, correlation_text, divergence_key, domain_gains, similarity_points
 from kd_jax.study.report.numbers import HEADLINE, TEACHER_LABELS, Measure, Numbers, Place
 from kd_jax.study.report.plotting import (
@@ -88,9 +89,9 @@ def _share_panel(panel: Axes, numbers: Numbers, measure: Measure) -> None:
         if not len(values):
             continue
         shade, shape, share = color(numbers, student), marker(student), numbers.share(student)
-        if share is None:  # from scratch: a band over all shares
+        if share is None:  # a band over all shares
             panel.axhspan(values.min(), values.max(), color=shade, alpha=0.15, linewidth=0)
-            panel.axhline(values.mean(), color=shade, linestyle=(0, (5, 3)), linewidth=1.4)
+            panel.axhline(values.mean(), color=shade, linestyle=_dashes(student), linewidth=1.4)
             continue
         # Baselines stand a little aside, so that they do not cover the curve.
         x = 100 * share + {"mlm": -3.5, "distilled": 0 if student.teacher == "generic" else 3.5}[student.kind]
@@ -104,24 +105,31 @@ def _share_panel(panel: Axes, numbers: Numbers, measure: Measure) -> None:
     panel.margins(y=0.12)
 
 
+def _dashes(student: Student) -> Any:
+    """The line of a row that has no transfer set: dotted where a teacher labeled more utterances."""
+    return (0, (1, 1.5)) if student.teacher == LABELED else (0, (5, 3))
+
+
 def _share_legend(numbers: Numbers) -> list[Line2D]:
     kinds = {(student.kind, student.teacher): student for student in numbers.students}
     names = {
         ("distilled", "generic"): "distilled, generic teacher",
         **{("distilled", teacher): f"distilled, {name}" for teacher, name in TEACHER_LABELS.items()},
         ("mlm", ""): "MLM only, no teacher",
-        ("scratch", ""): "from scratch",
+        ("mlm", INITIALIZED): "MLM only from the teacher",
     }
+    lines = [student for student in numbers.students if numbers.share(student) is None]
     handles = []
     for kind, name in names.items():
         if kind in kinds:
             shade, shape = color(numbers, kinds[kind]), marker(kinds[kind])
             if kind == ("distilled", "generic"):
                 handles.append(legend_point(TASK_ONLY, shape, name, linestyle="-"))
-            elif kind == ("scratch", ""):
-                handles.append(legend_point(shade, "none", name, linestyle=(0, (5, 3))))
             else:
                 handles.append(legend_point(shade, shape, name))
+    for student in lines:
+        shade = color(numbers, student)
+        handles.append(legend_point(shade, "none", numbers.label(student), linestyle=_dashes(student)))
     if len(numbers.seeds()) > 1:
         handles.append(legend_point(SOFT, "o", "small: single seeds", markersize=4, alpha=0.5))
     return handles

@@ -64,7 +64,8 @@ class ReportInputs:
     realized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # transfer set -> TransferSet.describe
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # label -> rows of metrics.jsonl
     similarity: Sequence[Mapping[str, Any]] = ()  # domain, jsd, jsd_matched, overlap, tokens
-    recipes: Sequence[Mapping[str, Any]] = ()  # student, task, learning_rate, epochs, dev_score, chosen
+    # Student, task, dev_score, chosen, and learning_rate, epochs and pooling, or part and c.
+    recipes: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()  # warnings
     latency: Mapping[str, Any] | None = None  # latency.json; None where nothing was measured
 
@@ -266,8 +267,10 @@ class Numbers:
     @property
     def distills_states(self) -> bool:
         """Whether the distilled students learn the teacher's inner states."""
-        terms = self.inputs.config.get("distill", {})
-        return any(terms.get(name, {}).get("weight", 0) for name in FEATURE_TERMS)
+        if "distill" not in self.inputs.config:
+            return False
+        terms = self.inputs.config["distill"]
+        return any(terms[name]["weight"] > 0 for name in FEATURE_TERMS if name in terms)
 
     def unigram_loss(self, who: Student, kind: str, locale: str = "all") -> float | None:
         """Loss of a unigram on the model's own held-out "task" or "generic" tokens, in nats per masked token.

@@ -19,13 +19,24 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from kd_jax.runtime.files import write_atomically
-from kd_jax.study.plan import Student
+from kd_jax.study.plan import INITIALIZED, Student
 from kd_jax.study.report.numbers import Numbers
 
 INK, SOFT, GRID = "#1c2430", "#5b6675", "#e3e7ec"
 SCRATCH, MLM, ADAPTED = "#7a7a7a", "#e69f00", "#d55e00"
 GENERIC_ONLY, TASK_ONLY = "#56b4e9", "#003f73"  # ends of the blue scale of task shares
-MARKERS = {"scratch": "X", "mlm": "s", "distilled": "o", "teacher": "v"}
+NGRAMS, PROBE, FINETUNED, STARTED = "#009e73", "#cc79a7", "#7b3f66", "#8a7a00"
+MARKERS = {
+    "ngrams": "P",
+    "probe": "^",
+    "finetuned": "<",
+    "scratch": "X",
+    "initialized": "h",
+    "mlm": "s",
+    "distilled": "o",
+    "teacher": "v",
+}
+KIND_COLORS = {"ngrams": NGRAMS, "probe": PROBE, "finetuned": FINETUNED, "scratch": SCRATCH, "initialized": STARTED}
 WIDTH = 7.4  # inches, about the widest that figures are shown
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -50,10 +61,10 @@ STYLE: dict[Any, Any] = {
 
 def color(numbers: Numbers, student: Student) -> str:
     """The student's color in every figure."""
-    if student.kind == "scratch":
-        return SCRATCH
+    if student.kind in KIND_COLORS:
+        return KIND_COLORS[student.kind]
     if student.kind == "mlm":
-        return MLM
+        return STARTED if student.teacher == INITIALIZED else MLM
     if student.teacher == "adapted":
         return ADAPTED
     if student.kind == "teacher":

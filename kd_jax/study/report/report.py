@@ -341,11 +341,11 @@ def _method_section(numbers: Numbers) -> str:
     inputs = numbers.inputs
     blocks = [_bullets(_settings(inputs.config))]
     if inputs.recipes:
-        if len({(row["learning_rate"], row["epochs"]) for row in inputs.recipes}) == 1:
-            row = inputs.recipes[0]
-            recipe = f"learning rate {row['learning_rate']:g}, {row['epochs']:g} epochs"
+        searched = [row for row in inputs.recipes if "c" not in row and row["student"] != "finetuned"]
+        if len({(row["learning_rate"], row["epochs"], row["pooling"]) for row in searched}) == 1:
+            recipe = tables.recipe_text(searched[0])
             blocks.append(f"One finetuning recipe was given for all students ({recipe}); nothing was searched.")
-        else:
+        if len(inputs.recipes) > len(searched) or len(searched) > 1:
             blocks.append(tables.recipe_table(numbers).markdown())
     if inputs.realized:
         blocks.append(tables.text_table(numbers).markdown())

@@ -30,11 +30,15 @@ PHASES = {
     "pretrain": "pretrain the teacher",
     "train": "train the imported teacher's head",
     "adapt": "adapt the teacher",
+    "initialized": "start students from the teacher",
     "mlm": "students by MLM alone",
     "distilled": "distill students",
     "dc": "finetune DC, recipe search included",
     "icner": "finetune ICNER, recipe search included",
     "test": "evaluate",
+    "label": "label train utterances by the finetuned teacher",
+    "ngrams": "n-grams: fit and evaluate",
+    "probe": "probe the frozen teacher and evaluate",
     "latency": "measure size and latency",
 }
 
@@ -270,22 +274,39 @@ def findings_table(findings: Mapping[str, Mapping[str, Answer]], sections: Seque
     return Table(header, rows, caption, len(used) + 2)
 
 
+def recipe_text(recipe: Mapping[str, Any]) -> str:
+    """The settings of a finetuning recipe."""
+    rate, epochs, pooling = (recipe[key] for key in ("learning_rate", "epochs", "pooling"))
+    return f"learning rate {rate:g}, {epochs:g} epochs, pooling {pooling}"
+
+
 def recipe_table(numbers: Numbers) -> Table:
-    """A row for each finetuning recipe that was tried on dev."""
+    """A row for each finetuning recipe, or C of a baseline, that was tried on dev."""
     labels = {student.name: numbers.label(student) for student in numbers.students}
-    rows = [
-        [
-            labels.get(row["student"], row["student"]),
-            TASK_NAMES.get(row["task"], row["task"]),
-            f"{row['learning_rate']:g}",
-            f"{row['epochs']:g}",
-            fixed(None if row["dev_score"] is None else 100 * row["dev_score"], 2),
-            "chosen" if row["chosen"] else "",
-        ]
-        for row in numbers.inputs.recipes
-    ]
-    caption = "The same search for every student, on the dev partition with the first seed."
-    return Table(["Student", "Task", "Learning rate", "Epochs", "Dev score, %", ""], rows, caption, 2)
+    trials: dict[tuple[str, str, str], int] = {}
+    rows = []
+    for row in numbers.inputs.recipes:
+        part, name = str(row.get("part", "")), labels.get(row["student"]) or str(row["student"])
+        trials[name, row["task"], part] = trials.get((name, row["task"], part), 0) + 1
+        task = TASK_NAMES.get(row["task"], row["task"])
+        rows.append(
+            [
+                name,
+                f"{task}, {part}" if part == "slots" or part == "intent" else task,
+                f"C = {row['c']:g}" if part else recipe_text(row),
+                fixed(None if row["dev_score"] is None else 100 * row["dev_score"], 2),
+                "chosen" if row["chosen"] else "",
+            ]
+        )
+    by_count: dict[int, list[str]] = {}
+    for (name, _, _), count in trials.items():
+        by_count.setdefault(count, []).append(escaped(name))
+    counts = "; ".join(f"{count} for {', '.join(dict.fromkeys(by_count[count]))}" for count in sorted(by_count))
+    caption = (
+        "The same search for every student, on the dev partition with the first seed; n-grams and the probe choose the "
+        f"C of their regression there. Trials of each row and task: {counts}."
+    )
+    return Table(["Student", "Task", "Tried", "Dev score, %", ""], rows, caption, 3)
 
 
 def text_table(numbers: Numbers) -> Table:

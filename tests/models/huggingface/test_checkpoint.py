@@ -1,5 +1,6 @@
 """Tensors of each family: round trip, merged projections, clear errors; exports, which PyTorch computes the same."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_classes_that_only_pad_are_left_out(family):
     icner = exported(model_of(family, "icner"), parameters(model_of(family, "icner")), CLASSES)
     assert icner.config["intents"] == ["play", "stop"]
     assert len(icner.tensors["classifier.weight"]) == 3
-    assert len(icner.intent_head["classifier.weight"]) == len(icner.intent_head["classifier.bias"]) == 2
+    assert len(icner.text_head["classifier.weight"]) == len(icner.text_head["classifier.bias"]) == 2
 
 
 @pytest.mark.parametrize("family", EXPORTED)
@@ -141,12 +142,36 @@ def test_padding_that_positions_are_counted_by():
     assert tokenizer_ids(small_config("bert"), cls=2, sep=3, pad=0)["pad_token_id"] == 0
 
 
-@pytest.mark.parametrize("family", EXPORTED)
-@pytest.mark.parametrize("kind", ["mlm", "dc", "icner"])
-def test_torch_computes_the_same(family, kind, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "pooling", "apart"),
+    [("bert", "mean", True), ("roberta", "max", True), ("modernbert", "mean", False), ("modernbert", "max", True)],
+)
+def test_a_pooling_that_the_family_lacks_leaves_the_head_apart(family, pooling, apart):
+    model = dataclasses.replace(model_of(family, "dc"), pooling=pooling)
+    found = exported(model, parameters(model), CLASSES)
+    whole = found.config["architectures"][0]
+    if apart:
+        assert whole.endswith("Model") and found.config["domains"] == list(CLASSES["domains"])
+        assert found.config["pooling"] == pooling and found.text_head["classifier.weight"].shape == (3, 16)
+        assert not any("classifier" in name for name in found.tensors)
+    else:
+        assert whole == "ModernBertForSequenceClassification" and not found.text_head
+        assert found.config["classifier_pooling"] == pooling
+    first = exported(model_of(family, "dc"), parameters(model), CLASSES)
+    assert not first.text_head and first.config.get("classifier_pooling", "cls") == "cls"
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "pooling"),
+    [
+        *((family, kind, "first") for family in EXPORTED for kind in ("mlm", "dc", "icner")),
+        ("modernbert", "dc", "mean"),
+    ],
+)
+def test_torch_computes_the_same(family, kind, pooling, tmp_path):
     torch = pytest.importorskip("torch", reason="parity needs PyTorch")
     transformers = pytest.importorskip("transformers")
-    model = model_of(family, kind)
+    model = dataclasses.replace(model_of(family, kind), pooling=pooling)
     params = far_from_initial(parameters(model))
     found = exported(model, params, CLASSES)
     values = found.config | tokenizer_ids(model.config, cls=0, sep=2, pad=1)

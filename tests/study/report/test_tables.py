@@ -54,6 +54,41 @@ def test_one_seed_without_records_has_neither_spread_nor_interval():
     assert "one seed (so no spread)" in table.caption
 
 
+def test_rows_without_a_seed_stand_beside_the_students():
+    rows = [row("probe", "", "", None, 0.11), row("scratch", "", "labeled", 0, 0.25), *dc_rows()]
+    rows += [row("ngrams", "", "", None, 0.15), row("initialized", "", "", 1, 0.2), row("finetuned", "", "", 0, 0.05)]
+    rows += [row("mlm", "task", teacher, 0, 0.3) for teacher in ("initialized", "")]
+    numbers = numbers_of(rows)
+    assert numbers.seeds() == [0, 1, 2] and numbers.values(Student("ngrams"), "dc", "error_rate") == {None: 0.15}
+    cells = {name: cell.split("\n")[0] for name, cell in tables.result_table(numbers).rows}
+    assert list(cells.items())[:8] == [
+        ("n-grams", "15.00"),
+        ("teacher, frozen, linear probe", "11.00"),
+        ("teacher, finetuned", "5.00"),
+        ("from scratch", "30.00 ± 0.00"),
+        ("from scratch, labels by the teacher", "25.00"),
+        ("from the teacher, not distilled", "20.00"),
+        ("MLM only, task 100 %", "30.00"),
+        ("MLM only from the teacher, task 100 %", "30.00"),
+    ]
+    assert numbers.scratch == Student("scratch")
+
+
+def test_recipe_table_has_every_trial_and_counts_them():
+    found = {"student": "ngrams", "task": "icner", "dev_score": 0.5, "chosen": True}
+    recipes = [
+        {**found, "part": part, "c": c, "chosen": c == 10} for part in ("intent", "slots") for c in (1.0, 10.0, 100.0)
+    ]
+    recipe = {"learning_rate": 1e-3, "epochs": 5, "pooling": "mean"}
+    recipes += [{**found, **recipe, "student": "scratch"}, {**found, **recipe, "student": "scratch", "epochs": 20}]
+    results = [row("ngrams", "", "", None, 0.1, "icner", "intent_error_rate"), row("scratch", "", "", 0, 0.1)]
+    table = tables.recipe_table(ReportInputs(name="x", results=results, recipes=recipes).numbers)
+    assert table.rows[1] == ["n-grams", "ICNER, intent", "C = 10", "50.00", "chosen"]
+    assert table.rows[3][1:3] == ["ICNER, slots", "C = 1"]
+    assert table.rows[7] == ["from scratch", "ICNER", "learning rate 0.001, 20 epochs, pooling mean", "50.00", "chosen"]
+    assert "Trials of each row and task: 2 for from scratch; 3 for n-grams." in table.caption
+
+
 def test_scores_are_shown_and_error_rates_compared():
     rows = []
     for set_name, f1 in (("generic", 0.80), ("task", 0.90)):

@@ -1,0 +1,322 @@
+"""Classifiers that students have to beat: n-grams, and a linear probe of the frozen teacher.
+
+scikit-learn and python-crfsuite do the work. Both are imported where they are used, since that takes seconds.
+"""
+
+import functools
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from kd_jax.config.commands import Baseline
+from kd_jax.data.batches import process_slice
+from kd_jax.data.labeled import LabeledSet, packed
+from kd_jax.data.prepared import Prepared
+from kd_jax.data.text.utterances import LabelMaps, Utterance
+from kd_jax.evaluation.records import Record, assign_test_sets, domain_record, intent_slot_record
+from kd_jax.evaluation.results import RECORDS, RESULTS, TERMS, results
+from kd_jax.evaluation.slots import repair_bio
+from kd_jax.jobs.finetune import DEV, dev_scores, labeled_dev, labeled_train, of_domain, predicted_labels
+from kd_jax.jobs.teachers import Teacher
+from kd_jax.models.functional import Functional
+from kd_jax.models.heads import pooled
+from kd_jax.runtime.files import write_json, write_json_lines
+from kd_jax.runtime.paths import make_folder
+from kd_jax.runtime.preemption import interruptible
+from kd_jax.runtime.progress import Count
+from kd_jax.trainer.mesh import global_batch, process_share, row_multiple
+from kd_jax.trainer.run_directory import RunDirectory
+from kd_jax.types import Array, Batch, Params, UserError
+
+ABOUT = "baseline.json"
+BATCH_ROWS = 32
+CRF_ITERATIONS = 50  # of L-BFGS; more of them changed slot F1 on dev by less than half a point either way
+KINDS = {"ngrams": "ngrams", "teacher": "probe"}  # config.baseline.features -> the row's kind in a study
+
+
+class Model(Protocol):
+    """A fitted model: one prediction for each row of features, or for each utterance's words."""
+
+    def predict(self, x: Any, /) -> Sequence[Any]: ...
+
+
+class Trial(NamedTuple):
+    """One fit; part: domain | intent | slots; dev_score: accuracy or slot F1, None without dev utterances."""
+
+    part: str
+    c: float
+    dev_score: float | None
+    chosen: bool
+
+
+class Labeled(NamedTuple):
+    """The utterances of one task: labels to learn, dev for the choice of C, test."""
+
+    train: list[Utterance]
+    dev: list[Utterance]
+    test: list[Utterance]
+
+
+def labeled(prepared: Prepared, settings: Baseline, task: str) -> Labeled:
+    """What a student of the same labels sees, and is tested on. Raises UserError where there is nothing to train on."""
+    given = labeled_train(prepared, settings.max_train, "")
+    if not given:
+        raise UserError("config.nlu: there is no utterance to train on; give a data set with a train partition")
+    more = predicted_labels(prepared, settings, task, "baseline")
+    return Labeled([*given, *more], labeled_dev(prepared, settings), of_domain(prepared.utterances, "test", ""))
+
+
+def run(
+    directory: RunDirectory,
+    settings: Baseline,
+    data: Mapping[str, Labeled],
+    prepared: Prepared,
+    teacher: Teacher | None,
+    mesh: jax.sharding.Mesh,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Fits and scores each task; writes records.jsonl, results.jsonl and dev.json in a folder for each, and
+    baseline.json. Nothing of the models is kept.
+    """
+    directory.start(tokenizer_fingerprint=prepared.tokenizer.fingerprint)
+    started, spent = time.monotonic(), {}
+    utterances = list({id(one): one for each in data.values() for part in each for one in part}.values())
+    states = None
+    if teacher is not None:  # all processes take part
+        states = teacher_states(teacher, prepared, utterances, mesh, progress)
+        spent["states"] = time.monotonic() - started
+    if jax.process_index() != 0:
+        return {}
+    about: dict[str, Any] = {"seconds": spent}
+    who = {"student": KINDS[settings.features], "transfer_set": ""}
+    who |= {"teacher": "labeled" if settings.labels else "", "seed": None}
+    seen = labeled_train(prepared, settings.max_train, "")
+    for task, each in data.items():
+        started = time.monotonic()
+        if states is None:
+            features = ngrams(each.train)
+        else:
+            rows = {id(one): row for one, row in zip(utterances, states, strict=True)}
+            features = functools.partial(_rows, rows)
+        found = fit(task, each, features, settings)
+        folder = directory.path / task
+        make_folder(folder)
+        records = found.records(each.test, seen)
+        write_json_lines(folder / RECORDS, records)
+        write_json_lines(folder / RESULTS, results(records, identity=who))
+        write_json(folder / DEV, {**scores(found.records(each.dev, seen), task), "count": len(each.dev)})
+        spent[task] = time.monotonic() - started
+        about[task] = {
+            "train_utterances": len(each.train),
+            "features": found.size,
+            "trials": [one._asdict() for one in found.trials],
+            "notes": found.notes,
+        }
+    write_json(directory.path / ABOUT, about)
+    return {}
+
+
+def _rows(rows: Mapping[int, np.ndarray], utterances: Sequence[Utterance]) -> np.ndarray:
+    return np.stack([rows[id(one)] for one in utterances])
+
+
+class Fitted(NamedTuple):
+    """The models of one task. tagger: None where no slots are predicted."""
+
+    task: str
+    features: Callable[[Sequence[Utterance]], Any]
+    classifier: Model
+    tagger: Model | None
+    size: int  # features of an utterance
+    trials: list[Trial]
+    notes: list[str]
+
+    def records(self, utterances: Sequence[Utterance], train: Sequence[Utterance]) -> list[Record]:
+        """The records of the utterances; train: those whose labels were given, which decide the test sets."""
+        if not utterances:
+            return []
+        named = [str(name) for name in self.classifier.predict(self.features(utterances))]
+        sets = assign_test_sets(utterances, train)
+        if self.task == "dc":
+            return [domain_record(*each) for each in zip(utterances, sets, named, strict=True)]
+        tags = [None] * len(named) if self.tagger is None else tags_of(self.tagger, utterances)
+        return [intent_slot_record(*each) for each in zip(utterances, sets, named, tags, strict=True)]
+
+
+def fit(task: str, data: Labeled, features: Callable[[Sequence[Utterance]], Any], settings: Baseline) -> Fitted:
+    """Logistic regression on the features for domains or intents, and, with n-grams, a CRF for slots."""
+    part = "domain" if task == "dc" else "intent"
+    labels, notes = [getattr(one, part) for one in data.train], list[str]()
+    x = features(data.train)
+    dev_x, dev_labels = features(data.dev) if data.dev else None, np.array([getattr(one, part) for one in data.dev])
+    if not data.dev:
+        notes.append(f"there is no dev partition, so C was not chosen but {settings.c_without_dev:g}")
+
+    def choose(part: str, make: Callable[[float], Model], score: Callable[[Model], float]) -> tuple[Model, list[Trial]]:
+        """The first of the models with the best score."""
+        if not data.dev:
+            return make(settings.c_without_dev), [Trial(part, settings.c_without_dev, None, True)]
+        models = [make(float(c)) for c in interruptible(settings.c_values, f"C for {part}", alone=True)]
+        values = [score(model) for model in models]
+        best = int(np.argmax(values))
+        tried = zip(settings.c_values, values, strict=True)
+        return models[best], [Trial(part, c, value, number == best) for number, (c, value) in enumerate(tried)]
+
+    classes = sorted(set(labels))
+    if len(classes) == 1:
+        notes.append(f"all labels are {classes[0]!r}, which is predicted for every utterance")
+    classifier, trials = choose(
+        part,
+        lambda c: logistic_regression(x, labels, c),
+        lambda model: float(np.mean(np.asarray(model.predict(dev_x)) == dev_labels)),
+    )
+    tagger = None
+    if task == "icner" and settings.features == "ngrams":
+        if all(tag == "O" for one in data.train for tag in one.tags):
+            notes.append("no label has a slot, so none is predicted")
+        tagger, more = choose(
+            "slots", lambda c: crf(data.train, c), lambda model: slot_f1(data.dev, tags_of(model, data.dev))
+        )
+        trials += more
+    return Fitted(task, features, classifier, tagger, x.shape[1], trials, notes)
+
+
+def scores(records: Sequence[Record], task: str) -> dict[str, float | None]:
+    """`dev_scores`; "score" leaves slots out where none are predicted, and is None without records."""
+    found: dict[str, float | None] = {**dev_scores(records, task)}
+    if not records:
+        found["score"] = None
+    elif task == "icner" and records[0]["predicted_tags"] is None:
+        found["score"] = found["intent_accuracy"]
+    return found
+
+
+def logistic_regression(x: Any, labels: Sequence[str], c: float) -> Model:
+    """scikit-learn's, or a constant where there is one class."""
+    from sklearn.dummy import DummyClassifier
+    from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
+
+    if len(set(labels)) == 1:
+        return DummyClassifier(strategy="most_frequent").fit(x, labels)
+    with threadpool_limits(1):  # a sum's order, and with it the last bits, would depend on the number of cores
+        return LogisticRegression(C=c, max_iter=1000).fit(x, labels)
+
+
+def ngrams(train: Sequence[Utterance]) -> Callable[[Sequence[Utterance]], Any]:
+    """Utterances -> sparse float64 [utterances, n-grams] of words 1-2 and characters 2-5 within words, by TF-IDF; both
+    with the n-grams and frequencies of the train utterances.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.pipeline import FeatureUnion
+
+    # Every run of word characters is a word, also a single one, so that no language's vocabulary is empty.
+    words = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\S+")
+    characters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5))
+    union = FeatureUnion([("words", words), ("characters", characters)])
+    union.fit([one.text for one in train])
+    return lambda utterances: union.transform([one.text for one in utterances])
+
+
+class Tagger:
+    """A conditional random field over words (crfsuite's). Its predictions are lists of IOB2 tags."""
+
+    def __init__(self, model: bytes):
+        import pycrfsuite
+
+        self._model = model  # crfsuite reads these bytes without owning them
+        self._tagger = pycrfsuite.Tagger()
+        self._tagger.open_inmemory(model)
+
+    def predict(self, sequences: Sequence[list[list[str]]], /) -> list[list[str]]:
+        return [self._tagger.tag(words) for words in sequences]
+
+
+def crf(train: Sequence[Utterance], c: float) -> Model:
+    """A linear-chain CRF with L2 penalty 1 / (2 c), as that of the logistic regression, trained by L-BFGS."""
+    import pycrfsuite
+
+    trainer = pycrfsuite.Trainer(algorithm="lbfgs", verbose=False)
+    trainer.set_params({"c1": 0.0, "c2": 0.5 / c, "max_iterations": CRF_ITERATIONS})
+    for one in train:
+        trainer.append(word_features(one.words), one.tags)
+    with tempfile.TemporaryDirectory() as folder:  # crfsuite writes a file, and nothing else
+        file = f"{folder}/model"
+        trainer.train(file)
+        with open(file, "rb") as model:
+            return Tagger(model.read())
+
+
+def word_features(words: Sequence[str]) -> list[list[str]]:
+    """Of each word: itself, its beginnings and ends, its shape, and the words around it."""
+    lower = [word.casefold() for word in words]
+    around = ["<s>", "<s>", *lower, "</s>", "</s>"]
+    found = []
+    for number, (word, plain) in enumerate(zip(words, lower)):
+        before2, before, _, after, after2 = around[number : number + 5]
+        features = [f"word={plain}", f"shape={_shape(word)}"]
+        for size in range(2, min(5, len(plain))):
+            features += [f"begin={plain[:size]}", f"end={plain[-size:]}"]
+        features += [f"-1={before}", f"+1={after}", f"-2={before2}", f"+2={after2}"]
+        features += [f"-1,0={before} {plain}", f"0,+1={plain} {after}"]
+        found.append(features)
+    return found
+
+
+def _shape(word: str) -> str:
+    """The word with its letters as x or X and its digits as 0."""
+    return "".join("0" if one.isdigit() else "X" if one.isupper() else "x" if one.isalpha() else one for one in word)
+
+
+def tags_of(tagger: Model, utterances: Sequence[Utterance]) -> list[list[str]]:
+    """Valid IOB2 tags of each utterance."""
+    return [repair_bio(tags) for tags in tagger.predict([word_features(one.words) for one in utterances])]
+
+
+def slot_f1(utterances: Sequence[Utterance], tags: Sequence[Sequence[str]]) -> float:
+    """Micro F1 as results.py has it; 0 without any slot."""
+    term = TERMS["icner"]["slot_f1"]
+    terms = [term(intent_slot_record(one, (), "", found)) for one, found in zip(utterances, tags, strict=True)]
+    spans = sum(total for _, total in terms)
+    return sum(right for right, _ in terms) / spans if spans else 0.0
+
+
+def teacher_states(
+    teacher: Teacher, prepared: Prepared, utterances: Sequence[Utterance], mesh: jax.sharding.Mesh, progress: bool
+) -> np.ndarray:
+    """float32 [utterances, H]: the mean of the teacher's last layer over the tokens of each utterance, special ones
+    included; the same in every process. Raises Preempted.
+    """
+    length = prepared.settings.rows.length
+    rows = math.lcm(BATCH_ROWS, row_multiple(mesh))
+    texts = LabeledSet(utterances, prepared.tokenizer, LabelMaps((), (), ()), "dc", length)
+    found = np.zeros((len(utterances), teacher.model.config.hidden_size), np.float32)
+    params, mean = teacher.params(mesh), compiled_means(teacher.model)
+    mine = slice(*process_slice(rows, *process_share(mesh)))
+    with Count("teacher's states", "utterances", len(utterances), shown=progress) as count:
+        for batch, index_RxS in interruptible(packed(texts, length, rows), "the teacher's states"):
+            local = {name: batch[name][mine] for name in ("tokens", "segment_ids", "positions", "first_positions")}
+            mean_RxSxH = mean(params, global_batch(mesh, local))
+            chosen = index_RxS >= 0
+            found[index_RxS[chosen]] = np.asarray(multihost_utils.process_allgather(mean_RxSxH, tiled=True))[chosen]
+            count.update(int(chosen.sum()))
+    return found
+
+
+@functools.cache
+def compiled_means(model: Functional) -> Callable[[Params, Batch], jax.Array]:
+    """Jitted (params, packed rows) -> float32 [R, S, H]: the mean state of the tokens of each utterance."""
+
+    def means(params: Params, batch: Mapping[str, Array]) -> jax.Array:
+        hidden_RxLxH = model.hidden(params, batch).astype(jnp.float32)
+        segments_RxL, firsts_RxS = jnp.asarray(batch["segment_ids"]), jnp.asarray(batch["first_positions"])
+        return pooled(hidden_RxLxH, segments_RxL, firsts_RxS, "mean")
+
+    return jax.jit(means)
