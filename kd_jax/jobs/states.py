@@ -1,6 +1,7 @@
 """Caches of a teacher's states of unmasked text: writing one, and training from one."""
 
 import functools
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
 from kd_jax.models.layer_map import chosen_layers, read_layers
 from kd_jax.runtime import distributed
+from kd_jax.runtime.paths import names_in
 from kd_jax.runtime.preemption import interruptible
 from kd_jax.runtime.progress import Count
 from kd_jax.steps.distill import MEANS, STATES
@@ -67,6 +69,14 @@ def stores_of(states: States, prepared: Prepared) -> list[RowStore]:
     return found
 
 
+def check_part(states: States, execution: Execution, folder: pathlib.Path) -> None:
+    """Refuses to begin with another part than the first where components are kept. Raises UserError."""
+    # Two machines could find other last bits, and then each would write parts in a basis of its own.
+    ready = not states.components or execution.cache_part == 0 or f"{EXPLAINED}.npy" in names_in(folder)
+    remedy = f"start part 0, and this one when {folder / EXPLAINED}.npy is there"
+    require(ready, "cache_part", "part 0 computes the components", remedy)
+
+
 def write_states(
     directory: RunDirectory,
     states: States,
@@ -90,9 +100,6 @@ def write_states(
     bases = [*(f"basis_layer_{layer}" for layer in layers), "basis_texts"] if states.components else []
     attached = [*bases, EXPLAINED] if bases else []
     ready = distributed.from_first(all(map(writer.attached, attached)))
-    # Two machines could find other last bits, and then each would write parts in a basis of its own.
-    remedy = f"start part 0, and this one when {directory.path / EXPLAINED}.npy is there"
-    require(ready or execution.cache_part == 0, "cache_part", "part 0 computes the components", remedy)
     if wanted or not ready:
         reader = _Reader(states, teacher, writer, mesh)
         if not ready:
@@ -102,8 +109,11 @@ def write_states(
         if bases and jax.process_index() == 0:
             reader.bases = [writer.read_attached(name) for name in bases]
         write_parts(directory, writer, wanted, reader.part, execution.progress)
-    explained = lambda: writer.read_attached(EXPLAINED).tolist() if bases else []  # noqa: E731
-    return finished(directory, writer, attached, lambda manifest: summary(manifest, explained()))
+
+    def summarize(manifest: dict[str, Any]) -> dict[str, Any]:
+        return summary(manifest, writer.read_attached(EXPLAINED).tolist() if bases else [])
+
+    return finished(directory, writer, attached, summarize)
 
 
 class _Reader:

@@ -30,7 +30,6 @@ def keys(config: ConfigDict) -> tuple[str, ...]:
 
 def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
     """Writes the parts that are missing, and DONE when every part is there."""
-    del workdir
     execution, settings = read_execution(config), read(States, config.states, "states")
     rules = execution.sharding.teacher
     teacher, seen = states.find_teacher(config[KEY], Prepared(config.prepared), config.compute_dtype, rules)
@@ -39,6 +38,7 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
     require(settings.components <= width, "states.components", problem, f"give 0 to {width}")
     states.kept_layers(settings, teacher.model.config)
     states.stores_of(settings, seen)
+    states.check_part(settings, execution, workdir)
     mesh = make_mesh(execution.mesh)
     return lambda directory: states.write_states(directory, settings, teacher, seen, mesh, execution)
 

@@ -131,6 +131,7 @@ def test_components_are_those_of_the_machine_with_part_0(made, tmp_path):
     changes = {"states__components": 8, "cache_parts": 2}
     with pytest.raises(UserError, match=r"config\.cache_part: part 0 computes the components"):
         cache_states.run(ready(made, **changes, cache_part=1), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
     for part in (0, 1):
         cache_states.run(ready(made, **changes, cache_part=part), tmp_path / "cache")
     cache_states.run(ready(made, states__components=8), tmp_path / "whole")
