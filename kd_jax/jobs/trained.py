@@ -30,8 +30,9 @@ def run_config(workdir: str | pathlib.Path, key: str) -> ConfigDict:
         config = from_dict(read_json(as_path(workdir) / "config.json")["config"])
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"config.{key}: {workdir} holds no config.json; give the workdir of a finished run") from None
-    if "finetune" in config and "pooling" not in config.finetune:
-        config.finetune.pooling = "first"  # all that 0.2.0 had
+    for name, value in (("pooling", "first"), ("labels", "")):  # all that 0.2.0 had
+        if "finetune" in config and name not in config.finetune:
+            config.finetune[name] = value
     return config
 
 

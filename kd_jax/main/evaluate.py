@@ -69,8 +69,7 @@ def lineage(checkpoint: str) -> dict:
         return lineage(record["config"]["export"]["checkpoint"])
     config = trained.run_config(checkpoint, "evaluate.checkpoint")
     start = config.finetune.init_from
-    # Runs of 0.2.0 have no key for labels.
-    labeled = "labeled" if "labels" in config.finetune and config.finetune.labels else ""
+    labeled = "labeled" if config.finetune.labels else ""
     who = {"student": "scratch", "transfer_set": "", "teacher": labeled, "seed": config.seed}
     if start:
         encoder = trained.run_config(start, "finetune.init_from")
