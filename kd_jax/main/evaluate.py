@@ -35,7 +35,7 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
     settings, execution = read(Evaluate, config.evaluate, "evaluate"), read_execution(config)
     del workdir
     prepared, mesh = Prepared(config.prepared), make_mesh(execution.mesh)
-    utterances = finetune.of_domain(prepared.utterances, settings.partition, "")
+    utterances = finetune.scored_utterances(as_path(settings.checkpoint), prepared, settings.partition, "")
     problem = f"{settings.partition} has no utterance in {config.prepared}"
     require(len(utterances) > 0, "evaluate.partition", problem, "score the other one, or prepare data that has it")
 
