@@ -18,6 +18,7 @@ _API = {
     "StoreWriter": "data.rows",
     "TransferSet": "data.transfer_set",
     "MaskedBatches": "data.batches",
+    "CleanBatches": "data.batches",
     # Models
     "EncoderConfig": "models.encoder_config",
     "Functional": "models.functional",
@@ -29,6 +30,7 @@ _API = {
     "sampled_divergence": "losses.sparse",
     "hidden_distance": "losses.features",
     "relation_divergence": "losses.features",
+    "text_means": "losses.features",
     "blocked_losses": "losses.blocked",
     # Steps: an objective, and the pure function (state, frozen, batch) -> (state, metrics) that minimizes it
     "DistillSettings": "steps.distill",
@@ -37,14 +39,14 @@ _API = {
     "make_dc_objective": "steps.finetune",
     "make_icner_objective": "steps.finetune",
     "make_train_step": "steps.train_step",
-    # Evaluation: records of utterances, metrics of records, which student wins
+    # Evaluation: records of utterances, metrics of records, which differences are more than chance
     "domain_record": "evaluation.records",
     "intent_slot_record": "evaluation.records",
     "read_records": "evaluation.records",
     "results": "evaluation.results",
     "error_counts": "evaluation.significance",
     "compare": "evaluation.significance",
-    "verdict": "evaluation.significance",
+    "decide": "evaluation.significance",
     # Finetuned models, asked for the domain, intent and slots of texts
     "Predictor": "main.predict",
 }

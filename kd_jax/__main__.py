@@ -22,6 +22,7 @@ COMMANDS = {
     "initialize": "Starts a student from layers of its teacher, without training it.",
     "baseline": "Fits n-grams or a probe of the teacher, which students have to beat.",
     "cache_teacher": "Writes a teacher's predictions once for all of its students.",
+    "cache_states": "Writes a teacher's states of unmasked text once for all of its students.",
     "distill": "Distills a student from a teacher over a transfer set.",
     "finetune_dc": "Finetunes a model for domain classification.",
     "finetune_icner": "Finetunes a model for intents and slots together.",

@@ -9,7 +9,18 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kd_jax.config.commands import Baseline, CompileCheck, Evaluate, Export, ImportModel, Latency, Study
-from kd_jax.config.data import Cache, Masking, Nlu, Rows, Select, Source, TokenizerSettings, Transfer, Vocabulary
+from kd_jax.config.data import (
+    Cache,
+    Masking,
+    Nlu,
+    Rows,
+    Select,
+    Source,
+    States,
+    TokenizerSettings,
+    Transfer,
+    Vocabulary,
+)
 from kd_jax.config.execution import Execution
 from kd_jax.config.settings import block
 from kd_jax.config.training import Distill, Finetune, Pretrain, Training
@@ -51,9 +62,10 @@ def get_config() -> ConfigDict:
     config.intermediate = encoder("student_base")  # the study's chains: distilled from the teacher, then a teacher
     # distill, baseline: workdir of a pretrain, import_model or distill run; several are joined by commas
     config.teacher_checkpoint = ""
-    config.teacher_cache = ""  # distill: workdir of a cache_teacher run; the teacher is then not loaded
+    config.teacher_cache = ""  # distill: workdir of a cache_teacher or cache_states run; the teacher is then not loaded
     config.import_model = block(ImportModel)
     config.cache = block(Cache)
+    config.states = block(States)
 
     # Jobs.
     config.pretrain = block(Pretrain)

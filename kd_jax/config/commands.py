@@ -134,7 +134,7 @@ class Latency:
 class CompileCheck:
     """What `compile_check` compiles, without the hardware: `config.compile_check`.
 
-    command: pretrain | distill (teacher in the loop) | cached (config.cache.format).
+    command: pretrain | distill (teacher in the loop) | cached (config.cache, or config.states with distill.clean).
     rows: of a batch; 0 takes the job's batch_size.
     tries: compilations to spend on the largest batch that fits, >= 0.
     price: of a device per hour, in any currency; 0 reports hours only.

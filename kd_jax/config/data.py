@@ -299,3 +299,34 @@ class Cache:
         kinds, shares = self.generic, self.task_shares
         paired = not kinds or len(kinds) == len(shares)
         check(paired, "generic", f"{len(kinds)} kinds for {len(shares)} shares", "give one for each task share")
+
+
+STORE_KINDS = ("generic", "task", "selected")  # of prepared rows
+
+
+@dataclass(frozen=True)
+class States:
+    """What `cache_states` writes of every train row, unmasked: `config.states`.
+
+    layers: last | none | "3,-1": the layers whose states are kept of every token, counted from 0 (-1 is the last).
+    kinds: of the train rows, some of generic, task and selected; () takes all.
+    dtype: float16 | float32.
+    components: leading principal components that are kept of each vector; 0 keeps the whole vector.
+    rows_per_part: rows per file; files are written, checked and resumed one by one.
+    batch_rows: rows that the teacher reads at a time.
+    """
+
+    layers: str = "last"
+    kinds: tuple[str, ...] = ()
+    dtype: str = "float16"
+    components: int = 0
+    rows_per_part: int = 512
+    batch_rows: int = 64
+
+    def __post_init__(self):
+        one_of(self.dtype, ("float16", "float32"), "dtype")
+        for kind in self.kinds:
+            one_of(kind, STORE_KINDS, "kinds")
+        check(self.components >= 0, "components", f"{self.components} is negative", "0 keeps the whole vector")
+        for name in ("rows_per_part", "batch_rows"):
+            check((value := getattr(self, name)) >= 1, name, f"{value} is below 1", "give at least 1")

@@ -62,7 +62,7 @@ class Training:
 
     @property
     def rates(self) -> Mapping[str, float]:
-        """Top-level entry of the parameters -> factor of its learning rate, where it is not 1."""
+        """Path of a part of the parameters -> factor of its learning rate, where it is not 1."""
         return {}
 
     def __post_init__(self):
@@ -163,7 +163,8 @@ class KL(Term):
 
 @dataclass(frozen=True)
 class Hidden(Term):
-    """Distance of hidden states after matched layers, at every real token.
+    """Distance of hidden states after matched layers, at every real token; of unmasked text (clean) the last layer's
+    are those behind the final norm.
 
     distance: cosine | mse.
     layers: uniform | last | "0:3,1:7": pairs student:teacher, counted from 0 (-1 is the last).
@@ -211,7 +212,28 @@ class Relations(Term):
         check(bool(self.parts), "parts", "it is empty", "use query, key and value")
 
 
-FEATURE_TERMS = ("hidden", "embeddings", "relations")  # on inner states: they need the teacher in the loop
+@dataclass(frozen=True)
+class Sentence(Term):
+    """Distance of the mean states of each text, as a sentence encoder gives them: after the last layer and its norm.
+
+    The mean is over all tokens of a text, special ones included; a text that was cut into several segments has a mean
+    for each.
+
+    distance: cosine | mse.
+    projection: see Hidden.
+    """
+
+    distance: Distance = "cosine"
+    projection: str = "auto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        one_of(self.distance, ("cosine", "mse"), "distance")
+
+
+# On inner states, which cached predictions do not have; cache_states serves those of STATE_TERMS.
+FEATURE_TERMS = ("hidden", "embeddings", "relations", "sentence")
+STATE_TERMS = ("hidden", "sentence")
 TERMS = ("kl", "mlm", *FEATURE_TERMS)
 
 
@@ -219,7 +241,8 @@ TERMS = ("kl", "mlm", *FEATURE_TERMS)
 class Loss:
     """The distillation loss, a weighted sum of terms; part of `config.distill`.
 
-    kl, mlm, hidden, embeddings, relations: the terms; mlm is the hard masked-LM cross entropy.
+    clean: text is not masked, and only the terms on inner states are used.
+    kl, mlm, hidden, embeddings, relations, sentence: the terms; mlm is the hard masked-LM cross entropy.
     kd_positions: masked | all: where the KL term is taken.
     block_positions: positions whose logits are formed at a time; 0 chooses.
     """
@@ -229,12 +252,17 @@ class Loss:
     hidden: Hidden = field(default_factory=Hidden)
     embeddings: Embeddings = field(default_factory=Embeddings)
     relations: Relations = field(default_factory=Relations)
+    sentence: Sentence = field(default_factory=Sentence)
+    clean: bool = False
     kd_positions: str = "masked"
     block_positions: int = 0
 
     def __post_init__(self):
         check(bool(self.used), "", "every term has weight 0", f"give {', '.join(TERMS)} a weight")
         one_of(self.kd_positions, ("masked", "all"), "kd_positions")
+        logits = [name for name in ("kl", "mlm") if name in self.used]
+        problem = f"{' and '.join(logits)} are taken where tokens are masked, and none are"
+        check(not (self.clean and logits), "clean", problem, "set their weights to 0, or set it to False")
         check(self.block_positions >= 0, "block_positions", f"{self.block_positions} is negative", "0 chooses")
 
     @property
@@ -254,22 +282,50 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Slowed(Training):
+    """The optimizer of a step in which the token table has a learning rate of its own."""
+
+    table_rate: float = 1.0
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        return {"encoder/embeddings/tokens": self.table_rate}
+
+
+@dataclass(frozen=True)
 class Distill(Loss, Training):
     """Distillation of a student: `config.distill`.
 
-    init: random | teacher: the student starts from layers of the (first) teacher.
-    init_layers: init=teacher: uniform | first | last | "0,3": a teacher layer for each of the student's.
+    init: random | teacher: the student starts from layers of the (first) teacher; at another width, from its token
+        table alone, reduced to principal components.
+    init_layers: init=teacher: uniform | first | last | "0,3": a teacher layer for each of the student's; none takes the
+        token table alone.
+    table_scale: > 0, init=teacher from the token table alone: root mean square of its entries, relative to the standard
+        deviation of a random table.
+    table_rate: >= 0, factor on the learning rate (and weight decay) of the token table; 0 freezes it.
     teacher_steps: several teachers: () averages them; (0, n, ...) uses each from its step on.
     """
 
     init: str = "random"
     init_layers: str = "uniform"
+    table_scale: float = 1.0
+    table_rate: float = 1.0
     teacher_steps: tuple[int, ...] = ()
+
+    @property
+    def of_step(self) -> Training:
+        # Not only Training's fields where the rate matters; `Loss` has a part in the step's objective instead.
+        step = super().of_step
+        return Slowed(**vars(step), table_rate=self.table_rate) if self.table_rate != 1 else step
 
     def __post_init__(self):
         Training.__post_init__(self)
         Loss.__post_init__(self)
         one_of(self.init, ("random", "teacher"), "init")
+        check(
+            self.table_scale > 0, "table_scale", f"{self.table_scale} is not above 0", "1.0 is as large as a random one"
+        )
+        check(self.table_rate >= 0, "table_rate", f"{self.table_rate} is negative", "0 freezes the table")
 
 
 @dataclass(frozen=True)
@@ -280,8 +336,6 @@ class Finetune(Training):
     epochs: > 0 replaces steps: passes over the train utterances.
     domain: ICNER: one domain's model; empty takes all domains together; "each" trains one after the other.
     max_train: labeled train utterances per locale, the same ids in each; 0 takes all.
-    labels: workdir of an evaluate run of the partition "unlabeled": its predictions are further labels, with
-        finetune.domain empty.
     max_dev: dev utterances per locale that dev.json, the search for a recipe and early stopping may see, the same ids
         in each; 0 takes all.
     pooling: first | mean | max: what DC and the intent head read of an utterance: the state of its first token, or the
@@ -291,6 +345,8 @@ class Finetune(Training):
     patience: evaluations on dev without a better score after which training stops, keeping the best parameters; 0 never
         stops, and keeps the last. The learning rate is still scheduled over all steps: a run that stops early has not
         come to the end of it. With patience, evaluate_every=0 means once an epoch.
+    labels: workdir of an evaluate run of the partition "unlabeled": its predictions are further labels, with
+        finetune.domain empty.
     label_smoothing: in [0, 1).
     tag_weight: ICNER: weight of the tag loss; the intent loss has weight 1.
     dropout: in [0, 1), in the heads and the encoder.
@@ -326,10 +382,10 @@ class Finetune(Training):
         check(0 <= self.dropout < 1, "dropout", f"{self.dropout} is outside [0, 1)", "0.1 is usual")
         check(self.max_train >= 0, "max_train", f"{self.max_train} is negative", "0 takes all")
         check(self.epochs >= 0, "epochs", f"{self.epochs} is negative", "0 uses config.finetune.steps")
-        whole = not (self.labels and self.domain)
-        check(whole, "labels", "a predicted label has no domain of its own", "leave finetune.domain empty")
         check(self.max_dev >= 0, "max_dev", f"{self.max_dev} is negative", "0 takes all")
         check(self.patience >= 0, "patience", f"{self.patience} is negative", "0 never stops early")
         rate = self.encoder_rate
         check(0 < rate <= 1, "encoder_rate", f"{rate} is outside (0, 1]", "1.0 trains the encoder like the heads")
         one_of(self.pooling, get_args(Pooling), "pooling")
+        whole = not (self.labels and self.domain)
+        check(whole, "labels", "a predicted label has no domain of its own", "leave finetune.domain empty")

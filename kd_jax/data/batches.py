@@ -17,7 +17,7 @@ from kd_jax.types import Batch, UserError
 
 
 class MaskedBatches:
-    """Batch k of a transfer set, as NumPy arrays; a pure function of k."""
+    """Batch k of a transfer set, as NumPy arrays; a pure function of k. kept: see `MaskedRows`."""
 
     def __init__(
         self,
@@ -26,9 +26,10 @@ class MaskedBatches:
         masking: Masking,
         tokenizer: Tokenizer,
         batch_size: int,
+        kept: np.ndarray | None = None,
     ):
         self.transfer_set, self.masking, self.batch_size = transfer_set, masking, batch_size
-        self._masked = MaskedRows(stores, masking, tokenizer)
+        self._masked = MaskedRows(stores, masking, tokenizer, kept)
         fingerprints = [store.fingerprint for store in stores]
         identity = [fingerprints, transfer_set.fingerprint, asdict(masking), tokenizer.fingerprint, batch_size]
         # Equal fingerprints mean equal batches at every step; a resumed run compares them.
@@ -40,11 +41,36 @@ class MaskedBatches:
         return self._masked(source, row, epoch % self.masking.epochs)
 
 
-class MaskedRows:
-    """Any rows of some stores, masked: a pure function of (store, row, masking epoch)."""
+class CleanBatches:
+    """Batch k of a transfer set without masks: "tokens", "segment_ids", "positions"; a pure function of k.
 
-    def __init__(self, stores: Sequence[RowStore], masking: Masking, tokenizer: Tokenizer):
-        self.stores, self.masking = tuple(stores), masking
+    full: batches also have "teacher_tokens", the same rows in the full tokenizer's ids.
+    """
+
+    def __init__(self, transfer_set: TransferSet, tokenizer: Tokenizer, batch_size: int, full: bool = False):
+        self.transfer_set, self.batch_size, self._full = transfer_set, batch_size, full
+        fingerprints = [store.fingerprint for store in transfer_set.stores]
+        identity = [fingerprints, transfer_set.fingerprint, "clean", tokenizer.fingerprint, batch_size]
+        self.fingerprint = f"{name_key(json.dumps(identity)):016x}"
+
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
+        """This process's contiguous slice of the rows of batch `step`."""
+        source, _, row = rows_of_batch(self.transfer_set, step, self.batch_size, process_index, process_count)
+        batch = clean_rows(self.transfer_set.stores, source, row)
+        return {**batch, "teacher_tokens": full_tokens(self.transfer_set.stores, source, row)} if self._full else batch
+
+
+class MaskedRows:
+    """Any rows of some stores, masked: a pure function of (store, row, masking epoch).
+
+    kept int32 [student tokens]: the full tokenizer's id of each token of a trimmed vocabulary; given, batches also
+    have "teacher_tokens", the same rows for a teacher that reads the full vocabulary.
+    """
+
+    def __init__(
+        self, stores: Sequence[RowStore], masking: Masking, tokenizer: Tokenizer, kept: np.ndarray | None = None
+    ):
+        self.stores, self.masking, self._kept = tuple(stores), masking, kept
         self.length = stores[0].length
         self.slots = num_slots(self.length, masking.rate)
         self._mask_id, self._special_ids = tokenizer.mask_id, tokenizer.special_ids
@@ -52,14 +78,13 @@ class MaskedRows:
 
     def __call__(self, source: np.ndarray, row: np.ndarray, masking_epoch: np.ndarray) -> Batch:
         """A masked-LM batch of the rows int [n] of the stores numbered int [n], with the masks of those epochs."""
-        tokens = np.empty((len(row), self.length), np.int32)
-        segment_ids = np.empty((len(row), self.length), np.int32)
+        clean = clean_rows(self.stores, source, row)
+        tokens, segment_ids = clean["tokens"], clean["segment_ids"]
         keys = np.empty(len(row), np.uint64)
         for number in np.unique(source):
             mine = np.flatnonzero(source == number)
-            store = self.stores[number]
-            tokens[mine], segment_ids[mine] = store.rows(row[mine])
-            keys[mine] = row_keys(self.masking.seed, store.fingerprint, row[mine], masking_epoch[mine])
+            fingerprint = self.stores[number].fingerprint
+            keys[mine] = row_keys(self.masking.seed, fingerprint, row[mine], masking_epoch[mine])
         corrupted, masked_positions, targets, weights = mask_rows(
             tokens,
             segment_ids,
@@ -70,14 +95,37 @@ class MaskedRows:
             special_ids=self._special_ids,
             random_ids=self._random_ids,
         )
-        return {
+        batch = {
+            **clean,
             "tokens": corrupted,
-            "segment_ids": segment_ids,
-            "positions": positions(segment_ids),
             "masked_positions": masked_positions,
             "masked_targets": targets,
             "masked_weights": weights,
         }
+        if self._kept is None:
+            return batch
+        # A dropped token is <unk> for the student alone. It is never masked, so what masking left as it was is there.
+        full = full_tokens(self.stores, source, row)
+        return {**batch, "teacher_tokens": np.where(corrupted == tokens, full, self._kept[corrupted])}
+
+
+def clean_rows(stores: Sequence[RowStore], source: np.ndarray, row: np.ndarray) -> dict[str, np.ndarray]:
+    """Rows int [n] of the stores numbered int [n], unmasked: "tokens", "segment_ids" and "positions" int32 [n, L]."""
+    tokens = np.empty((len(row), stores[0].length), np.int32)
+    segment_ids = np.empty_like(tokens)
+    for number in np.unique(source):
+        mine = np.flatnonzero(source == number)
+        tokens[mine], segment_ids[mine] = stores[number].rows(row[mine])
+    return {"tokens": tokens, "segment_ids": segment_ids, "positions": positions(segment_ids)}
+
+
+def full_tokens(stores: Sequence[RowStore], source: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """int32 [n, L]: rows of the stores numbered int [n], unmasked, in the full tokenizer's ids."""
+    tokens = np.empty((len(row), stores[0].length), np.int32)
+    for number in np.unique(source):
+        mine = np.flatnonzero(source == number)
+        tokens[mine] = stores[number].full_rows(row[mine])[0]
+    return tokens
 
 
 def heldout_batches(

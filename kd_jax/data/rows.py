@@ -258,3 +258,7 @@ class RowStore:
         """(tokens int32 [n, L], segment_ids int32 [n, L]) of the rows at `indices`, int [n]."""
         tokens, segments = self._arrays
         return tokens[indices].astype(np.int32), segments[indices].astype(np.int32)
+
+    def full_rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`rows` with the ids of the full tokenizer, also where a student's vocabulary is trimmed."""
+        return self.rows(indices)

@@ -62,6 +62,9 @@ class _TrimmedStore(RowStore):
         tokens, segment_ids = self._store.rows(indices)
         return self._tokenizer.from_full[tokens], segment_ids
 
+    def full_rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._store.rows(indices)
+
     def token_counts(self, vocabulary: int) -> np.ndarray:
         if vocabulary != self._tokenizer.vocab_size:
             raise ValueError(f"{vocabulary} tokens wanted, the trimmed vocabulary has {self._tokenizer.vocab_size}")
@@ -94,11 +97,16 @@ def seen_by_student(prepared: Prepared, vocabulary: Vocabulary) -> Prepared:
     if not vocabulary.trim:
         return prepared
     full = prepared.tokenizer
-    # Selected text is a part of the generic text, and would be counted twice.
-    counts = sum(store.token_counts(full.vocab_size) for store in prepared.stores("train") if store.kind != "selected")
-    keep = np.asarray(counts) >= vocabulary.min_count
+    keep = train_counts(prepared) >= vocabulary.min_count
     keep[list(full.special_ids)] = True
     return TrimmedPrepared(prepared, np.flatnonzero(keep).astype(np.int32))
+
+
+def train_counts(prepared: Prepared) -> np.ndarray:
+    """int64 [tokens]: how often each token occurs in the train rows of all sources together; 0 for special tokens."""
+    # Selected text is a part of the generic text, and would be counted twice.
+    stores = [store for store in prepared.stores("train") if store.kind != "selected"]
+    return np.sum([store.token_counts(prepared.tokenizer.vocab_size) for store in stores], axis=0)
 
 
 def kept_ids(prepared: Prepared) -> np.ndarray | None:

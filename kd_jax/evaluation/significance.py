@@ -1,45 +1,58 @@
 """Is a difference between students more than chance? Over seeds and utterances, and for many comparisons at once.
 
 A student's error rate varies with its seed (initialization, data order, finetuning) and with the utterances that
-happen to be in the test set. `compare` covers both. Its standard error comes from resampling seeds and utterances; its
-interval is a t interval, whose degrees of freedom (Satterthwaite 1946) are near seeds - 1 if seeds cause most of the
-variance, and near utterances - 1 if utterances do. A plain percentile bootstrap over three seeds would be far too
-narrow: it cannot leave the range of the three. In simulations (binary errors, 3 or 5 seeds, 300 or 2000 utterances,
-seed noise from none to overwhelming) nominal 95 % intervals held the true difference in 91 to 100 % of runs: with
-three noisy seeds they are a little too narrow, and with seeds that agree too wide. The interval does not cover what
-all seeds share: the teacher, the transfer set's own texts, the finetuning recipe, the languages. With one seed it
-covers utterances only.
+happen to be in the test set. `compare` and `trend` cover both. The variance of an estimate is that over utterances
+(all students see the same ones, so it is of their mean difference) plus that over seeds (each student's own, which
+may differ tenfold), less what both count: the noise of single answers, seen in how differently the seeds answer the
+same utterance. Ratios are linearized. The interval is a t interval whose degrees of freedom (Satterthwaite 1946, as in
+Welch's test) are few if seeds cause most of the variance, and many if utterances do; it is never narrower than the one
+of the seeds alone. It does not cover what all seeds share: the teacher, the transfer set's own texts, the finetuning
+recipe, the languages. A student's only seed is not covered, and a baseline without a seed has none to cover.
+
+In simulated studies (tests/evaluation/test_simulated_studies.py; 500 or 2000 utterances, 3 or 5 seeds that spread by 0
+to 7 points, in one student up to three times as far) five equal students and n-grams were said to differ in 2.1 to
+5.5 % of 2,000 studies of each kind, at a nominal 5 %. docs/comparisons.md has the power.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
+from kd_jax.data.text.utterances import SharedIds, shared_ids
 from kd_jax.evaluation.records import Record
 from kd_jax.evaluation.results import TERMS
 
 MINIMUM_SEEDS = 3
 CONFIDENCE = 0.95  # of all intervals; a difference is significant if its p-value is below the rest
+LOWER, HIGHER, UNDECIDED = "lower", "higher", "undecided"
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 class ErrorCounts(NamedTuple):
     """The terms of an error rate: rate of a seed = sum of numerators / sum of denominators over utterances.
 
-    numerator, denominator: float [S, N] for S seeds and N utterance ids. The locales of one id are summed, because
-    parallel utterances are not independent.
+    numerator, denominator: float [S, N] for S seeds and N ids. Utterances that are translations of each other share an
+    id and are summed, because they are not independent. A model without a seed, which would come out the same each
+    time, has seeds (None,).
     """
 
     numerator: np.ndarray
     denominator: np.ndarray
-    seeds: tuple[int, ...]
+    seeds: tuple[int | None, ...]
     ids: tuple[str, ...]
 
     @property
     def rates(self) -> np.ndarray:
         """Error rate of each seed, float [S]."""
         return self.numerator.sum(axis=1) / self.denominator.sum(axis=1)
+
+    @property
+    def seedless(self) -> bool:
+        """Whether the model has no seed."""
+        return self.seeds == (None,)
 
 
 class SeedMean(NamedTuple):
@@ -50,7 +63,11 @@ class SeedMean(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Error rate of a minus that of b (mean over common seeds), or its relative change; negative means a is better."""
+    """Error rate of a minus that of b (means over seeds), or its relative change; negative means a is better.
+
+    seeds: of the student that has fewer; a model without a seed counts for every seed of the other, and two of them
+    give 0.
+    """
 
     difference: float
     low: float
@@ -65,33 +82,57 @@ class Difference(NamedTuple):
     utterances: int
 
 
-class Verdict(NamedTuple):
-    """winner is None unless the best differs significantly from all others; `tied` are the best and its equals."""
+class Trend(NamedTuple):
+    """Slope of the error rate along a share: the change from share 0 to share 1 on a straight line."""
 
-    winner: str | None
-    best: str
-    tied: tuple[str, ...]
-    comparisons: dict[str, Difference]
-    adjusted: dict[str, float]
-    text: str
+    slope: float
+    low: float
+    high: float
+    p_value: float
+    seeds: int
+    utterances: int
+
+
+class Decision(NamedTuple):
+    """A comparison with its p-value adjusted for all that were decided with it; status: LOWER, HIGHER or UNDECIDED."""
+
+    difference: Difference
+    adjusted: float
+    status: str
+
+
+def parallel_ids(records: Iterable[Record]) -> SharedIds:
+    """The ids that locales share in records, and whether they are translations of each other."""
+    return shared_ids((record["id"], record["locale"], record["intent"]) for record in records)
 
 
 def error_counts(
-    records: Mapping[int, Sequence[Record]], metric: str, *, test_set: str, locale: str = "all", domain: str = "all"
+    records: Mapping[Any, Sequence[Record]],
+    metric: str,
+    *,
+    test_set: str,
+    locale: str = "all",
+    domain: str = "all",
+    parallel: bool | None = None,
 ) -> ErrorCounts | None:
     """The terms of an error rate from each seed's records; None if nothing is in scope or a rate is undefined.
 
-    metric is a key of results.TERMS for the records' task. Raises ValueError if the seeds were tested on different
-    utterances.
+    records: seed -> records, the only key is None for a model without a seed. metric is a key of results.TERMS for the
+    records' task. parallel: whether records of one id are translations of each other, which belong together; if None,
+    their intents tell (`parallel_ids`). Raises ValueError if the seeds were tested on different utterances.
     """
+    seeds = tuple(records) if None in records else tuple(sorted(seed for seed in records if seed is not None))
+    if parallel is None:
+        parallel = not records or parallel_ids(records[seeds[0]]).parallel
     rows = []
-    for seed in sorted(records):
+    for seed in seeds:
         sums: dict[str, list[float]] = {}
         for record in records[seed]:
             inside = locale in ("all", record["locale"]) and domain in ("all", record["domain"])
             if inside and test_set in record["test_sets"]:
                 numerator, denominator = TERMS[record["task"]][metric](record)
-                total = sums.setdefault(record["id"], [0.0, 0.0])
+                name = record["id"] if parallel else f"{record['locale']} {record['id']}"
+                total = sums.setdefault(name, [0.0, 0.0])
                 total[0] += numerator
                 total[1] += denominator
         rows.append(sums)
@@ -99,11 +140,11 @@ def error_counts(
         return None
     ids = tuple(sorted(rows[0]))
     if any(sums.keys() != rows[0].keys() for sums in rows):
-        raise ValueError(f"seeds {sorted(records)} were tested on different utterances of {test_set}")
+        raise ValueError(f"seeds {list(seeds)} were tested on different utterances of {test_set}")
     table = np.array([[sums[name] for name in ids] for sums in rows])
     if (table[..., 1].sum(axis=1) == 0).any():
         return None
-    return ErrorCounts(table[..., 0], table[..., 1], tuple(sorted(records)), ids)
+    return ErrorCounts(table[..., 0], table[..., 1], seeds, ids)
 
 
 def over_seeds(values: Sequence[float]) -> SeedMean:
@@ -114,37 +155,37 @@ def over_seeds(values: Sequence[float]) -> SeedMean:
     return SeedMean(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None)
 
 
-def compare(a: ErrorCounts, b: ErrorCounts, *, resamples: int = 1_000, seed: int = 0) -> Difference:
-    """Paired hierarchical bootstrap of two students over common seeds and utterances.
+def compare(a: ErrorCounts, b: ErrorCounts) -> Difference:
+    """Two students on the same utterances, each with its own seeds; ValueError if the utterances differ.
 
-    Each replicate draws seeds, then utterance ids, with replacement; one draw of ids serves all seeds and both
-    students, because all are tested on the same utterances. The interval is estimate -+ t * standard deviation of the
-    replicates (degrees of freedom: see the top of this file); p_value is two-sided from the same t. relative is the
-    change against b, None if b makes no error.
+    The intervals are described at the top of this file; p_value is two-sided from the same t. relative is the change
+    against b, None if b makes no error.
     """
-    a, b = _common(a, b)
-    estimate_a, estimate_b = a.rates, b.rates
-    difference = float(np.mean(estimate_a - estimate_b))
-    rate_a, rate_b = float(estimate_a.mean()), float(estimate_b.mean())
-
-    rng = np.random.default_rng(seed)
-    utterance_weights = _resample_weights(rng, resamples, len(a.ids))
-    seed_weights = _stretched(_resample_weights(rng, resamples, len(a.seeds)) / len(a.seeds))
-    drawn_a = (seed_weights * _resampled_rates(a, utterance_weights)).sum(axis=1)
-    drawn_b = (seed_weights * _resampled_rates(b, utterance_weights)).sum(axis=1)
-    size = len(a.ids)
-    low, high, p_value = _t_interval(difference, drawn_a - drawn_b, estimate_a - estimate_b, size)
-
+    rate_a, rate_b = float(a.rates.mean()), float(b.rates.mean())
+    difference = rate_a - rate_b
+    low, high, p_value = _t_interval(difference, (a, b), (1.0, -1.0))
     relative = relative_low = relative_high = None
     if rate_b > 0:
         # First order in the errors: a/b - 1 moves as (a - (a/b) b) / b.
-        ratio = rate_a / rate_b
-        relative = ratio - 1
-        replicates = (drawn_a - ratio * drawn_b) / rate_b
-        by_seed = (estimate_a - ratio * estimate_b) / rate_b
-        relative_low, relative_high, _ = _t_interval(relative, replicates, by_seed, size)
-    sizes = (len(a.seeds), len(a.ids))
+        relative = rate_a / rate_b - 1
+        relative_low, relative_high, _ = _t_interval(relative, (a, b), (1 / rate_b, -rate_a / rate_b**2))
+    sizes = (_fewest_seeds((a, b)), len(a.ids))
     return Difference(difference, low, high, p_value, relative, relative_low, relative_high, rate_a, rate_b, *sizes)
+
+
+def trend(students: Sequence[ErrorCounts], shares: Sequence[float]) -> Trend:
+    """The least-squares line of the error rate over a share, with its interval as in `compare`.
+
+    Every student has the same weight. Raises ValueError unless at least two shares differ and all students were tested
+    on the same utterances. A curve that falls and rises again has no slope.
+    """
+    away = np.asarray(shares, np.float64) - np.mean(shares)
+    if not (away**2).sum():
+        raise ValueError(f"a trend needs two different shares, not {list(shares)}")
+    weights = away / (away**2).sum()
+    slope = float(sum(weight * one.rates.mean() for weight, one in zip(weights, students, strict=True)))
+    interval = _t_interval(slope, students, weights.tolist())
+    return Trend(slope, *interval, _fewest_seeds(students), len(students[0].ids))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -157,91 +198,69 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def compare_all(
-    candidates: Mapping[str, ErrorCounts], reference: str
-) -> tuple[dict[str, Difference], dict[str, float]]:
-    """`compare` of each other candidate with the reference (candidate minus reference), and Holm-adjusted p-values."""
-    others = {name: counts for name, counts in candidates.items() if name != reference}
-    differences = {name: compare(counts, candidates[reference]) for name, counts in others.items()}
-    adjusted = holm([item.p_value for item in differences.values()])
-    return differences, dict(zip(differences, adjusted))
+def decide(differences: Mapping[Name, Difference]) -> dict[Name, Decision]:
+    """Decides comparisons that were declared together, before their results were seen.
 
-
-def verdict(candidates: Mapping[str, ErrorCounts]) -> Verdict:
-    """The candidate that won, or that none did.
-
-    The candidate with the lowest mean error rate is compared with each other one (`compare`). It has won only if every
-    comparison has at least three seeds and a Holm-adjusted p-value below 1 - CONFIDENCE. Raises ValueError for fewer
-    than two candidates.
+    A difference is lower or higher if its Holm-adjusted p-value is below 1 - CONFIDENCE and its students have at least
+    MINIMUM_SEEDS seeds, if they have any.
     """
-    if len(candidates) < 2:
-        raise ValueError("a verdict needs at least two candidates")
-    rates = {name: float(counts.rates.mean()) for name, counts in candidates.items()}
-    best = min(rates, key=rates.__getitem__)
-    comparisons, adjusted = compare_all(candidates, best)
-    fewest = min(item.seeds for item in comparisons.values())
-    ranked = sorted(comparisons, key=rates.__getitem__)
-    tied = (best, *(name for name in ranked if adjusted[name] >= 1 - CONFIDENCE))
-    rival = comparisons[ranked[0]]
-    basis = f"{fewest} seed" if fewest == 1 else f"{fewest} seeds"
-    against = (
-        f"{best} {rates[best]:.4f}, next {ranked[0]} {rates[ranked[0]]:.4f} "
-        f"(+{rival.difference:.4f}, {CONFIDENCE:.0%} interval {rival.low:+.4f} to {rival.high:+.4f}, {basis})"
-    )
-    winner = None
-    if fewest < MINIMUM_SEEDS:
-        text = f"no winner at this size: fewer than {MINIMUM_SEEDS} seeds; {against}"
-    elif len(tied) > 1:
-        text = f"no winner at this size: {', '.join(tied)} do not differ significantly; {against}"
-    else:
-        winner, text = best, f"{best} wins: {against}"
-    return Verdict(winner, best, tied, comparisons, adjusted, text)
+    adjusted = holm([one.p_value for one in differences.values()])
+    return {
+        name: Decision(one, p_value, significance(one.difference, p_value, one.seeds))
+        for (name, one), p_value in zip(differences.items(), adjusted)
+    }
 
 
-def _common(a: ErrorCounts, b: ErrorCounts) -> tuple[ErrorCounts, ErrorCounts]:
-    """Both restricted to the seeds they share; raises ValueError if there are none or the utterances differ."""
-    if a.ids != b.ids:
-        raise ValueError("the students were tested on different utterances")
-    shared = [seed for seed in a.seeds if seed in b.seeds]
-    if not shared:
-        raise ValueError(f"no seed in common: {a.seeds} and {b.seeds}")
-
-    def pick(counts: ErrorCounts) -> ErrorCounts:
-        rows = [counts.seeds.index(seed) for seed in shared]
-        return ErrorCounts(counts.numerator[rows], counts.denominator[rows], tuple(shared), counts.ids)
-
-    return pick(a), pick(b)
+def significance(estimate: float, p_value: float, seeds: int) -> str:
+    """LOWER or HIGHER than zero, or UNDECIDED; with too few seeds always the last."""
+    if p_value >= 1 - CONFIDENCE or 0 < seeds < MINIMUM_SEEDS:
+        return UNDECIDED
+    return LOWER if estimate < 0 else HIGHER
 
 
-def _resample_weights(rng: np.random.Generator, resamples: int, size: int) -> np.ndarray:
-    """How often each of `size` items is drawn in each resample with replacement, float [resamples, size]."""
-    draws = rng.integers(0, size, (resamples, size)) + size * np.arange(resamples)[:, None]
-    return np.bincount(draws.ravel(), minlength=resamples * size).reshape(resamples, size).astype(np.float64)
+def comparable(a: ErrorCounts, b: ErrorCounts) -> bool:
+    """Whether their difference has an interval: the same utterances, and more than one of them or more than one seed
+    of each student that has seeds.
+    """
+    return a.ids == b.ids and (len(a.ids) > 1 or _fewest_seeds((a, b)) > 1)
 
 
-def _stretched(weights: np.ndarray) -> np.ndarray:
-    """Deviations from equal weights times sqrt(S / (S - 1)): S draws out of S show only (S - 1) / S of the variance."""
-    size = weights.shape[1]
-    return 1 / size + (weights - 1 / size) * (size / (size - 1)) ** 0.5 if size > 1 else weights
-
-
-def _resampled_rates(counts: ErrorCounts, weights: np.ndarray) -> np.ndarray:
-    """Error rate of each seed on each resample of the utterances, float [resamples, S]."""
-    numerator, denominator = weights @ counts.numerator.T, weights @ counts.denominator.T
-    # A resample whose denominators are all 0 (tiny test sets of slots) falls back on the observed rate.
-    return np.where(denominator > 0, numerator / np.where(denominator > 0, denominator, 1), counts.rates)
+def _fewest_seeds(students: Sequence[ErrorCounts]) -> int:
+    return min((len(one.seeds) for one in students if not one.seedless), default=0)
 
 
 def _t_interval(
-    estimate: float, replicates: np.ndarray, by_seed: np.ndarray, utterances: int
+    estimate: float, students: Sequence[ErrorCounts], weights: Sequence[float]
 ) -> tuple[float, float, float]:
-    """Interval and two-sided p-value from bootstrap replicates [R] and the seeds' own estimates [S]."""
-    variance = float(replicates.var(ddof=1))
+    """Interval and two-sided p-value of a weighted sum of the students' error rates."""
+    if any(one.ids != students[0].ids for one in students):
+        raise ValueError("the students were tested on different utterances")
+    utterances = len(students[0].ids)
+    together, from_seeds, spread, doubled = np.zeros(utterances), 0.0, 0.0, 0.0
+    for one, weight in zip(students, weights, strict=True):
+        seeds, rates = len(one.seeds), one.rates
+        # What each utterance adds to each seed's rate; rows sum to 0.
+        parts = (one.numerator - rates[:, None] * one.denominator) / one.denominator.sum(axis=1, keepdims=True)
+        mean = parts.mean(axis=0)
+        together += weight * mean
+        if seeds > 1:
+            own = weight**2 * float(rates.var(ddof=1)) / seeds
+            from_seeds, spread = from_seeds + own, spread + own**2 / (seeds - 1)
+            # Seed and utterance together, as the residual of a table of two factors (its variance over S seeds).
+            doubled += weight**2 * float(((parts - mean) ** 2).sum()) / (seeds - 1) / seeds * _inflated(utterances)
+    from_utterances = float((together**2).sum()) * _inflated(utterances)
+    variance = max(from_utterances + from_seeds - doubled, from_utterances, from_seeds)
     if variance < 1e-24:  # all utterances and seeds agree: the p-value of a sign test
         return estimate, estimate, 1.0 if abs(estimate) < 1e-12 else 0.5 ** (utterances - 1)
-    seeds = len(by_seed)
-    from_seeds = min(float(by_seed.var(ddof=1)) / seeds, variance) if seeds > 1 else 0.0
-    spread = from_seeds**2 / max(seeds - 1, 1) + (variance - from_seeds) ** 2 / max(utterances - 1, 1)
-    freedom = variance**2 / spread
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * variance**0.5
-    return estimate - half, estimate + half, float(2 * stats.t.sf(abs(estimate) / variance**0.5, freedom))
+    bounds = [(variance, variance**2 / (spread + from_utterances**2 / max(utterances - 1, 1)))]
+    if from_seeds > doubled:
+        # Seeds that lie close together by chance would give too many degrees of freedom.
+        bounds.append((from_seeds - doubled, from_seeds**2 / spread))
+    half = max(float(special.stdtrit(freedom, (1 + CONFIDENCE) / 2)) * part**0.5 for part, freedom in bounds)
+    p_value = max(float(2 * special.stdtr(freedom, -abs(estimate) / part**0.5)) for part, freedom in bounds)
+    return estimate - half, estimate + half, p_value
+
+
+def _inflated(utterances: int) -> float:
+    """N / (N - 1), for deviations from a mean of N."""
+    return utterances / (utterances - 1) if utterances > 1 else 1.0

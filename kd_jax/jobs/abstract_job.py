@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from kd_jax.config import require
 from kd_jax.config.commands import CompileCheck
-from kd_jax.config.data import Cache, Masking, Rows, Vocabulary
+from kd_jax.config.data import Cache, Masking, Rows, States, Vocabulary
 from kd_jax.config.execution import Execution, Rules, read_execution
 from kd_jax.config.settings import read
 from kd_jax.config.training import Distill, Pretrain, Training
@@ -22,9 +22,17 @@ from kd_jax.data.vocabulary import TrimmedPrepared, kept_ids, seen_by_student
 from kd_jax.jobs.cache import check_tokens
 from kd_jax.jobs.job import compiled_step, sharding_lines, state_functions
 from kd_jax.jobs.masked_lm import encoder_model
-from kd_jax.jobs.teachers import Teacher, check, placed_shapes, step_settings, teacher_form, teacher_tables
+from kd_jax.jobs.teachers import (
+    Teacher,
+    check,
+    layers_of,
+    placed_shapes,
+    step_settings,
+    teacher_form,
+    teacher_tables,
+)
 from kd_jax.models.functional import Functional, flops_per_row
-from kd_jax.steps.distill import make_distill_objective
+from kd_jax.steps.distill import MEANS, STATES, make_distill_objective, text_slots
 from kd_jax.steps.pretrain import make_pretrain_objective
 from kd_jax.trainer.mesh import batch_sharding, replicated, row_multiple
 from kd_jax.trainer.state import State
@@ -80,6 +88,7 @@ def abstract_job(config: ConfigDict, mesh: jax.sharding.Mesh) -> AbstractJob:
     student = model_of(which)
     whole = {"seed": jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh))}
     constants: dict[str, Any] = dict(whole)
+    width = 0
     tables: list[str] = []
     model, teacher, cache = student, None, None
     if distill is None:
@@ -90,11 +99,22 @@ def abstract_job(config: ConfigDict, mesh: jax.sharding.Mesh) -> AbstractJob:
         if kept is not None:
             constants["kept"] = jax.ShapeDtypeStruct(kept.shape, np.int32, sharding=replicated(mesh))
         if what == "distill":
+            if kept is not None:
+                fields["teacher_tokens"] = fields["tokens"]
             check(distill, execution, "", "")
             models, shape, once = (teacher.model,), teacher.model.config, execution.sharding.teacher_once
             form = teacher_form(vocabulary, prepared)
             constants["teachers"] = (placed_shapes(teacher, mesh),)
             tables = teacher_tables([teacher], mesh)
+        elif distill.clean:
+            states = read(States, config.states, "states")
+            models, shape, once = (), teacher.model.config, False
+            width = states.components or shape.hidden_size
+            form = teacher_form(vocabulary, prepared, "states", cached=True)
+            pairs = layers_of("hidden", distill.hidden.layers, student.config, shape) if distill.hidden.used else ()
+            fields |= {STATES.format(layer): ((length, width), jnp.dtype(states.dtype)) for _, layer in pairs}
+            if distill.sentence.used:
+                fields[MEANS] = ((text_slots(length), width), jnp.dtype(states.dtype))
         else:
             cache = read(Cache, config.cache, "cache")
             check_tokens(cache, prepared.tokenizer.vocab_size)
@@ -104,7 +124,7 @@ def abstract_job(config: ConfigDict, mesh: jax.sharding.Mesh) -> AbstractJob:
                 constants["decoder"] = teacher.model.decoder(placed_shapes(teacher, mesh))
                 tables = sharding_lines(constants["decoder"], "teacher's decoder, frozen:")
             fields |= _cached_fields(cache, teacher.model, slots)
-        step, model = step_settings(distill, student, shape, form, once)
+        step, model = step_settings(distill, student, shape, form, once, width)
         objective = make_distill_objective(model, models, step)
     training = settings or distill
     assert training is not None
@@ -118,7 +138,7 @@ def abstract_job(config: ConfigDict, mesh: jax.sharding.Mesh) -> AbstractJob:
         fields,
         length,
         row_multiple(mesh) * training.accumulation,
-        _flops(distill, cache, execution, rules, student, teacher, mesh, length, slots),
+        _flops(distill, what, cache, execution, rules, student, teacher, mesh, length, slots),
         mesh,
         [*sharding_lines(state["params"], "trained:"), *tables],
     )
@@ -153,6 +173,7 @@ def _cached_fields(cache: Cache, teacher: Functional, slots: int) -> dict[str, A
 
 def _flops(
     distill: Distill | None,
+    what: str,
     cache: Cache | None,
     execution: Execution,
     rules: Rules,
@@ -165,16 +186,19 @@ def _flops(
     """Rows of a step -> floating-point operations on one device. A dimension that is not split along `tensor` is
     computed by all of the devices on that axis."""
     at = slots if distill is None or distill.kd_positions == "masked" else None
+    heads = slots
+    if distill is not None and distill.clean:  # every position, and no logits
+        at, heads = None, 0
 
     def share(rules: Rules) -> int:
         return mesh.shape["tensor"] if "tensor" in f"{rules.mlp},{rules.heads}" else 1
 
     def of(model: Functional, rules: Rules, training: bool) -> float:
-        counted = flops_per_row(model.config, length, slots, model.config.vocab_size, training, last_layer_at=at)
+        counted = flops_per_row(model.config, length, heads, model.config.vocab_size, training, last_layer_at=at)
         return counted / share(rules)
 
     each = of(student, rules, True)
-    if teacher is not None and cache is None:
+    if teacher is not None and what == "distill":
         each += of(teacher.model, teacher.rules, False)
     elif teacher is not None and cache is not None and cache.format == "hidden":
         config = teacher.model.config

@@ -2,12 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from kd_jax.config import require
 from kd_jax.config.data import Cache, Masking, Transfer, Vocabulary
@@ -15,6 +14,7 @@ from kd_jax.config.execution import Execution
 from kd_jax.config.training import Distill
 from kd_jax.data.batches import MaskedRows, process_slice
 from kd_jax.data.masking import sample_uniforms
+from kd_jax.data.parts import PartsWriter
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.teacher_cache import CachedBatches, CacheWriter, Layout, TeacherCache, visited
 from kd_jax.data.transfer_set import TransferSet
@@ -27,7 +27,7 @@ from kd_jax.runtime.files import write_json
 from kd_jax.runtime.preemption import interruptible
 from kd_jax.runtime.progress import Count
 from kd_jax.steps.teacher_predictions import make_prediction_step
-from kd_jax.trainer.mesh import global_batch, process_share, row_multiple
+from kd_jax.trainer.mesh import gathered, global_batch, placed, process_share, row_multiple
 from kd_jax.trainer.run_directory import RunDirectory
 
 SUMMARY = "cache.json"
@@ -67,6 +67,8 @@ def identity(
         "teacher": trained.parameters_fingerprint(teacher.workdir, KEY),
         "tokenizer": prepared.tokenizer.fingerprint,
         "vocabulary policy": vocabulary.dropped if vocabulary.trim else "",
+        # Older caches lack it: there the teacher read <unk> where the student's vocabulary lacks a token.
+        **({"reading of dropped tokens": "as themselves"} if teacher.kept is not None else {}),
         "rows": {store.name: store.fingerprint for store in prepared.stores("train")},
         "masking": dataclasses.asdict(masking),
         "form": form,
@@ -96,7 +98,7 @@ def cached_side(
     def constants() -> dict[str, Any]:
         parts = [cache.attached(name) for name in DECODER[: len(decoder)]]
         arrays = tuple(
-            None if values is None or shape is None else _placed(values, shape.sharding)
+            None if values is None or shape is None else placed(values, shape.sharding)
             for values, shape in zip(parts, decoder)
         )
         return {**teacher.constants(), **({"decoder": arrays} if decoder else {})}
@@ -106,11 +108,6 @@ def cached_side(
 
     tables = tuple(sharding_lines(decoder, "teacher's decoder, frozen:")) if decoder else ()
     return TeacherSide(form, ((0, (), constants),), batches, None, tables)
-
-
-def _placed(values: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array of which every device gets its own part, read from `values`, which may be memory-mapped."""
-    return jax.make_array_from_callback(values.shape, sharding, lambda index: np.ascontiguousarray(values[index]))
 
 
 def layout_of(prepared: Prepared, teacher: Teacher, form: dict[str, Any], rows: MaskedRows) -> Layout:
@@ -166,7 +163,7 @@ def write_cache(
     execution: Execution,
 ) -> dict[str, Any] | None:
     """Writes the parts that are missing; returns what DONE is to say, or None while other machines write theirs."""
-    rows = MaskedRows(prepared.stores("train"), masking, prepared.tokenizer)
+    rows = MaskedRows(prepared.stores("train"), masking, prepared.tokenizer, teacher.kept)
     form = form_of(cache)
     visits, each = visits_of(cache, transfer, seed, masking.epochs, prepared)
     layout = layout_of(prepared, teacher, form, rows)
@@ -180,15 +177,39 @@ def write_cache(
     if distributed.from_first(bool(wanted) or not all(map(writer.attached, attached))):
         predict = _Predictor(cache, teacher_form(vocabulary, prepared), form, teacher, rows, layout, masking.seed, mesh)
         if attached:  # turns hidden states into logits; the students need nothing else of the teacher
-            for name, values in zip(attached, _gathered(teacher.model.decoder(predict.params))):
+            for name, values in zip(attached, gathered(teacher.model.decoder(predict.params))):
                 if first:
                     writer.attach(name, values)
-        total = sum(len(writer.rows_of(number)[1]) for number in wanted)
-        with Count(directory.path.name, "rows", total, shown=execution.progress) as count:
-            for number in wanted:  # every finished part is saved, whatever ends the command
-                found = predict.part(*writer.rows_of(number), count)
-                if found is not None:
-                    writer.write(number, *found)
+        write_parts(directory, writer, wanted, predict.part, execution.progress)
+    return finished(directory, writer, attached, lambda manifest: summary(manifest, layout, each))
+
+
+def write_parts(
+    directory: RunDirectory,
+    writer: Any,
+    wanted: Sequence[int],
+    part: Callable[..., tuple[np.ndarray, dict[str, float]] | None],
+    shown: bool,
+) -> None:
+    """Writes the parts with those numbers. part(*rows, count) gives (array, statistics) of a part; None where another
+    process writes it."""
+    total = sum(len(writer.rows_of(number)[1]) for number in wanted)
+    with Count(directory.path.name, "rows", total, shown=shown) as count:
+        for number in wanted:  # every finished part is saved, whatever ends the command
+            found = part(*writer.rows_of(number), count)
+            if found is not None:
+                writer.write(number, *found)
+
+
+def finished(
+    directory: RunDirectory,
+    writer: PartsWriter,
+    attached: Sequence[str],
+    summarize: Callable[[dict[str, Any]], dict[str, Any]],
+) -> dict[str, Any] | None:
+    """Writes manifest and summary once every part is there, and returns what DONE is to say; None while other machines
+    write theirs."""
+    first = jax.process_index() == 0
     manifest = writer.finish(attached) if first else None
     left = distributed.from_first(len(writer.missing(0, 1)) if manifest is None else 0)
     if left:
@@ -196,7 +217,7 @@ def write_cache(
             print(f"{directory.path}: {left} parts are left to the other machines")
         return None
     if manifest is not None:
-        write_json(directory.path / SUMMARY, summary(manifest, layout, each))
+        write_json(directory.path / SUMMARY, summarize(manifest))
     return {"fingerprint": manifest["fingerprint"] if manifest is not None else ""}
 
 
@@ -233,7 +254,7 @@ class _Predictor:
                 of_store = self._rows.stores[store].fingerprint
                 batch["uniforms"] = sample_uniforms(self._seed, of_store, rows[fill], epochs[fill], shape)
             local = {name: values[mine] for name, values in batch.items()} if first else batch
-            fields, held = _gathered(self._step(self.params, self._constants, global_batch(self._mesh, local)))
+            fields, held = gathered(self._step(self.params, self._constants, global_batch(self._mesh, local)))
             done.update(count)
             if not first:
                 continue
@@ -242,13 +263,6 @@ class _Predictor:
             positions, mass = positions + float(weights.sum()), mass + float((held[:count] * weights).sum())
             blocks.append(records[:count])
         return (np.concatenate(blocks), {"positions": positions, "mass": mass}) if first else None
-
-
-def _gathered(tree: Any) -> Any:
-    """The arrays of a tree in NumPy, whole in every process."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 @functools.cache

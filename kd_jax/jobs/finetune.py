@@ -261,8 +261,12 @@ def finetune(
     else:
         objective = make_icner_objective(model, settings.label_smoothing, settings.tag_weight)
     fingerprint = prepared.tokenizer.fingerprint
-    counts = {"train_utterances": len(train), "predicted_labels": len(train) - len(given)}
-    notes = {**counts, "classes": padded, "labels": maps.to_json()}
+    notes = {
+        "train_utterances": len(train),
+        "predicted_labels": len(train) - len(given),
+        "classes": padded,
+        "labels": maps.to_json(),
+    }
     best = Best("dev/score", settings.patience)
     job = Job(
         settings=settings,
@@ -371,13 +375,6 @@ def _predict_partition(
     return records + [intent_slot_record(one, names, "", ["O"] * len(one.words)) for one, names in zip(orphans, sets)]
 
 
-def labels_used(checkpoint: pathlib.Path, prepared: Prepared) -> list[Utterance]:
-    """The train utterances whose labels a finetuned model saw; all of them for an exported one, which does not say."""
-    exported = serving.is_served(checkpoint)
-    limit = 0 if exported else trained.run_config(checkpoint, "evaluate.checkpoint").finetune.max_train
-    return labeled_train(prepared, limit, "")
-
-
 def scored_utterances(checkpoint: pathlib.Path, prepared: Prepared, partition: str, domain: str) -> list[Utterance]:
     """The utterances of a partition, or the train utterances whose labels a finetuned model has not seen."""
     if partition != "unlabeled":
@@ -387,6 +384,13 @@ def scored_utterances(checkpoint: pathlib.Path, prepared: Prepared, partition: s
         raise UserError(f"config.evaluate.partition: {problem}; name the finetuning run")
     limit = trained.run_config(checkpoint, "evaluate.checkpoint").finetune.max_train
     return [one for one in unlabeled_train(prepared, limit) if domain in ("", one.domain)]
+
+
+def labels_used(checkpoint: pathlib.Path, prepared: Prepared) -> list[Utterance]:
+    """The train utterances whose labels a finetuned model saw; all of them for an exported one, which does not say."""
+    exported = serving.is_served(checkpoint)
+    limit = 0 if exported else trained.run_config(checkpoint, "evaluate.checkpoint").finetune.max_train
+    return labeled_train(prepared, limit, "")
 
 
 class Finetuned(NamedTuple):

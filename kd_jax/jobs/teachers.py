@@ -7,27 +7,30 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from kd_jax.config import require
 from kd_jax.config.data import Masking, Vocabulary
 from kd_jax.config.execution import Execution, Rules
-from kd_jax.config.training import Distill, Loss
-from kd_jax.data.batches import MaskedBatches
+from kd_jax.config.training import STATE_TERMS, Distill, Loss
+from kd_jax.data.batches import CleanBatches, MaskedBatches
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.teacher_cache import CachedBatches
+from kd_jax.data.teacher_states import StateBatches
 from kd_jax.data.transfer_set import TransferSet
-from kd_jax.data.vocabulary import TrimmedPrepared, kept_ids
+from kd_jax.data.vocabulary import TrimmedPrepared, kept_ids, train_counts
 from kd_jax.jobs import trained
 from kd_jax.jobs.job import model_layout, sharding_lines
 from kd_jax.jobs.masked_lm import encoder_model
 from kd_jax.losses.features import check_relation_heads
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
-from kd_jax.models.initialization import check_shapes, from_teacher, remarks
+from kd_jax.models.initialization import check_shapes, check_table, from_teacher, principal_table, remarks
 from kd_jax.models.layer_map import initial_layers, layer_map, read_layers
 from kd_jax.models.projection import WithProjections, needs_projection
 from kd_jax.steps.distill import DistillSettings
 from kd_jax.steps.teacher_logits import TeacherForm
+from kd_jax.trainer.mesh import gathered, placed
 from kd_jax.trainer.state import with_shardings
 from kd_jax.types import Params
 
@@ -46,6 +49,11 @@ class Teacher:
 
     def params(self, mesh: jax.sharding.Mesh) -> Params:
         return trained.trained_params(self.workdir, self.model, mesh, rules=self.rules)
+
+    def token_table(self, mesh: jax.sharding.Mesh) -> jax.Array:
+        """Its token table [V, H], read without the other parameters staying in memory."""
+        found = trained.trained_params(self.workdir, self.model, mesh, "encoder", self.rules)
+        return found["encoder"]["embeddings"]["tokens"]
 
     def constants(self) -> dict[str, Any]:
         """What the step reads of any teacher, in the loop or cached."""
@@ -77,14 +85,15 @@ class TeacherSide:
     phases: from which step on, which teachers are in the loop, and the constants that the step then reads.
     batches(transfer_set): rows masked here, or rows from a cache with the teacher's predictions.
     form: how the predictions reach the loss. shape: the (first) teacher's, None where no inner states are to be had.
-    tables: the sharding of what is frozen, as lines.
+    tables: the sharding of what is frozen, as lines. width: of its states where they are reduced; 0 is the shape's.
     """
 
     form: TeacherForm
     phases: tuple[tuple[int, tuple[Functional, ...], Callable[[], Mapping[str, Any]]], ...]
-    batches: Callable[[TransferSet], MaskedBatches | CachedBatches]
+    batches: Callable[[TransferSet], MaskedBatches | CleanBatches | CachedBatches | StateBatches]
     shape: EncoderConfig | None
     tables: tuple[str, ...]
+    width: int = 0
 
 
 def in_the_loop(
@@ -98,8 +107,11 @@ def in_the_loop(
 
         return start, tuple(one.model for one in chosen), constants
 
-    def batches(transfer_set: TransferSet) -> MaskedBatches:
-        return MaskedBatches(transfer_set.stores, transfer_set, masking, prepared.tokenizer, distill.batch_size)
+    def batches(transfer_set: TransferSet) -> MaskedBatches | CleanBatches:
+        kept = teachers[0].kept
+        if distill.clean:
+            return CleanBatches(transfer_set, prepared.tokenizer, distill.batch_size, full=kept is not None)
+        return MaskedBatches(transfer_set.stores, transfer_set, masking, prepared.tokenizer, distill.batch_size, kept)
 
     phases = tuple(
         phase(start, [teachers[number] for number in numbers]) for start, numbers in schedule(distill, len(teachers))
@@ -146,43 +158,49 @@ def check(distill: Distill, execution: Execution, checkpoints: str, cache: str) 
     key = f"distill.{(features or ['hidden'])[0]}"
     require(not averaged, key, "it needs one teacher, not an average", "set its weight to 0")
     if cache:
-        problem = f"it has no {', '.join(features)}"
-        require(not features, "teacher_cache", problem, "leave it empty, or set those weights to 0")
-        require(masked, "teacher_cache", "it has masked positions only", "leave it empty")
+        lacking = [name for name in features if not (distill.clean and name in STATE_TERMS)]
+        remedy = "leave it empty, or set those weights to 0"
+        if not distill.clean:
+            remedy += ", or take states of unmasked text (config.distill.clean, cache_states)"
+        require(not lacking, "teacher_cache", f"it has no {', '.join(lacking)}", remedy)
+        require(masked or distill.clean, "teacher_cache", "it has masked positions only", "leave it empty")
         remedy = "name that teacher alone, or leave it empty"
         require(not several, "teacher_cache", "it holds one teacher's predictions", remedy)
-        require(distill.init == "random", "distill.init", "from a cache no teacher is loaded", "use random")
 
 
 def step_settings(
-    distill: Distill, student: Functional, teacher: EncoderConfig | None, form: TeacherForm, once: bool = False
+    distill: Distill,
+    student: Functional,
+    teacher: EncoderConfig | None,
+    form: TeacherForm,
+    once: bool = False,
+    width: int = 0,
 ) -> tuple[DistillSettings, WithProjections]:
     """The loss as the step computes it, and the student with the projections that its terms need.
 
-    teacher: the shape of the (first) teacher; None where only the terms on logits are used. Raises UserError for layer
-    maps, relation heads and projections that the two shapes do not allow.
+    teacher: the shape of the (first) teacher; None where only the terms on logits are used. width: of the teacher's
+    states where a cache has reduced them; 0 is the shape's. Raises UserError for layer maps, relation heads and
+    projections that the two shapes do not allow.
     """
     shape = student.config
     layers: dict[str, Any] = {}
     projections: list[tuple[str, int, int]] = []
     if teacher is not None:
-        widths = (shape.hidden_size, teacher.hidden_size)
-
-        def layers_of(name: str, written: str) -> tuple[tuple[int, int], ...]:
-            key = f"distill.{name}.layers"
-            return layer_map(read_layers(written, key), shape.num_layers, teacher.num_layers, key)
-
+        widths = (shape.hidden_size, width or teacher.hidden_size)
         hidden, embeddings, relations = distill.hidden, distill.embeddings, distill.relations
         if hidden.used:
-            layers["hidden_layers"] = layers_of("hidden", hidden.layers)
+            layers["hidden_layers"] = layers_of("hidden", hidden.layers, shape, teacher)
             if needs_projection(hidden.projection, *widths, "distill.hidden.projection"):
                 projections += [(f"hidden_{number}", *widths) for number in range(len(layers["hidden_layers"]))]
         if embeddings.used and needs_projection(embeddings.projection, *widths, "distill.embeddings.projection"):
             projections.append(("embeddings", *widths))
         if relations.used:
-            layers["relation_layers"] = layers_of("relations", relations.layers)
+            layers["relation_layers"] = layers_of("relations", relations.layers, shape, teacher)
             layers["relation_heads"] = relations.heads or shape.num_heads
             check_relation_heads(layers["relation_heads"], *widths, "distill.relations.heads")
+        sentence = distill.sentence
+        if sentence.used and needs_projection(sentence.projection, *widths, "distill.sentence.projection"):
+            projections.append(("sentence", *widths))
     loss = {one.name: getattr(distill, one.name) for one in fields(Loss)}
     settings = DistillSettings(**loss, **layers, once=once and distill.kl.used, form=form)
     moving = distill.kl.temperature != distill.kl.last_temperature
@@ -192,27 +210,61 @@ def step_settings(
     return settings, WithProjections(student, tuple(projections))
 
 
-def initialization(
-    distill: Distill, model: WithProjections, teacher: Teacher, mesh: jax.sharding.Mesh
-) -> tuple[Callable[[Params], Params], list[str]]:
-    """distill.init=teacher: (drawn parameters -> parameters that start from layers of the teacher, remarks on it)."""
-    student, key = model.student, "distill.init_layers"
-    layers = initial_layers(
-        read_layers(distill.init_layers, key), student.config.num_layers, teacher.model.config.num_layers, key
-    )
-    check_shapes(student.config, teacher.model.config, teacher.kept)
+def layers_of(term: str, written: str, student: EncoderConfig, teacher: EncoderConfig) -> tuple[tuple[int, int], ...]:
+    """config.distill.<term>.layers as pairs (student's layer, teacher's layer). Raises UserError."""
+    key = f"distill.{term}.layers"
+    return layer_map(read_layers(written, key), student.num_layers, teacher.num_layers, key)
 
-    def init(params: Params) -> Params:
+
+def initialization(
+    distill: Distill, model: WithProjections, teacher: Teacher, prepared: Prepared, mesh: jax.sharding.Mesh
+) -> tuple[Callable[[Params], Params], list[str]]:
+    """distill.init=teacher: (drawn parameters -> parameters that start from the teacher, remarks on it)."""
+    student, shape = model.student, teacher.model.config
+    layers = layers_to_copy(distill, student.config, shape)
+    if layers:
+        check_shapes(student.config, shape, teacher.kept)
+    else:
+        check_table(student.config, shape, teacher.kept)
+
+    def from_layers(params: Params) -> Params:
         start = (teacher.model, teacher.params(mesh), layers, teacher.kept)
         return {**params, **from_teacher(student, model.student_params(params), *start)}
 
-    return init, list(remarks(student.config, teacher.model.config, layers))
+    def from_table(params: Params) -> Params:
+        table = gathered(teacher.token_table(mesh))
+        if teacher.kept is not None:
+            table = table[teacher.kept]
+        drawn = params["encoder"]["embeddings"]["tokens"]
+        size = student.config.initializer_range * distill.table_scale
+        values, kept = principal_table(table, train_counts(prepared), student.config.hidden_size, size)
+        if student.config.hidden_size > shape.hidden_size:
+            values = np.where(np.arange(values.shape[1]) < shape.hidden_size, values, gathered(drawn))
+        if jax.process_index() == 0:
+            print(f"The student's token table keeps {kept:.0%} of the variance of its teacher's.")
+        # The same bits on every device, whatever the hosts' libraries make of them.
+        values = np.asarray(multihost_utils.broadcast_one_to_all(values))
+        encoder = params["encoder"]
+        embeddings = {**encoder["embeddings"], "tokens": placed(values, drawn.sharding)}
+        return {**params, "encoder": {**encoder, "embeddings": embeddings}}
+
+    if layers:
+        return from_layers, list(remarks(student.config, shape, layers))
+    return from_table, ["only the token table comes from the teacher, reduced to its principal components"]
+
+
+def layers_to_copy(distill: Distill, student: EncoderConfig, teacher: EncoderConfig) -> tuple[int, ...]:
+    """The teacher's layer for each of the student's, by config.distill.init_layers; () takes the token table alone, as
+    at another width. Raises UserError."""
+    key, written = "distill.init_layers", distill.init_layers
+    if written == "none":
+        return ()
+    layers = initial_layers(read_layers(written, key), student.num_layers, teacher.num_layers, key)
+    return layers if student.hidden_size == teacher.hidden_size else ()
 
 
 def check_shapes_of(distill: Distill, student: EncoderConfig, teacher: EncoderConfig, trimmed: bool) -> None:
     """Refuses, before a teacher is trained, shapes of student and teacher that config.distill does not allow."""
     step_settings(distill, Functional("mlm", student), teacher, TeacherForm())
-    if distill.init == "teacher":
-        key = "distill.init_layers"
-        initial_layers(read_layers(distill.init_layers, key), student.num_layers, teacher.num_layers, key)
+    if distill.init == "teacher" and layers_to_copy(distill, student, teacher):
         check_shapes(student, teacher, np.zeros(1, np.int32) if trimmed else None)

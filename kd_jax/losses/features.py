@@ -51,6 +51,24 @@ def _size(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
 
 
+def text_means(states_RxLxH: Array, segment_ids_RxL: Array, texts: int) -> jax.Array:
+    """The mean state [R, S, H] of each text of a row, its special tokens included, in the dtype of the states.
+
+    Slot s has the text with segment id s + 1, out of S = `texts`; zeros where there is none. Summed in float32.
+    """
+    states, segment_ids = jnp.asarray(states_RxLxH), jnp.asarray(segment_ids_RxL)
+    inside_RxSxL = segment_ids[:, None, :] == jnp.arange(1, texts + 1)[None, :, None]
+    total_RxSxH = jnp.einsum(
+        "rsl,rlh->rsh",
+        inside_RxSxL.astype(states.dtype),
+        states,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    count_RxS = jnp.sum(inside_RxSxL, axis=2, dtype=jnp.float32)
+    return (total_RxSxH / jnp.maximum(count_RxS, 1.0)[:, :, None]).astype(states.dtype)
+
+
 def check_relation_heads(heads: int, student_width: int, teacher_width: int, key: str) -> None:
     """Raises UserError, naming `config.<key>`, if a hidden size does not split into that many heads."""
     for whose, width in (("student", student_width), ("teacher", teacher_width)):

@@ -4,7 +4,6 @@ python -m kd_jax.main.baseline --config=configs/FILE.py --workdir=DIR --config.p
     [--config.baseline.features=teacher --config.teacher_checkpoint=DIR]
 """
 
-import dataclasses
 import pathlib
 from typing import Any
 
@@ -14,7 +13,7 @@ from ml_collections import ConfigDict
 from kd_jax.config import require
 from kd_jax.config.commands import Baseline
 from kd_jax.config.execution import read_execution
-from kd_jax.config.settings import block, read
+from kd_jax.config.settings import read
 from kd_jax.data.prepared import Prepared
 from kd_jax.evaluation.results import RESULTS
 from kd_jax.jobs import baseline
@@ -31,14 +30,12 @@ def keys(config: ConfigDict) -> tuple[str, ...]:
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """The config with the numbers of labels that config.baseline takes from config.finetune filled in."""
-    settings = read(Baseline, config.baseline, "baseline")
-    missing = [name for name in ("max_train", "max_dev") if getattr(settings, name) < 0]
-    if not missing:
-        return config
+    """The config with the numbers of utterances that config.baseline takes from config.finetune filled in."""
+    read(Baseline, config.baseline, "baseline")
     config = config.copy_and_resolve_references()
-    filled = dataclasses.replace(settings, **{name: config.finetune[name] for name in missing})
-    config.baseline = block(Baseline, **vars(filled))
+    for key in ("max_train", "max_dev"):
+        if config.baseline[key] < 0:
+            config.baseline[key] = config.finetune[key]
     return config
 
 

@@ -14,7 +14,7 @@ from kd_jax.config.settings import read
 from kd_jax.config.training import Distill
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.vocabulary import seen_by_student
-from kd_jax.jobs import cache, teachers
+from kd_jax.jobs import cache, states, teachers
 from kd_jax.jobs.job import Job, Phase, train
 from kd_jax.jobs.masked_lm import encoder_model, heldout_evaluation, transfer_set_of
 from kd_jax.main import command
@@ -42,17 +42,19 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
     found = teachers.find_teachers(
         config.teacher_checkpoint, prepared, config.compute_dtype, execution.sharding.teacher
     )
-    if config.teacher_cache:
+    if config.teacher_cache and distill.clean:
+        side = states.cached_states(config.teacher_cache, found[0], distill, vocabulary, prepared, student.config)
+    elif config.teacher_cache:
         side = cache.cached_side(config.teacher_cache, found[0], distill, masking, vocabulary, prepared, mesh)
     else:
         side = teachers.in_the_loop(
             found, distill, masking, teachers.teacher_form(vocabulary, prepared), prepared, mesh
         )
     once = execution.sharding.teacher_once and not side.form.cached
-    settings, model = teachers.step_settings(distill, student, side.shape, side.form, once)
+    settings, model = teachers.step_settings(distill, student, side.shape, side.form, once, side.width)
     init, remarks = None, []
     if distill.init == "teacher":
-        init, remarks = teachers.initialization(distill, model, found[0], mesh)
+        init, remarks = teachers.initialization(distill, model, found[0], prepared, mesh)
     batches = side.batches(transfer_set_of(transfer, prepared, config.seed))
     job = Job(
         settings=distill,

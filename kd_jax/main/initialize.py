@@ -50,7 +50,7 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
     mesh, rules = make_mesh(execution.mesh), execution.sharding
     student = encoder_model(config.student, prepared, config.compute_dtype, "student")
     teacher = teachers.find_teachers(config[teachers.KEY], prepared, config.compute_dtype, rules.teacher)[0]
-    init, remarks = teachers.initialization(distill, WithProjections(student), teacher, mesh)
+    init, remarks = teachers.initialization(distill, WithProjections(student), teacher, prepared, mesh)
 
     def start(directory: RunDirectory) -> dict[str, Any]:
         counts = parameter_count(student.abstract())

@@ -25,6 +25,7 @@ from kd_jax.jobs import teachers
 from kd_jax.jobs.cache import check_temperature
 from kd_jax.main import (
     baseline,
+    cache_states,
     cache_teacher,
     command,
     distill,
@@ -48,7 +49,7 @@ from kd_jax.study.run import Study
 from kd_jax.trainer.run_directory import provenance
 
 _MODULES = (
-    *(prepare, import_model, pretrain, initialize, cache_teacher, distill),
+    *(prepare, import_model, pretrain, initialize, cache_teacher, cache_states, distill),
     *(baseline, finetune_dc, finetune_icner, evaluate, latency),
 )
 COMMANDS = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
@@ -63,7 +64,7 @@ def check(study: Study) -> None:
     teachers.check(terms, read(Execution, values, ""), values["teacher_checkpoint"], values["teacher_cache"])
     student, teacher = (encoder_config(values[name], 1) for name in ("student", "teacher"))
     teachers.check_shapes_of(terms, student, teacher, values["vocabulary"]["trim"])
-    if study.planner.caches:
+    if study.planner.caches and not terms.clean:
         check_temperature(study.planner.cache_settings, terms)
     read(Finetune, values["finetune"], "finetune")
     read(Baseline, values["baseline"], "baseline")

@@ -1,4 +1,4 @@
-"""A student initialized with chosen layers of its teacher."""
+"""A student initialized with chosen layers of its teacher, or with its token table alone, at any width."""
 
 from typing import Any
 
@@ -44,6 +44,46 @@ def from_teacher(
     # jit returns new arrays: the training step donates its state's memory, and the teacher's must survive that.
     copied = jax.jit(lambda params, tokens: _copied(student.config, teacher.config, params, layers, tokens))
     return {**student_params, **copied(teacher_params, tokens)}
+
+
+def principal_table(table_VxH: np.ndarray, counts_V: np.ndarray, width: int, size: float) -> tuple[np.ndarray, float]:
+    """(token table float32 [V, width], share of the variance that it keeps): the leading principal components of the
+    teacher's table, where token v has weight sqrt(counts[v]).
+
+    Weights between those of types and of running text: frequent tokens matter most, and rare ones still count. The mean
+    is left out, since every token has it. size: root mean square of the entries; that of a random table suits the first
+    norm and the learning rate. A student that is wider than its teacher gets zeros in the remaining columns.
+    """
+    table, weights = np.asarray(table_VxH, np.float64), np.sqrt(np.asarray(counts_V, np.float64))
+    weights = weights / weights.sum()
+    centered = table - weights @ table
+    variances, directions = np.linalg.eigh((centered * weights[:, None]).T @ centered)
+    basis = directions[:, ::-1][:, :width]
+    # An eigenvector's sign is arbitrary; with this one the result does not depend on the library that computes it.
+    largest = basis[np.abs(basis).argmax(axis=0), np.arange(basis.shape[1])]
+    reduced = centered @ (basis * np.sign(largest))
+    reduced *= size / np.sqrt(np.mean(np.square(reduced)))
+    kept = float(variances[::-1][:width].sum() / max(variances.sum(), 1e-300))
+    return np.pad(reduced, ((0, 0), (0, width - basis.shape[1]))).astype(np.float32), kept
+
+
+def check_table(student: EncoderConfig, teacher: EncoderConfig, kept: np.ndarray | None) -> None:
+    """Raises UserError for a student whose tokens are not the teacher's, or those of them that `kept` names."""
+    if kept is None and student.vocab_size != teacher.vocab_size:
+        raise UserError(
+            f"config.student.vocab_size: it is {student.vocab_size}, the teacher's is {teacher.vocab_size}, and a "
+            "student that starts from its teacher's token table needs the same; set it to 0, or initialize the student "
+            "at random"
+        )
+    _check_kept(student, kept)
+
+
+def _check_kept(student: EncoderConfig, kept: np.ndarray | None) -> None:
+    if kept is not None and len(kept) != student.vocab_size:
+        raise UserError(
+            f"config.student.vocab_size: it is {student.vocab_size}, and the trimmed vocabulary has {len(kept)} "
+            f"tokens; set it to 0 to take those"
+        )
 
 
 def remarks(student: EncoderConfig, teacher: EncoderConfig, layers: tuple[int, ...]) -> tuple[str, ...]:
@@ -108,8 +148,4 @@ def check_shapes(student: EncoderConfig, teacher: EncoderConfig, kept: np.ndarra
             f"config.student.max_positions: it is {student.max_positions}, and the teacher's table of positions has "
             f"{teacher.max_positions}; give at most that, or initialize the student at random"
         )
-    if kept is not None and len(kept) != student.vocab_size:
-        raise UserError(
-            f"config.student.vocab_size: it is {student.vocab_size}, and the trimmed vocabulary has {len(kept)} "
-            f"tokens; set it to 0 to take those"
-        )
+    _check_kept(student, kept)

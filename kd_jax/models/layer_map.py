@@ -71,6 +71,18 @@ def initial_layers(spec: Any, student_layers: int, teacher_layers: int, key: str
     return tuple(_layer(layer, teacher_layers, "teacher", key) for layer in spec)
 
 
+def chosen_layers(spec: Any, num_layers: int, key: str) -> tuple[int, ...]:
+    """The layers of a teacher that are kept, counted from 0, ascending.
+
+    spec: "last", "none", or numbers, where negative ones count from the end. Raises UserError naming `config.<key>`.
+    """
+    if isinstance(spec, str):
+        if spec not in ("last", "none"):
+            raise UserError(f"config.{key}: {spec!r} is unknown; use last, none, or layers like 3,-1")
+        return (num_layers - 1,) if spec == "last" else ()
+    return tuple(sorted({_layer(layer, num_layers, "teacher", key) for layer in _listed(spec)}))
+
+
 def _uniform(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
     """Layers at equal steps that end at the last one; a teacher with fewer layers lends some of them twice."""
     steps = (round((layer + 1) * teacher_layers / student_layers) for layer in range(student_layers))

@@ -1,16 +1,16 @@
 """Distillation at the masked-LM stage: the teacher's logits, hidden states and relations, mixed with the hard loss."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kd_jax.config import training
 from kd_jax.losses.blocked import block_for, blocked_losses
-from kd_jax.losses.features import hidden_distance, relation_divergence
+from kd_jax.losses.features import hidden_distance, relation_divergence, text_means
 from kd_jax.models.functional import Captured, Functional
 from kd_jax.models.heads import gather_positions
 from kd_jax.models.projection import WithProjections
@@ -20,6 +20,10 @@ from kd_jax.types import Array, Batch, Params, Term
 
 LOGIT_TERMS = ("kl", "mlm")
 PARTS = ("query", "key", "value")
+SHORTEST = 3  # tokens of the shortest text in a packed row, with its special tokens (data.packing.SMALLEST_SEGMENT)
+
+# Batch fields with the teacher's states from a cache, [R, L, H] and [R, S, H].
+STATES, MEANS = "teacher_layer_{}", "teacher_texts"
 
 _FEATURES = "teacher_features_{}"  # batch fields with each teacher's features, where it predicts the whole batch first
 
@@ -51,6 +55,34 @@ class DistillSettings(training.Loss):
         }
 
 
+class Targets(NamedTuple):
+    """The teacher's side of the terms on inner states, by layer; texts: see losses.features.text_means."""
+
+    layers: Mapping[int, Array]
+    projections: Mapping[int, tuple[Array, ...]] = {}
+    embeddings: Array | None = None
+    texts: Array | None = None
+
+
+def with_output(states: Captured, model: Functional) -> Captured:
+    """The same, where the last layer's states are the encoder's output, behind its final norm if it has one.
+
+    Of unmasked text that is what a student learns from and with, since it is what finetuning and a sentence encoder
+    read; the terms on masked text compare the states before that norm.
+    """
+    return states._replace(layers={**states.layers, model.config.num_layers - 1: states.hidden})
+
+
+def text_slots(length: int) -> int:
+    """The most texts that a packed row of that length can hold."""
+    return length // SHORTEST
+
+
+def number_of_texts(batch: Batch) -> Array:
+    """float32: how many texts, or segments of long ones, the rows of a batch hold."""
+    return jnp.sum(jnp.max(jnp.asarray(batch["segment_ids"]), axis=1)).astype(jnp.float32)
+
+
 def real_tokens(batch: Batch) -> Array:
     """float32 [R, L]: 1 where there is text, 0 on padding."""
     return (batch["segment_ids"] > 0).astype(jnp.float32)
@@ -65,7 +97,10 @@ def make_distill_objective(
     Teacher in the loop: frozen["teachers"] holds the parameters of each of `teachers`, whose probabilities are
     averaged. From a cache (settings.form.cached): the batch carries the teacher's predictions, and frozen["decoder"]
     the (table, bias) that turns cached features into logits; `teachers` is empty. frozen["kept"] int32 [student
-    tokens], where the student's vocabulary is trimmed: the teacher's id of each of its tokens.
+    tokens], where the student's vocabulary is trimmed: the teacher's id of each of its tokens; a teacher in the loop
+    then reads batch["teacher_tokens"].
+
+    Cached states of clean text (settings.form.kind "states") come with the batch, under STATES and MEANS.
 
     A term whose weight is 0 is not computed. Logits of both models are formed in blocks, at the masked positions only
     unless kd_positions is "all". Equal arguments give the same object, so equal jobs share one compilation.
@@ -76,12 +111,16 @@ def make_distill_objective(
         """The teachers' states; nothing where no term reads them."""
         if not (settings.kl.used or settings.features):
             return ()
-        tokens = batch["tokens"]
-        theirs = {**batch, "tokens": jnp.take(frozen["kept"], tokens)} if "kept" in frozen else batch
+        theirs = {**batch, "tokens": batch["teacher_tokens"]} if "kept" in frozen else batch
         return tuple(
-            teacher.capture(params, theirs, **settings.captured(1), columns_RxK=_columns(batch, settings))
+            states_of(teacher, params, theirs, None, 1)
             for teacher, params in zip(teachers, jax.lax.stop_gradient(frozen["teachers"]), strict=True)
         )
+
+    def states_of(model: Functional, params: Params, batch: Batch, key: Key, side: int) -> Captured:
+        columns = _columns(batch, settings)
+        states = model.capture(params, batch, key, **settings.captured(side), columns_RxK=columns)
+        return with_output(states, model) if settings.clean else states
 
     def features_of(frozen: Frozen, states: tuple[Captured, ...]) -> tuple[jax.Array, ...]:
         every = zip(teachers, frozen["teachers"], states)
@@ -110,21 +149,25 @@ def make_distill_objective(
 
     def loss(params: Params, frozen: Frozen, batch: Batch, key: Key, scales: Scales, progress: Array) -> Loss:
         mine = student.student_params(params)
-        ours = student.student.capture(mine, batch, key, **settings.captured(0), columns_RxK=_columns(batch, settings))
+        ours = states_of(student.student, mine, batch, key, 0)
         states: tuple[Captured, ...] = () if form.cached or settings.once else predict(frozen, batch)
-        # Terms on inner states have exactly one teacher, which predicts in the loop.
-        terms = _feature_terms(student, params, ours, states, batch, settings) if settings.features else {}
+        # Terms on inner states have exactly one teacher.
+        theirs = _cached_targets(batch, settings) if form.kind == "states" else _targets(states, batch, settings)
+        terms = _feature_terms(student, params, ours, theirs, batch, settings) if settings.features else {}
         total = jnp.float32(0.0)
         for name, (value, _) in terms.items():
             total += scales[name] * value
+        if settings.clean:
+            return total, terms
         kl = settings.kl
         constants = {
             **constants_of(frozen),
             "temperature": jnp.float32(linear(kl.temperature, kl.last_temperature, progress)),
         }
         # Called inside, so that a teacher's head is only applied where the KL term is used.
-        theirs = functools.partial(predictions, frozen, batch, states)
-        more, logit_terms = _logit_terms(student.student, mine, ours.hidden, batch, theirs, constants, scales, settings)
+        predicted = functools.partial(predictions, frozen, batch, _at_masked(states, batch, settings))
+        (hidden,) = (one.hidden for one in _at_masked((ours,), batch, settings))
+        more, logit_terms = _logit_terms(student.student, mine, hidden, batch, predicted, constants, scales, settings)
         return total + more, terms | logit_terms
 
     def before(frozen: Frozen, batch: Batch) -> dict[str, Array]:
@@ -133,9 +176,12 @@ def make_distill_objective(
         return {_FEATURES.format(number): features for number, features in enumerate(every)}
 
     def weights(batch: Batch) -> dict[str, Array]:
-        masked, real = jnp.sum(batch["masked_weights"]), jnp.sum(real_tokens(batch))
+        real = jnp.sum(real_tokens(batch))
         everywhere = {*settings.features, *(("kl",) if settings.kd_positions == "all" else ())}
-        return {name: real if name in everywhere else masked for name in settings.used}
+        found: dict[str, Array] = {name: real for name in settings.used if name in everywhere}
+        if settings.sentence.used:
+            found["sentence"] = number_of_texts(batch)
+        return found | {name: jnp.sum(batch["masked_weights"]) for name in settings.used if name not in found}
 
     def coefficients(progress: Array) -> dict[str, Array | float]:
         used = settings.used.items()
@@ -146,7 +192,34 @@ def make_distill_objective(
 
 def _columns(batch: Batch, settings: DistillSettings) -> Array | None:
     """The masked positions, where the last layer's states are needed only there: the rest of it is then skipped."""
-    return batch["masked_positions"] if settings.kd_positions == "masked" else None
+    everywhere = settings.kd_positions == "all" or settings.sentence.used or settings.clean
+    return None if everywhere else batch["masked_positions"]
+
+
+def _at_masked(states: tuple[Captured, ...], batch: Batch, settings: DistillSettings) -> tuple[Captured, ...]:
+    """States for the logits: at the masked positions, unless those of all positions are wanted."""
+    if settings.kd_positions == "all" or not settings.sentence.used:
+        return states
+    columns = jnp.asarray(batch["masked_positions"])
+    return tuple(one._replace(hidden=gather_positions(one.hidden, columns)) for one in states)
+
+
+def _targets(states: tuple[Captured, ...], batch: Batch, settings: DistillSettings) -> Targets:
+    """What the teacher in the loop gives the terms on inner states; nothing where there are none."""
+    if not settings.features:
+        return Targets({})
+    (one,) = states
+    texts = _means(one, batch) if settings.sentence.used else None
+    return Targets(one.layers, one.projections, one.embeddings, texts)
+
+
+def _cached_targets(batch: Batch, settings: DistillSettings) -> Targets:
+    layers = {layer: batch[STATES.format(layer)] for layer in settings.captured(1)["layers"]}
+    return Targets(layers, texts=batch[MEANS] if settings.sentence.used else None)
+
+
+def _means(states: Captured, batch: Batch) -> jax.Array:
+    return text_means(states.hidden, batch["segment_ids"], text_slots(batch["segment_ids"].shape[1]))
 
 
 def _logit_terms(
@@ -195,14 +268,13 @@ def _feature_terms(
     student: WithProjections,
     params: Params,
     ours: Captured,
-    states: tuple[Captured, ...],
+    theirs: Targets,
     batch: Batch,
     settings: DistillSettings,
 ) -> dict[str, Term]:
-    """The terms on inner states, each a mean over its layers (and parts) at every real token."""
+    """The terms on inner states, each a mean over its layers (and parts) at every real token, or over texts."""
     weights = real_tokens(batch)
     terms = {}
-    (theirs,) = states
 
     def projected(name: str, states: jax.Array) -> jax.Array:
         return student.project(params, name, states) if student.has(name) else states
@@ -229,6 +301,13 @@ def _feature_terms(
             for part in settings.relations.parts
         ]
         terms["relations"] = _mean(pairs)
+    if theirs.texts is not None:
+        slots = theirs.texts.shape[1]
+        own = projected("sentence", text_means(ours.hidden, batch["segment_ids"], slots))
+        there = (jnp.max(jnp.asarray(batch["segment_ids"]), axis=1)[:, None] > jnp.arange(slots)[None]).astype(
+            jnp.float32
+        )
+        terms["sentence"] = hidden_distance(own, theirs.texts, there, settings.sentence.distance)
     return terms
 
 

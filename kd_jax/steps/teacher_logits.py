@@ -17,9 +17,9 @@ class TeacherForm:
     """The form in which the teacher's predictions reach the loss.
 
     kind: "hidden": the features that its decoder turns into logits; "top_k" and "sampled" as losses.sparse defines
-    them, `tail` being the policy of top_k. cached: they come with the batch, from a cache. dropped: where the teacher's
-    probability of tokens that the student does not have goes: "renormalize" or "unknown" (the student's token
-    `unknown`).
+    them, `tail` being the policy of top_k; "states": no predictions, but inner states from a cache. cached: they come
+    with the batch, from a cache. dropped: where the teacher's probability of tokens that the student does not have
+    goes: "renormalize" or "unknown" (the student's token `unknown`).
     """
 
     kind: str = "hidden"

@@ -37,8 +37,7 @@ def make_prediction_step(teacher: Functional, form: TeacherForm, settings: Mappi
         return fields, jnp.sum(held * p, axis=-1)
 
     def step(params: Params, frozen: Mapping[str, Array], batch: Batch) -> tuple[dict[str, Array], Array]:
-        tokens = batch["tokens"]
-        theirs = {**batch, "tokens": jnp.take(frozen["kept"], tokens) if "kept" in frozen else tokens}
+        theirs = {**batch, "tokens": batch["teacher_tokens" if "kept" in frozen else "tokens"]}
         features = teacher.mlm_features(params, teacher.hidden_at(params, theirs, batch["masked_positions"]))
         if kind == "hidden":
             return {"features": features.astype(dtype)}, jnp.ones(features.shape[:2], jnp.float32)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kd_jax.config.commands import Baseline, Evaluate
-from kd_jax.config.data import Cache, Masking, Nlu, Rows, TokenizerSettings
+from kd_jax.config.data import Cache, Masking, Nlu, Rows, States, TokenizerSettings
 from kd_jax.config.settings import read
 from kd_jax.config.training import Distill, Finetune, Pretrain, Training
 from kd_jax.data.masking import num_slots
@@ -146,6 +146,8 @@ class _Estimator:
             return self._finetune(job, self._of_teacher(stage))
         if stage.command == "cache_teacher":
             return self._cache(read(Cache, stage.config["cache"], "cache"))
+        if stage.command == "cache_states":
+            return self._states(read(States, stage.config["states"], "states"))
         if stage.command == "evaluate":
             return self._evaluate(read(Evaluate, stage.config["evaluate"], "evaluate"), self._of_teacher(stage))
         if stage.command == "baseline":
@@ -180,6 +182,13 @@ class _Estimator:
             teachers = teachers[:1]
         rows, vocabulary = job.batch_size // job.accumulation, student.vocab_size
         memory = self._training_memory(student, rows)
+        if job.clean:  # without a masked-LM loss
+            flops = flops_per_row(student, self.length, 0, 0, training=True)
+            if not config["teacher_cache"]:
+                flops += flops_per_row(teachers[0], self.length, 0, 0, training=False)
+                memory["teacher"] = FLOAT * self.parameters(teachers[0])
+                memory["activations"] += self._forward_activations(teachers[0], rows)
+            return self._job(job, flops, memory)
         if config["teacher_cache"]:
             memory |= self._logits(vocabulary, rows, copies=4, block=job.block_positions)
             flops = self.flops(student, training=True)
@@ -212,6 +221,14 @@ class _Estimator:
             flops = self.flops(teacher, training=False)
             memory |= self._logits(teacher.vocab_size, cache.batch_rows, copies=2)
         return Estimate(rows * self.length, rows * flops, memory)
+
+    def _states(self, states: States) -> Estimate:
+        """Of the task's utterances alone; how much generic text there is, is known once it is prepared."""
+        teacher = self.shape("teacher")
+        memory: dict[str, float] = {"teacher": FLOAT * self.parameters(teacher)}
+        memory["activations"] = self._forward_activations(teacher, states.batch_rows)
+        rows = self.sizes.train * self.sizes.tokens / self.length
+        return Estimate(rows * self.length, rows * flops_per_row(teacher, self.length, 0, 0, training=False), memory)
 
     def _of_teacher(self, stage: Stage) -> bool:
         """Whether a stage finetunes the teacher, or evaluates the finetuned one."""
@@ -293,10 +310,15 @@ def remarks(study: Study) -> list[str]:
     """What a reader of the estimates must know, one sentence per line."""
     trained, trimmed = study.values["tokenizer"]["kind"] == "train", study.values["vocabulary"]["trim"]
     cached, auto = study.planner.caches, study.values["compute_dtype"] == "auto"
+    states = cached and study.planner.distill.clean
     lines = (
         (trained, "A trained tokenizer can get fewer tokens than config.tokenizer.vocab_size."),
         (trimmed, "Students are counted with the full vocabulary; config.vocabulary.trim makes it smaller."),
-        (cached, "Cached predictions are counted for every row of every run; repeated ones are made once."),
+        (
+            cached and not states,
+            "Cached predictions are counted for every row of every run; repeated ones are made once.",
+        ),
+        (states, "Cached states are counted for the task's utterances; those of generic text come on top."),
         (study.values["finetune"]["patience"] > 0, "Finetuning that stops early is counted to its last epoch."),
         (True, "Tokens are positions of rows, padding included."),
         (True, "FLOPs are those of matrix products, without held-out evaluation and the terms on inner states."),

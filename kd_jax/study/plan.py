@@ -12,7 +12,8 @@ from typing import Any
 from kd_jax.config import EXECUTION_KEYS, commands, fingerprint, identity, require
 from kd_jax.config.data import Cache
 from kd_jax.config.settings import read
-from kd_jax.config.training import Distill, Finetune, Pretrain, Training
+from kd_jax.config.training import STATE_TERMS, Distill, Finetune, Pretrain, Training
+from kd_jax.models.layer_map import layer_map, read_layers
 
 REPORT = "report"
 PHASES = ("teachers", "predictions", "students", "recipes", "finetuning", REPORT)  # in this order they run
@@ -34,6 +35,7 @@ GENERIC = {"transfer.task_share": 0.0, "transfer.generic": "generic"}
 
 # Keys of config.cache that say for which runs a cache is written, not what is predicted.
 CACHED_RUNS = ("task_shares", "generic", "seeds", "steps", "batch_size")
+CACHED_ROWS = ("kinds", "rows_per_part", "batch_rows")  # the same of config.states
 
 STAGE = "stage:"  # the value "stage:<folder>" stands for a stage's directory, so that a study can be moved
 
@@ -151,9 +153,10 @@ class Planner:
         self.poolings = self.settings.recipe_poolings or (values["finetune"]["pooling"],)
         searched = itertools.product(self.settings.recipe_learning_rates, self.settings.recipe_epochs, self.poolings)
         self.recipes = [Recipe(float(rate), int(epochs), pooling) for rate, epochs, pooling in searched]
-        # A cache holds logits at the masked positions, which is all that these terms need.
-        plain = not self.distill.features and self.distill.kd_positions == "masked" and self.distill.init == "random"
-        self.caches = self.settings.cache and plain
+        # A cache holds logits at the masked positions, or states of unmasked text; these terms need nothing else.
+        masked = not self.distill.features and self.distill.kd_positions == "masked"
+        states = self.distill.clean and set(self.distill.features) <= set(STATE_TERMS)
+        self.caches = self.settings.cache and (masked or states)
         self._keys = keys
         # Cache -> hash of what it predicts, whichever rows it holds. A student's folder depends on this hash and not on
         # the cache's own, so that a finished student stays finished when a seed or a transfer set is added.
@@ -196,10 +199,10 @@ class Planner:
         last = tuple(key for key in found if key not in needed)
         return [*found.values(), Stage(REPORT, REPORT, {}, last, REPORT, REPORT)]
 
-    def seeds(self, student: Student) -> tuple[int | None, ...]:
-        """The seeds of a row: None alone where nothing is random, the first where one run has to do."""
+    def seeds(self, student: Student) -> tuple[int, ...]:
+        """The seeds of a row: none where nothing is random, the first where one run has to do."""
         if student.kind in FITTED:
-            return (None,)
+            return ()
         return self.settings.seeds[:1] if student.kind == "finetuned" else self.settings.seeds
 
     def recipes_of(self, student: Student) -> list[Recipe]:
@@ -283,12 +286,15 @@ class Planner:
         return {"transfer.task_share": task_shares(self.settings)[transfer_set], "transfer.generic": kind}
 
     def cache(self, teacher: str) -> Stage | None:
-        """The predictions of a teacher for all its students and seeds; None where they are not used."""
+        """The predictions or states of a teacher for all its students and seeds; None where they are not used."""
         if not self.caches or teacher not in ("generic", "adapted"):
             return None
         sets = task_shares(self.settings) if teacher == "generic" else self.settings.adapted_sets
         transfers = [self.transfer(name) for name in sets]
         of = self.teachers()[teacher]
+        if self.distill.clean:
+            stage = self._after("cache_states", f"states-{teacher}", (of,), self._states(of, transfers))
+            return self._predicted(stage, "states", CACHED_ROWS)
         changes = {
             "seed": 0,
             "teacher_checkpoint": STAGE + of.folder,
@@ -301,11 +307,26 @@ class Planner:
             # Hidden states serve any temperature, so theirs must not change the folder.
             "cache.temperature": 1.0 if self.cache_settings.format == "hidden" else self.distill.kl.temperature,
         }
-        stage = self._after("cache_teacher", f"cache-{teacher}", (of,), changes)
+        return self._predicted(self._after("cache_teacher", f"cache-{teacher}", (of,), changes), "cache", CACHED_RUNS)
+
+    def _states(self, teacher: Stage, transfers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        """The changes that make config.states what the students of these transfer sets read."""
+        shares = [(one["transfer.task_share"], one["transfer.generic"]) for one in transfers]
+        kinds = {"task" for share, _ in shares if share > 0} | {kind for share, kind in shares if share < 1}
+        layers, key = "none", "distill.hidden.layers"
+        if self.distill.hidden.used:
+            ours, theirs = (self.values[name]["num_layers"] for name in ("student", "teacher"))
+            pairs = layer_map(read_layers(self.distill.hidden.layers, key), ours, theirs, key)
+            layers = ",".join(str(layer) for layer in sorted({layer for _, layer in pairs}))
+        where = {"seed": 0, "teacher_checkpoint": STAGE + teacher.folder}
+        return {**where, "states.layers": layers, "states.kinds": tuple(sorted(kinds))}
+
+    def _predicted(self, stage: Stage, block: str, rows: Iterable[str]) -> Stage:
+        """The stage of a cache, whose predictions are noted; rows: the keys of its block that only say which rows."""
         if STAGE + stage.folder not in self._predictions:
             values = identity(stage.config)
-            for key in CACHED_RUNS:
-                del values["cache"][key]
+            for key in rows:
+                del values[block][key]
             self._predictions[STAGE + stage.folder] = fingerprint(values)
         return stage
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from kd_jax.config import execution
 from kd_jax.config.execution import AXES, Rules
@@ -189,6 +189,18 @@ def process_share(mesh: Mesh) -> tuple[int, int]:
             "let tensor be a multiple of a process's devices, or a divisor"
         )
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
+def gathered(tree: Any) -> Any:
+    """The arrays of a tree in NumPy, whole in every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def placed(values: np.ndarray, sharding: Sharding) -> jax.Array:
+    """An array of which every device gets its own part, read from `values`, which may be memory-mapped."""
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: np.ascontiguousarray(values[index]))
 
 
 def local_rows(mesh: Mesh, array: jax.Array) -> np.ndarray:

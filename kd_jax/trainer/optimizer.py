@@ -56,10 +56,13 @@ def make_optimizer(job: Training) -> optax.GradientTransformation:
 
     def slowed(updates: Params, params: Params | None = None) -> Params:
         del params
-        return {
-            name: jax.tree.map(lambda leaf, rate=rates[name]: rate * leaf, part) if name in rates else part
-            for name, part in updates.items()
-        }
+
+        def scaled(path, leaf: Array) -> Array:
+            place = jax.tree_util.keystr(path, simple=True, separator="/")
+            found = [rate for name, rate in rates.items() if f"{place}/".startswith(f"{name}/")]
+            return found[0] * leaf if found else leaf
+
+        return jax.tree_util.tree_map_with_path(scaled, updates)
 
     return optax.named_chain(
         ("clip", clip),

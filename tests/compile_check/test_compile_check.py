@@ -59,6 +59,19 @@ def test_the_other_commands_are_compiled_too(command):
         assert alone["roofline"]["flops"] < beside["roofline"]["flops"]
 
 
+@pytest.mark.long
+def test_a_student_of_cached_states_needs_neither_teacher_nor_logits():
+    def compiled(command):
+        config = config_of(command)
+        config.distill.update({"clean": True, "kl": {"weight": 0.0}, "mlm": {"weight": 0.0}})
+        config.distill.update({"hidden": {"weight": 1.0}, "sentence": {"weight": 1.0}})
+        return one(compile_check.check(config, "cpu:8")[1])
+
+    alone, beside = compiled("cached"), compiled("distill")
+    assert alone["fits"]
+    assert alone["roofline"]["flops"] < beside["roofline"]["flops"]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from kd_jax.data.batches import MaskedRows
-from kd_jax.data.teacher_cache import BEGUN, CachedBatches, CacheWriter, Layout, TeacherCache, visited
+from kd_jax.data.parts import BEGUN
+from kd_jax.data.teacher_cache import CachedBatches, CacheWriter, Layout, TeacherCache, visited
 from kd_jax.runtime import copies
 from kd_jax.runtime.paths import as_path
 from kd_jax.types import UserError

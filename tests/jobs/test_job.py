@@ -89,7 +89,8 @@ def test_the_step_keeps_the_teachers_sharding_and_states_that_of_state_and_batch
         "kept": jax.ShapeDtypeStruct((61,), np.int32),
         "seed": jax.ShapeDtypeStruct((), np.int32),
     }
-    batch = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in uneven_batch().items()}
+    values = {**uneven_batch(), "teacher_tokens": uneven_batch()["tokens"]}
+    batch = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in values.items()}
     # Arrays without a sharding are put where the step wants them.
     state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
     step = compiled_step(objective, student, settings, mesh, WHOLE)

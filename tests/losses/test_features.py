@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd_jax.losses.features import check_relation_heads, hidden_distance, relation_divergence
+from kd_jax.losses.features import check_relation_heads, hidden_distance, relation_divergence, text_means
 from kd_jax.types import UserError
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 3, 0], [1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0]], np.int32)
@@ -186,3 +186,17 @@ def test_what_cannot_be_computed_is_refused():
     for heads, whose in ((5, "student"), (3, "teacher"), (0, "student")):
         with pytest.raises(UserError, match=rf"config\.distill\.relations\.heads: .* the {whose}'s hidden_size"):
             check_relation_heads(heads, 12, 20, "distill.relations.heads")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_mean_of_a_text_goes_over_its_own_tokens(dtype):
+    values = jnp.asarray(states(0, 3, 7, 5), dtype)
+    found = text_means(values, SEGMENTS, 4)
+    assert found.shape == (3, 4, 5) and found.dtype == dtype
+    whole = np.asarray(values, np.float64)
+    for row in range(3):
+        for slot in range(4):
+            mine = SEGMENTS[row] == slot + 1
+            expected = whole[row, mine].mean(axis=0) if mine.any() else np.zeros(5)
+            tolerance = 1e-6 if dtype == jnp.float32 else 1e-2
+            np.testing.assert_allclose(np.asarray(found[row, slot], np.float64), expected, atol=tolerance)

@@ -152,7 +152,7 @@ def test_a_command_killed_before_the_decoder_or_the_manifest_goes_on_and_a_chang
         ({"distill.hidden": {"weight": 1.0, "layers": "0:9"}}, r"config\.distill\.hidden\.layers"),
         ({"distill.relations": {"weight": 1.0, "heads": 5}}, r"config\.distill\.relations\.heads"),
         ({"distill.embeddings": {"weight": 1.0, "projection": "always"}}, "no projection is needed"),
-        ({"distill": {"init": "teacher"}, "student": {"hidden_size": 16}}, r"config\.student\.hidden_size"),
+        ({"distill": {"init": "teacher"}, "student": {"intermediate_size": 16}}, r"config\.student\.intermediate_size"),
         ({"cache": {"format": "top_k"}, "distill.kl": {"final_temperature": 4.0}}, r"config\.cache\.format"),
     ],
 )

@@ -94,10 +94,10 @@ def test_pooling_matches_torch(pooling):
         np.testing.assert_allclose(vectors[row, slot], theirs.detach().numpy(), rtol=1e-6, atol=1e-7)
 
 
-def test_a_mean_of_small_numbers_is_summed_in_float32():
-    """300 ones: a sum in bfloat16 stops at 256."""
-    batch = packed_batch([[300]], 300)
-    states = jnp.ones((1, 300, 2), jnp.bfloat16)
+def test_a_mean_is_not_rounded_before_it_is_divided():
+    """A sum of 257 ones is 256 in bfloat16, and the mean would then be less than 1."""
+    batch = packed_batch([[257]], 257)
+    states = jnp.ones((1, 257, 2), jnp.bfloat16)
     mean = pooled(states, jnp.asarray(batch["segment_ids"]), jnp.zeros((1, 1), jnp.int32), "mean")
     assert mean.dtype == jnp.bfloat16 and np.asarray(mean, np.float32).tolist() == [[[1.0, 1.0]]]
 

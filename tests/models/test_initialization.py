@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kd_jax.models.functional import Functional
-from kd_jax.models.initialization import from_teacher, remarks
+from kd_jax.models.initialization import check_table, from_teacher, principal_table, remarks
 from kd_jax.types import UserError
 from tests.support.small_models import FAMILIES, VOCAB, packed_batch, parameters, small_config
 
@@ -164,3 +164,41 @@ def test_layers_and_pieces_that_are_not_there_are_refused():
             from_teacher(student, empty, teacher, {}, layers, np.array(kept))
     with pytest.raises(UserError, match=r"config\.student\.vocab_size: it is 2, and the trimmed vocabulary has 3"):
         from_teacher(student, empty, teacher, {}, (0, 1), np.arange(3))
+
+
+def test_a_narrower_table_has_the_weighted_principal_components():
+    rng = np.random.default_rng(0)
+    table = rng.normal(3, 1, (200, 6)) @ np.diag([5, 3, 2, 1, 0.5, 0.1]) @ np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    counts = rng.integers(0, 50, 200)
+    found, kept = principal_table(table.astype(np.float32), counts, 3, 0.02)
+    assert found.dtype == np.float32 and found.shape == (200, 3)
+    np.testing.assert_allclose(np.sqrt(np.mean(found.astype(np.float64) ** 2)), 0.02, rtol=1e-6)
+    weights = np.sqrt(counts) / np.sqrt(counts).sum()
+    centered = table - weights @ table
+    _, sizes, rows = np.linalg.svd(centered * np.sqrt(weights)[:, None], full_matrices=False)
+    np.testing.assert_allclose(kept, (sizes[:3] ** 2).sum() / (sizes**2).sum(), rtol=1e-5)
+    expected = centered @ rows[:3].T
+    scale = 0.02 / np.sqrt(np.mean(expected**2))
+    np.testing.assert_allclose(np.abs(found), np.abs(expected * scale), atol=1e-6)
+    # Distances among tokens are those of the whole table, up to what lies outside of the components.
+    whole, share = principal_table(table.astype(np.float32), counts, 6, 0.02)
+    ours, theirs = (one @ one.T for one in (whole.astype(np.float64), centered))
+    np.testing.assert_allclose(ours / ours[0, 0], theirs / theirs[0, 0], atol=1e-3)
+    assert share > 0.99999
+
+
+def test_a_wider_table_is_filled_up_with_zeros():
+    table, counts = np.random.default_rng(1).normal(size=(50, 4)).astype(np.float32), np.ones(50, int)
+    found, kept = principal_table(table, counts, 6, 0.5)
+    assert found.shape == (50, 6) and kept > 0.99999
+    np.testing.assert_array_equal(found[:, 4:], 0)
+    np.testing.assert_allclose(np.sqrt(np.mean(found[:, :4] ** 2)), 0.5, rtol=1e-6)
+
+
+def test_a_table_of_other_tokens_is_refused():
+    teacher, student = small_config("bert"), small_config("modernbert", hidden_size=8)
+    check_table(student, teacher, None)
+    with pytest.raises(UserError, match=r"config\.student\.vocab_size: it is 7, the teacher's is 50"):
+        check_table(dataclasses.replace(student, vocab_size=7), teacher, None)
+    with pytest.raises(UserError, match=r"config\.student\.vocab_size: it is 7, and the trimmed vocabulary has 3"):
+        check_table(dataclasses.replace(student, vocab_size=7), teacher, np.arange(3))

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd_jax.config.training import KL, Embeddings, Hidden, Relations, Term
+from kd_jax.config.training import KL, Embeddings, Hidden, Relations, Sentence, Term
 from kd_jax.losses.features import hidden_distance, relation_divergence
 from kd_jax.models.projection import WithProjections
-from kd_jax.steps.distill import DistillSettings, make_distill_objective, real_tokens
+from kd_jax.steps.distill import MEANS, STATES, DistillSettings, make_distill_objective, real_tokens
 from kd_jax.steps.teacher_logits import TeacherForm, on_kept
 from kd_jax.steps.teacher_predictions import make_prediction_step
+from kd_jax.steps.teacher_states import make_states_step
 from tests.steps.test_train_step import VOCABULARY, distillation, one_step, tiny, uneven_batch
 
 NOTHING = {"kl": KL(0.0), "mlm": Term(0.0)}
@@ -106,6 +107,79 @@ def test_hidden_states_go_through_their_projections(models, distance):
     assert min(moved) > 0
 
 
+def of_texts(states, segment_ids):
+    """The mean state of each text, in the order of rows and segments, float64."""
+    states = np.asarray(states, np.float64)
+    texts = [(row, segment) for row in range(len(states)) for segment in range(1, segment_ids[row].max() + 1)]
+    return np.stack([states[row, segment_ids[row] == segment].mean(axis=0) for row, segment in texts])
+
+
+@pytest.mark.parametrize("also", ["clean", "masked", "kl"])
+def test_the_sentence_term_compares_the_mean_states_of_texts(models, also):
+    _, _, _, _, batch = models
+    student, teacher = tiny(hidden_size=16, initializer_range=0.3), tiny(num_layers=3, initializer_range=0.3)
+    wider = WithProjections(student, (("sentence", 16, 32),))
+    params, theirs = wider.init(jax.random.key(0)), teacher.init(jax.random.key(1))
+    terms = {**NOTHING, "kl": KL(1.0)} if also == "kl" else NOTHING
+    settings = DistillSettings(**terms, sentence=Sentence(0.5), clean=also == "clean")
+    rows = {name: batch[name] for name in ("tokens", "segment_ids", "positions")} if also == "clean" else batch
+    objective = make_distill_objective(wider, (teacher,), settings)
+    state, metrics = one_step(objective, params, {"teachers": (theirs,)}, rows)
+    segment_ids = batch["segment_ids"]
+    ours = of_texts(student.hidden(wider.student_params(params), batch), segment_ids)
+    ours = ours @ np.asarray(params["projections"]["sentence"]["kernel"], np.float64)
+    goal = of_texts(teacher.hidden(theirs, batch), segment_ids)
+    cosine = (ours * goal).sum(-1) / np.linalg.norm(ours, axis=-1) / np.linalg.norm(goal, axis=-1)
+    np.testing.assert_allclose(metrics["sentence"][0], (1 - cosine).sum(), rtol=1e-4)
+    assert float(metrics["sentence"][1]) == len(ours) == segment_ids.max(axis=1).sum()
+    if also != "kl":
+        np.testing.assert_allclose(metrics["loss"][0], 0.5 * (1 - cosine).mean(), rtol=1e-4)
+        assert np.abs(state["params"]["projections"]["sentence"]["kernel"]).max() > 0
+    else:  # the other term is what it is by itself
+        alone = distillation(student, teacher, KL_ALONE)
+        _, expected = one_step(alone, wider.student_params(params), {"teachers": (theirs,)}, batch)
+        np.testing.assert_allclose(metrics["kl"][0], expected["kl"][0], rtol=1e-5)
+    assert set(metrics) >= {"sentence", "loss"} and ("accuracy" in metrics) == (also != "clean")
+
+
+def test_of_unmasked_text_the_last_states_are_those_behind_the_final_norm(models):
+    student, params, teacher, theirs, batch = models
+    assert student.config.final_norm
+    settings = DistillSettings(
+        **NOTHING, hidden=Hidden(1.0, distance="mse"), hidden_layers=((0, 0), (1, 2)), clean=True
+    )
+    clean = {name: batch[name] for name in ("tokens", "segment_ids", "positions")}
+    _, metrics = one_step(distillation(student, teacher, settings), params, {"teachers": (theirs,)}, clean)
+    ours, goal = student.capture(params, batch, layers=(0,)), teacher.capture(theirs, batch, layers=(0,))
+    pairs = ((ours.layers[0], goal.layers[0]), (ours.hidden, goal.hidden))
+    expected = sum(float(hidden_distance(*pair, real_tokens(batch), "mse")[0]) for pair in pairs)
+    np.testing.assert_allclose(metrics["hidden"][0], expected / 2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_cached_states_give_the_step_of_the_teacher_in_the_loop(models, accumulation):
+    _, _, _, _, batch = models
+    student, teacher = tiny(hidden_size=16, initializer_range=0.3), tiny(num_layers=3, initializer_range=0.3)
+    names = ("hidden_0", "hidden_1", "sentence")
+    wider = WithProjections(student, tuple((name, 16, 32) for name in names))
+    params, theirs = wider.init(jax.random.key(0)), teacher.init(jax.random.key(1))
+    settings = DistillSettings(
+        **NOTHING, hidden=Hidden(1.0), sentence=Sentence(1.0), clean=True, hidden_layers=((0, 0), (1, 2))
+    )
+    clean = {name: batch[name] for name in ("tokens", "segment_ids", "positions")}
+    loop = make_distill_objective(wider, (teacher,), settings)
+    expected, in_the_loop = one_step(loop, params, {"teachers": (theirs,)}, clean, accumulation)
+    states, means = make_states_step(teacher, (0, 2), 2, "float32")(theirs, clean)
+    values = {STATES.format(layer): one for layer, one in zip((0, 2), states)} | {MEANS: means}
+    form = TeacherForm("states", cached=True)
+    objective = make_distill_objective(wider, (), dataclasses.replace(settings, form=form))
+    found, metrics = one_step(objective, params, {}, clean | jax.tree.map(np.asarray, values), accumulation)
+    for name in ("loss", "hidden", "sentence"):
+        np.testing.assert_allclose(metrics[name][0], in_the_loop[name][0], rtol=1e-5)
+    for one, other in zip(jax.tree.leaves(found["params"]), jax.tree.leaves(expected["params"]), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
 def test_relations_with_other_head_counts(models):
     student, params, _, _, batch = models
     teacher = tiny(num_layers=3, hidden_size=48, num_heads=3, initializer_range=0.3)
@@ -167,11 +241,15 @@ def test_a_trimmed_student_sees_the_teacher_on_its_own_pieces(models, dropped):
     kept = np.sort(np.random.default_rng(3).permutation(VOCABULARY)[:40]).astype(np.int32)
     student = tiny(vocab_size=40, initializer_range=0.3)
     params = student.init(jax.random.key(0))
-    ours = {**batch, "tokens": batch["tokens"] % 40, "masked_targets": batch["masked_targets"] % 40}
+    # The teacher reads a dropped token as itself, where the student reads <unk>.
+    full = batch["tokens"]
+    tokens = np.where(np.isin(full, kept), np.searchsorted(kept, full), 3).astype(np.int32)
+    assert (kept[tokens] != full).any()
+    ours = {**batch, "tokens": tokens, "teacher_tokens": full, "masked_targets": batch["masked_targets"] % 40}
     form = TeacherForm(dropped=dropped, unknown=3)
     settings = dataclasses.replace(KL_ALONE, form=form)
     _, metrics = one_step(distillation(student, teacher, settings), params, {"teachers": (theirs,), "kept": kept}, ours)
-    logits = masked_logits(teacher, theirs, {**ours, "tokens": kept[ours["tokens"]]})
+    logits = masked_logits(teacher, theirs, {**ours, "tokens": full})
     p = softmax(on_kept(jnp.asarray(logits), kept, jnp.float32(2.0), form), 2.0)
     q = softmax(masked_logits(student, params, ours), 2.0)
     np.testing.assert_allclose(metrics["kl"][0], 4 * kl_of(p, q, batch["masked_weights"]), rtol=1e-4)

@@ -41,7 +41,7 @@ def test_ngrams_and_the_probe_have_no_seed_and_the_students_labels():
     config = quickstart.get_config()
     plan = planner(config)
     for kind, features in (("ngrams", "ngrams"), ("probe", "teacher")):
-        assert plan.seeds(Student(kind)) == (None,)
+        assert plan.seeds(Student(kind)) == ()
         (stage,) = {
             plan.baseline(Student(kind), task).folder: plan.baseline(Student(kind), task) for task in ("dc", "icner")
         }.values()
@@ -242,6 +242,50 @@ def test_what_a_cache_does_not_serve_loads_the_teacher(change):
     stage = distilled(config, "generic")
     assert stage.config["teacher_cache"] == ""
     assert "," not in stage.config["teacher_checkpoint"]
+
+
+def of_clean_text(**changes):
+    config = quickstart.get_config()
+    config.distill.clean = True
+    config.distill.kl.weight = config.distill.mlm.weight = 0.0
+    config.distill.hidden.weight = 1.0
+    config.distill.update(changes)
+    return config
+
+
+def test_students_of_clean_text_share_the_states_of_the_layers_that_they_read():
+    config = of_clean_text()
+    config.study.adapted_sets = ("task",)
+    plan = planner(config)
+    states = plan.cache("generic")
+    assert states.command == "cache_states"
+    assert states.config["states"]["layers"] == "1,2"  # of a teacher with 3 layers, for a student with 2
+    assert states.config["states"]["kinds"] == ("generic", "task")
+    assert plan.cache("adapted").config["states"]["kinds"] == ("task",)
+    assert not {"cache", "transfer", "masking", "student", "vocabulary"} & states.config.keys()
+    for name in config.study.transfer_sets:
+        for seed in config.study.seeds:
+            stage = plan.encoder(Student("distilled", name, "generic"), seed)
+            assert stage.config["teacher_cache"] == f"stage:{states.folder}"
+            assert states.folder in stage.needs
+    for change in ({"hidden": {"layers": "last"}}, {"init": "teacher"}, {"sentence": {"weight": 1.0}}):
+        other = of_clean_text(**change)
+        stage = planner(other).cache("generic")
+        assert (stage.folder == states.folder) == ("hidden" not in change)
+    only = of_clean_text(hidden={"weight": 0.0}, sentence={"weight": 1.0})
+    assert planner(only).cache("generic").config["states"]["layers"] == "none"
+    only.distill.embeddings.weight = 1.0
+    assert planner(only).cache("generic") is None
+
+
+def test_another_kind_of_text_leaves_finished_students_of_states_as_they_are():
+    config = of_clean_text()
+    config.study.transfer_sets = ConfigDict({"task": 1.0})
+    before = {stage.name: stage.folder for stage in all_stages(config)}
+    config.study.transfer_sets = ConfigDict({"task": 1.0, "mix50": 0.5})
+    after = {stage.name: stage.folder for stage in all_stages(config)}
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"states-generic"}
 
 
 def test_a_schedule_of_teachers_switches_at_its_step_and_an_average_does_not():

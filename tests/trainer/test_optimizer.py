@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kd_jax.config.settings import block, read
-from kd_jax.config.training import Finetune, Training
+from kd_jax.config.training import Distill, Finetune, Training
 from kd_jax.trainer.optimizer import after_skipped, decay_mask, make_optimizer, make_schedule
 from kd_jax.types import UserError
 
@@ -153,3 +153,26 @@ def test_after_a_skipped_step_only_the_schedule_went_on():
     assert int(skipped["learning_rate"].count) == 1
     assert int(skipped["adam"].count) == 0 and not skipped["adam"].mu["kernel"].any()
     assert jax.tree.structure(skipped) == jax.tree.structure(after)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25])
+def test_the_token_table_has_a_rate_of_its_own(rate):
+    params = {
+        "encoder": {"embeddings": {"tokens": jnp.full((3, 2), 0.5), "norm": jnp.ones(2)}},
+        "projections": jnp.ones(2),
+    }
+    gradients = jax.tree.map(jnp.ones_like, params)
+
+    def update(**changes):
+        optimizer = make_optimizer(Distill(warmup_steps=0, **changes).of_step)
+        state = optimizer.init(params)
+        return optimizer.update(gradients, state, params)[0], state
+
+    plain, before = update()
+    slowed, _ = update(table_rate=rate)
+    assert before.keys() == {"clip", "adam", "decay", "learning_rate"}  # as in older checkpoints
+    tables = [one["encoder"]["embeddings"].pop("tokens") for one in (plain, slowed)]
+    np.testing.assert_array_equal(tables[1], rate * tables[0])
+    jax.tree.map(np.testing.assert_array_equal, plain, slowed)
+    with pytest.raises(UserError, match=r"config\.distill\.table_rate: -1\.0 is negative"):
+        read(Distill, block(Distill, table_rate=-1.0), "distill")

@@ -18,7 +18,7 @@ from kd_jax.data.text.files import fill_path
 from kd_jax.data.text.sources import load_utterances
 from kd_jax.data.text.splits import Splits, shared_with_test, text_key
 from kd_jax.data.text.tokenizer import Tokenizer, train_tokenizer
-from kd_jax.data.text.utterances import PARTITIONS, Utterance, subset_train
+from kd_jax.data.text.utterances import PARTITIONS, Utterance, shared_ids, subset_train
 from kd_jax.types import UserError
 
 SHOWN = 10  # errors that are printed; the others are counted
@@ -77,7 +77,15 @@ def check(settings: Prepare, transfer: Transfer, max_train: int = 0) -> Findings
         utterances = load_utterances(settings.nlu, errors.add)
     lines: list[str] = []
     if utterances:
-        lines += [*partitions(utterances), "", *labels(utterances), "", *duplicates(utterances, max_train), ""]
+        lines += [
+            *partitions(utterances),
+            *translations(utterances),
+            "",
+            *labels(utterances),
+            "",
+            *duplicates(utterances, max_train),
+            "",
+        ]
     lines += [*texts(settings, transfer, utterances, errors), ""]
     return Findings(lines + errors.lines(), errors.count)
 
@@ -95,6 +103,18 @@ def partitions(utterances: Sequence[Utterance]) -> Iterator[str]:
         if not counts[locale, name]:
             why = "recipes are chosen on it" if name == "dev" else "students are compared on it"
             yield f"note: {locale} has no {name} utterance, and {why}"
+
+
+def translations(utterances: Sequence[Utterance]) -> Iterator[str]:
+    """Whether utterances of one id in several locales can be translations of each other."""
+    found = shared_ids(((one.partition, one.id), one.locale, one.intent) for one in utterances)
+    if found.shared and found.parallel:
+        yield f"ids: {found.shared:,} are shared by locales, and are taken for translations of each other"
+    elif found.shared:
+        yield (
+            f"note: {found.differing:,} of {found.shared:,} ids that locales share have different intents, so "
+            "utterances of one id are not taken for translations"
+        )
 
 
 def label_counts(utterances: Iterable[Utterance]) -> dict[str, dict[str, Counter[str]]]:

@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -253,7 +254,10 @@ def _read_wordpiece(file: Path) -> tuple[tokenizers.Tokenizer, str, dict[str, st
         settings = file.parent / "tokenizer_config.json"
         declared = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
         is_cased = any(token != token.lower() for token in tokens if not re.fullmatch(r"\[.*\]", token))
-        options = {"do_lower_case": not is_cased, **{key: declared[key] for key in _WORDPIECE if key in declared}}
+        options: dict[str, Any] = {
+            "do_lower_case": not is_cased,
+            **{key: declared[key] for key in _WORDPIECE if key in declared},
+        }
         theirs = BertTokenizer.from_pretrained(folder, **options)
     names = {role: str(getattr(theirs, f"{role}_token")) for role in _USUAL_NAMES}
     for role, name in names.items():

@@ -9,7 +9,7 @@ import re
 import sys
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -305,6 +305,32 @@ def subset(utterances: Sequence[Utterance], partition: str, most: int) -> list[U
             found.setdefault(utterance.locale, []).append(utterance)
     kept = {(locale, one.id) for locale, members in found.items() for one in sorted(members, key=rank)[:most]}
     return [one for one in utterances if one.partition != partition or (one.locale, one.id) in kept]
+
+
+# Unrelated utterances with one id have the same intent by chance: less than 90 % of them unless one intent makes up
+# 95 % of the data. Translations whose labels were corrected in one locale differ in fewer than 10 %; MASSIVE's in none.
+MOST_DIFFERING = 0.1
+
+
+class SharedIds(NamedTuple):
+    """The number of ids that several locales have, and of those among them whose intents differ between locales."""
+
+    shared: int
+    differing: int
+
+    @property
+    def parallel(self) -> bool:
+        """Whether utterances of one id can be translations of each other."""
+        return self.differing <= MOST_DIFFERING * self.shared
+
+
+def shared_ids(labeled: Iterable[tuple[Hashable, str, str]]) -> SharedIds:
+    """Counts the ids that locales share; labeled: (id, locale, intent) of each utterance."""
+    intents: dict[Hashable, dict[str, set[str]]] = {}
+    for name, locale, intent in labeled:
+        intents.setdefault(name, {}).setdefault(locale, set()).add(intent)
+    shared = [list(found.values()) for found in intents.values() if len(found) > 1]
+    return SharedIds(len(shared), sum(any(one != found[0] for one in found) for found in shared))
 
 
 @dataclasses.dataclass(frozen=True)

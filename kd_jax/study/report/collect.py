@@ -25,7 +25,7 @@ def collect(study: Study, similarity: list[dict[str, Any]], provenance: dict[str
         objects += heldout_results(study.heldout(stage), who)
         curves[f"teacher, {name}"] = read_curve(study.folder(stage))
     for student in study.planner.students:
-        for seed in study.planner.seeds(student):
+        for seed in study.planner.seeds(student) or (None,):
             named = (student.kind, student.transfer_set, student.teacher, seed)
             who: dict[str, Any] = dict(zip(IDENTITY, named, strict=True))
             encoder = None if seed is None else study.planner.encoder(student, seed)

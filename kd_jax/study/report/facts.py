@@ -31,9 +31,15 @@ def best_models(study: Study, numbers: Numbers) -> list[pathlib.Path]:
 
 
 def cached_predictions(study: Study) -> dict[str, str]:
-    """What was cached of each teacher, and how often at most a mask was repeated in a run."""
+    """What was cached of each teacher, and how often at most a mask was repeated in a run of cached predictions."""
     found = {}
     for stage in study.planner.plan(study.chosen):  # not planned(), which all processes must call
+        if stage.command == "cache_states":
+            cache = read_json(study.folder(stage) / "cache.json")
+            found[f"states of the {stage.name.removeprefix('states-')} teacher"] = (
+                f"{cache['rows']:,} rows of unmasked text, {cache['tokens']:,} tokens and {cache['texts']:,} texts, "
+                f"{cache['bytes'] / 2**20:.1f} MiB, {cache['bytes_per_token']:.0f} bytes per token"
+            )
         if stage.command != "cache_teacher":
             continue
         cache = read_json(study.folder(stage) / "cache.json")

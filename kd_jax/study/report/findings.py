@@ -8,26 +8,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kd_jax.evaluation.significance import (
-    MINIMUM_SEEDS,
-    Difference,
-    ErrorCounts,
-    Verdict,
-    compare_all,
-    verdict,
-)
+from kd_jax.evaluation.significance import HIGHER, LOWER, UNDECIDED, Decision, Difference, decide
 from kd_jax.evaluation.similarity import RankCorrelation, rank_correlation
 from kd_jax.study.plan import Student
-from kd_jax.study.report.numbers import HEADLINE, JUDGED, LOSS, TASK_NAMES, Numbers, Place, comparable
-from kd_jax.text_tables import escaped
+from kd_jax.study.report.contrasts import SCRATCH, declared
+from kd_jax.study.report.numbers import HEADLINE, JUDGED, LOSS, Numbers, Place
+from kd_jax.study.report.wording import label, listed, plural, relative, relative_text, set_name, signed
 
-SEEN, NOT_SEEN, UNDECIDED, NOT_RUN = "seen", "not seen", "undecided", "not run"
+SEEN, NOT_SEEN, OPEN, NOT_RUN = "seen", "not seen", "undecided", "not run"
+STATUSES = {LOWER: SEEN, HIGHER: NOT_SEEN, UNDECIDED: OPEN}
 ALPHA = 0.05
-NONE = "–"
 
 
 class Answer(NamedTuple):
-    """One of SEEN, NOT_SEEN, UNDECIDED, NOT_RUN, and the numbers behind it as a clause."""
+    """One of SEEN, NOT_SEEN, OPEN, NOT_RUN, and the numbers behind it as a clause."""
 
     status: str
     reason: str
@@ -44,113 +38,33 @@ class DomainGain(NamedTuple):
     gains: dict[str, Difference | None]  # task -> task-only against generic-only; the gain is -relative
 
 
-def signed(value: float, digits: int = 1) -> str:
-    """+1.2 or −1.2, with the typographic minus; a value that rounds to zero has no sign."""
-    text = f"{abs(value):.{digits}f}"
-    return text if float(text) == 0 else ("−" if value < 0 else "+") + text
-
-
-def relative(difference: Difference | None) -> tuple[float, float, float] | None:
-    """Relative change as a fraction with the ends of its interval; None if there is no error to compare with."""
-    if difference is None or difference.relative is None:
-        return None
-    assert difference.relative_low is not None and difference.relative_high is not None
-    return difference.relative, difference.relative_low, difference.relative_high
-
-
-def relative_text(difference: Difference | None) -> str:
-    """Relative change with its interval, in percent; an en dash if undefined."""
-    change = relative(difference)
-    if change is None:
-        return NONE
-    value, low, high = (signed(100 * one) for one in change)
-    return f"{value} % [{low}, {high}]"
-
-
-def judge(difference: Difference, p_value: float) -> str:
-    """SEEN: significantly lower; NOT_SEEN: significantly higher; UNDECIDED: neither, or too few seeds."""
-    if difference.seeds < MINIMUM_SEEDS or p_value >= ALPHA:
-        return UNDECIDED
-    return SEEN if difference.difference < 0 else NOT_SEEN
-
-
-def comparable_students(numbers: Numbers, students: list[Student], what: str) -> dict[str, ErrorCounts]:
-    """The errors (for LOSS the losses) of the students comparable with the first, by name; empty for fewer than two."""
-    found: dict[str, ErrorCounts] = {}
-    for student in students:
-        counts = numbers.errors(student, *JUDGED[what])
-        if counts is not None and all(comparable(other, counts) for other in found.values()):
-            found[student.name] = counts
-    return found if len(found) > 1 else {}
-
-
-def task_verdict(numbers: Numbers, what: str) -> Verdict | None:
-    """The best transfer set among the students of the generic teacher; None if no two can be compared."""
-    counts = comparable_students(numbers, numbers.distilled("generic"), what)
-    return verdict(counts) if counts else None
-
-
-def between(numbers: Numbers, a: str, b: str, what: str) -> Difference:
-    """One student against another, by their names, both from one verdict."""
-    found = numbers.difference(numbers.named[a], numbers.named[b], *JUDGED[what])
-    assert found is not None  # a verdict compares what is comparable
-    return found
-
-
-def label(numbers: Numbers, student: Student) -> str:
-    """The student's label as Markdown."""
-    return escaped(numbers.label(student))
-
-
-def set_name(numbers: Numbers, name: str) -> str:
-    """The transfer set's part of the label of the student of this name, as Markdown."""
-    return escaped(numbers.label(numbers.named[name]).removeprefix("distilled, "))
-
-
-def verdict_text(numbers: Numbers, task: str) -> str:
-    """The verdict on a task in one or two sentences."""
-    name, measure = TASK_NAMES[task], HEADLINE[task]
-    title = "error" if task == "dc" else "semantic error rate"
-    result = task_verdict(numbers, task)
-    if result is None:
-        means = {who.name: numbers.mean(who, task, measure.error) for who in numbers.distilled("generic")}
-        known = {name: mean.mean for name, mean in means.items() if mean}
-        if len(known) < 2:
-            return f"**{name}: nothing to compare.** Fewer than two transfer sets have results."
-        best = min(known, key=known.__getitem__)
-        return (
-            f"**{name}: no winner can be named.** {sentence(set_name(numbers, best))} has the lowest {title} "
-            f"({100 * known[best]:.2f} %), but with one seed and no records of single utterances, a difference has no "
-            "interval."
-        )
-    tied = list(result.tied[1:]) or sorted(result.comparisons, key=lambda key: result.comparisons[key].rate_a)[:1]
-    best, rival = set_name(numbers, result.best), set_name(numbers, tied[0])
-    difference = between(numbers, result.best, tied[0], task)
-    rate = f"{100 * min(item.rate_b for item in result.comparisons.values()):.2f} %"
-    change = f"{relative_text(difference)}, {plural(difference.seeds, 'seed')}"
-    if result.winner:
-        article = "an" if title[0] in "aeiou" else "a"
-        return f"**{name}: {best} won** with {article} {title} of {rate}, against the next best, {rival}: {change}."
-    against = f"against {rival}: " if len(tied) > 1 else "relative change "
-    few = f"; fewer than {MINIMUM_SEEDS} seeds decide nothing" if difference.seeds < MINIMUM_SEEDS else ""
-    return (
-        f"**{name}: no winner at this size.** {sentence(best)} has the lowest {title} ({rate}), but does not differ "
-        f"significantly from {listed([set_name(numbers, one) for one in tied])} ({against}{change}{few})."
-    )
+def against_others(numbers: Numbers, student: Student, what: str) -> dict[Student, Decision]:
+    """One student of the generic teacher against each other one, for a task or for LOSS, decided together."""
+    differences: dict[Student, Difference] = {}
+    for other in numbers.distilled("generic"):
+        difference = numbers.difference(student, other, *JUDGED[what])
+        if difference is not None:
+            differences[other] = difference
+    return decide(differences)
 
 
 def loss_text(numbers: Numbers) -> str | None:
-    """The verdict on held-out masked-LM loss on task text; None if it was not measured."""
-    result = task_verdict(numbers, LOSS)
-    if result is None:
+    """The verdict on held-out masked-LM loss on task text; None if no two students can be compared."""
+    measure, place = JUDGED[LOSS]
+    means = {one: numbers.mean(one, measure.task, measure.error, place) for one in numbers.distilled("generic")}
+    known = {one: mean.mean for one, mean in means.items() if mean is not None}
+    if len(known) < 2:
         return None
-    rates = {name: item.rate_a for name, item in result.comparisons.items()}
-    lowest = next(iter(result.comparisons.values())).rate_b
-    others = [f"{rates[name]:.2f} ({set_name(numbers, name)})" for name in sorted(rates, key=rates.__getitem__)]
-    doubt = "" if result.winner else "; not all of these differ significantly"
+    best, *others = sorted(known, key=known.__getitem__)
+    decisions = against_others(numbers, best, LOSS)
+    if not decisions:
+        return None
+    values = [f"{known[one]:.2f} ({set_name(numbers, one)})" for one in others]
+    sure = all(one in decisions and decisions[one].status == LOWER for one in others)
+    doubt = "" if sure else "; not all of these differ significantly"
     return (
         "On held-out task text, among the students distilled from the generic teacher, the masked-LM loss is lowest "
-        f"for {set_name(numbers, result.best)}: {lowest:.2f} nats per masked token, against {listed(others)}{doubt}. "
+        f"for {set_name(numbers, best)}: {known[best]:.2f} nats per masked token, against {listed(values)}{doubt}. "
         "That is the pretraining objective, not the task."
     )
 
@@ -184,43 +98,30 @@ def unigram_text(numbers: Numbers) -> str | None:
     )
 
 
-def scratch_text(numbers: Numbers) -> str | None:
-    """The best distilled student against the one from scratch, for all tasks in one sentence; None if not run."""
-    words = {SEEN: "better", NOT_SEEN: "worse", UNDECIDED: "no significant difference"}
-    answers = {task: distilled_beats_scratch(numbers, task) for task in numbers.tasks()}
-    parts = [
-        f"{TASK_NAMES[task]} {words[answer.status]} ({answer.reason})"
-        for task, answer in answers.items()
-        if answer.status in words
-    ]
-    return f"Against the same student from scratch: {'; '.join(parts)}." if parts else None
-
-
 def distilled_beats_scratch(numbers: Numbers, task: str) -> Answer:
-    """The best student of the generic teacher against the one from scratch, Holm-adjusted."""
-    scratch = numbers.scratch
-    counts = comparable_students(numbers, [scratch, *numbers.distilled("generic")], task) if scratch else {}
-    if scratch is None or scratch.name not in counts:
-        return Answer(NOT_RUN, "no from-scratch student to compare a distilled one with, or no interval")
-    differences, adjusted = compare_all(counts, scratch.name)
-    best = min(differences, key=lambda name: differences[name].rate_a)
-    reason = f"{label(numbers, numbers.named[best])}: {relative_text(differences[best])}"
-    return Answer(judge(differences[best], adjusted[best]), reason)
+    """The declared comparison of the distilled student with the one from scratch."""
+    found = declared(numbers, task)[SCRATCH]
+    if found.decision is None or found.student is None:
+        return Answer(NOT_RUN, found.missing)
+    reason = f"{label(numbers, found.student)}: {relative_text(found.decision.difference)}"
+    return Answer(STATUSES[found.decision.status], reason)
 
 
 def task_only_is_best(numbers: Numbers, what: str) -> Answer:
-    """The task-only transfer set against all others, for a task or for LOSS."""
-    result, task_only = task_verdict(numbers, what), numbers.with_share(1.0)
-    if result is None or task_only is None or task_only.name not in (result.best, *result.comparisons):
+    """The task-only transfer set against each other one, for a task or for LOSS: lower than all, or higher than one."""
+    task_only = numbers.with_share(1.0)
+    decisions = against_others(numbers, task_only, what) if task_only else {}
+    if not decisions:
         return Answer(NOT_RUN, "no task-only transfer set to compare with another, or no interval")
-    if result.best == task_only.name:
-        rival = min(result.comparisons, key=lambda name: result.comparisons[name].rate_a)
-        change = relative_text(between(numbers, result.best, rival, what))
-        reason = f"lowest; against the next, {set_name(numbers, rival)}, {change}"
-        return Answer(SEEN if result.winner else UNDECIDED, reason)
-    difference = between(numbers, task_only.name, result.best, what)
-    reason = f"{set_name(numbers, result.best)} is lowest; task-only against it {relative_text(difference)}"
-    return Answer(judge(difference, result.adjusted[task_only.name]), reason)
+    nearest = min(decisions, key=lambda one: decisions[one].difference.rate_b)
+    difference = decisions[nearest].difference
+    change = relative_text(difference)
+    if difference.difference < 0:
+        reason = f"lowest; against the next, {set_name(numbers, nearest)}, {change}"
+    else:
+        reason = f"{set_name(numbers, nearest)} is lowest; task-only against it {change}"
+    statuses = {one.status for one in decisions.values()}
+    return Answer(NOT_SEEN if HIGHER in statuses else SEEN if statuses == {LOWER} else OPEN, reason)
 
 
 def adapted_is_better(numbers: Numbers, what: str) -> Answer:
@@ -233,8 +134,8 @@ def adapted_is_better(numbers: Numbers, what: str) -> Answer:
     difference = numbers.difference(student, other, *JUDGED[what])
     if difference is None:
         return Answer(NOT_RUN, "only one of the two teachers' students has results, or no interval")
-    reason = f"on {set_name(numbers, other.name)}, adapted against generic teacher {relative_text(difference)}"
-    return Answer(judge(difference, difference.p_value), reason)
+    reason = f"on {set_name(numbers, other)}, adapted against generic teacher {relative_text(difference)}"
+    return Answer(STATUSES[decide({other: difference})[other].status], reason)
 
 
 def domain_gains(numbers: Numbers) -> list[DomainGain]:
@@ -287,7 +188,7 @@ def gain_correlates(rows: list[DomainGain], task: str) -> Answer:
     if found.rho is None or found.p_value is None:
         return Answer(NOT_RUN, correlation_text(found))
     if found.p_value >= ALPHA:
-        return Answer(UNDECIDED, correlation_text(found))
+        return Answer(OPEN, correlation_text(found))
     return Answer(SEEN, f"{correlation_text(found)}: {'less' if found.rho > 0 else 'more'} similar domains gain more")
 
 
@@ -304,18 +205,3 @@ def findings(numbers: Numbers, gains: list[DomainGain]) -> dict[str, dict[str, A
             what: adapted_is_better(numbers, what) for what in [*tasks, LOSS]
         },
     }
-
-
-def plural(count: int, noun: str) -> str:
-    """ "1 seed", "3 seeds"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def listed(names: list[str]) -> str:
-    """a, b and c."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def sentence(text: str) -> str:
-    """The text with a capital letter first."""
-    return text[:1].upper() + text[1:]

@@ -9,8 +9,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kd_jax.config.training import FEATURE_TERMS
+from kd_jax.data.text.utterances import SharedIds
 from kd_jax.evaluation.records import Record
-from kd_jax.evaluation.significance import Difference, ErrorCounts, SeedMean, compare, error_counts, over_seeds
+from kd_jax.evaluation.significance import (
+    Difference,
+    ErrorCounts,
+    SeedMean,
+    comparable,
+    compare,
+    error_counts,
+    over_seeds,
+    parallel_ids,
+)
 from kd_jax.study.plan import INITIALIZED, LABELED, OTHER_TEACHERS, Student
 
 KINDS = ("ngrams", "probe", "finetuned", "scratch", INITIALIZED, "mlm", "distilled")  # in this order in tables
@@ -198,11 +208,17 @@ class Numbers:
             if not values:
                 self._errors[key] = None
             elif all(records.values()):
-                self._errors[key] = error_counts(records, measure.error, test_set=place.test_set)
+                parallel = self.shared_ids.parallel
+                self._errors[key] = error_counts(records, measure.error, test_set=place.test_set, parallel=parallel)
             else:  # as if each seed had one utterance
                 rates = np.array(list(values.values()))[:, None]
                 self._errors[key] = ErrorCounts(rates, np.ones_like(rates), tuple(values), ("all",))
         return self._errors[key]
+
+    @cached_property
+    def shared_ids(self) -> SharedIds:
+        """The ids that locales share in the test set, which is the same for all students."""
+        return parallel_ids(next(iter(self.inputs.records.values()), ()))
 
     def _records(self, key: RecordKey, place: Place) -> Sequence[Record]:
         """The records of one locale and domain."""
@@ -215,6 +231,10 @@ class Numbers:
                         buckets[locale, domain].append(record)
         return self._buckets[key].get((place.locale, place.domain), ())
 
+    def seedless(self, student: Student) -> bool:
+        """Whether nothing in the row is random, so that it was made once and has no seed."""
+        return any(None in seeds for key, seeds in self._values.items() if key[0] == student)
+
     def difference(
         self, student: Student | None, reference: Student | None, measure: Measure, place: Place = WHOLE_TEST
     ) -> Difference | None:
@@ -222,7 +242,7 @@ class Numbers:
         if student is None or reference is None or student == reference:
             return None
         key = (student, reference, measure.task, measure.error, place)
-        if key not in self._differences:  # a thousand resamples each, and several tables ask for the same pair
+        if key not in self._differences:  # several tables ask for the same pair
             a, b = self.errors(student, measure, place), self.errors(reference, measure, place)
             self._differences[key] = compare(a, b) if a is not None and b is not None and comparable(a, b) else None
         return self._differences[key]
@@ -247,8 +267,10 @@ class Numbers:
     @property
     def distills_states(self) -> bool:
         """Whether the distilled students learn the teacher's inner states."""
-        terms = self.inputs.config.get("distill", {})
-        return any(terms.get(name, {}).get("weight", 0) for name in FEATURE_TERMS)
+        if "distill" not in self.inputs.config:
+            return False
+        terms = self.inputs.config["distill"]
+        return any(terms[name]["weight"] > 0 for name in FEATURE_TERMS if name in terms)
 
     def unigram_loss(self, who: Student, kind: str, locale: str = "all") -> float | None:
         """Loss of a unigram on the model's own held-out "task" or "generic" tokens, in nats per masked token.
@@ -263,12 +285,6 @@ class Numbers:
         rows = (row for row in self.inputs.results if row["task"] == "mlm" and row["student"] == "teacher")
         found = {row["locale"] for row in rows if row["test_set"] == f"heldout_{kind}"}
         return [name for name in ["all", *sorted(found - {"all"})] if name in found]
-
-
-def comparable(a: ErrorCounts, b: ErrorCounts) -> bool:
-    """Whether their difference has an interval: common seeds, and more than one seed or utterance."""
-    shared = set(a.seeds) & set(b.seeds)
-    return a.ids == b.ids and (len(shared) > 1 or (len(shared) == 1 and len(a.ids) > 1))
 
 
 def percent(share: float) -> str:

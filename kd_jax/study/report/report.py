@@ -19,6 +19,7 @@ from markdown_it import MarkdownIt
 from kd_jax.runtime.files import write_atomically
 from kd_jax.runtime.paths import as_path, make_folder
 from kd_jax.study.report import tables
+from kd_jax.study.report.contrasts import declared_student, left_out, trend_text, verdict_text
 from kd_jax.study.report.figures import FIGURES
 from kd_jax.study.report.findings import (
     NOT_RUN,
@@ -28,24 +29,22 @@ from kd_jax.study.report.findings import (
     divergence_key,
     domain_gains,
     findings,
-    label,
     loss_text,
-    plural,
-    scratch_text,
     similarity_points,
     unigram_text,
-    verdict_text,
 )
 from kd_jax.study.report.numbers import HEADLINE, JUDGED_NAMES, TASK_NAMES, TEST, Numbers, ReportInputs
 from kd_jax.study.report.plotting import write_figure
+from kd_jax.study.report.wording import label, plural
 from kd_jax.text_tables import aligned_table, escaped
 
 WIDTH = 110  # characters in a line of the summary
+DECLARED = "Declared comparisons"
 RESULTS = "Results"
 HELDOUT = "Held-out masked-LM loss"
 CURVES = "Error against the share of task text"
 SIMILARITY = "Similarity to generic text against the gain"
-FINDING_SECTIONS = (RESULTS, f"{CURVES}; {HELDOUT}", SIMILARITY, f"{RESULTS}; {HELDOUT}")
+FINDING_SECTIONS = (DECLARED, f"{CURVES}; {HELDOUT}", SIMILARITY, f"{RESULTS}; {HELDOUT}")
 OWN_CHOICES = (
     "The sizes of teacher and students, the shares of task text, the amounts of text and the measure of similarity are "
     "this study's own choices. The paper's (Peris et al. 2022, arXiv 2210.04834) are not public, so do not compare its "
@@ -71,17 +70,16 @@ def write_report(folder: pathlib.Path, inputs: ReportInputs) -> None:
 
 
 def summary_text(inputs: ReportInputs) -> str:
-    """The result table and the verdict as plain text of at most 110 columns, for the terminal."""
+    """The verdict and the result table as plain text of at most 110 columns, for the terminal."""
 
     def wrapped(text: str) -> str:
         return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
-    lines = [inputs.name]
+    lines = [inputs.name, "", *(wrapped(plain(text)) for text in _verdict_sentences(inputs.numbers))]
+    lines += [wrapped(f"Note: {note}") for note in inputs.notes]
     if inputs.numbers.students:
         for table in tables.terminal_tables(inputs.numbers):
             lines += ["", wrapped(table.caption), aligned_table(table.header, table.rows, rule=True, width=WIDTH)]
-    lines += ["", *(wrapped(plain(text)) for text in _verdict_sentences(inputs.numbers))]
-    lines += [wrapped(f"Note: {note}") for note in inputs.notes]
     return "\n".join(lines)
 
 
@@ -94,6 +92,7 @@ def compose(inputs: ReportInputs, drawn: Collection[str]) -> dict[str, str]:
     }
     return {
         "Verdict": _verdict_section(numbers),
+        DECLARED: _declared_section(numbers),
         RESULTS: _results_section(numbers),
         HELDOUT: _heldout_section(numbers, shown["heldout_loss"]),
         CURVES: shown["share_curves"],
@@ -171,12 +170,37 @@ def _verdict_sentences(numbers: Numbers) -> list[str]:
     sentences = [verdict_text(numbers, task) for task in numbers.tasks()]
     if not sentences:
         sentences = ["**No verdict.** There are no downstream results."]
-    return sentences + [text for text in (scratch_text(numbers), loss_text(numbers), unigram_text(numbers)) if text]
+    return sentences + [text for text in (loss_text(numbers), unigram_text(numbers)) if text]
 
 
 def _verdict_section(numbers: Numbers) -> str:
     notes = _bullets([f"**Note:** {escaped(note)}" for note in numbers.inputs.notes])
     return _joined(*_verdict_sentences(numbers), notes, OWN_CHOICES)
+
+
+def _declared_section(numbers: Numbers) -> str:
+    student, tasks = declared_student(numbers), numbers.tasks()
+    if student is None or not tasks:
+        return "No distilled student was tested, so there is nothing to compare."
+    meaning = (
+        "These comparisons were fixed before any result was known, and they alone decide the verdict. The student that "
+        f"stands for distillation is that of the generic teacher on the most task text ({label(numbers, student)}). "
+        "Distillation is said to help only if this student beats the one by masked LM alone and, where students start "
+        "from the teacher, the one that was not distilled."
+    )
+    if unseeded := [numbers.label(one) for one in numbers.students if numbers.seedless(one)]:
+        meaning += f" What has no seed ({'; '.join(unseeded)}) comes out the same each time, and counts for every seed."
+    table = tables.declared_table(numbers)
+    trends = [text for task in tasks if (text := trend_text(numbers, task))]
+    trend = "Apart from these, and not adjusted with them, the trend along the share of task text:" if trends else ""
+    return _joined(
+        meaning,
+        table.markdown() if table.rows else "",
+        _bullets([sentence for task in tasks for sentence in left_out(numbers, task)]),
+        trend,
+        _bullets(trends),
+        "Everything else in this report is exploratory: it suggests what to study next, and decides nothing.",
+    )
 
 
 def _results_section(numbers: Numbers) -> str:
@@ -186,15 +210,25 @@ def _results_section(numbers: Numbers) -> str:
     if numbers.scratch is None or not any(student.kind == "mlm" for student in numbers.students):
         missing.append("A baseline is missing: from scratch, or MLM alone on the same text.")
     intervals = (
-        "Intervals come from a paired bootstrap over seeds and utterances; all locales of one utterance are drawn "
-        "together. They cover seeds and test utterances. They do not cover what all seeds share: the teacher, the "
-        "texts, the finetuning recipe, the languages."
+        "Intervals cover seeds and test utterances. They do not cover what all seeds share: the teacher, the texts, "
+        f"the finetuning recipe, the languages. {_clusters(numbers)}"
     )
     if not numbers.inputs.records:
         intervals = "No records of single utterances were given, so intervals cover seeds only."
     if len(numbers.seeds()) == 1:
         intervals += " With one seed they cover test utterances only."
     return _joined(tables.result_table(numbers).markdown(), *missing, intervals)
+
+
+def _clusters(numbers: Numbers) -> str:
+    """Which utterances the intervals take for translations of each other."""
+    ids = numbers.shared_ids
+    if ids.shared and not ids.parallel:
+        return (
+            f"{ids.differing:,} of {ids.shared:,} test ids that locales share have different intents, so utterances of "
+            "one id are not translations of each other, and each counts on its own."
+        )
+    return "All locales of one utterance count together, since translations are not independent." if ids.shared else ""
 
 
 def _heldout_section(numbers: Numbers, figure: str) -> str:

@@ -6,11 +6,23 @@ from typing import Any, NamedTuple
 
 from kd_jax.evaluation.significance import SeedMean
 from kd_jax.study.plan import Student
-from kd_jax.study.report.findings import NONE, Answer, DomainGain, label, plural, relative, relative_text, signed
+from kd_jax.study.report.contrasts import declared, reading
+from kd_jax.study.report.findings import Answer, DomainGain
 from kd_jax.study.report.numbers import HEADLINE, JUDGED_NAMES, TASK_NAMES, TEST, Measure, Numbers, Place, percent
+from kd_jax.study.report.wording import (
+    NONE,
+    label,
+    leaves_out_zero,
+    plural,
+    relative,
+    relative_text,
+    signed,
+    too_wide,
+)
 from kd_jax.text_tables import escaped, markdown_table
 
 MOST_STORE_ROWS = 40
+EXPLORATORY = "Exploratory: not adjusted for how many there are, so one interval in twenty leaves out zero by chance."
 # The first word of a stage's name -> what its time is spent on.
 PHASES = {
     "prepare": "prepare text",
@@ -96,7 +108,10 @@ def result_table(numbers: Numbers, test_set: str = TEST) -> Table:
     )
     counts = [utterances_of(numbers, task, test_set) for task in numbers.tasks() if numbers.students]
     sizes = ", ".join(f"{count} utterances for {TASK_NAMES[task]}" for task, count in zip(numbers.tasks(), counts))
-    caption = f"Test set `{test_set}` ({sizes}), in %: mean ± standard deviation over {seeds_text(numbers)}; {against}."
+    caption = (
+        f"Test set `{test_set}` ({sizes}), in %: mean ± standard deviation over {seeds_text(numbers)}"
+        f"{unseeded(numbers)}; {against}. {EXPLORATORY}"
+    )
     strong = [index for index, student in enumerate(numbers.students) if student == reference]
     arrows = ["↓" if measure.shown == measure.error else "↑" for measure in measures]
     header = ["Student", *(f"{measure.title} {arrow}" for measure, arrow in zip(measures, arrows))]
@@ -114,6 +129,42 @@ def seeds_text(numbers: Numbers) -> str:
     """The number of seeds behind a mean, for captions."""
     count = len(numbers.seeds())
     return f"{count} seeds" if count != 1 else "one seed (so no spread)"
+
+
+def unseeded(numbers: Numbers) -> str:
+    """A remark on the rows in which nothing is random; empty if there are none."""
+    names = [numbers.label(student) for student in numbers.students if numbers.seedless(student)]
+    return f" (no seed, so no spread: {'; '.join(names)})" if names else ""
+
+
+def declared_table(numbers: Numbers) -> Table:
+    """A row for each declared comparison of each task that has results."""
+    rows = []
+    for task in numbers.tasks():
+        found = declared(numbers, task)
+        together = sum(one.decision is not None for one in found.values())
+        for one in found.values():
+            if one.decision is None or one.student is None or one.reference is None:
+                continue
+            difference = one.decision.difference
+            rows.append(
+                [
+                    f"{TASK_NAMES[task]}, {one.measure.error_title.removeprefix('DC ').lower()}",
+                    numbers.label(one.student),
+                    numbers.label(one.reference),
+                    fixed(100 * difference.rate_a, 2),
+                    fixed(100 * difference.rate_b, 2),
+                    relative_text(difference),
+                    "< 0.001" if one.decision.adjusted < 0.001 else fixed(one.decision.adjusted, 3),
+                    reading(one.decision, together),
+                ]
+            )
+    header = ["Task", "Student", "Against", "Its error", "Error against", "Relative change", "p, adjusted", "Reading"]
+    caption = (
+        "Errors in %, relative change with its 95 % interval, and the p-value, adjusted (Holm) for the comparisons of "
+        "the task. Lower or higher: an adjusted p-value below 0.05, and at least three seeds."
+    )
+    return Table(header, rows, caption, 3)
 
 
 def heldout_cells(numbers: Numbers, who: Student, kind: str, locale: str = "all") -> list[str]:
@@ -154,7 +205,7 @@ def locale_table(numbers: Numbers, task: str) -> Table:
         difference = numbers.difference(numbers.with_share(1.0), numbers.with_share(0.0), measure, place)
         rows.append([locale, *cells, relative_text(difference)])
     header = ["Locale", *(numbers.label(student) for student in compared), "task 100 % against generic only"]
-    caption = f"{measure.error_title} by locale, in %, and its relative change with a 95 % interval."
+    caption = f"{measure.error_title} by locale, in %, and its relative change with a 95 % interval. {EXPLORATORY}"
     return Table(header, rows, caption)
 
 
@@ -175,12 +226,13 @@ def domain_table(gains: Sequence[DomainGain], tasks: Sequence[str]) -> Table:
     """A row for each domain: how far its text is from generic text, and its relative error reduction."""
 
     def gain(row: DomainGain, task: str) -> str:
-        found = relative(row.gains[task])
-        if found is None:
+        difference = row.gains[task]
+        found = relative(difference)
+        if difference is None or found is None:
             return NONE
         # A gain is a fall of the error, so the ends of the interval change places.
         value, high, low = (signed(-100 * one) for one in found)
-        return f"{value} % [{low}, {high}]"
+        return too_wide(difference) or f"{value} % [{low}, {high}]"
 
     rows = [
         [
@@ -196,7 +248,7 @@ def domain_table(gains: Sequence[DomainGain], tasks: Sequence[str]) -> Table:
         "JSD: Jensen-Shannon divergence in bits of the domain's train text from the generic train text, once over all "
         "of both and once at one matched number of tokens. Overlap: share of the most frequent tokens in common. Gain: "
         "relative reduction of the DC error or the semantic error rate, task text only against generic text only, with "
-        "its 95 % interval."
+        f"its 95 % interval. {EXPLORATORY}"
     )
     return Table(header, rows, caption)
 
@@ -213,12 +265,19 @@ def findings_table(findings: Mapping[str, Mapping[str, Answer]], sections: Seque
         for number, ((claim, answers), section) in enumerate(zip(findings.items(), sections, strict=True), start=1)
     ]
     caption = (
-        "Seen: a significant difference in the paper's direction, over at least three seeds (p < 0.05, Holm-adjusted "
-        "if several students are compared). Not seen: a significant difference in the other direction. Undecided: "
-        "neither."
+        "Seen: a significant difference in the paper's direction, over at least three seeds (p < 0.05, Holm-adjusted: "
+        "finding 1 among the declared comparisons, finding 2 over the transfer sets that task text only is compared "
+        "with). Not seen: a significant difference in the other direction. Undecided: neither. Only finding 1 is a "
+        "declared comparison; the others are exploratory."
     )
     header = ["Finding of the paper", *(JUDGED_NAMES[what] for what in used), "Shown in"]
     return Table(header, rows, caption, len(used) + 2)
+
+
+def recipe_text(recipe: Mapping[str, Any]) -> str:
+    """The settings of a finetuning recipe."""
+    rate, epochs, pooling = (recipe[key] for key in ("learning_rate", "epochs", "pooling"))
+    return f"learning rate {rate:g}, {epochs:g} epochs, pooling {pooling}"
 
 
 def recipe_table(numbers: Numbers) -> Table:
@@ -248,11 +307,6 @@ def recipe_table(numbers: Numbers) -> Table:
         f"C of their regression there. Trials of each row and task: {counts}."
     )
     return Table(["Student", "Task", "Tried", "Dev score, %", ""], rows, caption, 3)
-
-
-def recipe_text(row: Mapping[str, Any]) -> str:
-    """A finetuning recipe in words."""
-    return f"learning rate {row['learning_rate']:g}, {row['epochs']:g} epochs, pooling {row['pooling']}"
 
 
 def text_table(numbers: Numbers) -> Table:
@@ -331,10 +385,13 @@ def terminal_tables(numbers: Numbers) -> list[Table]:
         scores.append([name, *means, spread(loss, 1.0)])
         changes.append([name, *(starred_change(numbers, student, reference, measure) for measure in measures)])
     header = ["Student", *(measure.title for measure in measures), "Task loss"]
-    found = [Table(header, scores, f"Mean ± standard deviation over {seeds_text(numbers)}, in %")]
+    found = [Table(header, scores, f"Mean ± standard deviation over {seeds_text(numbers)}, in %{unseeded(numbers)}")]
     if reference and len(numbers.students) > 1 and measures:
         errors = [measure.title if measure.shown == measure.error else f"{measure.title} error" for measure in measures]
-        caption = "Relative change of error rates against generic only, in %; * the 95 % interval leaves out zero"
+        caption = (
+            "Relative change of error rates against generic only, in %; * the 95 % interval leaves out zero. "
+            "Exploratory: one in twenty does by chance"
+        )
         found.append(Table(["Student", *errors], changes, caption))
     return found
 
@@ -343,9 +400,9 @@ def starred_change(numbers: Numbers, student: Student, reference: Student | None
     """The relative change in %, with a star if its interval leaves out zero, else two spaces to keep it aligned."""
     if student == reference:
         return "0  "
-    found = relative(numbers.difference(student, reference, measure))
-    if found is None:
+    difference = numbers.difference(student, reference, measure)
+    found = relative(difference)
+    if difference is None or found is None:
         text = change(numbers, student, reference, measure, Place(TEST)).removesuffix(" % (no interval)")
         return f"{text}  "
-    value, low, high = found
-    return f"{signed(100 * value)}{' *' if low > 0 or high < 0 else '  '}"
+    return f"{signed(100 * found[0])}{' *' if leaves_out_zero(difference) else '  '}"

@@ -139,6 +139,23 @@ def test_a_locale_without_dev_and_a_language_without_generic_text(whole):
     assert not any("no generic text" in line for line in check(config).lines)
 
 
+def test_ids_of_two_locales_are_translations_only_with_the_same_intents(whole):
+    def told(intent):
+        write(whole / "nlu", "de-DE", [record(number, locale="de-DE", intent=intent(number)) for number in range(20)])
+        lines = check(config_of(whole, ("en-US", "de-DE"))).lines
+        return [line for line in lines if "shared by locales" in line or "ids that locales share" in line]
+
+    assert told(lambda number: "timer_start") == [
+        "ids: 20 are shared by locales, and are taken for translations of each other"
+    ]
+    assert told(lambda number: "timer_start" if number < 6 else "timer_stop") == [
+        "note: 14 of 20 ids that locales share have different intents, so utterances of one id are not taken for "
+        "translations"
+    ]
+    (whole / "nlu" / "de-DE.jsonl").unlink()
+    assert not any("ids" in line for line in check(config_of(whole)).lines)
+
+
 def broken_folder(folder):
     """(errors that must be found, as (file, line, words)): one of each kind, between whole records."""
     lines = [

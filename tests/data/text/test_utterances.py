@@ -19,6 +19,7 @@ from kd_jax.data.text.utterances import (
     Utterance,
     parse_annotated,
     read_massive,
+    shared_ids,
     write_massive,
 )
 from kd_jax.types import UserError
@@ -405,3 +406,18 @@ def test_broken_tables_are_named(tmp_path):
         load(path=str(tmp_path), locales=("de-DE",))
     with pytest.raises(UserError, match=r"config.nlu.path: no folder"):
         load(path=str(tmp_path / "none"))
+
+
+def test_shared_ids_tell_translations_from_equal_numbers():
+    def labeled(differing, locales=("de-DE", "en-US", "fr-FR")):
+        return [
+            (str(number), locale, locale if number < differing else "set") for number in range(50) for locale in locales
+        ]
+
+    assert shared_ids(labeled(0)) == (50, 0) and shared_ids(labeled(0)).parallel
+    assert shared_ids(labeled(5)).parallel  # labels that were corrected in one locale
+    assert shared_ids(labeled(6)) == (50, 6) and not shared_ids(labeled(6)).parallel
+    assert shared_ids(labeled(6, ("de-DE",))) == (0, 0) and shared_ids([]).parallel
+    # An id that a locale has twice, with two intents, is like one that another locale has so too.
+    twice = [("1", locale, intent) for locale in ("de-DE", "en-US") for intent in ("set", "stop")]
+    assert shared_ids(twice) == (1, 0) and shared_ids(twice[:-1]) == (1, 1)

@@ -16,6 +16,7 @@ from tests.support.report_inputs import LATENCY, STUDENTS, synthetic_inputs
 
 SECTIONS = [
     "Verdict",
+    "Declared comparisons",
     "Results",
     "Held-out masked-LM loss",
     "Error against the share of task text",
@@ -105,15 +106,17 @@ def test_markdown_names_figures_that_exist_and_its_tables_are_whole(folder):
 
 
 def test_the_notes_and_our_own_choices_stand_in_the_verdict(inputs):
-    verdict = document_text(inputs).split("## Results")[0]
+    verdict = document_text(inputs).split("## Declared")[0]
     assert inputs.notes[0] in verdict
     assert "this study's own choices" in verdict
 
 
-def test_summary_is_narrow_and_holds_the_verdict(inputs):
+def test_summary_is_narrow_and_begins_with_the_verdict(inputs):
     text = summary_text(inputs)
     assert all(len(line) <= 110 for line in text.splitlines())
-    assert "ICNER: task 100 % won" in " ".join(text.split())
+    assert text.splitlines()[:2] == ["Synthetic study", ""]
+    assert text.splitlines()[2].startswith("DC: task text wins over generic text. Distilled ")
+    assert "ICNER: task text wins over generic text." in " ".join(text.split("Student ")[0].split())
     assert "**" not in text
 
 
@@ -143,14 +146,14 @@ def test_only_line_breaks_pass_as_html():
 
 def test_one_seed_is_said_and_names_no_winner():
     text = document_text(synthetic_inputs(seeds=(0,), size=60))
-    assert "won**" not in text
-    assert "fewer than 3 seeds decide nothing" in text
+    assert " wins " not in text and "no winner" not in text
+    assert "lower on these utterances; one seed cannot decide" in text
     assert "With one seed they cover test utterances only." in text
 
 
 def test_one_seed_without_records_has_no_interval():
     text = document_text(synthetic_inputs(seeds=(0,), size=60, with_records=False))
-    assert "DC: no winner can be named." in text
+    assert "with one seed and no records of single utterances, a difference has no interval" in text
     assert "intervals cover seeds only" in text
     assert "(no interval)" in text
 
@@ -187,7 +190,7 @@ def test_undefined_metrics_are_no_crash():
     inputs = synthetic_inputs(size=60)
     results = [{**row, "value": None} for row in inputs.results]
     text = document_text(dataclasses.replace(inputs, results=results))
-    assert "nothing to compare" in text
+    assert "DC: no verdict on the transfer sets.** Distilled, task 100 % has no error." in text
 
 
 def test_a_single_recipe_is_said():

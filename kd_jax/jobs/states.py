@@ -1,0 +1,238 @@
+"""Caches of a teacher's states of unmasked text: writing one, and training from one."""
+
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from kd_jax.config import require
+from kd_jax.config.data import States, Vocabulary
+from kd_jax.config.execution import Execution, Rules
+from kd_jax.config.training import Distill
+from kd_jax.data.batches import clean_rows, process_slice
+from kd_jax.data.prepared import Prepared
+from kd_jax.data.rows import RowStore
+from kd_jax.data.teacher_states import StateBatches, StatesWriter, TeacherStates
+from kd_jax.data.transfer_set import TransferSet
+from kd_jax.data.vocabulary import TrimmedPrepared
+from kd_jax.jobs import trained
+from kd_jax.jobs.cache import finished, write_parts
+from kd_jax.jobs.masked_lm import encoder_model
+from kd_jax.jobs.teachers import KEY, Teacher, TeacherSide, layers_of, teacher_form
+from kd_jax.models.encoder_config import EncoderConfig
+from kd_jax.models.functional import Functional
+from kd_jax.models.layer_map import chosen_layers, read_layers
+from kd_jax.runtime import distributed
+from kd_jax.runtime.paths import names_in
+from kd_jax.runtime.preemption import interruptible
+from kd_jax.runtime.progress import Count
+from kd_jax.steps.distill import MEANS, STATES
+from kd_jax.steps.teacher_states import make_states_step
+from kd_jax.trainer.mesh import gathered, global_batch, process_share, row_multiple
+from kd_jax.trainer.run_directory import RunDirectory
+
+SAMPLED_ROWS = 2048  # that principal components are computed from
+EXPLAINED = "explained"  # array next to the parts: the share of the variance that the components keep, of each array
+
+
+def find_teacher(workdir: str, prepared: Prepared, compute_dtype: str, rules: Rules) -> tuple[Teacher, Prepared]:
+    """The teacher of config.teacher_checkpoint, and the prepared folder in the ids that it reads: the tokenizer's, or
+    those of its own trimmed vocabulary. No student's vocabulary plays a part."""
+    require(
+        bool(workdir) and "," not in workdir, KEY, f"a cache holds one teacher's states, not {workdir!r}", "name one"
+    )
+    block, seen = trained.encoder_block(workdir, KEY), prepared
+    if trained.tokenizer_fingerprint(workdir) != prepared.tokenizer.fingerprint:
+        seen = trained.run_prepared(workdir, prepared, KEY)
+        trained.check_tokenizer(workdir, seen, KEY)
+    model = encoder_model(block, seen, compute_dtype, "teacher")
+    return Teacher(workdir, model, rules, None), seen
+
+
+def identity(teacher: Teacher, tokenizer_fingerprint: str) -> dict[str, Any]:
+    """What a cache and the runs that read it must share, apart from the rows."""
+    return {"teacher": trained.parameters_fingerprint(teacher.workdir, KEY), "tokenizer": tokenizer_fingerprint}
+
+
+def kept_layers(states: States, teacher: EncoderConfig) -> tuple[int, ...]:
+    """The layers of config.states.layers. Raises UserError."""
+    return chosen_layers(read_layers(states.layers, "states.layers"), teacher.num_layers, "states.layers")
+
+
+def stores_of(states: States, prepared: Prepared) -> list[RowStore]:
+    """The train stores of config.states.kinds. Raises UserError when there are none."""
+    found = [store for store in prepared.stores("train") if not states.kinds or store.kind in states.kinds]
+    require(bool(found), "states.kinds", f"config.prepared has no train rows of {', '.join(states.kinds)}", "use ()")
+    return found
+
+
+def check_part(states: States, execution: Execution, folder: pathlib.Path) -> None:
+    """Refuses to begin with another part than the first where components are kept. Raises UserError."""
+    # Two machines could find other last bits, and then each would write parts in a basis of its own.
+    ready = not states.components or execution.cache_part == 0 or f"{EXPLAINED}.npy" in names_in(folder)
+    remedy = f"start part 0, and this one when {folder / EXPLAINED}.npy is there"
+    require(ready, "cache_part", "part 0 computes the components", remedy)
+
+
+def write_states(
+    directory: RunDirectory,
+    states: States,
+    teacher: Teacher,
+    prepared: Prepared,
+    mesh: jax.sharding.Mesh,
+    execution: Execution,
+) -> dict[str, Any] | None:
+    """Writes the parts that are missing; returns what DONE is to say, or None while other machines write theirs.
+
+    prepared: in the teacher's ids, see `find_teacher`.
+    """
+    stores, shape = stores_of(states, prepared), teacher.model.config
+    layers, width = kept_layers(states, shape), states.components or shape.hidden_size
+    same = identity(teacher, prepared.tokenizer.fingerprint)
+    size = states.rows_per_part
+    with distributed.first_goes_ahead():
+        writer = StatesWriter(directory.path, stores, layers, width, states.dtype, same, size, states.components)
+    directory.start(tokenizer_fingerprint=prepared.tokenizer.fingerprint)
+    wanted = distributed.from_first(writer.missing(execution.cache_part, execution.cache_parts))
+    bases = [*(f"basis_layer_{layer}" for layer in layers), "basis_texts"] if states.components else []
+    attached = [*bases, EXPLAINED] if bases else []
+    ready = distributed.from_first(all(map(writer.attached, attached)))
+    if wanted or not ready:
+        reader = _Reader(states, teacher, writer, mesh)
+        if not ready:
+            for name, values in zip(attached, reader.components(states.components), strict=True):
+                if jax.process_index() == 0:
+                    writer.attach(name, values)
+        if bases and jax.process_index() == 0:
+            reader.bases = [writer.read_attached(name) for name in bases]
+        write_parts(directory, writer, wanted, reader.part, execution.progress)
+
+    def summarize(manifest: dict[str, Any]) -> dict[str, Any]:
+        return summary(manifest, writer.read_attached(EXPLAINED).tolist() if bases else [])
+
+    return finished(directory, writer, attached, summarize)
+
+
+class _Reader:
+    """The teacher on its mesh, and the vectors of any rows."""
+
+    def __init__(self, states: States, teacher: Teacher, writer: StatesWriter, mesh: jax.sharding.Mesh):
+        self.bases: list[np.ndarray] = []
+        self._params, self._writer, self._mesh = teacher.params(mesh), writer, mesh
+        multiple = row_multiple(mesh)
+        self._batch_rows = -(-states.batch_rows // multiple) * multiple
+        # Projected in float32, and only then rounded.
+        dtype = "float32" if states.components else states.dtype
+        self._step = compiled_states_step(teacher.model, writer.layers, writer.texts, dtype)
+
+    def part(self, store: int, rows: np.ndarray, done: Count) -> tuple[np.ndarray, dict[str, float]] | None:
+        """(vectors of rows of one store, sums for the report) on process 0, None on the others. Raises Preempted."""
+        blocks = []
+        for inside, layers, texts in self._batches(store, rows, done):
+            *layers, texts = self._reduced([*layers, texts])
+            blocks.append(self._writer.pack(store, rows[inside], layers, texts))
+        if jax.process_index() != 0:
+            return None
+        vectors = np.concatenate(blocks)
+        # NumPy rounds what is too large for float16 to infinity, which would surface as a loss that is no number.
+        problem = f"some states of {self._writer.stores[store].name} do not fit {self._writer.dtype.name}"
+        require(bool(np.isfinite(vectors).all()), "states.dtype", problem, "use float32")
+        tokens, texts = self._writer.used(store, rows)
+        return vectors, {"rows": len(rows), "tokens": int(tokens.sum()), "texts": int(texts.sum())}
+
+    def _batches(self, store: int, rows: np.ndarray, done: Count | None):
+        """(slice of `rows`, states of each layer, means of the texts) of one batch after the other; the arrays only on
+        process 0, nothing on the others."""
+        first, mine = jax.process_index() == 0, slice(*process_slice(self._batch_rows, *process_share(self._mesh)))
+        for start in interruptible(range(0, len(rows), self._batch_rows), "the teacher's states"):
+            count = len(rows[start : start + self._batch_rows])
+            fill = np.resize(np.arange(start, start + count), self._batch_rows)[mine]  # the last repeats its rows
+            batch = clean_rows(self._writer.stores, np.full(len(fill), store), rows[fill])
+            layers, texts = gathered(self._step(self._params, global_batch(self._mesh, batch)))
+            if done is not None:
+                done.update(count)
+            if first:
+                yield slice(start, start + count), [one[:count] for one in layers], texts[:count]
+
+    def _reduced(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
+        return [one @ basis for one, basis in zip(arrays, self.bases, strict=True)] if self.bases else arrays
+
+    def components(self, count: int) -> list[np.ndarray]:
+        """The bases float32 [H, count] of each array that is kept, and the share of the variance that each one keeps;
+        of a sample of rows. On process 0; empty arrays on the others."""
+        names = len(self._writer.layers) + 1
+        moments: list[Any] = [0.0] * names
+        sums: list[Any] = [0.0] * names
+        sizes = [0] * names
+        for store, rows in self._writer.sample(SAMPLED_ROWS):
+            for inside, layers, texts in self._batches(store, rows, None):
+                vectors = self._writer.real(store, rows[inside], layers, texts)
+                for number, one in enumerate(vectors):
+                    one = one.astype(np.float64)
+                    moments[number], sums[number] = moments[number] + one.T @ one, sums[number] + one.sum(axis=0)
+                    sizes[number] += len(one)
+        if jax.process_index() != 0:
+            return [np.zeros(0)] * (names + 1)
+        found = [principal(*one, count) for one in zip(moments, sums, sizes)]
+        return [*(basis for basis, _ in found), np.array([share for _, share in found])]
+
+
+def principal(moments_HxH: np.ndarray, sums_H: np.ndarray, count: int, components: int) -> tuple[np.ndarray, float]:
+    """(basis float32 [H, components], share of the variance that it keeps) of vectors given by their sums.
+
+    The directions of the largest second moments, not of the largest variances: distances and cosines are then those of
+    the whole vectors, which lose what lies outside of the basis and are not moved.
+    """
+    _, vectors = np.linalg.eigh(moments_HxH)
+    basis = vectors[:, ::-1][:, :components]
+    basis = basis * np.where(basis[np.abs(basis).argmax(axis=0), np.arange(components)] < 0, -1.0, 1.0)
+    covariance = moments_HxH / count - np.outer(sums_H, sums_H) / count**2
+    kept = np.trace(basis.T @ covariance @ basis) / max(np.trace(covariance), 1e-300)
+    return basis.astype(np.float32), float(kept)
+
+
+@functools.cache
+def compiled_states_step(model: Functional, layers: tuple[int, ...], texts: int, dtype: str):
+    """The same jitted function for all parts and runs with equal settings."""
+    return jax.jit(make_states_step(model, layers, texts, dtype))
+
+
+def summary(manifest: dict[str, Any], explained: Sequence[float]) -> dict[str, Any]:
+    """Rows, tokens, texts and bytes of a cache, and the variance that its components keep, by array."""
+    totals = {name: sum(part[name] for part in manifest["parts"]) for name in ("rows", "tokens", "texts", "bytes")}
+    names = [*(f"layer {layer}" for layer in manifest["layers"]), "texts"]
+    return {
+        **totals,
+        "layers": manifest["layers"],
+        "width": manifest["width"],
+        "dtype": manifest["dtype"],
+        "bytes_per_token": totals["bytes"] / max(totals["tokens"], 1),
+        "explained": dict(zip(names, explained)),
+    }
+
+
+def cached_states(
+    folder: str, teacher: Teacher, distill: Distill, vocabulary: Vocabulary, prepared: Prepared, student: EncoderConfig
+) -> TeacherSide:
+    """The states that cache_states wrote, as targets of a student; no teacher is in memory."""
+    cache = TeacherStates(folder)
+    full = prepared.full if isinstance(prepared, TrimmedPrepared) and teacher.kept is not None else prepared
+    cache.check(identity(teacher, full.tokenizer.fingerprint))
+    layers: dict[str, int] = {}
+    if distill.hidden.used:
+        pairs = layers_of("hidden", distill.hidden.layers, student, teacher.model.config)
+        lacking = sorted({theirs for _, theirs in pairs} - set(cache.layers))
+        problem = f"it needs the teacher's layers {lacking}, and {folder} has {list(cache.layers)}"
+        remedy = "pair those, or write another cache with config.states.layers"
+        require(not lacking, "distill.hidden.layers", problem, remedy)
+        layers = {STATES.format(theirs): theirs for _, theirs in pairs}
+    texts = MEANS if distill.sentence.used else ""
+
+    def batches(transfer_set: TransferSet) -> StateBatches:
+        return StateBatches(cache, transfer_set, prepared.tokenizer, layers, texts, distill.batch_size)
+
+    form = teacher_form(vocabulary, prepared, "states", cached=True)
+    return TeacherSide(form, ((0, (), dict),), batches, teacher.model.config, (), cache.width)

@@ -1,0 +1,25 @@
+"""The teacher's states of unmasked text, as cache_states keeps them."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from kd_jax.losses.features import text_means
+from kd_jax.models.functional import Functional
+from kd_jax.steps.distill import with_output
+from kd_jax.types import Batch, Params
+
+
+def make_states_step(teacher: Functional, layers: Sequence[int], texts: int, dtype: str):
+    """(params, batch) -> (states [R, L, H] after each of `layers`, means [R, S, H] of up to S = `texts` texts a row).
+
+    The same states as those of a teacher in the loop, in `dtype`; see losses.features.text_means.
+    """
+
+    def step(params: Params, batch: Batch) -> tuple[list[jax.Array], jax.Array]:
+        captured = with_output(teacher.capture(params, batch, layers=tuple(layers)), teacher)
+        means = text_means(captured.hidden, batch["segment_ids"], texts)
+        return [captured.layers[layer].astype(jnp.dtype(dtype)) for layer in layers], means.astype(jnp.dtype(dtype))
+
+    return step

@@ -1,0 +1,221 @@
+"""The command that caches a teacher's states, and distilling from what it wrote: as with the teacher in the loop."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from kd_jax.config.data import Vocabulary
+from kd_jax.config.settings import read
+from kd_jax.data.prepared import Prepared
+from kd_jax.data.teacher_states import StateBatches, StatesWriter
+from kd_jax.data.vocabulary import kept_ids, seen_by_student, train_counts
+from kd_jax.jobs import masked_lm
+from kd_jax.jobs.cache import SUMMARY
+from kd_jax.main import cache_states, distill, prepare, pretrain
+from kd_jax.models.initialization import principal_table
+from kd_jax.runtime.files import read_json, write_json
+from kd_jax.trainer.checkpoint import load_params
+from kd_jax.types import UserError
+from tests.main.test_cache_teacher import STEPS, config_for, final_params, metrics_of
+
+pytestmark = pytest.mark.slow
+
+TRIM = {"trim": True, "min_count": 3, "dropped": "renormalize"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with data, a teacher, and a cache of the states of all of its layers in float32."""
+    folder = tmp_path_factory.mktemp("states")
+    config = config_for(pretrain__steps=20, pretrain__learning_rate=1e-2, transfer__task_share=0.5)
+    prepare.run(config, folder / "data")
+    config.prepared = str(folder / "data")
+    pretrain.run(config, folder / "teacher")
+    cache_states.run(ready(folder, states__layers="0,-1"), folder / "cache")
+    return folder
+
+
+def ready(made, **changes):
+    """A narrow student of clean text, by all terms that a cache serves."""
+    place = {"prepared": str(made / "data"), "teacher_checkpoint": str(made / "teacher")}
+    config = config_for(**place, states__dtype="float32", states__rows_per_part=30)
+    config.student.update({"hidden_size": 16, "num_heads": 2})
+    config.distill.update({"clean": True, "checkpoint_every": 1})
+    config.distill.kl.weight = config.distill.mlm.weight = 0.0
+    config.distill.hidden.update({"weight": 1.0, "layers": "0:0,1:-1"})
+    config.distill.sentence.weight = 0.5
+    for key, value in changes.items():
+        target, *rest = key.split("__")
+        config[target].update({rest[0]: value}) if rest else config.update({target: value})
+    return config
+
+
+def cached(made, cache=None, **changes):
+    return ready(made, teacher_cache=str(cache or made / "cache"), **changes)
+
+
+def assert_same(one, other, tolerance):
+    for (path, left), right in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(left, right, atol=tolerance, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.fixture(scope="module")
+def straight(made):
+    """The student of that cache."""
+    distill.run(cached(made), made / "straight")
+    return made / "straight"
+
+
+def losses_of(workdir, name="loss"):
+    return [row[name] for row in metrics_of(workdir) if name in row]
+
+
+def test_students_from_the_cache_equal_those_of_the_teacher_in_the_loop(made, tmp_path):
+    changes = {"vocabulary": TRIM, "transfer__task_share": 0.3}
+    config = ready(made, **changes)
+    distill.run(config, tmp_path / "loop")
+    distill.run(cached(made, **changes), tmp_path / "cached")
+    one, other = final_params(config, tmp_path / "loop"), final_params(config, tmp_path / "cached")
+    assert_same(one, other, 2e-5)
+    for name in ("loss", "hidden", "sentence"):
+        left, right = losses_of(tmp_path / "loop", name), losses_of(tmp_path / "cached", name)
+        assert len(left) == STEPS
+        np.testing.assert_allclose(left, right, rtol=1e-5)
+    assert read_json(tmp_path / "cached" / "heldout.json") == []
+
+
+def test_float16_and_components_cost_what_they_say(made, straight, tmp_path):
+    summaries = {"whole": read_json(made / "cache" / SUMMARY)}
+    for name, changes in {"float16": {"states__dtype": "float16"}, "half": {"states__components": 16}}.items():
+        cache_states.run(ready(made, states__layers="0,-1", **changes), tmp_path / name)
+        summaries[name] = read_json(tmp_path / name / SUMMARY)
+        distill.run(cached(made, tmp_path / name), tmp_path / f"student-{name}")
+    whole, float16, half = summaries.values()
+    # Two layers of 32 numbers per token, and 32 per text.
+    headers = 200 * len(list((made / "cache" / "parts").glob("*.npy")))
+    for found, bytes_each in ((whole, 4 * 32), (float16, 2 * 32), (half, 4 * 16)):
+        assert 0 < found["bytes"] - bytes_each * (2 * found["tokens"] + found["texts"]) < headers
+    np.testing.assert_allclose(losses_of(tmp_path / "student-float16"), losses_of(straight), rtol=1e-3)
+    assert losses_of(tmp_path / "student-float16") != losses_of(straight)
+    assert whole["explained"] == {}
+    assert half["explained"].keys() == {"layer 0", "layer 1", "texts"}
+    assert all(0.3 < share < 0.9999 for share in half["explained"].values())
+    # The student is as wide as what is left of the states.
+    assert read_json(tmp_path / "student-half" / "run.json")["projections"] == []
+
+
+def test_a_killed_command_goes_on_and_machines_share_the_parts(made, tmp_path, monkeypatch, capsys):
+    own, written = StatesWriter.write, []
+
+    def broken(self, number, *rest):
+        if len(written) == 2:
+            raise ConnectionError("the disk is gone")
+        written.append(number)
+        own(self, number, *rest)
+
+    config = ready(made, states__layers="0,-1")
+    with monkeypatch.context() as patch:
+        patch.setattr(StatesWriter, "write", broken)
+        with pytest.raises(ConnectionError):
+            cache_states.run(config, tmp_path / "cache")
+    for part in (0, 1):
+        cache_states.run(ready(made, states__layers="0,-1", cache_parts=2, cache_part=part), tmp_path / "cache")
+        assert (tmp_path / "cache" / "DONE").is_file() == (part == 1)
+    assert "parts are left to the other machines" in capsys.readouterr().out
+    assert (tmp_path / "cache" / "manifest.json").read_text() == (made / "cache" / "manifest.json").read_text()
+
+
+def test_components_are_those_of_the_machine_with_part_0(made, tmp_path):
+    changes = {"states__components": 8, "cache_parts": 2}
+    with pytest.raises(UserError, match=r"config\.cache_part: part 0 computes the components"):
+        cache_states.run(ready(made, **changes, cache_part=1), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    for part in (0, 1):
+        cache_states.run(ready(made, **changes, cache_part=part), tmp_path / "cache")
+    cache_states.run(ready(made, states__components=8), tmp_path / "whole")
+    assert (tmp_path / "cache" / "manifest.json").read_text() == (tmp_path / "whole" / "manifest.json").read_text()
+
+
+def test_a_student_resumes_bit_for_bit(made, straight, tmp_path, monkeypatch):
+    own = StateBatches.batch
+
+    def broken(self, step, *rest):
+        if step == STEPS - 1:
+            raise ConnectionError("the disk is gone")
+        return own(self, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StateBatches, "batch", broken)
+        with pytest.raises(ConnectionError):
+            distill.run(cached(made), tmp_path / "broken")
+    assert (tmp_path / "broken" / "checkpoints" / str(STEPS - 1)).is_dir()
+    distill.run(cached(made), tmp_path / "broken")
+    config = cached(made)
+    assert_same(final_params(config, straight), final_params(config, tmp_path / "broken"), 0)
+
+
+def test_a_narrow_student_starts_from_the_teachers_table_and_keeps_it_frozen(made, tmp_path):
+    config = cached(made, distill__init="teacher", distill__table_rate=0.0, vocabulary=TRIM)
+    distill.run(config, tmp_path / "student")
+    table = final_params(config, tmp_path / "student")["encoder"]["embeddings"]["tokens"]
+    full = Prepared(config.prepared)
+    seen = seen_by_student(full, read(Vocabulary, config.vocabulary, "vocabulary"))
+    theirs = jax.device_get(load_params(made / "teacher", teacher_shape(config, full)))
+    whole = theirs["encoder"]["embeddings"]["tokens"][kept_ids(seen)]
+    expected, _ = principal_table(whole, train_counts(seen), 16, config.student.initializer_range)
+    np.testing.assert_array_equal(table, expected)
+    assert "token table" in read_json(tmp_path / "student" / "run.json")["remarks"][0]
+
+
+def teacher_shape(config, prepared):
+    return masked_lm.encoder_model(config.teacher, prepared, "auto", "teacher").abstract()
+
+
+def test_what_does_not_fit_is_refused_in_one_sentence_and_nothing_is_written(made, tmp_path):
+    shutil.copytree(made / "teacher", tmp_path / "teacher")
+    done = read_json(tmp_path / "teacher" / "DONE")
+    write_json(tmp_path / "teacher" / "DONE", {**done, "parameters_fingerprint": "another"})
+    masked = config_for(prepared=str(made / "data"), teacher_checkpoint=str(made / "teacher"))
+    (tmp_path / "predictions").mkdir()
+    write_json(tmp_path / "predictions" / "manifest.json", {"identity": {}})  # as cache_teacher's, without its name
+    cache_states.run(ready(made, states__layers="none", states__kinds=("task",)), tmp_path / "task")
+    only_texts = {"distill__hidden": {"weight": 0.0}}
+    for config, message in (
+        (cached(made, teacher_checkpoint=str(tmp_path / "teacher")), "was made from another teacher"),
+        (cached(made, tmp_path / "task"), r"hidden\.layers: it needs the teacher's layers \[0, 1\], and .* has \[\]"),
+        (cached(made, tmp_path / "task", **only_texts), "has no states of generic-en"),
+        (cached(made, tmp_path / "predictions"), r"was written by cache_teacher.*config\.distill\.clean to False"),
+        (cached(made, distill__relations={"weight": 1.0}), r"config\.teacher_cache: it has no relations"),
+        (cached(made, distill__clean=False), r"config\.teacher_cache: it has no hidden, sentence.*cache_states"),
+        (cached(made, tmp_path / "nowhere"), "holds no finished cache"),
+        (ready(made, distill__mlm={"weight": 1.0}), r"config\.distill\.clean: mlm are taken where tokens are masked"),
+    ):
+        with pytest.raises(UserError, match=message):
+            distill.run(config, tmp_path / "student")
+        assert not (tmp_path / "student").exists()
+    masked.teacher_cache = str(made / "cache")
+    with pytest.raises(UserError, match=r"was written by cache_states.*config\.distill\.clean to True"):
+        distill.run(masked, tmp_path / "student")
+    for changes, message in (
+        ({"states__layers": "7"}, r"config\.states\.layers: the teacher has no layer 7"),
+        ({"states__layers": "all"}, r"config\.states\.layers: 'all' is unknown"),
+        ({"states__kinds": ("selected",)}, r"config\.states\.kinds: config\.prepared has no train rows of selected"),
+        ({"states__components": 33}, r"config\.states\.components: 33 of states that are 32 wide"),
+        ({"states__dtype": "int8"}, r"config\.states\.dtype"),
+        ({"teacher_checkpoint": f"{made / 'teacher'},x"}, r"config\.teacher_checkpoint: a cache holds one teacher's"),
+    ):
+        with pytest.raises(UserError, match=message):
+            cache_states.run(ready(made, **changes), tmp_path / "cache")
+        assert not (tmp_path / "cache").exists()
+
+
+def test_rows_that_changed_since_the_cache_was_written_are_refused(made, tmp_path):
+    config = config_for(rows__length=24)
+    config.tokenizer.update({"kind": "load", "path": str(made / "data" / "tokenizer")})
+    prepare.run(config, tmp_path / "data")
+    assert Prepared(tmp_path / "data").tokenizer.fingerprint == Prepared(made / "data").tokenizer.fingerprint
+    with pytest.raises(UserError, match="was made from other rows of generic-"):
+        distill.run(cached(made, prepared=str(tmp_path / "data")), tmp_path / "student")
+    assert not (tmp_path / "student").exists()
