@@ -7,6 +7,7 @@ import functools
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -207,7 +208,10 @@ def logistic_regression(x: Any, labels: Sequence[str], c: float) -> Model:
 
     if len(set(labels)) == 1:
         return DummyClassifier(strategy="most_frequent").fit(x, labels)
-    with threadpool_limits(1):  # a sum's order, and with it the last bits, would depend on the number of cores
+    # On one thread: a sum's order, and with it the last bits, would depend on the number of cores.
+    with threadpool_limits(1), warnings.catch_warnings():
+        # With few labels it asks whether names, of which many occur once, are numbers to be predicted.
+        warnings.filterwarnings("ignore", message="The number of unique classes is greater than 50%")
         return LogisticRegression(C=c, max_iter=1000).fit(x, labels)
 
 
