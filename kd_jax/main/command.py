@@ -182,7 +182,7 @@ def guarded(
     """
     try:
         # Until the processes have met, SIGTERM ends this one at once: it has nothing to save.
-        # Whatever a command writes, and whichever library writes it, a full disk is told in the same sentence.
+        # Any library may be the one that runs out of space, so the error is translated here, once for all commands.
         disk = full_disk_is_user_error(workdir or "the temporary folder")
         with distributed.joined(place, outcome), Preemption(), disk:
             run(config, workdir)

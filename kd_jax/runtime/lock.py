@@ -56,10 +56,8 @@ def _locked(path: pathlib.Path) -> int:
             os.close(descriptor)
             raise UserError(f"{path.parent}: {_owner(path)}; wait until it ends, stop it, or choose another folder")
         with contextlib.suppress(FileNotFoundError):
-            if os.path.sameopenfile(descriptor, same := os.open(path, os.O_RDONLY)):
-                os.close(same)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
-            os.close(same)
         os.close(descriptor)  # the owner before has removed the file in the meantime: this lock guards nothing
 
 

@@ -1,5 +1,6 @@
 """Predictions from the command line are those that evaluation scores, whatever texts stand together."""
 
+import errno
 import io
 import json
 
@@ -189,3 +190,12 @@ def test_mistakes_are_one_sentence(runs, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         predict.main(["x"])
     assert stop.value.code == 2
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, capsys, monkeypatch):
+    def full(options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(predict, "run", full)
+    code, printed = run(capsys, "--model=x", "hello", f"--output={tmp_path / 'out.jsonl'}")
+    assert code == 2 and printed.err.startswith(f"error: {tmp_path / 'out.jsonl'}: the disk is full or over its quota")

@@ -1,4 +1,4 @@
-"""One owner of a folder, on this host: the second is told who, a kill releases it, and nothing is left behind."""
+"""Ownership of a folder: a second owner is refused with the first one's name, and a kill releases the lock."""
 
 import os
 import pathlib
