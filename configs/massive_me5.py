@@ -38,16 +38,18 @@ def get_config(argument: str = "") -> ConfigDict:
     # The model has no masked-LM head: where logits are distilled, config.pretrain trains one, with the encoder frozen.
     config.pretrain.update({"steps": 400, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 10})
     config.adapt.update({"steps": 80, "batch_size": 64, "learning_rate": 2e-4, "warmup_steps": 10})
-    config.distill.update({"steps": 1500, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 20})
+    config.distill.update({"steps": 800, "batch_size": 32, "learning_rate": 3e-3, "warmup_steps": 20})
     config.distill.schedule = "cosine"
     # States of unmasked text, which the teacher computes once for all students, and a token table that starts as the
-    # principal components of the teacher's. The states are read by their mean, as e5 was trained.
-    config.distill.update({"clean": True, "init": "teacher", "init_layers": "none", "table_rate": 1 / 3})
+    # principal components of the teacher's. The states are read by their mean, as e5 was trained; all of them have a
+    # cosine of 0.84 with their common mean, and with it in them a student learned nothing else in 400 steps.
+    config.distill.update({"clean": True, "center": True})
+    config.distill.update({"init": "teacher", "init_layers": "none", "table_rate": 1 / 3})
     config.distill.kl.weight = config.distill.mlm.weight = 0.0
     config.distill.hidden.weight = 1.0
     config.distill.hidden.layers = "last"
     # A tenth of the labels and of dev: labels are scarce in practice, and unlabeled task text is plentiful.
-    config.finetune.update({"batch_size": 32, "warmup_steps": 50, "max_train": 1151, "max_dev": 203, "pooling": "mean"})
+    config.finetune.update({"batch_size": 64, "warmup_steps": 50, "max_train": 1151, "max_dev": 203, "pooling": "mean"})
 
     config.study.transfer_sets = ConfigDict({"generic": 0.0, "mix50": 0.5, "task": 1.0})
     config.study.update(
@@ -55,19 +57,21 @@ def get_config(argument: str = "") -> ConfigDict:
             "name": "MASSIVE, four locales, multilingual-e5-small",
             "teacher_import": MODEL,
             "seeds": (0, 1, 2),
-            "recipe_learning_rates": (1e-3,),
-            "recipe_epochs": (20,),
+            "recipe_learning_rates": (2e-3,),
+            "recipe_epochs": (10,),
+            "recipe_encoder_rates": (1.0, 0.3),
             "train_head": False,
             "adapted_sets": (),
         }
     )
     if argument in ("logits", "features"):
         # As published, but for the search that both runs left out: masked text, the first token, a random table.
-        config.distill.update({"clean": False, "init": "random", "init_layers": "uniform", "table_rate": 1.0})
-        config.distill.schedule = base.get_config().distill.schedule
+        config.distill.update({"clean": False, "center": False, "init": "random", "init_layers": "uniform"})
+        config.distill.update({"batch_size": 64, "schedule": base.get_config().distill.schedule, "table_rate": 1.0})
         config.distill.mlm.weight = 1.0
-        config.finetune.update({"max_dev": 0, "pooling": "first"})
+        config.finetune.update({"batch_size": 32, "max_dev": 0, "pooling": "first"})
         config.study.update({"seeds": (0, 1), "recipe_learning_rates": (1e-3, 3e-3), "recipe_epochs": (5, 20)})
+        config.study.recipe_encoder_rates = ()
     if argument == "logits":
         config.study.name += ", logits"
         config.distill.kl.weight = 1.0

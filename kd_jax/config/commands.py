@@ -176,8 +176,9 @@ class Study:
     seeds: of the students.
     tasks: dc, icner or both.
     latency: measure size and latency of teacher and students, with config.latency.
-    recipe_learning_rates, recipe_epochs, recipe_poolings: finetuning recipes, all combinations, searched on dev for
-        each student with the first seed; without recipe_poolings all have finetune.pooling.
+    recipe_learning_rates, recipe_epochs, recipe_poolings, recipe_encoder_rates: finetuning recipes, all combinations,
+        searched on dev for each student with the first seed; where the last two are empty, all have finetune.pooling
+        and finetune.encoder_rate.
     require_teacher_better_than_unigram: stop before distilling from a teacher whose loss on task text is no better
         than a unigram's.
     """
@@ -207,6 +208,7 @@ class Study:
     recipe_learning_rates: tuple[float, ...] = (1e-3,)
     recipe_epochs: tuple[int, ...] = (10,)
     recipe_poolings: tuple[str, ...] = ()
+    recipe_encoder_rates: tuple[float, ...] = ()
     require_teacher_better_than_unigram: bool = True
 
     def __post_init__(self):
@@ -219,6 +221,8 @@ class Study:
         check(0 < switch < 1, "schedule_switch", f"{switch} is outside (0, 1)", "0.5 switches half-way")
         for name in self.recipe_poolings:
             one_of(name, get_args(Pooling), "recipe_poolings")
+        for rate in self.recipe_encoder_rates:
+            check(0 < rate <= 1, "recipe_encoder_rates", f"{rate} is outside (0, 1]", "1.0 is the rate of the heads")
         check(len(self.seeds) > 0, "seeds", "there is no seed", "give at least one, better three")
         check(self.teacher_learning_rate > 0, "teacher_learning_rate", "it is not above 0", "1e-4 is usual")
         one_of(self.teacher_pooling, get_args(Pooling), "teacher_pooling")

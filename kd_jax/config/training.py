@@ -242,6 +242,7 @@ class Loss:
     """The distillation loss, a weighted sum of terms; part of `config.distill`.
 
     clean: text is not masked, and only the terms on inner states are used.
+    center: the mean of the teacher's states, which all texts share, is subtracted from them first; from a cache alone.
     kl, mlm, hidden, embeddings, relations, sentence: the terms; mlm is the hard masked-LM cross entropy.
     kd_positions: masked | all: where the KL term is taken.
     block_positions: positions whose logits are formed at a time; 0 chooses.
@@ -254,6 +255,7 @@ class Loss:
     relations: Relations = field(default_factory=Relations)
     sentence: Sentence = field(default_factory=Sentence)
     clean: bool = False
+    center: bool = False
     kd_positions: str = "masked"
     block_positions: int = 0
 
@@ -263,6 +265,8 @@ class Loss:
         logits = [name for name in ("kl", "mlm") if name in self.used]
         problem = f"{' and '.join(logits)} are taken where tokens are masked, and none are"
         check(not (self.clean and logits), "clean", problem, "set their weights to 0, or set it to False")
+        centered = self.clean or not self.center
+        check(centered, "center", "masked text has no cache of states", "set clean, or center to False")
         check(self.block_positions >= 0, "block_positions", f"{self.block_positions} is negative", "0 chooses")
 
     @property

@@ -152,12 +152,38 @@ class TeacherStates(Parts):
                 into[np.repeat(mine, count), columns] = vectors[runs(starts[block][mine], count)]
         return found[: len(layers)], found[-1] if texts else None
 
+    def centers(self, most: int = 16) -> tuple[dict[int, np.ndarray], np.ndarray]:
+        """(mean state of each layer, mean of the texts), float32 [width], over at most so many parts.
+
+        The parts are spread evenly over the cache, so all transfer sets that read it have the same centers.
+        """
+        names = [note["store"] for note in self.manifest["parts"]]
+        numbers = [names[:place].count(name) for place, name in enumerate(names)]
+        sums = np.zeros((len(self.layers) + 1, self.width))
+        total, size = np.zeros(len(sums)), self.manifest["rows_per_part"]
+        for place in np.unique(np.linspace(0, len(names) - 1, most).astype(np.int64)):
+            vectors = self.part(names[place], numbers[place])
+            rows = slice(numbers[place] * size, (numbers[place] + 1) * size)
+            tokens, texts = self._counts_of(names[place])[rows].T
+            of_rows = np.stack([*([tokens] * len(self.layers)), texts], axis=1)  # vectors of each block of a row
+            blocks = np.repeat(np.tile(np.arange(len(sums)), len(of_rows)), of_rows.ravel())
+            total += of_rows.sum(axis=0)
+            for block in range(len(sums)):
+                sums[block] += vectors[blocks == block].sum(axis=0, dtype=np.float64)
+        means = (sums / np.maximum(total, 1.0)[:, None]).astype(np.float32)
+        return dict(zip(self.layers, means[:-1], strict=True)), means[-1]
+
+    def _counts_of(self, store: str) -> np.ndarray:
+        """uint16 [rows, 2]: tokens and texts of each row of a store."""
+        counts = self.array(COUNTS.format(store))
+        if counts is None:
+            raise UserError(f"config.{KEY}: {self.folder} lacks the counts of {store}; run cache_states again")
+        return counts
+
     def _places_of(self, store: RowStore) -> tuple[np.ndarray, np.ndarray]:
         """(tokens and texts of each row, int64 [rows]: how many vectors of its part stand before those of a row)."""
         if store.name not in self._places:
-            counts = self.array(COUNTS.format(store.name))
-            if counts is None or len(counts) != store.num_rows:
-                raise UserError(f"config.{KEY}: {self.folder} lacks the counts of {store.name}; run cache_states again")
+            counts = self._counts_of(store.name)
             vectors = counts[:, 0].astype(np.int64) * len(self.layers) + counts[:, 1]
             size, before = self.manifest["rows_per_part"], np.cumsum(vectors) - vectors
             of_part = before[::size].repeat(size)[: len(before)]

@@ -112,9 +112,13 @@ def abstract_job(config: ConfigDict, mesh: jax.sharding.Mesh) -> AbstractJob:
             width = states.components or shape.hidden_size
             form = teacher_form(vocabulary, prepared, "states", cached=True)
             pairs = layers_of("hidden", distill.hidden.layers, student.config, shape) if distill.hidden.used else ()
-            fields |= {STATES.format(layer): ((length, width), jnp.dtype(states.dtype)) for _, layer in pairs}
+            kept_states = {STATES.format(layer): ((length, width), jnp.dtype(states.dtype)) for _, layer in pairs}
             if distill.sentence.used:
-                fields[MEANS] = ((text_slots(length), width), jnp.dtype(states.dtype))
+                kept_states[MEANS] = ((text_slots(length), width), jnp.dtype(states.dtype))
+            fields |= kept_states
+            if distill.center:
+                center = jax.ShapeDtypeStruct((width,), jnp.float32, sharding=replicated(mesh))
+                constants["centers"] = dict.fromkeys(kept_states, center)
         else:
             cache = read(Cache, config.cache, "cache")
             check_tokens(cache, prepared.tokenizer.vocab_size)

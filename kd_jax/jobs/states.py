@@ -234,5 +234,12 @@ def cached_states(
     def batches(transfer_set: TransferSet) -> StateBatches:
         return StateBatches(cache, transfer_set, prepared.tokenizer, layers, texts, distill.batch_size)
 
+    def constants() -> dict[str, Any]:
+        if not distill.center:
+            return {}
+        of_layers, of_texts = cache.centers()
+        centers = {name: of_layers[theirs] for name, theirs in layers.items()}
+        return {"centers": centers | ({texts: of_texts} if texts else {})}
+
     form = teacher_form(vocabulary, prepared, "states", cached=True)
-    return TeacherSide(form, ((0, (), dict),), batches, teacher.model.config, (), cache.width)
+    return TeacherSide(form, ((0, (), constants),), batches, teacher.model.config, (), cache.width)

@@ -99,7 +99,9 @@ class TeacherSide:
 def in_the_loop(
     teachers: list[Teacher], distill: Distill, masking: Masking, form: TeacherForm, prepared: Prepared, mesh
 ) -> TeacherSide:
-    """Teachers that predict every batch: all averaged, or one after the other."""
+    """Teachers that predict every batch: all averaged, or one after the other. Raises UserError."""
+    remedy = "name one in config.teacher_cache, or set it to False"
+    require(not distill.center, "distill.center", "the mean is that of a cache of states", remedy)
 
     def phase(start: int, chosen: list[Teacher]):
         def constants() -> dict[str, Any]:

@@ -15,7 +15,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from kd_jax.config import from_dict, to_dict
+from kd_jax.config import from_dict, require, to_dict
 from kd_jax.config.commands import Baseline
 from kd_jax.config.execution import Execution
 from kd_jax.config.settings import read
@@ -62,6 +62,8 @@ def check(study: Study) -> None:
     """Refuses what some stage would refuse, before the first one is run."""
     values, terms = study.values, study.planner.distill
     teachers.check(terms, read(Execution, values, ""), values["teacher_checkpoint"], values["teacher_cache"])
+    remedy = "set study.cache, and give no other terms than hidden and sentence a weight"
+    require(study.planner.caches or not terms.center, "distill.center", "the mean is that of a cache of states", remedy)
     student, teacher = (encoder_config(values[name], 1) for name in ("student", "teacher"))
     teachers.check_shapes_of(terms, student, teacher, values["vocabulary"]["trim"])
     if study.planner.caches and not terms.clean:

@@ -100,7 +100,8 @@ def make_distill_objective(
     tokens], where the student's vocabulary is trimmed: the teacher's id of each of its tokens; a teacher in the loop
     then reads batch["teacher_tokens"].
 
-    Cached states of clean text (settings.form.kind "states") come with the batch, under STATES and MEANS.
+    Cached states of clean text (settings.form.kind "states") come with the batch, under STATES and MEANS; with
+    settings.center, frozen["centers"] holds, under the same names, what is subtracted from them, float32 [H].
 
     A term whose weight is 0 is not computed. Logits of both models are formed in blocks, at the masked positions only
     unless kd_positions is "all". Equal arguments give the same object, so equal jobs share one compilation.
@@ -152,7 +153,10 @@ def make_distill_objective(
         ours = states_of(student.student, mine, batch, key, 0)
         states: tuple[Captured, ...] = () if form.cached or settings.once else predict(frozen, batch)
         # Terms on inner states have exactly one teacher.
-        theirs = _cached_targets(batch, settings) if form.kind == "states" else _targets(states, batch, settings)
+        if form.kind == "states":
+            theirs = _cached_targets(batch, frozen.get("centers", {}), settings)
+        else:
+            theirs = _targets(states, batch, settings)
         terms = _feature_terms(student, params, ours, theirs, batch, settings) if settings.features else {}
         total = jnp.float32(0.0)
         for name, (value, _) in terms.items():
@@ -213,9 +217,13 @@ def _targets(states: tuple[Captured, ...], batch: Batch, settings: DistillSettin
     return Targets(one.layers, one.projections, one.embeddings, texts)
 
 
-def _cached_targets(batch: Batch, settings: DistillSettings) -> Targets:
-    layers = {layer: batch[STATES.format(layer)] for layer in settings.captured(1)["layers"]}
-    return Targets(layers, texts=batch[MEANS] if settings.sentence.used else None)
+def _cached_targets(batch: Batch, centers: Mapping[str, Array], settings: DistillSettings) -> Targets:
+    def field(name: str) -> jax.Array:
+        values = jnp.asarray(batch[name])
+        return values.astype(jnp.float32) - jnp.asarray(centers[name])[None, None] if settings.center else values
+
+    layers = {layer: field(STATES.format(layer)) for layer in settings.captured(1)["layers"]}
+    return Targets(layers, texts=field(MEANS) if settings.sentence.used else None)
 
 
 def _means(states: Captured, batch: Batch) -> jax.Array:

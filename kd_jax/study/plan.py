@@ -99,6 +99,7 @@ class Recipe:
     learning_rate: float
     epochs: int
     pooling: str = "first"
+    encoder_rate: float = 1.0
 
 
 def starts_from_teacher(distill: Distill) -> bool:
@@ -151,8 +152,12 @@ class Planner:
         problem = "every train utterance has its given label"
         require(limited, "study.label_unlabeled", problem, "set it to False, or give finetune.max_train")
         self.poolings = self.settings.recipe_poolings or (values["finetune"]["pooling"],)
-        searched = itertools.product(self.settings.recipe_learning_rates, self.settings.recipe_epochs, self.poolings)
-        self.recipes = [Recipe(float(rate), int(epochs), pooling) for rate, epochs, pooling in searched]
+        rates = self.settings.recipe_encoder_rates or (values["finetune"]["encoder_rate"],)
+        searched = (self.settings.recipe_learning_rates, self.settings.recipe_epochs, self.poolings, rates)
+        self.recipes = [
+            Recipe(float(rate), int(epochs), pooling, float(encoder_rate))
+            for rate, epochs, pooling, encoder_rate in itertools.product(*searched)
+        ]
         # A cache holds logits at the masked positions, or states of unmasked text; these terms need nothing else.
         masked = not self.distill.features and self.distill.kd_positions == "masked"
         states = self.distill.clean and set(self.distill.features) <= set(STATE_TERMS)
@@ -385,7 +390,7 @@ class Planner:
         encoder = self.encoder(student, seed)
         changes = {"seed": seed, "finetune.init_from": STAGE + encoder.folder if encoder else ""}
         changes |= {"finetune.learning_rate": recipe.learning_rate, "finetune.epochs": recipe.epochs}
-        changes["finetune.pooling"] = recipe.pooling
+        changes |= {"finetune.pooling": recipe.pooling, "finetune.encoder_rate": recipe.encoder_rate}
         needs = [encoder] if encoder else []
         if student.teacher == LABELED:
             labels = self._labels(task)[-1]

@@ -107,6 +107,29 @@ def test_nothing_but_real_tokens_and_texts_takes_space(stores, finished):  # noq
     assert records == len(LAYERS) * counts[:, 0].sum() + counts[:, 1].sum()
 
 
+def test_centers_are_the_means_of_what_the_parts_hold(stores, finished):  # noqa: F811
+    cache = TeacherStates(finished)
+
+    def means(rows_of):
+        everyone = [[], [], []]
+        for store in stores:
+            rows = rows_of(store)
+            layers, texts = states_of(store, rows, cache.texts)
+            counts = counts_of(store)[rows].astype(int)
+            for into, values, count in zip(everyone, [*layers, texts], [*[counts[:, 0]] * 2, counts[:, 1]]):
+                into += [values[row, : count[row]] for row in range(len(rows))]
+        return [np.concatenate(one).astype(np.float64).mean(axis=0) for one in everyone]
+
+    of_layers, of_texts = cache.centers(most=10**6)
+    first, second, texts = means(lambda store: np.arange(store.num_rows))
+    for found, expected in ((of_layers[1], first), (of_layers[4], second), (of_texts, texts)):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    # Of one part, the first one of the first store.
+    of_layers, _ = cache.centers(most=1)
+    first, *_ = means(lambda store: np.arange(7 if store is stores[0] else 0))
+    np.testing.assert_allclose(of_layers[1], first, rtol=1e-6)
+
+
 def test_a_sample_is_spread_over_all_stores(stores, tmp_path):  # noqa: F811
     writer = writer_of(tmp_path / "cache", stores)
     everything = sum(store.num_rows for store in stores)

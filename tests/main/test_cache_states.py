@@ -190,6 +190,11 @@ def test_what_does_not_fit_is_refused_in_one_sentence_and_nothing_is_written(mad
         (cached(made, distill__relations={"weight": 1.0}), r"config\.teacher_cache: it has no relations"),
         (cached(made, distill__clean=False), r"config\.teacher_cache: it has no hidden, sentence.*cache_states"),
         (cached(made, tmp_path / "nowhere"), "holds no finished cache"),
+        (ready(made, distill__center=True), r"config\.distill\.center: the mean is that of a cache of states"),
+        (
+            cached(made, distill__clean=False, distill__center=True),
+            r"config\.distill\.center: masked text",
+        ),
         (ready(made, distill__mlm={"weight": 1.0}), r"config\.distill\.clean: mlm are taken where tokens are masked"),
     ):
         with pytest.raises(UserError, match=message):

@@ -180,6 +180,37 @@ def test_cached_states_give_the_step_of_the_teacher_in_the_loop(models, accumula
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
+def test_centered_states_are_what_is_left_without_their_mean(models):
+    _, _, _, _, batch = models
+    student, teacher = tiny(hidden_size=16, initializer_range=0.3), tiny(num_layers=3, initializer_range=0.3)
+    wider = WithProjections(student, (("hidden_0", 16, 32), ("sentence", 16, 32)))
+    params, theirs = wider.init(jax.random.key(0)), teacher.init(jax.random.key(1))
+    clean = {name: batch[name] for name in ("tokens", "segment_ids", "positions")}
+    states, means = make_states_step(teacher, (2,), 2, "float32")(theirs, clean)
+    values = {STATES.format(2): np.asarray(states[0]), MEANS: np.asarray(means)}
+    centers = {name: np.linspace(-0.1, number, 32, dtype=np.float32) for number, name in enumerate(values, 1)}
+
+    def step_of(center, frozen, values):
+        settings = DistillSettings(
+            **NOTHING,
+            hidden=Hidden(1.0),
+            sentence=Sentence(1.0),
+            clean=True,
+            center=center,
+            hidden_layers=((1, 2),),
+            form=TeacherForm("states", cached=True),
+        )
+        objective = make_distill_objective(wider, (), settings)
+        return one_step(objective, params, frozen, clean | values, 1)
+
+    moved = {name: one - centers[name] for name, one in values.items()}
+    (_, found), (_, expected) = step_of(True, {"centers": centers}, values), step_of(False, {}, moved)
+    _, plain = step_of(False, {}, values)
+    for name in ("loss", "hidden", "sentence"):
+        np.testing.assert_allclose(found[name][0], expected[name][0], rtol=1e-6)
+        assert abs(found[name][0] - plain[name][0]) > 0.01
+
+
 def test_relations_with_other_head_counts(models):
     student, params, _, _, batch = models
     teacher = tiny(num_layers=3, hidden_size=48, num_heads=3, initializer_range=0.3)

@@ -154,10 +154,23 @@ def test_distillation_settings_are_the_same_for_all_transfer_sets():
 
 
 def test_recipe_reaches_the_finetuning_stage():
-    stage = planner().finetune(Student("scratch"), 2, "dc", Recipe(0.5, 7, "max"))
+    stage = planner().finetune(Student("scratch"), 2, "dc", Recipe(0.5, 7, "max", 0.2))
     job = stage.config["finetune"]
     assert (job["learning_rate"], job["epochs"], job["pooling"], stage.config["seed"]) == (0.5, 7, "max", 2)
-    assert job["init_from"] == ""
+    assert (job["init_from"], job["encoder_rate"]) == ("", 0.2)
+
+
+def test_encoder_rates_are_searched_where_they_are_given():
+    config = quickstart.get_config()
+    config.finetune.encoder_rate = 0.5
+    assert {recipe.encoder_rate for recipe in planner(config).recipes} == {0.5}
+    before = len(planner(config).recipes)
+    config.study.recipe_encoder_rates = (1.0, 0.3)
+    rates = [recipe.encoder_rate for recipe in planner(config).recipes]
+    assert len(rates) == 2 * before and set(rates) == {1.0, 0.3}
+    config.study.recipe_encoder_rates = (1.5,)
+    with pytest.raises(UserError, match=r"config\.study\.recipe_encoder_rates: 1\.5 is outside"):
+        planner(config)
 
 
 def test_poolings_are_searched_like_rates_and_epochs_and_all_students_have_as_many_trials():

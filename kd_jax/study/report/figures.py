@@ -14,6 +14,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.transforms import BboxBase
 
+from kd_jax.config.training import FEATURE_TERMS
 from kd_jax.study.plan import INITIALIZED, LABELED, Student
 from kd_jax.study.report.findings import correlation, correlation_text, divergence_key, domain_gains, similarity_points
 from kd_jax.study.report.numbers import HEADLINE, TEACHER_LABELS, Measure, Numbers, Place
@@ -252,22 +253,26 @@ def _place_names(panel: Axes, names: Sequence[str], x: np.ndarray, y: np.ndarray
 
 @rc_context(STYLE)
 def training_curves(numbers: Numbers) -> Figure | None:
-    """Masked-LM training loss of teachers and students against the step, a thin line for each seed."""
-    curves = {label: points for label, rows in numbers.inputs.curves.items() if (points := curve_points(rows))}
-    teachers = {label: points for label, points in curves.items() if label.startswith("teacher")}
-    students = {label: points for label, points in curves.items() if label not in teachers}
-    groups = [(name, group) for name, group in (("Teachers", teachers), ("Students", students)) if group]
+    """Training loss of teachers and students against the step, a thin line for each seed; one panel for each kind of
+    loss."""
+    groups: dict[tuple[str, str], dict[str, list[tuple[int, float]]]] = {}
+    for label, rows in numbers.inputs.curves.items():
+        loss, points = curve_points(rows)
+        if points:
+            who = "Teachers" if label.startswith("teacher") else "Students"
+            groups.setdefault((who, loss), {})[label] = points
     if not groups:
         return None
-    styles = {label: _curve_style(numbers, label) for _, group in groups for label in group}
+    styles = {label: _curve_style(numbers, label) for group in groups.values() for label in group}
     names = dict(styles.values())
     figure, axes = panel_grid(1, len(groups), 3.2 + 0.1 * len(names))
-    for panel, (title, group) in zip(axes[0], groups):
+    # Teachers first; then students, by masked LM before those by states.
+    for panel, (who, loss) in zip(axes[0], sorted(groups, key=lambda group: (group[0] == "Students", group[1] != MLM))):
         panel.grid(axis="y")
-        panel.set_title(title)
+        panel.set_title(who)
         panel.set_xlabel("step")
-        panel.set_ylabel("masked-LM training loss, nats")
-        for label, points in group.items():
+        panel.set_ylabel(loss)
+        for label, points in groups[who, loss].items():
             panel.plot(*zip(*points), color=styles[label][1], linewidth=1.1, alpha=0.8)
         panel.set_xlim(left=0)
     handles = [Line2D([], [], color=shade, linewidth=2, label=name) for name, shade in names.items()]
@@ -275,10 +280,17 @@ def training_curves(numbers: Numbers) -> Figure | None:
     return figure
 
 
-def curve_points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    """(step, loss) of rows of metrics.jsonl: the masked-LM part if a run logs it apart, else the total loss."""
+MLM, STATES = "masked-LM training loss, nats", "distance of states, training"
+
+
+def curve_points(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, float]]]:
+    """(what the loss is, its (step, loss)) of rows of metrics.jsonl: the masked-LM part if a run logs it apart, else
+    the total loss, which is a distance where a student learned from states alone."""
+    terms = {name for row in rows for name in row}
+    states = terms & {*FEATURE_TERMS} and not terms & {"mlm", "kl"}
     losses = ((row["step"], row.get("mlm", row.get("loss"))) for row in rows)
-    return [(step, loss) for step, loss in losses if loss is not None and np.isfinite(loss)]
+    found = [(step, loss) for step, loss in losses if loss is not None and np.isfinite(loss)]
+    return STATES if states else MLM, found
 
 
 def _curve_style(numbers: Numbers, label: str) -> tuple[str, str]:
@@ -319,13 +331,13 @@ FIGURES = {  # the name of the file -> the figure
     ),
     "test_sets": Drawing(
         by_test_set,
-        "The headline error rates by test set. Small points are seeds, large ones their means.",
+        "Exploratory: the headline error rates by test set. Small points are seeds, large ones their means.",
         "Dot plot of error rates by test set and student",
         "",
     ),
     "locales": Drawing(
         by_locale,
-        "The headline error rates by locale. Small points are seeds, large ones their means.",
+        "Exploratory: the headline error rates by locale. Small points are seeds, large ones their means.",
         "Dot plot of error rates by locale and student",
         "None of the students that this figure compares was tested.",
     ),
@@ -338,14 +350,14 @@ FIGURES = {  # the name of the file -> the figure
     ),
     "similarity": Drawing(
         similarity_scatter,
-        "One point for each domain. The intervals of the gains are in the table.",
+        "Exploratory: one point for each domain. The intervals of the gains are in the table.",
         "Scatter plot of each domain's divergence from generic text against its gain from task text",
         "There are no gains by domain: they need a generic-only and a task-only student, and records or several seeds.",
     ),
     "training": Drawing(
         training_curves,
-        "Masked-LM loss on each run's own training text, a line for each seed. Curves on different text cannot be "
-        "compared with each other.",
+        "Loss on each run's own training text, a line for each seed. Curves on different text cannot be compared with "
+        "each other.",
         "Line plots of training loss against the step for teachers and students",
         "No training curves were recorded.",
     ),

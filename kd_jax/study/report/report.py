@@ -342,7 +342,7 @@ def _method_section(numbers: Numbers) -> str:
     blocks = [_bullets(_settings(inputs.config))]
     if inputs.recipes:
         searched = [row for row in inputs.recipes if "c" not in row and row["student"] != "finetuned"]
-        if len({(row["learning_rate"], row["epochs"], row["pooling"]) for row in searched}) == 1:
+        if len({tables.recipe_text(row) for row in searched}) == 1:
             recipe = tables.recipe_text(searched[0])
             blocks.append(f"One finetuning recipe was given for all students ({recipe}); nothing was searched.")
         if len(inputs.recipes) > len(searched) or len(searched) > 1:

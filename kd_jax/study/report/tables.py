@@ -277,7 +277,9 @@ def findings_table(findings: Mapping[str, Mapping[str, Answer]], sections: Seque
 def recipe_text(recipe: Mapping[str, Any]) -> str:
     """The settings of a finetuning recipe."""
     rate, epochs, pooling = (recipe[key] for key in ("learning_rate", "epochs", "pooling"))
-    return f"learning rate {rate:g}, {epochs:g} epochs, pooling {pooling}"
+    factor = recipe.get("encoder_rate", 1)
+    encoder = f" ({rate * factor:g} for the encoder)" if factor != 1 else ""
+    return f"learning rate {rate:g}{encoder}, {epochs:g} epochs, pooling {pooling}"
 
 
 def recipe_table(numbers: Numbers) -> Table:

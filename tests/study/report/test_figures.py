@@ -66,7 +66,18 @@ def test_scatter_has_one_named_point_a_domain(inputs):
 def test_training_curves_prefer_the_masked_lm_part():
     rows = [{"step": 0, "mlm": 5.0, "loss": 9.0}, {"step": 10, "loss": 4.0}]
     rows += [{"step": 20, "heldout_task/loss": 1.0}, {"step": 30, "loss": None}]
-    assert figures.curve_points(rows) == [(0, 5.0), (10, 4.0)]
+    assert figures.curve_points(rows) == (figures.MLM, [(0, 5.0), (10, 4.0)])
+
+
+def test_masked_lm_losses_and_distances_of_states_share_no_panel():
+    curves = {
+        "mlm-task, seed 0": [{"step": 10, "loss": 3.0}],
+        "distilled-task-generic, seed 0": [{"step": 10, "loss": 0.2, "hidden": 0.2}],
+        "distilled-generic-generic, seed 0": [{"step": 10, "loss": 1.2, "hidden": 0.2, "kl": 1.0}],
+    }
+    figure = figures.training_curves(ReportInputs(name="x", curves=curves).numbers)
+    panels = [(panel.get_ylabel(), [line.get_ydata()[0] for line in panel.lines]) for panel in figure.axes]
+    assert panels == [(figures.MLM, [3.0, 1.2]), (figures.STATES, [0.2])]
 
 
 def test_a_run_without_losses_draws_no_curve():

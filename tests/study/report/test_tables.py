@@ -81,11 +81,13 @@ def test_recipe_table_has_every_trial_and_counts_them():
     ]
     recipe = {"learning_rate": 1e-3, "epochs": 5, "pooling": "mean"}
     recipes += [{**found, **recipe, "student": "scratch"}, {**found, **recipe, "student": "scratch", "epochs": 20}]
+    recipes[-1]["encoder_rate"] = 0.25
     results = [row("ngrams", "", "", None, 0.1, "icner", "intent_error_rate"), row("scratch", "", "", 0, 0.1)]
     table = tables.recipe_table(ReportInputs(name="x", results=results, recipes=recipes).numbers)
     assert table.rows[1] == ["n-grams", "ICNER, intent", "C = 10", "50.00", "chosen"]
     assert table.rows[3][1:3] == ["ICNER, slots", "C = 1"]
-    assert table.rows[7] == ["from scratch", "ICNER", "learning rate 0.001, 20 epochs, pooling mean", "50.00", "chosen"]
+    recipe = "learning rate 0.001 (0.00025 for the encoder), 20 epochs, pooling mean"
+    assert table.rows[7] == ["from scratch", "ICNER", recipe, "50.00", "chosen"]
     assert "Trials of each row and task: 2 for from scratch; 3 for n-grams." in table.caption
 
 
