@@ -124,7 +124,7 @@ class StoreWriter:
         most_segments = length // SMALLEST_SEGMENT
         self._segments = _ArrayFile(folder / SEGMENTS, length, np.uint8 if most_segments <= 255 else np.uint16)
         self._counts = np.zeros(tokenizer.vocab_size, np.int64)
-        self._texts = self._empty = self._real_tokens = 0
+        self._texts = self._cut = self._empty = self._real_tokens = 0
 
     def __enter__(self) -> Self:
         return self
@@ -138,6 +138,7 @@ class StoreWriter:
         empty = sum(len(text) == 0 for text in texts)
         self._texts += len(texts) - empty
         self._empty += empty
+        self._cut += sum(len(text) > self.length - 2 for text in texts)
         self._append(*self._packer.add(texts))
 
     def _append(self, tokens: np.ndarray, segment_ids: np.ndarray) -> None:
@@ -167,6 +168,7 @@ class StoreWriter:
             "rows": rows,
             "length": self.length,
             "texts": self._texts,
+            "cut": self._cut,
             "texts_per_row": self._texts / rows,
             "tokens": self._real_tokens,
             "maskable": int(self._counts.sum()),
@@ -187,7 +189,8 @@ class RowStore:
     """One source and language as packed rows on disk, memory-mapped and read only.
 
     Attributes from its manifest: name, source, kind ("generic", "task", or "selected" of generic text), language,
-    split ("train" or "heldout"), num_rows, length, texts, maskable, fingerprint (of
+    split ("train" or "heldout"), num_rows, length, texts, cut (texts that became several segments; None in a store of
+    kd_jax 0.2), maskable, fingerprint (of
     the content), tokenizer_fingerprint. Raises UserError when the folder is no whole store, or was built with another
     tokenizer than `tokenizer_fingerprint`.
 
@@ -214,6 +217,7 @@ class RowStore:
         self.num_rows: int = manifest["rows"]
         self.length: int = manifest["length"]
         self.texts: int = manifest["texts"]
+        self.cut: int | None = manifest.get("cut")
         self.maskable: int = manifest["maskable"]
         self.fingerprint: str = manifest["fingerprint"]
         self.tokenizer_fingerprint: str = manifest["tokenizer_fingerprint"]

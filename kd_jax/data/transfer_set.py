@@ -70,8 +70,9 @@ class TransferSet:
     def describe(self, rows: int) -> dict[str, Any]:
         """What a run of `rows` rows sees, by store and by kind, and which kind of store fills the generic share.
 
-        For each: rows, maskable tokens and utterances (from the stores' means), their shares, the epochs, and the
-        unique tokens and utterances (each counted once, however often it repeats).
+        For each: rows, maskable tokens and utterances (from the stores' means), their shares, the epochs, the unique
+        tokens and utterances (each counted once, however often it repeats), and the share of utterances that are longer
+        than a row, where the stores know it.
         """
         drawn = self.drawn(rows)
         epochs = drawn / self._num_rows
@@ -89,6 +90,10 @@ class TransferSet:
             for name in ("rows", "tokens", "utterances"):
                 result[f"{name}_share"] = float(amounts[name][members].sum() / max(amounts[name].sum(), 1e-300))
             result["epochs"] = float(drawn[members].sum() / self._num_rows[members].sum())
+            cut = [self.stores[number].cut for number in np.flatnonzero(members)]
+            if None not in cut:
+                seen = amounts["utterances"][members].sum()
+                result["cut_share"] = float((epochs[members] * np.array(cut)).sum() / max(seen, 1e-300))
             return result
 
         kinds = [_share_of(store, self.generic) for store in self.stores]

@@ -4,7 +4,6 @@ scikit-learn and python-crfsuite do the work. Both are imported where they are u
 """
 
 import functools
-import math
 import tempfile
 import time
 import warnings
@@ -12,32 +11,25 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from kd_jax.config.commands import Baseline
-from kd_jax.data.batches import process_slice
-from kd_jax.data.labeled import LabeledSet, packed
 from kd_jax.data.prepared import Prepared
-from kd_jax.data.text.utterances import LabelMaps, Utterance
+from kd_jax.data.text.utterances import Utterance
 from kd_jax.evaluation.records import Record, assign_test_sets, domain_record, intent_slot_record
 from kd_jax.evaluation.results import RECORDS, RESULTS, TERMS, results
 from kd_jax.evaluation.slots import repair_bio
 from kd_jax.jobs.finetune import DEV, dev_scores, labeled_dev, labeled_train, of_domain, predicted_labels
+from kd_jax.jobs.states import mean_states
 from kd_jax.jobs.teachers import Teacher
-from kd_jax.models.functional import Functional
-from kd_jax.models.heads import pooled
 from kd_jax.runtime.files import write_json, write_json_lines
 from kd_jax.runtime.paths import make_folder
 from kd_jax.runtime.preemption import interruptible
 from kd_jax.runtime.progress import Count
-from kd_jax.trainer.mesh import global_batch, process_share, row_multiple
 from kd_jax.trainer.run_directory import RunDirectory
-from kd_jax.types import Array, Batch, Params, UserError
+from kd_jax.types import UserError
 
 ABOUT = "baseline.json"
-BATCH_ROWS = 32
 CRF_ITERATIONS = 50  # of L-BFGS; more of them changed slot F1 on dev by less than half a point either way
 KINDS = {"ngrams": "ngrams", "teacher": "probe"}  # config.baseline.features -> the row's kind in a study
 
@@ -92,7 +84,8 @@ def run(
     utterances = list({id(one): one for each in data.values() for part in each for one in part}.values())
     states = None
     if teacher is not None:  # all processes take part
-        states = teacher_states(teacher, prepared, utterances, mesh, progress)
+        with Count("teacher's states", "utterances", len(utterances), shown=progress) as count:
+            states = mean_states(teacher.model, teacher.params(mesh), prepared, utterances, mesh, count.update)
         spent["states"] = time.monotonic() - started
     if jax.process_index() != 0:
         return {}
@@ -291,37 +284,3 @@ def slot_f1(utterances: Sequence[Utterance], tags: Sequence[Sequence[str]]) -> f
     terms = [term(intent_slot_record(one, (), "", found)) for one, found in zip(utterances, tags, strict=True)]
     spans = sum(total for _, total in terms)
     return sum(right for right, _ in terms) / spans if spans else 0.0
-
-
-def teacher_states(
-    teacher: Teacher, prepared: Prepared, utterances: Sequence[Utterance], mesh: jax.sharding.Mesh, progress: bool
-) -> np.ndarray:
-    """float32 [utterances, H]: the mean of the teacher's last layer over the tokens of each utterance, special ones
-    included; the same in every process. Raises Preempted.
-    """
-    length = prepared.settings.rows.length
-    rows = math.lcm(BATCH_ROWS, row_multiple(mesh))
-    texts = LabeledSet(utterances, prepared.tokenizer, LabelMaps((), (), ()), "dc", length)
-    found = np.zeros((len(utterances), teacher.model.config.hidden_size), np.float32)
-    params, mean = teacher.params(mesh), compiled_means(teacher.model)
-    mine = slice(*process_slice(rows, *process_share(mesh)))
-    with Count("teacher's states", "utterances", len(utterances), shown=progress) as count:
-        for batch, index_RxS in interruptible(packed(texts, length, rows), "the teacher's states"):
-            local = {name: batch[name][mine] for name in ("tokens", "segment_ids", "positions", "first_positions")}
-            mean_RxSxH = mean(params, global_batch(mesh, local))
-            chosen = index_RxS >= 0
-            found[index_RxS[chosen]] = np.asarray(multihost_utils.process_allgather(mean_RxSxH, tiled=True))[chosen]
-            count.update(int(chosen.sum()))
-    return found
-
-
-@functools.cache
-def compiled_means(model: Functional) -> Callable[[Params, Batch], jax.Array]:
-    """Jitted (params, packed rows) -> float32 [R, S, H]: the mean state of the tokens of each utterance."""
-
-    def means(params: Params, batch: Mapping[str, Array]) -> jax.Array:
-        hidden_RxLxH = model.hidden(params, batch).astype(jnp.float32)
-        segments_RxL, firsts_RxS = jnp.asarray(batch["segment_ids"]), jnp.asarray(batch["first_positions"])
-        return pooled(hidden_RxLxH, segments_RxL, firsts_RxS, "mean")
-
-    return jax.jit(means)

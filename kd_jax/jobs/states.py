@@ -1,21 +1,27 @@
 """Caches of a teacher's states of unmasked text: writing one, and training from one."""
 
 import functools
+import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from kd_jax.config import require
 from kd_jax.config.data import States, Vocabulary
 from kd_jax.config.execution import Execution, Rules
 from kd_jax.config.training import Distill
 from kd_jax.data.batches import clean_rows, process_slice
+from kd_jax.data.labeled import LabeledSet, packed
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.rows import RowStore
 from kd_jax.data.teacher_states import StateBatches, StatesWriter, TeacherStates
+from kd_jax.data.text.tokenizer import Tokenizer
+from kd_jax.data.text.utterances import LabelMaps, Utterance
 from kd_jax.data.transfer_set import TransferSet
 from kd_jax.data.vocabulary import TrimmedPrepared
 from kd_jax.jobs import trained
@@ -24,6 +30,7 @@ from kd_jax.jobs.masked_lm import encoder_model
 from kd_jax.jobs.teachers import KEY, Teacher, TeacherSide, layers_of, teacher_form
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
+from kd_jax.models.heads import pooled
 from kd_jax.models.layer_map import chosen_layers, read_layers
 from kd_jax.runtime import distributed
 from kd_jax.runtime.paths import names_in
@@ -33,28 +40,45 @@ from kd_jax.steps.distill import MEANS, STATES
 from kd_jax.steps.teacher_states import make_states_step
 from kd_jax.trainer.mesh import gathered, global_batch, process_share, row_multiple
 from kd_jax.trainer.run_directory import RunDirectory
+from kd_jax.types import Batch, Params
 
+MEAN_ROWS = 32  # rows in which utterances are read at a time
 SAMPLED_ROWS = 2048  # that principal components are computed from
 EXPLAINED = "explained"  # array next to the parts: the share of the variance that the components keep, of each array
 
 
-def find_teacher(workdir: str, prepared: Prepared, compute_dtype: str, rules: Rules) -> tuple[Teacher, Prepared]:
+def find_teacher(
+    workdir: str, prepared: Prepared, states: States, compute_dtype: str, rules: Rules
+) -> tuple[Teacher, Prepared]:
     """The teacher of config.teacher_checkpoint, and the prepared folder in the ids that it reads: the tokenizer's, or
-    those of its own trimmed vocabulary. No student's vocabulary plays a part."""
+    those of its own trimmed vocabulary. No student's vocabulary plays a part.
+
+    A teacher with another tokenizer comes with the prepared folder of its own run, if only means of texts are kept.
+    """
     require(
         bool(workdir) and "," not in workdir, KEY, f"a cache holds one teacher's states, not {workdir!r}", "name one"
     )
     block, seen = trained.encoder_block(workdir, KEY), prepared
-    if trained.tokenizer_fingerprint(workdir) != prepared.tokenizer.fingerprint:
+    recorded = trained.tokenizer_fingerprint(workdir)
+    if recorded != prepared.tokenizer.fingerprint:
         seen = trained.run_prepared(workdir, prepared, KEY)
+        if states.layers == "none" and recorded != seen.tokenizer.fingerprint:
+            seen = trained.own_prepared(workdir, KEY)
         trained.check_tokenizer(workdir, seen, KEY)
     model = encoder_model(block, seen, compute_dtype, "teacher")
     return Teacher(workdir, model, rules, None), seen
 
 
-def identity(teacher: Teacher, tokenizer_fingerprint: str) -> dict[str, Any]:
+def identity(teacher: Teacher) -> dict[str, Any]:
     """What a cache and the runs that read it must share, apart from the rows."""
-    return {"teacher": trained.parameters_fingerprint(teacher.workdir, KEY), "tokenizer": tokenizer_fingerprint}
+    parameters = trained.parameters_fingerprint(teacher.workdir, KEY)
+    return {"teacher": parameters, "tokenizer": trained.tokenizer_fingerprint(teacher.workdir)}
+
+
+def same_texts(prepared: Prepared, read_by_teacher: Prepared) -> bool:
+    """Whether a teacher reads the rows of `prepared`, be it through a vocabulary of its own."""
+    full = read_by_teacher.full if isinstance(read_by_teacher, TrimmedPrepared) else read_by_teacher
+    return full.tokenizer.fingerprint == prepared.tokenizer.fingerprint
 
 
 def kept_layers(states: States, teacher: EncoderConfig) -> tuple[int, ...]:
@@ -82,26 +106,30 @@ def write_states(
     states: States,
     teacher: Teacher,
     prepared: Prepared,
+    read_by_teacher: Prepared,
     mesh: jax.sharding.Mesh,
     execution: Execution,
 ) -> dict[str, Any] | None:
     """Writes the parts that are missing; returns what DONE is to say, or None while other machines write theirs.
 
-    prepared: in the teacher's ids, see `find_teacher`.
+    prepared: of the students. read_by_teacher: in the teacher's ids, see `find_teacher`.
     """
-    stores, shape = stores_of(states, prepared), teacher.model.config
+    other = None if same_texts(prepared, read_by_teacher) else read_by_teacher
+    stores, shape = stores_of(states, prepared if other else read_by_teacher), teacher.model.config
     layers, width = kept_layers(states, shape), states.components or shape.hidden_size
-    same = identity(teacher, prepared.tokenizer.fingerprint)
+    same = identity(teacher)
     size = states.rows_per_part
     with distributed.first_goes_ahead():
         writer = StatesWriter(directory.path, stores, layers, width, states.dtype, same, size, states.components)
-    directory.start(tokenizer_fingerprint=prepared.tokenizer.fingerprint)
+    directory.start(tokenizer_fingerprint=read_by_teacher.tokenizer.fingerprint)
     wanted = distributed.from_first(writer.missing(execution.cache_part, execution.cache_parts))
     bases = [*(f"basis_layer_{layer}" for layer in layers), "basis_texts"] if states.components else []
     attached = [*bases, EXPLAINED] if bases else []
     ready = distributed.from_first(all(map(writer.attached, attached)))
     if wanted or not ready:
         reader = _Reader(states, teacher, writer, mesh)
+        if other is not None:
+            reader = _TextReader(states, teacher, writer, mesh, prepared.tokenizer, other)
         if not ready:
             for name, values in zip(attached, reader.components(states.components), strict=True):
                 if jax.process_index() == 0:
@@ -125,8 +153,8 @@ class _Reader:
         multiple = row_multiple(mesh)
         self._batch_rows = -(-states.batch_rows // multiple) * multiple
         # Projected in float32, and only then rounded.
-        dtype = "float32" if states.components else states.dtype
-        self._step = compiled_states_step(teacher.model, writer.layers, writer.texts, dtype)
+        self._dtype = "float32" if states.components else states.dtype
+        self._step = compiled_states_step(teacher.model, writer.layers, writer.texts, self._dtype)
 
     def part(self, store: int, rows: np.ndarray, done: Count) -> tuple[np.ndarray, dict[str, float]] | None:
         """(vectors of rows of one store, sums for the report) on process 0, None on the others. Raises Preempted."""
@@ -194,6 +222,65 @@ def principal(moments_HxH: np.ndarray, sums_H: np.ndarray, count: int, component
     return basis.astype(np.float32), float(kept)
 
 
+class _TextReader(_Reader):
+    """A teacher with another tokenizer, which reads the text of every segment on its own."""
+
+    def __init__(self, states, teacher: Teacher, writer: StatesWriter, mesh, tokenizer: Tokenizer, other: Prepared):
+        super().__init__(states, teacher, writer, mesh)
+        self._model, self._tokenizer, self._other = teacher.model, tokenizer, other
+
+    def _batches(self, store: int, rows: np.ndarray, done: Count | None):
+        for start in interruptible(range(0, len(rows), self._batch_rows), "the teacher's states"):
+            inside = slice(start, min(start + self._batch_rows, len(rows)))
+            tokens, segment_ids = self._writer.stores[store].rows(rows[inside])
+            places = [(row, text) for row, ids in enumerate(segment_ids) for text in range(ids.max())]
+            segments = [tokens[row][segment_ids[row] == text + 1] for row, text in places]
+            texts = [Utterance("", "", "", "", "", text, (text,), ("O",)) for text in self._tokenizer.decode(segments)]
+            found = mean_states(self._model, self._params, self._other, texts, self._mesh)
+            means = np.zeros((len(tokens), self._writer.texts, found.shape[1]), np.float32)
+            means[tuple(np.array(places).T)] = found
+            if done is not None:
+                done.update(len(tokens))
+            if jax.process_index() == 0:
+                yield inside, [], means.astype(self._dtype)
+
+
+def mean_states(
+    model: Functional,
+    params: Params,
+    prepared: Prepared,
+    utterances: Sequence[Utterance],
+    mesh: jax.sharding.Mesh,
+    done: Callable[[int], object] = lambda count: None,
+) -> np.ndarray:
+    """float32 [utterances, H]: the mean of the last layer over the tokens of each utterance, special ones included; the
+    same in every process. An utterance that is longer than a row of `prepared` is cut. Raises Preempted.
+    """
+    length, rows = prepared.settings.rows.length, math.lcm(MEAN_ROWS, row_multiple(mesh))
+    texts = LabeledSet(utterances, prepared.tokenizer, LabelMaps((), (), ()), "dc", length)
+    found = np.zeros((len(utterances), model.config.hidden_size), np.float32)
+    mean, mine = compiled_means(model), slice(*process_slice(rows, *process_share(mesh)))
+    for batch, index_RxS in interruptible(packed(texts, length, rows), "the teacher's states"):
+        local = {name: batch[name][mine] for name in ("tokens", "segment_ids", "positions", "first_positions")}
+        mean_RxSxH = mean(params, global_batch(mesh, local))
+        chosen = index_RxS >= 0
+        found[index_RxS[chosen]] = np.asarray(multihost_utils.process_allgather(mean_RxSxH, tiled=True))[chosen]
+        done(int(chosen.sum()))
+    return found
+
+
+@functools.cache
+def compiled_means(model: Functional) -> Callable[[Params, Batch], jax.Array]:
+    """Jitted (params, packed rows) -> float32 [R, S, H]: the mean state of the tokens of each utterance."""
+
+    def means(params: Params, batch: Batch) -> jax.Array:
+        hidden_RxLxH = model.hidden(params, batch).astype(jnp.float32)
+        segments_RxL, firsts_RxS = jnp.asarray(batch["segment_ids"]), jnp.asarray(batch["first_positions"])
+        return pooled(hidden_RxLxH, segments_RxL, firsts_RxS, "mean")
+
+    return jax.jit(means)
+
+
 @functools.cache
 def compiled_states_step(model: Functional, layers: tuple[int, ...], texts: int, dtype: str):
     """The same jitted function for all parts and runs with equal settings."""
@@ -219,8 +306,7 @@ def cached_states(
 ) -> TeacherSide:
     """The states that cache_states wrote, as targets of a student; no teacher is in memory."""
     cache = TeacherStates(folder)
-    full = prepared.full if isinstance(prepared, TrimmedPrepared) and teacher.kept is not None else prepared
-    cache.check(identity(teacher, full.tokenizer.fingerprint))
+    cache.check(identity(teacher))
     layers: dict[str, int] = {}
     if distill.hidden.used:
         pairs = layers_of("hidden", distill.hidden.layers, student, teacher.model.config)

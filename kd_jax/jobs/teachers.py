@@ -60,8 +60,11 @@ class Teacher:
         return {} if self.kept is None else {"kept": self.kept}
 
 
-def find_teachers(names: str, prepared: Prepared, compute_dtype: str, rules: Rules) -> list[Teacher]:
-    """The teachers of config.teacher_checkpoint, joined by commas; their tokenizers are compared with the student's."""
+def find_teachers(
+    names: str, prepared: Prepared, compute_dtype: str, rules: Rules, any_tokenizer: bool = False
+) -> list[Teacher]:
+    """The teachers of config.teacher_checkpoint, joined by commas; their tokenizers are compared with the student's,
+    unless any will do, since only cached means of their states are used. Raises UserError."""
     workdirs = [name.strip() for name in names.split(",") if name.strip()]
     require(bool(workdirs), KEY, "it is empty", "give the workdir of a pretrain run")
     full = prepared.full if isinstance(prepared, TrimmedPrepared) else prepared
@@ -69,9 +72,11 @@ def find_teachers(names: str, prepared: Prepared, compute_dtype: str, rules: Rul
     for workdir in workdirs:
         block = trained.encoder_block(workdir, KEY)
         same = trained.tokenizer_fingerprint(workdir) == prepared.tokenizer.fingerprint
-        if not same:
-            trained.check_tokenizer(workdir, full, KEY)
-        model = encoder_model(block, prepared if same else full, compute_dtype, "teacher")
+        seen = prepared if same else full
+        if not same and any_tokenizer and trained.tokenizer_fingerprint(workdir) != full.tokenizer.fingerprint:
+            same, seen = True, trained.own_prepared(workdir, KEY)
+        trained.check_tokenizer(workdir, seen, KEY)
+        model = encoder_model(block, seen, compute_dtype, "teacher")
         teachers.append(Teacher(workdir, model, rules, None if same else kept_ids(prepared)))
     mixed = len({teacher.kept is None for teacher in teachers}) > 1
     require(not mixed, KEY, "some teachers have the trimmed vocabulary and some the full one", "use one or the other")

@@ -82,6 +82,17 @@ def first_difference(theirs: Tokenizer, ours: Tokenizer) -> str:
     return ": the tokens are the same, but text is normalized or split differently"
 
 
+def own_prepared(workdir: str | pathlib.Path, key: str) -> Prepared:
+    """The prepared folder that a run was made with, for its tokenizer. Raises UserError where it is gone."""
+    folder = as_path(run_config(workdir, key).prepared)
+    if not (folder / MANIFEST).is_file():
+        raise UserError(
+            f"config.{key}: {workdir} has another tokenizer than config.prepared, and {folder}, which has it, is gone; "
+            "prepare it again"
+        )
+    return run_prepared(workdir, Prepared(folder), key)
+
+
 def run_prepared(workdir: str | pathlib.Path, prepared: Prepared, key: str) -> Prepared:
     """The prepared folder as the model of a run saw it: with its vocabulary, trimmed or not."""
     config = run_config(workdir, key)

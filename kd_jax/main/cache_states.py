@@ -32,15 +32,16 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
     """Writes the parts that are missing, and DONE when every part is there."""
     execution, settings = read_execution(config), read(States, config.states, "states")
     rules = execution.sharding.teacher
-    teacher, seen = states.find_teacher(config[KEY], Prepared(config.prepared), config.compute_dtype, rules)
+    prepared = Prepared(config.prepared)
+    teacher, seen = states.find_teacher(config[KEY], prepared, settings, config.compute_dtype, rules)
     width = teacher.model.config.hidden_size
     problem = f"{settings.components} of states that are {width} wide"
     require(settings.components <= width, "states.components", problem, f"give 0 to {width}")
     states.kept_layers(settings, teacher.model.config)
-    states.stores_of(settings, seen)
+    states.stores_of(settings, prepared)
     states.check_part(settings, execution, workdir)
     mesh = make_mesh(execution.mesh)
-    return lambda directory: states.write_states(directory, settings, teacher, seen, mesh, execution)
+    return lambda directory: states.write_states(directory, settings, teacher, prepared, seen, mesh, execution)
 
 
 def show(config: ConfigDict, workdir: pathlib.Path) -> None:

@@ -39,8 +39,11 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
     prepared = seen_by_student(Prepared(config.prepared), vocabulary)
     mesh = make_mesh(execution.mesh)
     student = encoder_model(config.student, prepared, config.compute_dtype, "student")
+    # The mean state of a text says nothing about its tokens, so their ids need not be the student's.
+    any_tokenizer = bool(config.teacher_cache) and distill.features == ("sentence",) and distill.init != "teacher"
+    rules = execution.sharding.teacher
     found = teachers.find_teachers(
-        config.teacher_checkpoint, prepared, config.compute_dtype, execution.sharding.teacher
+        config.teacher_checkpoint, prepared, config.compute_dtype, rules, any_tokenizer and distill.clean
     )
     if config.teacher_cache and distill.clean:
         side = states.cached_states(config.teacher_cache, found[0], distill, vocabulary, prepared, student.config)

@@ -50,6 +50,7 @@ def test_store_holds_what_was_packed(tmp_path):
     assert manifest["tokens"] == np.count_nonzero(segment_ids)
     assert manifest["packing_efficiency"] == pytest.approx(np.mean(segment_ids > 0))
     empty = sum(len(text) == 0 for text in texts)
+    assert store.cut == sum(len(text) > store.length - 2 for text in texts) > 0
     assert store.texts == 400 - empty and manifest["removed"] == {"decontaminated": 3, "empty": empty}
     assert np.load(tmp_path / "wiki-de" / "tokens.npy", mmap_mode="r").dtype == np.uint16
     assert sorted(p.name for p in tmp_path.iterdir()) == ["wiki-de"]

@@ -9,10 +9,10 @@ from kd_jax.data.transfer_set import PERIOD, TransferSet
 from kd_jax.types import UserError
 
 
-def store(name, language, kind, rows, maskable_per_row=100.0, texts_per_row=5, source=None):
+def store(name, language, kind, rows, maskable_per_row=100.0, texts_per_row=5, source=None, cut=0):
     return types.SimpleNamespace(
         name=name, language=language, kind=kind, num_rows=rows, length=128, source=source or name,
-        fingerprint=f"f-{name}", maskable=rows * maskable_per_row, texts=rows * texts_per_row,
+        fingerprint=f"f-{name}", maskable=rows * maskable_per_row, texts=rows * texts_per_row, cut=cut,
     )  # fmt: skip
 
 
@@ -200,6 +200,18 @@ def test_ends_of_the_scale_leave_the_other_kind_out():
         source = mixed.locate(np.arange(5000))[0]
         assert {mixed.stores[i].kind for i in np.unique(source)} == {kind}
         np.testing.assert_allclose(mixed.describe(PERIOD)["kinds"][kind]["tokens_share"], 1.0)
+
+
+def test_describe_gives_the_share_of_texts_that_were_cut():
+    stores = [store("a", "en", "generic", 100, cut=50), store("b", "en", "generic", 300), store("c", "en", "task", 10)]
+    described = make(stores, task_share=0.5, weights={"a": 0.5, "b": 0.5, "c": 1.0}).describe(1000)
+    drawn = described["stores"]["a"]["utterances"], described["stores"]["b"]["utterances"]
+    assert described["stores"]["a"]["cut_share"] == pytest.approx(0.1)
+    assert described["kinds"]["generic"]["cut_share"] == pytest.approx(0.1 * drawn[0] / sum(drawn))
+    assert described["kinds"]["task"]["cut_share"] == 0
+    stores[1].cut = None  # of a store that does not know
+    described = make(stores, task_share=0.5, weights={"a": 0.5, "b": 0.5, "c": 1.0}).describe(1000)
+    assert "cut_share" in described["stores"]["a"] and "cut_share" not in described["kinds"]["generic"]
 
 
 def test_describe_counts_epochs_and_unique_tokens():

@@ -62,6 +62,7 @@ def test_the_format_that_the_page_shows_is_read(tmp_path):
     assert utterance.tags == ("O", "B-item", "I-item", "O", "O", "O")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_commands_print_what_the_page_shows(finished):
     _, outputs = finished
@@ -79,6 +80,7 @@ def test_commands_print_what_the_page_shows(finished):
     assert shown > 10
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_commands_leave_a_report_answers_and_a_model(finished):
     folder, outputs = finished

@@ -81,8 +81,17 @@ def equal_students(luck: float, uneven: float) -> list[Student]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seeds", [3, 5])
-@pytest.mark.parametrize(("luck", "uneven"), [(0.0, 1), (0.02, 3), (0.1, 1), (0.1, 3), (0.3, 1)])
+@pytest.mark.parametrize("seeds", [3, pytest.param(5, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("luck", "uneven"),
+    [
+        pytest.param(0.0, 1, marks=pytest.mark.long),
+        (0.02, 3),
+        pytest.param(0.1, 1, marks=pytest.mark.long),
+        (0.1, 3),
+        (0.3, 1),
+    ],
+)
 def test_equal_students_are_seldom_said_to_differ(seeds, luck, uneven):
     """The family-wise error of the five declared comparisons, from seeds that agree to seeds 7 points apart."""
     wrong = share(equal_students(luck, uneven), any_difference, seeds=seeds, utterances=500)
@@ -123,7 +132,7 @@ def test_two_baselines_without_seeds_are_compared_over_utterances():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("luck", [0.0, 0.05, 0.3])
-@pytest.mark.parametrize("shares", [3, 5])
+@pytest.mark.parametrize("shares", [3, pytest.param(5, marks=pytest.mark.long)])
 def test_a_trend_is_seldom_seen_where_there_is_none(luck, shares):
     def seen(found: list[ErrorCounts]) -> bool:
         one = slope(found)

@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline, make_union
 
 from kd_jax.config import base
 from kd_jax.config.commands import Baseline
-from kd_jax.config.execution import Mesh, Rules
+from kd_jax.config.execution import Mesh
 from kd_jax.config.training import Finetune
 from kd_jax.data.text.tokenizer import train_tokenizer
 from kd_jax.data.text.utterances import Utterance
@@ -21,7 +21,7 @@ from kd_jax.evaluation.significance import error_counts
 from kd_jax.evaluation.slots import count_slots
 from kd_jax.jobs import baseline, finetune
 from kd_jax.jobs.baseline import Labeled
-from kd_jax.jobs.teachers import Teacher
+from kd_jax.jobs.states import mean_states
 from kd_jax.main import baseline as command
 from kd_jax.models.encoder_config import PRESETS, encoder_config
 from kd_jax.models.functional import Functional
@@ -124,18 +124,15 @@ def test_features_of_a_word():
     assert second == ["word=7:30uhr", "shape=0:00Xxx", *ends, *around]
 
 
-def test_the_probe_reads_the_mean_state_of_each_utterance_alone(data, monkeypatch):
+def test_the_probe_reads_the_mean_state_of_each_utterance_alone(data):
     tokenizer = train_tokenizer(texts(data.train), 200)
     shape = encoder_config({**PRESETS["tiny"], "num_layers": 1, "hidden_size": 16}, tokenizer.vocab_size)
     model = Functional("mlm", shape)
     params = random_params(model)
-    monkeypatch.setattr(Teacher, "params", lambda self, mesh: params)
     folder = types.SimpleNamespace(
         tokenizer=tokenizer, settings=types.SimpleNamespace(rows=types.SimpleNamespace(length=32))
     )
-    states = baseline.teacher_states(
-        Teacher("", model, Rules(), None), folder, data.dev, make_mesh(Mesh()), progress=False
-    )
+    states = mean_states(model, params, folder, data.dev, make_mesh(Mesh()))
     assert states.shape == (60, 16) and states.dtype == np.float32
     for number in (0, 7, 59):
         ids, _ = tokenizer.encode_words([data.dev[number].words], [False])[0]

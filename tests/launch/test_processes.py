@@ -91,6 +91,7 @@ def test_sigterm_reaches_every_process_and_ends_the_job(member, tmp_path):
     assert len((tmp_path / "places.txt").read_text().splitlines()) == 2, "it was not started again here"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_unchanged_config_gives_the_same_on_1_device_8_devices_and_4_processes(tmp_path):
     """A study of every command, at two steps a job."""

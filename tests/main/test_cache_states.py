@@ -9,7 +9,7 @@ import pytest
 from kd_jax.config.data import Vocabulary
 from kd_jax.config.settings import read
 from kd_jax.data.prepared import Prepared
-from kd_jax.data.teacher_states import StateBatches, StatesWriter
+from kd_jax.data.teacher_states import StateBatches, StatesWriter, TeacherStates
 from kd_jax.data.vocabulary import kept_ids, seen_by_student, train_counts
 from kd_jax.jobs import masked_lm
 from kd_jax.jobs.cache import SUMMARY
@@ -86,6 +86,7 @@ def test_students_from_the_cache_equal_those_of_the_teacher_in_the_loop(made, tm
     assert read_json(tmp_path / "cached" / "heldout.json") == []
 
 
+@pytest.mark.long
 def test_float16_and_components_cost_what_they_say(made, straight, tmp_path):
     summaries = {"whole": read_json(made / "cache" / SUMMARY)}
     for name, changes in {"float16": {"states__dtype": "float16"}, "half": {"states__components": 16}}.items():
@@ -127,6 +128,7 @@ def test_a_killed_command_goes_on_and_machines_share_the_parts(made, tmp_path, m
     assert (tmp_path / "cache" / "manifest.json").read_text() == (made / "cache" / "manifest.json").read_text()
 
 
+@pytest.mark.long
 def test_components_are_those_of_the_machine_with_part_0(made, tmp_path):
     changes = {"states__components": 8, "cache_parts": 2}
     with pytest.raises(UserError, match=r"config\.cache_part: part 0 computes the components"):
@@ -224,3 +226,42 @@ def test_rows_that_changed_since_the_cache_was_written_are_refused(made, tmp_pat
     with pytest.raises(UserError, match="was made from other rows of generic-"):
         distill.run(cached(made, prepared=str(tmp_path / "data")), tmp_path / "student")
     assert not (tmp_path / "student").exists()
+
+
+def test_a_teacher_with_another_tokenizer_gives_the_means_of_texts_and_nothing_else(made, tmp_path):
+    config = config_for(pretrain__steps=1, tokenizer__vocab_size=300, rows__length=64)
+    prepare.run(config, tmp_path / "theirs")
+    config.prepared = str(tmp_path / "theirs")
+    pretrain.run(config, tmp_path / "teacher")
+    changes = {"teacher_checkpoint": str(tmp_path / "teacher"), "vocabulary": TRIM}
+    with pytest.raises(UserError, match="another tokenizer"):
+        cache_states.run(ready(made, **changes, states__layers="last"), tmp_path / "cache")
+    cache_states.run(ready(made, **changes, states__layers="none"), tmp_path / "cache")
+
+    ours, theirs = Prepared(made / "data"), Prepared(tmp_path / "theirs")
+    store, cache = ours.stores("train")[0], TeacherStates(tmp_path / "cache")
+    _, means = cache.read(store, np.array([3]), [], texts=True)
+    tokens, segment_ids = store.rows(np.array([3]))
+    model = masked_lm.encoder_model(config.teacher, theirs, "auto", "teacher")
+    params = load_params(tmp_path / "teacher", model.abstract())
+    for number in range(segment_ids.max()):
+        (text,) = ours.tokenizer.decode([tokens[0][segment_ids[0] == number + 1]])
+        (ids,) = theirs.tokenizer.encode([text])
+        assert len(ids) <= 62
+        alone = np.array([[theirs.tokenizer.cls_id, *ids, theirs.tokenizer.sep_id]], np.int32)
+        batch = {"tokens": alone, "segment_ids": np.ones_like(alone), "positions": np.arange(alone.size)[None]}
+        expected = np.asarray(model.hidden(params, batch))[0].mean(axis=0)
+        np.testing.assert_allclose(means[0, number], expected, atol=1e-5)
+
+    alone = {"distill__hidden": {"weight": 0.0}, "distill__center": True}
+    distill.run(cached(made, tmp_path / "cache", **changes, **alone), tmp_path / "student")
+    assert losses_of(tmp_path / "student")[-1] < losses_of(tmp_path / "student")[0]
+    alone = {"distill__hidden": {"weight": 0.0}}
+    for config in (
+        cached(made, tmp_path / "cache", **changes),
+        cached(made, tmp_path / "cache", **changes, **alone, distill__init="teacher"),
+        ready(made, **changes, **alone),
+    ):
+        with pytest.raises(UserError, match="another tokenizer"):
+            distill.run(config, tmp_path / "refused")
+        assert not (tmp_path / "refused").exists()

@@ -63,8 +63,15 @@ def metrics_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("form", [{"cache__format": "hidden"}, {"cache__format": "top_k", "cache__k": 600}])
-@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize(
+    ("form", "trim"),
+    [
+        pytest.param({"cache__format": "hidden"}, False, marks=pytest.mark.long),
+        pytest.param({"cache__format": "top_k", "cache__k": 600}, False, marks=pytest.mark.long),
+        ({"cache__format": "hidden"}, True),
+        ({"cache__format": "top_k", "cache__k": 600}, True),
+    ],
+)
 def test_students_from_the_cache_equal_those_of_the_teacher_in_the_loop(made, tmp_path, form, trim):
     changes = {"vocabulary": {"trim": trim, "min_count": 2, "dropped": "unknown"}, "transfer__task_share": 0.3}
     config = ready(made, **changes)
@@ -85,6 +92,7 @@ def test_students_from_the_cache_equal_those_of_the_teacher_in_the_loop(made, tm
                 np.testing.assert_allclose(left[name], right[name], rtol=1e-4)
 
 
+@pytest.mark.long
 def test_a_cache_serves_every_share_and_seed_it_was_written_for_and_no_other(made, tmp_path):
     config = ready(made, cache__task_shares=(0.0, 1.0), cache__seeds=(0, 1), cache__format="sampled", cache__samples=8)
     cache_teacher.run(config, tmp_path / "cache")
@@ -118,6 +126,7 @@ def test_a_cache_of_other_masks_or_another_teacher_is_refused(made, tmp_path):
         distill.run(config, tmp_path / "student")
 
 
+@pytest.mark.long
 def test_machines_share_the_parts_and_the_last_one_finishes(made, tmp_path, capsys):
     for part in (0, 1):
         config = ready(made, cache_parts=2, cache_part=part)
@@ -182,6 +191,7 @@ def test_impossible_settings_name_their_key(made, tmp_path):
         cache_teacher.run(config, tmp_path / "cache")
 
 
+@pytest.mark.long
 def test_a_temperature_schedule_is_refused_with_a_top_k_cache_and_served_by_hidden(made, tmp_path):
     for form in ("top_k", "hidden"):
         config = ready(made, cache__format=form, cache__k=4)
@@ -205,6 +215,7 @@ def test_hidden_states_and_relations_refuse_a_cache(made, tmp_path):
         distill.run(config, tmp_path / "student")
 
 
+@pytest.mark.long
 def test_every_term_and_an_initialized_student_train_together(made, tmp_path):
     config = ready(made)
     for name in ("hidden", "embeddings", "relations"):
@@ -220,6 +231,7 @@ def test_every_term_and_an_initialized_student_train_together(made, tmp_path):
     assert run["terms"]["relations"] == [1.0, 1.0]
 
 
+@pytest.mark.long
 def test_projections_are_learned_and_left_behind(made, tmp_path):
     config = ready(made)
     config.student.update({"hidden_size": 16, "num_heads": 2})
@@ -231,6 +243,7 @@ def test_projections_are_learned_and_left_behind(made, tmp_path):
     assert set(params) == {"encoder", "mlm_head"}
 
 
+@pytest.mark.long
 def test_a_schedule_of_teachers_resumes_in_its_second_phase_and_an_average_differs(made, tmp_path, monkeypatch):
     other = ready(made, pretrain__steps=3)
     pretrain.run(other, tmp_path / "other")
@@ -268,6 +281,7 @@ def test_a_schedule_of_teachers_resumes_in_its_second_phase_and_an_average_diffe
         distill.run(config, tmp_path / "x")
 
 
+@pytest.mark.long
 def test_a_chain_distills_from_a_distilled_student(made, tmp_path):
     config = ready(made)
     distill.run(config, tmp_path / "intermediate")

@@ -177,6 +177,7 @@ def terminated(arguments, seen, after=0.0):
     return process.returncode, errors
 
 
+@pytest.mark.long
 def test_a_study_that_is_preempted_in_every_kind_of_stage_ends_with_75_each_time_and_finishes(tmp_path):
     workdir = tmp_path / "study"
     arguments = [
@@ -193,6 +194,7 @@ def test_a_study_that_is_preempted_in_every_kind_of_stage_ends_with_75_each_time
     assert all((folder / "DONE").is_file() for folder in (workdir / "stages").iterdir())
 
 
+@pytest.mark.long
 def test_sigterm_to_one_of_two_processes_is_saved_by_both_and_the_run_is_the_same(prepared, tmp_path):
     """Stopped together at some step, and then exactly the run that was never stopped."""
 

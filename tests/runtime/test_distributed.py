@@ -41,12 +41,12 @@ def test_exchanges_in_step(tmp_path):
     ("what", "codes", "said"),
     [
         ("mistake", (2, 2), "config.nothing: is empty; fill it"),
-        ("mistake in a collective", (2, 2), "config.nothing: is empty; fill it"),
-        ("crash of the first", (1, 1), "ValueError: this cannot be"),
+        pytest.param("mistake in a collective", (2, 2), "config.nothing: is empty; fill it", marks=pytest.mark.long),
+        pytest.param("crash of the first", (1, 1), "ValueError: this cannot be", marks=pytest.mark.long),
         ("preemption of the first", (75, 75), "preempted: process 0: half of it is saved"),
-        ("signal to one that waits", (75, 75), "stopped at texts"),
+        pytest.param("signal to one that waits", (75, 75), "stopped at texts", marks=pytest.mark.long),
         ("kill", (None, -signal.SIGKILL), None),
-        ("kill of the first", (-signal.SIGKILL, None), None),
+        pytest.param("kill of the first", (-signal.SIGKILL, None), None, marks=pytest.mark.long),
     ],
 )
 def test_an_end_of_one_is_the_end_of_all(tmp_path, what, codes, said):

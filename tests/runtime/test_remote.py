@@ -62,7 +62,7 @@ def stopping_at(step, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["gs", "s3"])
+@pytest.mark.parametrize("scheme", ["gs", pytest.param("s3", marks=pytest.mark.long)])
 def test_from_text_to_results_with_everything_on_a_store(tmp_path, store, monkeypatch, scheme):
     base = f"{scheme}://bucket/study"
     config = small(f"{base}/prepared")

@@ -212,6 +212,7 @@ def described(share: float) -> dict:
             "tokens_share": part,
             "epochs": tokens / unique,
             "unique_tokens": min(tokens, unique),
+            "cut_share": 0.02,
         }
 
     kinds = {"generic": entry(1 - share, 2_000_000), "task": entry(share, 60_000)}

@@ -122,6 +122,10 @@ class Tokenizer:
             encoded += [self._ids(encoding.ids) for encoding in batch]
         return encoded
 
+    def decode(self, texts: Sequence[np.ndarray]) -> list[str]:
+        """The text of each array of ids, without special tokens, as far as the tokens spell it."""
+        return self.backend.decode_batch([ids.tolist() for ids in texts], skip_special_tokens=True)
+
     def encode_words(
         self, texts: Sequence[Sequence[str]], joined: bool | Sequence[bool] = False
     ) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -320,10 +320,15 @@ def text_table(numbers: Numbers) -> Table:
         for source, amount in entry["stores" if by_store else "kinds"].items():
             if amount["rows"]:
                 share, epochs = percent(amount["tokens_share"]), fixed(amount["epochs"], 2)
-                rows.append([name, source, f"{amount['tokens']:,}", share, epochs, f"{amount['unique_tokens']:,}"])
+                cut = percent(amount["cut_share"]) if "cut_share" in amount else NONE
+                rows.append([name, source, f"{amount['tokens']:,}", share, epochs, f"{amount['unique_tokens']:,}", cut])
     source = "Store" if by_store else "Kind"
-    header = ["Transfer set", source, "Tokens seen", "Share", "Epochs", "Unique tokens"]
-    return Table(header, rows, "Text that each student was distilled on, in maskable tokens.", 2)
+    header = ["Transfer set", source, "Tokens seen", "Share", "Epochs", "Unique tokens", "Cut"]
+    caption = (
+        "Text that each student was distilled on, in maskable tokens. Cut: the share of its texts that are longer than "
+        "a row and were read in pieces."
+    )
+    return Table(header, rows, caption, 2)
 
 
 def time_table(seconds: Mapping[str, float]) -> Table:

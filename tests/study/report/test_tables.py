@@ -171,7 +171,7 @@ def test_text_table_shows_epochs_and_leaves_out_what_was_not_drawn():
         ["mix50", "task-en"],
         ["task", "task-en"],
     ]
-    assert table.rows[-1] == ["task", "task-en", "512,000", "100 %", "8.53", "60,000"]
+    assert table.rows[-1] == ["task", "task-en", "512,000", "100 %", "8.53", "60,000", "2 %"]
 
 
 def test_time_table_adds_by_phase_and_leaves_unknown_times_out():
