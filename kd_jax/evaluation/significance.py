@@ -155,6 +155,16 @@ def over_seeds(values: Sequence[float]) -> SeedMean:
     return SeedMean(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None)
 
 
+def error_rate(one: ErrorCounts) -> tuple[float, float, float] | None:
+    """(error rate, low, high) of one student, over its seeds and the utterances as in `compare`; None where there is
+    neither a second seed nor a second utterance."""
+    if not comparable(one, one):
+        return None
+    rate = float(one.rates.mean())
+    low, high, _ = _t_interval(rate, (one,), (1.0,))
+    return rate, max(low, 0.0), high
+
+
 def compare(a: ErrorCounts, b: ErrorCounts) -> Difference:
     """Two students on the same utterances, each with its own seeds; ValueError if the utterances differ.
 

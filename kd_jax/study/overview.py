@@ -58,7 +58,7 @@ def make_plan(study: Study) -> None:
 
 
 def show_dry_run(study: Study) -> None:
-    """Prints every stage with its estimated cost, the totals, and the commands that run the stages one by one."""
+    """Prints every stage with its estimated cost, and the totals."""
     sizes = sizes_of(study)
     found = estimates(study, sizes)
     stages = study.planned()
@@ -86,11 +86,8 @@ def show_dry_run(study: Study) -> None:
     largest = max(cost.bytes for cost in found.values())
     print(f"\nThe largest stage takes {amount(largest, BYTES)} on one device.")
     print("\n".join(remarks(study)))
-    command = job_plan.arguments()
-    print(f"\nAll stages:\n  {shlex.join(command)}")
-    print("One stage at a time, each after those that it needs:")
-    for stage in stages:
-        print(f"  {job_plan.command_line(command, stage.key)}")
+    print(f"\nTo run it:\n  {shlex.join(job_plan.arguments())}")
+    print("With --plan in addition, DIR/plan.json gets the command of every stage, to run them one by one.")
 
 
 UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))

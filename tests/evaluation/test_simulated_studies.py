@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 from scipy import special
 
-from kd_jax.evaluation.significance import HIGHER, LOWER, ErrorCounts, compare, decide, significance, trend
+from kd_jax.evaluation.significance import (
+    HIGHER,
+    LOWER,
+    ErrorCounts,
+    compare,
+    decide,
+    error_rate,
+    significance,
+    trend,
+)
 
 STUDIES = 300  # of each kind; enough to notice an error rate of 10 % in place of 5 %
 OWN = 0.7  # standard deviation of what a student finds hard in general, and of what it finds hard with one seed
@@ -123,6 +132,14 @@ def test_intervals_against_a_baseline_without_a_seed_hold_the_truth(luck):
     pair = [Student(luck, 0.20), Student(None)]
     held = share(pair, covered(0.20 - ERROR), seeds=3, utterances=500)
     assert held >= 0.95 - 3 * standard_error(0.95)
+
+
+def test_the_interval_of_one_student_holds_its_error_rate():
+    def holds(found: list[ErrorCounts]) -> bool:
+        _, low, high = error_rate(found[0])
+        return low <= ERROR <= high
+
+    assert share([Student(0.1)], holds, seeds=3, utterances=300) >= 0.95 - 3 * standard_error(0.95)
 
 
 def test_two_baselines_without_seeds_are_compared_over_utterances():

@@ -24,15 +24,14 @@ def test_the_command_of_a_stage_is_the_one_given_without_its_switch(switch):
     assert job_plan.arguments(argv[:2])[-1] == "--workdir=WORKDIR"
 
 
-def test_a_dry_run_prints_every_stage_with_its_command_and_the_totals(monkeypatch, capsys):
+def test_a_dry_run_prints_every_stage_and_the_totals(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["study", "--config=configs/quickstart.py", "--dry-run"])
     config = quickstart.get_config()
     study.INSTEAD["dry-run"][0](config, None)
     said = capsys.readouterr().out
     stages = study.open_study(config, overview.NOWHERE).planned()
-    for one in stages:
-        command = "python -m kd_jax.main.study --config=configs/quickstart.py --workdir=WORKDIR"
-        assert f"  {command} --stage={one.key}\n" in said
+    assert "\n  python -m kd_jax.main.study --config=configs/quickstart.py --workdir=WORKDIR\n" in said
+    assert "--stage=" not in said
     for one in stages[:-1]:
         assert re.search(rf"^{re.escape(one.name)} +{one.command}( |$)", said, re.M), one.name
     assert re.search(r"^pretrain-teacher +pretrain +512k +2\.08T ", said, re.M)

@@ -2,9 +2,11 @@
 
 import numpy as np
 
+from kd_jax.config import base
 from kd_jax.evaluation.results import results
 from kd_jax.study.report.numbers import ReportInputs
 
+DEFAULTS = base.get_config()
 DOMAINS = ("alarm", "calendar", "lists", "music", "news", "weather")
 LOCALES = ("de-DE", "en-US")
 SHARES = {"generic": 0.0, "mix50": 0.5, "task": 1.0}
@@ -164,9 +166,11 @@ def synthetic_inputs(
             "teacher": {"num_layers": 3, "hidden_size": 192},
             "student": {"num_layers": 2, "hidden_size": 96},
             **{
-                job: {"steps": 100, "batch_size": 32, "learning_rate": 1e-3} for job in ("pretrain", "adapt", "distill")
+                job: {**DEFAULTS[job].to_dict(), "steps": 100, "batch_size": 32, "learning_rate": 1e-3}
+                for job in ("pretrain", "adapt", "distill")
             },
-            "study": {"seeds": list(seeds), "teacher_import": "", "train_head": True},
+            "finetune": {"max_train": 1151},
+            "study": {**DEFAULTS.study.to_dict(), "seeds": list(seeds)},
         },
         provenance={
             "command_line": "python -m kd_jax.main.study --config=configs/quickstart.py",

@@ -15,6 +15,7 @@ from matplotlib.text import Annotation
 from matplotlib.transforms import BboxBase
 
 from kd_jax.config.training import FEATURE_TERMS
+from kd_jax.evaluation.significance import error_rate
 from kd_jax.study.plan import INITIALIZED, LABELED, Student
 from kd_jax.study.report.findings import correlation, correlation_text, divergence_key, domain_gains, similarity_points
 from kd_jax.study.report.numbers import HEADLINE, TEACHER_LABELS, Measure, Numbers, Place
@@ -31,6 +32,35 @@ from kd_jax.study.report.plotting import (
     rows_axis,
     seed_points,
 )
+
+
+@rc_context(STYLE)
+def answer(numbers: Numbers) -> Figure | None:
+    """The headline error of each task for every row of the study, with its interval; lines at the baselines."""
+    tasks = numbers.tasks()
+    rows = [who for who in numbers.students if any(numbers.errors(who, HEADLINE[task]) for task in tasks)]
+    if not rows:
+        return None
+    figure, axes = panel_grid(1, len(tasks), 1.2 + 0.3 * len(rows), sharey=True)
+    for panel, task in zip(axes[0], tasks):
+        rows_axis(panel, [numbers.label(who) for who in rows])
+        for row, who in enumerate(rows):
+            found = numbers.errors(who, HEADLINE[task])
+            if found is None:
+                continue
+            rate = 100 * float(found.rates.mean())
+            shade, interval = color(numbers, who), error_rate(found)
+            if interval is not None:
+                panel.plot([100 * end for end in interval[1:]], [row, row], color=shade, linewidth=2, alpha=0.55)
+            panel.plot([rate], [row], marker(who), color=shade, markersize=8, markeredgecolor="white")
+            if who.kind in BASELINE_LINES and not who.teacher:
+                panel.axvline(rate, color=shade, linestyle=BASELINE_LINES[who.kind], linewidth=1.2, zorder=0.5)
+        panel.set_title(HEADLINE[task].error_title)
+        panel.set_xlabel("error, %")
+    return figure
+
+
+BASELINE_LINES: dict[str, Any] = {"scratch": (0, (5, 3)), "ngrams": (0, (1, 1.5))}
 
 
 @rc_context(STYLE)
@@ -314,6 +344,14 @@ class Drawing(NamedTuple):
 
 
 FIGURES = {  # the name of the file -> the figure
+    "answer": Drawing(
+        answer,
+        "Test error of every row with its 95 % interval over seeds and utterances; lower is better. The dashed line is "
+        "the student from scratch, the dotted one the n-grams. Rows are tested on the same utterances, so two of them "
+        "can differ although their intervals overlap: see the declared comparisons.",
+        "Dot plot of the error rates of all students and baselines with their intervals",
+        "Nothing was tested.",
+    ),
     "heldout_loss": Drawing(
         heldout_loss,
         "Held-out masked-LM loss (lower is better). Small points are seeds, large ones their means; the bar is the "

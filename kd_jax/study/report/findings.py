@@ -18,6 +18,7 @@ from kd_jax.study.report.wording import label, listed, plural, relative, relativ
 SEEN, NOT_SEEN, OPEN, NOT_RUN = "seen", "not seen", "undecided", "not run"
 STATUSES = {LOWER: SEEN, HIGHER: NOT_SEEN, UNDECIDED: OPEN}
 ALPHA = 0.05
+FEWEST_DOMAINS = 5  # for a rank correlation: among four, even the clearest order has p = 2 / 24
 
 
 class Answer(NamedTuple):
@@ -171,6 +172,8 @@ def similarity_points(rows: list[DomainGain], task: str) -> list[tuple[str, floa
 def correlation(rows: list[DomainGain], task: str) -> RankCorrelation:
     """Spearman's rho between divergence from generic text and gain: negative means that similar domains gain more."""
     points = similarity_points(rows, task)
+    if len(points) < FEWEST_DOMAINS:
+        return RankCorrelation(None, None, None, None, len(points))
     return rank_correlation(np.array([x for _, x, _ in points]), np.array([y for _, _, y in points]))
 
 

@@ -16,12 +16,15 @@ from typing import Any
 
 from markdown_it import MarkdownIt
 
+from kd_jax.config.settings import read
+from kd_jax.config.training import Distill
 from kd_jax.runtime.files import write_atomically
 from kd_jax.runtime.paths import as_path, make_folder
 from kd_jax.study.report import tables
 from kd_jax.study.report.contrasts import declared_student, left_out, trend_text, verdict_text
 from kd_jax.study.report.figures import FIGURES
 from kd_jax.study.report.findings import (
+    FEWEST_DOMAINS,
     NOT_RUN,
     DomainGain,
     correlation,
@@ -91,7 +94,7 @@ def compose(inputs: ReportInputs, drawn: Collection[str]) -> dict[str, str]:
         for name, one in FIGURES.items()
     }
     return {
-        "Verdict": _verdict_section(numbers),
+        "Verdict": _joined(_verdict_section(numbers), shown["answer"]),
         DECLARED: _declared_section(numbers),
         RESULTS: _results_section(numbers),
         HELDOUT: _heldout_section(numbers, shown["heldout_loss"]),
@@ -287,6 +290,8 @@ def _similarity_section(numbers: Numbers, gains: list[DomainGain], figure: str) 
         return "No domain's text was compared with the generic text."
     tasks = numbers.tasks()
     lines = [f"{TASK_NAMES[task]}: {correlation_text(correlation(gains, task))}." for task in tasks]
+    if len(gains) < FEWEST_DOMAINS:
+        lines = [f"{plural(len(gains), 'domain')} cannot tell whether gain goes with similarity; five are the fewest."]
     for task in tasks:
         if left_out := len(gains) - len(similarity_points(gains, task)):
             lines.append(
@@ -369,11 +374,18 @@ def _settings(config: Mapping[str, Any]) -> list[str]:
         trained["pretrain"] = "the masked-LM head of the imported teacher alone"
         if not config["study"]["train_head"]:
             del trained["pretrain"]
+    if "study" in config and not any(config["study"][f"{name}_sets"] for name in ("adapted", "schedule", "average")):
+        del trained["adapt"]
     for name, what in trained.items():
         if name in config:
             steps, batch = config[name]["steps"], config[name]["batch_size"]
             rate = config[name]["learning_rate"]
             lines.append(f"`{name}` ({what}): {steps} steps of {batch} rows, learning rate {rate:g}.")
+    if "distill" in config:
+        lines.append(f"Loss of distillation: {_terms(read(Distill, config['distill'], 'distill'))}.")
+    if "finetune" in config:
+        few = config["finetune"]["max_train"]
+        lines.append(f"Labels: {f'{few:,} train utterances of each locale' if few else 'all train utterances'}.")
     if "study" in config:
         lines.append(
             f"Seeds {', '.join(map(str, config['study']['seeds']))}: a seed varies the student's initialization, the "
@@ -381,6 +393,18 @@ def _settings(config: Mapping[str, Any]) -> list[str]:
             "(`masking.seed`) and the chosen recipe are the same for all seeds."
         )
     return lines
+
+
+def _terms(distill: Distill) -> str:
+    """The loss in words: its terms with their weights, the text, and where the student starts."""
+    weights = ", ".join(
+        f"{name} × {term.weight:g}" + (f" to {term.last:g}" if term.last != term.weight else "")
+        for name, term in distill.used.items()
+    )
+    text = "unmasked text" if distill.clean else "masked text"
+    centered = ", the states centered" if distill.center else ""
+    start = "the teacher" if distill.init == "teacher" else "random parameters"
+    return f"{weights}, on {text}{centered}; students start from {start}"
 
 
 def _provenance_lines(provenance: Mapping[str, Any]) -> list[str]:

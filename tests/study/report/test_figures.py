@@ -91,8 +91,29 @@ def test_students_of_one_figure_have_different_colors_or_markers(inputs):
     assert len(set(looks)) == len(STUDENTS)
 
 
+def test_the_answer_has_every_row_with_its_interval_and_lines_at_the_baselines(inputs):
+    numbers = inputs.numbers
+    dc, icner = figures.answer(numbers).axes
+    assert [text.get_text() for text in dc.get_yticklabels()] == [numbers.label(who) for who in numbers.students]
+    for panel, task in ((dc, "dc"), (icner, "icner")):
+        for row, who in enumerate(numbers.students):
+            counts = numbers.errors(who, figures.HEADLINE[task])
+            rate, low, high = figures.error_rate(counts)
+            assert low < rate < high
+            assert (round(100 * rate, 6), float(row)) in drawn(panel)
+            assert {(round(100 * low, 6), float(row)), (round(100 * high, 6), float(row))} <= drawn(panel)
+        lines = [
+            line.get_xdata()[0]
+            for line in panel.lines
+            if len(set(line.get_xdata())) == 1 and len(line.get_xdata()) == 2
+        ]
+        scratch = numbers.errors(numbers.scratch, figures.HEADLINE[task])
+        assert lines == [100 * float(scratch.rates.mean())]
+
+
 def test_nothing_to_show_is_none():
     numbers = ReportInputs(name="x").numbers
+    assert figures.answer(numbers) is None
     assert figures.heldout_loss(numbers) is None
     assert figures.share_curves(numbers) is None
     assert figures.by_locale(numbers) is None

@@ -173,6 +173,29 @@ def test_no_adapted_teacher_is_said():
     assert "There is one teacher, the generic teacher." in text
 
 
+def test_the_settings_are_those_of_what_ran():
+    inputs = synthetic_inputs(size=60)
+    text = document_text(inputs)
+    assert "`adapt` (adapted teacher, further): 100 steps of 32 rows" in text
+    assert "Loss of distillation: kl × 1, mlm × 1, on masked text; students start from random parameters." in text
+    assert "Labels: 1,151 train utterances of each locale." in text
+    config = {**inputs.config, "study": {**inputs.config["study"], "adapted_sets": ()}}
+    off = {**inputs.config["distill"]["kl"], "weight": 0.0}
+    states = {"clean": True, "center": True, "init": "teacher", "kl": off, "mlm": off}
+    states["hidden"] = {**inputs.config["distill"]["hidden"], "weight": 1.0, "final_weight": 0.5}
+    config |= {"distill": {**inputs.config["distill"], **states}, "finetune": {"max_train": 0}}
+    text = document_text(dataclasses.replace(inputs, config=config))
+    assert "`adapt`" not in text and "Labels: all train utterances." in text
+    assert "Loss of distillation: hidden × 1 to 0.5, on unmasked text, the states centered; students start from" in text
+
+
+def test_few_domains_have_no_rank_correlation():
+    inputs = synthetic_inputs(size=60)
+    few = inputs.similarity[:4]
+    text = document_text(dataclasses.replace(inputs, similarity=few))
+    assert "4 domains cannot tell whether gain goes with similarity" in text and "ρ +" not in text and "ρ −" not in text
+
+
 def test_missing_baselines_are_said():
     students = {key: value for key, value in STUDENTS.items() if key[0] == "distilled"}
     assert "A baseline is missing" in document_text(synthetic_inputs(students=students, size=60))
