@@ -35,7 +35,11 @@ def plain_names(names: Iterable[str], field: str) -> None:
     """Raises Invalid unless all names can be parts of file names, which they become."""
     for name in names:
         plain = re.fullmatch(r"[^\W_][\w.-]*", name) is not None
-        check(plain, field, f"{name!r} cannot be a part of a file's name", "use letters, digits, '-', '_' and '.'")
+        remedy = "use letters, digits, '-', '_' and '.'"
+        if all(part.strip() for part in name.split(",")) and "," in name:
+            several = ",".join(f"'{part.strip()}'" for part in name.split(","))
+            remedy = f'several are written as a tuple: "({several})"'
+        check(plain, field, f"{name!r} cannot be a part of a file's name", remedy)
 
 
 def read(kind: type[Settings], block: ConfigDict | Mapping[str, Any], key: str) -> Settings:

@@ -1,8 +1,8 @@
 """Settings of the training jobs: steps and optimizer, the terms of the distillation loss, finetuning."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Literal, get_args
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Self, get_args
 
 from kd_jax.config.settings import check, one_of
 from kd_jax.models.encoder_config import Pooling
@@ -243,6 +243,8 @@ class Loss:
 
     clean: text is not masked, and only the terms on inner states are used.
     center: the mean of the teacher's states, which all texts share, is subtracted from them first; from a cache alone.
+    masked_from: with clean, progress from which on text is masked after all, and kl and mlm replace the terms on inner
+        states; 1 never masks it.
     kl, mlm, hidden, embeddings, relations, sentence: the terms; mlm is the hard masked-LM cross entropy.
     kd_positions: masked | all: where the KL term is taken.
     block_positions: positions whose logits are formed at a time; 0 chooses.
@@ -256,15 +258,21 @@ class Loss:
     sentence: Sentence = field(default_factory=Sentence)
     clean: bool = False
     center: bool = False
+    masked_from: float = 1.0
     kd_positions: str = "masked"
     block_positions: int = 0
 
     def __post_init__(self):
         check(bool(self.used), "", "every term has weight 0", f"give {', '.join(TERMS)} a weight")
         one_of(self.kd_positions, ("masked", "all"), "kd_positions")
-        logits = [name for name in ("kl", "mlm") if name in self.used]
+        logits, both = [name for name in ("kl", "mlm") if name in self.used], self.masked_from < 1
         problem = f"{' and '.join(logits)} are taken where tokens are masked, and none are"
-        check(not (self.clean and logits), "clean", problem, "set their weights to 0, or set it to False")
+        remedy = "set their weights to 0, or set it to False, or set masked_from below 1"
+        check(not (self.clean and logits) or both, "clean", problem, remedy)
+        check(0 < self.masked_from <= 1, "masked_from", f"{self.masked_from} is outside (0, 1]", "1 never masks text")
+        complete = not both or (self.clean and bool(logits) and bool(self.features))
+        problem = f"from {self.masked_from:g} on, logits follow states, and some of it is missing"
+        check(complete, "masked_from", problem, "set clean, and give terms of both kinds a weight")
         centered = self.clean or not self.center
         check(centered, "center", "masked text has no cache of states", "set clean, or center to False")
         check(self.block_positions >= 0, "block_positions", f"{self.block_positions} is negative", "0 chooses")
@@ -273,6 +281,19 @@ class Loss:
     def used(self) -> dict[str, Term]:
         """The terms that are part of the loss, by name."""
         return {name: term for name in TERMS if (term := getattr(self, name)).used}
+
+    @property
+    def parts(self) -> tuple[tuple[float, Self], ...]:
+        """(progress, the loss from there on): one, or that of unmasked text and then that of masked text."""
+        if self.masked_from == 1:
+            return ((0.0, self),)
+
+        def without(names: Iterable[str], **changes: Any) -> Self:
+            off = {name: replace(getattr(self, name), weight=0.0, final_weight=-1.0) for name in names}
+            return replace(self, masked_from=1.0, **off, **changes)
+
+        masked = without(FEATURE_TERMS, clean=False, center=False)
+        return (0.0, without(("kl", "mlm"))), (self.masked_from, masked)
 
     @property
     def trains_head(self) -> bool:
@@ -330,6 +351,10 @@ class Distill(Loss, Training):
             self.table_scale > 0, "table_scale", f"{self.table_scale} is not above 0", "1.0 is as large as a random one"
         )
         check(self.table_rate >= 0, "table_rate", f"{self.table_rate} is negative", "0 freezes the table")
+        one = self.masked_from == 1 or not self.teacher_steps
+        check(
+            one, "teacher_steps", "the teacher changes where text is masked or not", "set it to (), or masked_from to 1"
+        )
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Masked-LM batches: gathered from the stores by step alone, the same whatever the number of processes."""
 
+import bisect
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +60,19 @@ class CleanBatches:
         source, _, row = rows_of_batch(self.transfer_set, step, self.batch_size, process_index, process_count)
         batch = clean_rows(self.transfer_set.stores, source, row)
         return {**batch, "teacher_tokens": full_tokens(self.transfer_set.stores, source, row)} if self._full else batch
+
+
+class PhasedBatches:
+    """Batches of one kind after those of another: (first step, batches) in order. The rows go on where they are."""
+
+    def __init__(self, parts: Sequence[tuple[int, Any]]):
+        self._starts, self._parts = [start for start, _ in parts], [batches for _, batches in parts]
+        self.transfer_set: TransferSet = self._parts[0].transfer_set
+        self.fingerprint = "-".join(f"{start}:{batches.fingerprint}" for start, batches in parts)
+
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
+        """This process's contiguous slice of the rows of batch `step`."""
+        return self._parts[bisect.bisect_right(self._starts, step) - 1].batch(step, process_index, process_count)
 
 
 class MaskedRows:

@@ -72,7 +72,8 @@ def abstract_job(config: ConfigDict, mesh: jax.sharding.Mesh) -> AbstractJob:
     what = read(CompileCheck, config.compile_check, "compile_check").command
     execution, masking = read_execution(config), read(Masking, config.masking, "masking")
     settings = read(Pretrain, config.pretrain, "pretrain") if what == "pretrain" else None
-    distill = read(Distill, config.distill, "distill") if what != "pretrain" else None
+    # Of unmasked and then masked text, the step with the logits: it is the larger one.
+    distill = read(Distill, config.distill, "distill").parts[-1][1] if what != "pretrain" else None
     vocabulary = read(Vocabulary, config.vocabulary, "vocabulary")
     which = settings.model if settings else "student"
     prepared = _prepared(config, "teacher" if distill else which, vocabulary)

@@ -8,16 +8,19 @@ import pathlib
 
 from ml_collections import ConfigDict
 
+from kd_jax.config import require
 from kd_jax.config.data import Masking, Transfer, Vocabulary
 from kd_jax.config.execution import read_execution
 from kd_jax.config.settings import read
 from kd_jax.config.training import Distill
+from kd_jax.data.batches import PhasedBatches
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.jobs import cache, states, teachers
 from kd_jax.jobs.job import Job, Phase, train
 from kd_jax.jobs.masked_lm import encoder_model, heldout_evaluation, transfer_set_of
 from kd_jax.main import command
+from kd_jax.models.projection import WithProjections
 from kd_jax.steps.distill import make_distill_objective
 from kd_jax.trainer.mesh import make_mesh
 
@@ -34,45 +37,62 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
     distill, execution = read(Distill, config.distill, "distill"), read_execution(config)
     masking, transfer = read(Masking, config.masking, "masking"), read(Transfer, config.transfer, "transfer")
     vocabulary = read(Vocabulary, config.vocabulary, "vocabulary")
-    teachers.check(distill, execution, config.teacher_checkpoint, config.teacher_cache)
+    parts, folders = distill.parts, config.teacher_cache.split(",")
+    several = folders == [""] or len(folders) == len(parts)
+    problem = f"{len(folders)} caches for {len(parts)} kinds of text (unmasked, masked)"
+    require(several, "teacher_cache", problem, "name one; with distill.masked_from that of the states, then the other")
+    sources = list(zip(parts, folders * len(parts) if folders == [""] else folders, strict=True))
+    for (_, part), folder in sources:
+        teachers.check(part, execution, config.teacher_checkpoint, folder)
 
     prepared = seen_by_student(Prepared(config.prepared), vocabulary)
     mesh = make_mesh(execution.mesh)
     student = encoder_model(config.student, prepared, config.compute_dtype, "student")
     # The mean state of a text says nothing about its tokens, so their ids need not be the student's.
-    any_tokenizer = bool(config.teacher_cache) and distill.features == ("sentence",) and distill.init != "teacher"
+    sentences = distill.features == ("sentence",) and not distill.trains_head and distill.init != "teacher"
     rules = execution.sharding.teacher
     found = teachers.find_teachers(
-        config.teacher_checkpoint, prepared, config.compute_dtype, rules, any_tokenizer and distill.clean
+        config.teacher_checkpoint,
+        prepared,
+        config.compute_dtype,
+        rules,
+        sentences and distill.clean and bool(config.teacher_cache),
     )
-    if config.teacher_cache and distill.clean:
-        side = states.cached_states(config.teacher_cache, found[0], distill, vocabulary, prepared, student.config)
-    elif config.teacher_cache:
-        side = cache.cached_side(config.teacher_cache, found[0], distill, masking, vocabulary, prepared, mesh)
-    else:
-        side = teachers.in_the_loop(
-            found, distill, masking, teachers.teacher_form(vocabulary, prepared), prepared, mesh
-        )
-    once = execution.sharding.teacher_once and not side.form.cached
-    settings, model = teachers.step_settings(distill, student, side.shape, side.form, once, side.width)
+
+    def side_of(part: Distill, folder: str) -> teachers.TeacherSide:
+        if folder and part.clean:
+            return states.cached_states(folder, found[0], part, vocabulary, prepared, student.config)
+        if folder:
+            return cache.cached_side(folder, found[0], part, masking, vocabulary, prepared, mesh)
+        return teachers.in_the_loop(found, part, masking, teachers.teacher_form(vocabulary, prepared), prepared, mesh)
+
+    transfer_set, phases, readers, tables = transfer_set_of(transfer, prepared, config.seed), [], [], []
+    model = WithProjections(student)
+    for (progress, part), folder in sources:
+        side, first = side_of(part, folder), round(progress * distill.steps)
+        once = execution.sharding.teacher_once and not side.form.cached
+        settings, own = teachers.step_settings(part, student, side.shape, side.form, once, side.width)
+        if own.projections:  # which only the terms on inner states have
+            model = own
+        for start, models, constants in side.phases:
+            phases.append(Phase(first + start, make_distill_objective(model, models, settings), constants))
+        readers.append((first, side.batches(transfer_set)))
+        tables += side.tables
     init, remarks = None, []
     if distill.init == "teacher":
         init, remarks = teachers.initialization(distill, model, found[0], prepared, mesh)
-    batches = side.batches(transfer_set_of(transfer, prepared, config.seed))
+    batches = PhasedBatches(readers) if len(readers) > 1 else readers[0][1]
     job = Job(
         settings=distill,
         seed=config.seed,
         model=model,
-        phases=tuple(
-            Phase(start, make_distill_objective(model, models, settings), constants)
-            for start, models, constants in side.phases
-        ),
+        phases=tuple(phases),
         batches=batches,
         # A head that no term trains would be measured as it was drawn.
         evaluate=heldout_evaluation(model, prepared, masking, mesh, distill, workdir, measures=distill.trains_head),
         init=init,
         rules=execution.sharding.student,
-        tables=side.tables,
+        tables=tables,
         notes={
             "tokenizer_fingerprint": prepared.tokenizer.fingerprint,
             "realized": batches.transfer_set.describe(distill.steps * distill.batch_size),

@@ -61,12 +61,13 @@ _STAGE = flags.DEFINE_string("stage", None, "Runs one stage of the plan, by its 
 def check(study: Study) -> None:
     """Refuses what some stage would refuse, before the first one is run."""
     values, terms = study.values, study.planner.distill
-    teachers.check(terms, read(Execution, values, ""), values["teacher_checkpoint"], values["teacher_cache"])
+    for _, part in terms.parts:
+        teachers.check(part, read(Execution, values, ""), values["teacher_checkpoint"], values["teacher_cache"])
     remedy = "set study.cache, and give no other terms than hidden and sentence a weight"
     require(study.planner.caches or not terms.center, "distill.center", "the mean is that of a cache of states", remedy)
     student, teacher = (encoder_config(values[name], 1) for name in ("student", "teacher"))
     teachers.check_shapes_of(terms, student, teacher, values["vocabulary"]["trim"])
-    if study.planner.caches and not terms.clean:
+    if study.planner.caches and terms.trains_head:
         check_temperature(study.planner.cache_settings, terms)
     read(Finetune, values["finetune"], "finetune")
     read(Baseline, values["baseline"], "baseline")

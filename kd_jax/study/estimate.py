@@ -182,7 +182,7 @@ class _Estimator:
             teachers = teachers[:1]
         rows, vocabulary = job.batch_size // job.accumulation, student.vocab_size
         memory = self._training_memory(student, rows)
-        if job.clean:  # without a masked-LM loss
+        if not job.trains_head and job.clean:
             flops = flops_per_row(student, self.length, 0, 0, training=True)
             if not config["teacher_cache"]:
                 flops += flops_per_row(teachers[0], self.length, 0, 0, training=False)

@@ -159,9 +159,12 @@ class Planner:
             for rate, epochs, pooling, encoder_rate in itertools.product(*searched)
         ]
         # A cache holds logits at the masked positions, or states of unmasked text; these terms need nothing else.
-        masked = not self.distill.features and self.distill.kd_positions == "masked"
-        states = self.distill.clean and set(self.distill.features) <= set(STATE_TERMS)
-        self.caches = self.settings.cache and (masked or states)
+        self.caches = self.settings.cache and all(
+            set(part.features) <= set(STATE_TERMS)
+            if part.clean
+            else not part.features and part.kd_positions == "masked"
+            for _, part in self.distill.parts
+        )
         self._keys = keys
         # Cache -> hash of what it predicts, whichever rows it holds. A student's folder depends on this hash and not on
         # the cache's own, so that a finished student stays finished when a seed or a transfer set is added.
@@ -183,7 +186,9 @@ class Planner:
         tasks, teachers = self.settings.tasks, self.teachers()
         add("teachers", (self.prepare(), self.imported(), *teachers.values()))
         # The adapted teacher of schedules and averages alone has no students that could read its cache.
-        add("predictions", (self.cache(name) for name in teachers if name == "generic" or self.settings.adapted_sets))
+        for name in teachers:
+            if name == "generic" or self.settings.adapted_sets:
+                add("predictions", self.cached(name))
         chains = [student for student in self.students if student.teacher == "chain"]
         add("students", (self.intermediate(one.transfer_set, seed) for one in chains for seed in self.settings.seeds))
         finetuned = [one for one in self.students if one.kind not in FITTED]
@@ -242,8 +247,9 @@ class Planner:
             config = {top: whole[top] for top in (*self._keys[command](whole), *EXECUTION_KEYS)}
             slug = re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-")
             hashed = identity(config)
-            if hashed.get("teacher_cache") in self._predictions:
-                hashed["teacher_cache"] = self._predictions[hashed["teacher_cache"]]
+            if hashed.get("teacher_cache"):
+                caches = hashed["teacher_cache"].split(",")
+                hashed["teacher_cache"] = ",".join(self._predictions.get(one, one) for one in caches)
             folder = f"{slug}-{fingerprint([command, hashed])}"
             self._made[key] = Stage(name, command, config, tuple(need.folder for need in needs), folder)
         return self._made[key]
@@ -290,14 +296,18 @@ class Planner:
         kind = "selected" if transfer_set in self.settings.selected_sets else "generic"
         return {"transfer.task_share": task_shares(self.settings)[transfer_set], "transfer.generic": kind}
 
-    def cache(self, teacher: str) -> Stage | None:
-        """The predictions or states of a teacher for all its students and seeds; None where they are not used."""
+    def cached(self, teacher: str) -> list[Stage]:
+        """The states, the predictions, or both, of a teacher for all its students and seeds, in the order of the parts
+        of their loss; nothing where they are not used."""
         if not self.caches or teacher not in ("generic", "adapted"):
-            return None
+            return []
+        return [self._cache(teacher, part.clean) for _, part in self.distill.parts]
+
+    def _cache(self, teacher: str, clean: bool) -> Stage:
         sets = task_shares(self.settings) if teacher == "generic" else self.settings.adapted_sets
         transfers = [self.transfer(name) for name in sets]
         of = self.teachers()[teacher]
-        if self.distill.clean:
+        if clean:
             stage = self._after("cache_states", f"states-{teacher}", (of,), self._states(of, transfers))
             return self._predicted(stage, "states", CACHED_ROWS)
         changes = {
@@ -380,10 +390,10 @@ class Planner:
             steps = self.distill.steps
             switch = min(max(round(self.settings.schedule_switch * steps), 1), steps - 1)
             changes["distill.teacher_steps"] = (0, switch)
-        cache = self.cache(student.teacher)
-        if cache is not None:
-            changes["teacher_cache"] = STAGE + cache.folder
-            needs.append(cache)
+        caches = self.cached(student.teacher)
+        if caches:
+            changes["teacher_cache"] = ",".join(STAGE + one.folder for one in caches)
+            needs += caches
         return self._after("distill", name, needs, changes)
 
     def finetune(self, student: Student, seed: int, task: str, recipe: Recipe) -> Stage:

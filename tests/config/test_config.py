@@ -49,6 +49,15 @@ def test_names_that_become_files_are_checked(name):
         kind(**changes, **{field: ("de-DE", "20231101.de")})
 
 
+def test_several_names_in_one_string_are_told_how_a_tuple_is_written():
+    with pytest.raises(Invalid) as error:
+        Nlu(locales=("en-US,es-ES",))
+    assert error.value.remedy == """several are written as a tuple: "('en-US','es-ES')\""""
+    with pytest.raises(Invalid) as error:
+        Nlu(locales=("a/b",))
+    assert "letters" in error.value.remedy
+
+
 def test_an_unknown_key_is_refused_by_the_locked_config():
     config = base.get_config()
     config.lock()

@@ -8,12 +8,13 @@ import pytest
 
 from kd_jax.config.data import Vocabulary
 from kd_jax.config.settings import read
+from kd_jax.data.batches import PhasedBatches
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.teacher_states import StateBatches, StatesWriter, TeacherStates
 from kd_jax.data.vocabulary import kept_ids, seen_by_student, train_counts
 from kd_jax.jobs import masked_lm
 from kd_jax.jobs.cache import SUMMARY
-from kd_jax.main import cache_states, distill, prepare, pretrain
+from kd_jax.main import cache_states, cache_teacher, distill, prepare, pretrain
 from kd_jax.models.initialization import principal_table
 from kd_jax.runtime.files import read_json, write_json
 from kd_jax.trainer.checkpoint import load_params
@@ -216,6 +217,48 @@ def test_what_does_not_fit_is_refused_in_one_sentence_and_nothing_is_written(mad
         with pytest.raises(UserError, match=message):
             cache_states.run(ready(made, **changes), tmp_path / "cache")
         assert not (tmp_path / "cache").exists()
+
+
+def test_logits_follow_states_from_two_caches_as_in_the_loop_and_across_a_kill(made, tmp_path, monkeypatch):
+    both = {"distill__masked_from": 0.5, "distill__kl": {"weight": 1.0}, "distill__mlm": {"weight": 1.0}}
+    more = {"cache__dtype": "float32", "cache__task_shares": (0.5,), "cache__steps": STEPS}
+    cache_teacher.run(ready(made, **both, **more), tmp_path / "logits")
+    folders = f"{made / 'cache'},{tmp_path / 'logits'}"
+    distill.run(ready(made, **both), tmp_path / "loop")
+    distill.run(cached(made, folders, **both), tmp_path / "cached")
+    config = ready(made, **both)
+    one, other = final_params(config, tmp_path / "loop"), final_params(config, tmp_path / "cached")
+    assert_same(one, other, 2e-5)
+    terms = [
+        {name for name in ("hidden", "sentence", "kl", "mlm") if name in row} for row in metrics_of(tmp_path / "loop")
+    ]
+    half = STEPS // 2
+    assert terms[:half] == [{"hidden", "sentence"}] * half and terms[half:STEPS] == [{"kl", "mlm"}] * (STEPS - half)
+    assert read_json(tmp_path / "cached" / "heldout.json") != []
+
+    own = PhasedBatches.batch
+
+    def broken(self, step, *rest):
+        if step == half + 1:
+            raise ConnectionError("the disk is gone")
+        return own(self, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PhasedBatches, "batch", broken)
+        with pytest.raises(ConnectionError):
+            distill.run(cached(made, folders, **both), tmp_path / "broken")
+    distill.run(cached(made, folders, **both), tmp_path / "broken")
+    assert_same(other, final_params(config, tmp_path / "broken"), 0)
+    for config, message in (
+        (cached(made, **both), r"config\.teacher_cache: 1 caches for 2 kinds of text"),
+        (cached(made, folders), r"config\.teacher_cache: 2 caches for 1 kinds of text"),
+        (cached(made, **{**both, "distill__clean": False}), r"config\.distill\.masked_from: .* set clean"),
+        (ready(made, distill__masked_from=0.5), r"config\.distill\.masked_from: .*terms of both kinds"),
+        (ready(made, **both, distill__teacher_steps=(0, 1)), r"config\.distill\.teacher_steps"),
+    ):
+        with pytest.raises(UserError, match=message):
+            distill.run(config, tmp_path / "refused")
+        assert not (tmp_path / "refused").exists()
 
 
 def test_rows_that_changed_since_the_cache_was_written_are_refused(made, tmp_path):

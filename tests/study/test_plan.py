@@ -212,7 +212,7 @@ def distilled(config, teacher, transfer_set="task"):
 def test_students_of_one_teacher_share_one_cache_that_covers_them_all():
     config = quickstart.get_config()
     plan = planner(config)
-    cache = plan.cache("generic")
+    cache = plan.cached("generic")[0]
     assert cache.config["cache"]["task_shares"] == (0.0, 0.5, 1.0)
     assert cache.config["cache"]["seeds"] == config.study.seeds
     assert cache.config["cache"]["steps"] == config.distill.steps
@@ -221,7 +221,7 @@ def test_students_of_one_teacher_share_one_cache_that_covers_them_all():
             stage = plan.encoder(Student("distilled", name, "generic"), seed)
             assert stage.config["teacher_cache"] == f"stage:{cache.folder}"
             assert cache.folder in stage.needs
-    adapted = plan.cache("adapted")
+    adapted = plan.cached("adapted")[0]
     assert adapted.folder != cache.folder
     assert adapted.config["cache"]["task_shares"] == (1.0,)
     assert distilled(config, "adapted").config["teacher_cache"] == f"stage:{adapted.folder}"
@@ -251,7 +251,7 @@ def test_more_seeds_and_transfer_sets_leave_finished_students_as_they_are():
 def test_what_a_cache_does_not_serve_loads_the_teacher(change):
     config = quickstart.get_config()
     change(config)
-    assert planner(config).cache("generic") is None
+    assert planner(config).cached("generic") == []
     stage = distilled(config, "generic")
     assert stage.config["teacher_cache"] == ""
     assert "," not in stage.config["teacher_checkpoint"]
@@ -270,11 +270,11 @@ def test_students_of_clean_text_share_the_states_of_the_layers_that_they_read():
     config = of_clean_text()
     config.study.adapted_sets = ("task",)
     plan = planner(config)
-    states = plan.cache("generic")
+    states = plan.cached("generic")[0]
     assert states.command == "cache_states"
     assert states.config["states"]["layers"] == "1,2"  # of a teacher with 3 layers, for a student with 2
     assert states.config["states"]["kinds"] == ("generic", "task")
-    assert plan.cache("adapted").config["states"]["kinds"] == ("task",)
+    assert plan.cached("adapted")[0].config["states"]["kinds"] == ("task",)
     assert not {"cache", "transfer", "masking", "student", "vocabulary"} & states.config.keys()
     for name in config.study.transfer_sets:
         for seed in config.study.seeds:
@@ -283,12 +283,27 @@ def test_students_of_clean_text_share_the_states_of_the_layers_that_they_read():
             assert states.folder in stage.needs
     for change in ({"hidden": {"layers": "last"}}, {"init": "teacher"}, {"sentence": {"weight": 1.0}}):
         other = of_clean_text(**change)
-        stage = planner(other).cache("generic")
+        (stage,) = planner(other).cached("generic")
         assert (stage.folder == states.folder) == ("hidden" not in change)
     only = of_clean_text(hidden={"weight": 0.0}, sentence={"weight": 1.0})
-    assert planner(only).cache("generic").config["states"]["layers"] == "none"
+    assert planner(only).cached("generic")[0].config["states"]["layers"] == "none"
     only.distill.embeddings.weight = 1.0
-    assert planner(only).cache("generic") is None
+    assert planner(only).cached("generic") == []
+
+
+def test_students_of_states_and_then_logits_read_a_cache_of_each():
+    config = of_clean_text(masked_from=0.5)
+    config.distill.kl.weight = 1.0
+    plan = planner(config)
+    states, logits = plan.cached("generic")
+    assert (states.command, logits.command) == ("cache_states", "cache_teacher")
+    assert states.folder == planner(of_clean_text()).cached("generic")[0].folder
+    stage = plan.encoder(Student("distilled", "task", "generic"), 0)
+    assert stage.config["teacher_cache"] == f"stage:{states.folder},stage:{logits.folder}"
+    assert {states.folder, logits.folder} <= set(stage.needs)
+    config.study.seeds = (0, 1, 2, 3)  # the second cache gets more rows, and the student stays as it is
+    assert planner(config).cached("generic")[1].folder != logits.folder
+    assert planner(config).encoder(Student("distilled", "task", "generic"), 0).folder == stage.folder
 
 
 def test_another_kind_of_text_leaves_finished_students_of_states_as_they_are():
@@ -335,7 +350,7 @@ def test_selected_text_is_a_further_transfer_set():
     config.select.share = 0.1
     stage = distilled(config, "generic", "selected")
     assert (stage.config["transfer"]["task_share"], stage.config["transfer"]["generic"]) == (0.0, "selected")
-    cache = planner(config).cache("generic").config["cache"]
+    cache = planner(config).cached("generic")[0].config["cache"]
     assert cache["task_shares"] == (0.0, 0.5, 1.0, 0.5, 0.0)  # sets stand in the order of their names
     assert cache["generic"] == ("generic", "generic", "generic", "selected", "selected")
     config.study.selected_sets = {"task": 0.0}
@@ -355,7 +370,7 @@ def test_an_imported_teacher_gets_a_head_and_is_then_adapted():
     adapted = stages["adapt-teacher"].config
     head = "stage:" + stages["train-teacher-head"].folder
     assert adapted["train_body"] is True and adapted["pretrain"]["init_from"] == head
-    assert plan.cache("generic").config["teacher_checkpoint"] == head
+    assert plan.cached("generic")[0].config["teacher_checkpoint"] == head
 
 
 def test_an_imported_teacher_with_a_head_of_its_own_is_used_as_it_is():

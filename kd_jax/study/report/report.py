@@ -402,6 +402,8 @@ def _terms(distill: Distill) -> str:
         for name, term in distill.used.items()
     )
     text = "unmasked text" if distill.clean else "masked text"
+    if distill.masked_from < 1:
+        text = f"unmasked text (states), and from {distill.masked_from:.0%} of the steps on masked text (logits)"
     centered = ", the states centered" if distill.center else ""
     start = "the teacher" if distill.init == "teacher" else "random parameters"
     return f"{weights}, on {text}{centered}; students start from {start}"
