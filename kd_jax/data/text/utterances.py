@@ -24,6 +24,8 @@ PARTITIONS = ("train", "dev", "test")
 FIELDS = ("id", "locale", "partition", "scenario", "intent", "utt", "annot_utt")
 
 MARK = re.compile(r"\[([^\[\]]*)\]")
+# Brackets of the text itself are written \[ and \] in annot_utt; while it is parsed, these stand for them.
+_ESCAPED = {r"\[": "\ue05b", r"\]": "\ue05d"}
 
 # Records as their file holds them, each with where it stands: "file:line" or "file: row 3".
 Records = Iterable[tuple[str, Mapping[str, Any]]]
@@ -69,9 +71,13 @@ class Utterance:
         parts, done = [], 0
         for span in self.spans:
             start, end = columns[span.start][0], columns[span.end - 1][1]
-            parts.append(f"{self.text[done:start]}[{span.slot} : {self.text[start:end]}]")
+            parts.append(f"{_escape(self.text[done:start])}[{span.slot} : {_escape(self.text[start:end])}]")
             done = end
-        return "".join(parts) + self.text[done:]
+        return "".join(parts) + _escape(self.text[done:])
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[").replace("]", r"\]")
 
 
 def split_words(text: str, locale: str) -> list[str]:
@@ -81,12 +87,21 @@ def split_words(text: str, locale: str) -> list[str]:
 
 
 def parse_annotated(annot_utt: str, utt: str, locale: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Words and IOB2 tags of `... [slot : text] ...`; raises ValueError with the reason when the marks are wrong."""
+    """Words and IOB2 tags of `... [slot : text] ...`, where \\[ and \\] are brackets of the text.
+
+    Raises ValueError with the reason when the marks are wrong.
+    """
+    for written, stand_in in _ESCAPED.items():
+        annot_utt = annot_utt.replace(written, stand_in)
     words: list[str] = []
     tags: list[str] = []
     plain: list[str] = []
+    outside: list[bool] = []
 
     def add(text: str, slot: str = "") -> None:
+        outside.append("[" in text or "]" in text)  # a bracket outside the innermost marks
+        for written, stand_in in _ESCAPED.items():
+            text = text.replace(stand_in, written[1])
         found = split_words(text, locale)
         if slot and not found:
             raise ValueError(f"the slot mark of {slot!r} has no text")
@@ -108,9 +123,10 @@ def parse_annotated(annot_utt: str, utt: str, locale: str) -> tuple[tuple[str, .
         add(inside, slot)
         done = mark.end()
     add(annot_utt[done:])
-    if any("[" in part or "]" in part for part in plain):  # a bracket outside the innermost marks
+    if any(outside):
         depths = [annot_utt[:end].count("[") - annot_utt[:end].count("]") for end in range(len(annot_utt) + 1)]
-        raise ValueError(f"slot marks are {'nested or one is not closed' if max(depths) > 1 else 'unbalanced'}")
+        problem = "nested or one is not closed" if max(depths) > 1 else "unbalanced"
+        raise ValueError(f"slot marks are {problem} (a bracket of the text is written \\[ or \\])")
     expected = split_words(utt, locale)
     if split_words("".join(plain), locale) != expected:
         raise ValueError(f"without its marks annot_utt reads {' '.join(''.join(plain).split())!r} and not utt {utt!r}")
@@ -123,6 +139,10 @@ def parse_annotated(annot_utt: str, utt: str, locale: str) -> tuple[tuple[str, .
 
 def _check_record(record: Mapping[str, Any], locale: str, where: str, seen: set[str]) -> Utterance:
     """One record of `locale`; `seen` holds the ids before it. Raises UserError that begins with `where`."""
+    if isinstance(number := record.get("id"), int) and not isinstance(number, bool):
+        record = {**record, "id": str(number)}
+    if record.get("partition") == "validation":  # the hub's own name for the split
+        record = {**record, "partition": "dev"}
     for field in FIELDS:
         value = record.get(field)
         if not isinstance(value, str) or not value.strip():
@@ -170,7 +190,7 @@ def _unknown_locale(locale: str, where: object, available: Iterable[str]) -> Use
 def read_massive(
     folder: str | os.PathLike[str], locales: Sequence[str], report: files.Report = files.raise_error
 ) -> list[Utterance]:
-    """Utterances of a folder of `<locale>.jsonl`, or of MASSIVE's own .tar.gz, in the order of `locales` and lines.
+    """Utterances of a folder of `<locale>.jsonl[.gz]`, or of MASSIVE's .tar.gz, in the order of `locales` and lines.
 
     What is wrong with a line, or with a locale, goes to `report` as a UserError.
     """
@@ -181,12 +201,13 @@ def read_massive(
     require(folder.is_dir(), "nlu.path", f"no folder or tarball {folder}", remedy)
     utterances: list[Utterance] = []
     for locale in locales:
-        file = folder / f"{locale}.jsonl"
-        if file.is_file():
+        file = next((one for one in (folder / f"{locale}.jsonl", folder / f"{locale}.jsonl.gz") if one.is_file()), None)
+        if file is not None:
             records = files.json_records(files.numbered_lines(file, report), str(file), report)
             utterances += _utterances(records, str(file), locale, report)
         else:
-            report(_unknown_locale(locale, folder, (other.stem for other in folder.glob("*.jsonl"))))
+            names = {other.name.partition(".jsonl")[0] for other in folder.glob("*.jsonl*")}
+            report(_unknown_locale(locale, folder, names))
     return utterances
 
 
@@ -267,9 +288,7 @@ def _table_records(
         if field not in columns:
             raise UserError(f"{name}: column {field!r} is missing; it has: {', '.join(columns)}")
         names = getattr(features[field], "names", None) or (PARTITIONS if field == "partition" else ())
-        values = [names[value] if value in range(len(names)) else value for value in columns[field]]
-        # "validation" is the hub's own name for the split.
-        named.append(["dev" if field == "partition" and value == "validation" else value for value in values])
+        named.append([names[value] if value in range(len(names)) else value for value in columns[field]])
     for row, values in enumerate(zip(*named, strict=True)):
         yield f"{name}: row {row}", dict(zip(FIELDS, values, strict=True))
 

@@ -1,5 +1,6 @@
 """Utterances: marks to IOB2 tags and back, what a broken file is told, label maps, and the real data's counts."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -61,6 +62,7 @@ def utterance(text, tags, locale="en-US", **changes):
         ("[date : 周五] [time : 九点]叫 我", "周五九点叫我", "zh-CN", 6, "B-date I-date B-time I-time O O"),
         ("आज [time : पाँच बजे] उठाओ", "आज पाँच बजे उठाओ", "hi-IN", 4, "O B-time I-time O"),
         ("nothing here", "nothing here", "en-US", 2, "O O"),
+        (r"play [song : x \[live\]] \[now\]", "play x [live] [now]", "en-US", 4, "O B-song I-song O"),
     ],
 )
 def test_marks_become_tags(annotated, text, locale, words, tags):
@@ -129,10 +131,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         (b'{"utt": "play \\ud83d now"}', r"de-DE.jsonl:2: field 'utt': character 6 is half a surrogate pair"),
         (b'{"id": "\xff"}', r"de-DE.jsonl:2: byte 0xff at column 9 is not UTF-8"),
         (record(id="2", intent=...), r"de-DE.jsonl:2: field 'intent' is missing"),
-        (record(id=2), r"de-DE.jsonl:2: field 'id' is 2 and not a string"),
+        (record(id=2.5), r"de-DE.jsonl:2: field 'id' is 2.5 and not a string"),
+        (record(id=1), r"de-DE.jsonl:2: id '1' occurs a second time"),
         (record(id="2", scenario=" "), r"de-DE.jsonl:2: field 'scenario' is ' '"),
         (record(id="2", annot_utt="weck mich [date : diese woche auf"), r"de-DE.jsonl:2: slot marks are unbalanced"),
-        (record(id="2", partition="validation"), r"de-DE.jsonl:2: unknown partition 'validation'"),
+        (record(id="2", partition="eval"), r"de-DE.jsonl:2: unknown partition 'eval'"),
         (record(id="2", locale="de-AT"), r"de-DE.jsonl:2: locale is 'de-AT' in a file of de-DE"),
         (record(), r"de-DE.jsonl:2: id '1' occurs a second time"),
     ],
@@ -154,6 +157,24 @@ def test_a_broken_folder_is_named(tmp_path):
         read_massive(tmp_path, ["de-DE"])
     with pytest.raises(UserError, match=r"train partition of fr-FR is empty"):
         read_massive(tmp_path, ["fr-FR"])
+
+
+def test_numbers_as_ids_validation_as_dev_and_gzip_are_read(tmp_path):
+    write_lines(tmp_path, "de-DE", [record(), record(id=2, partition="validation")])
+    plain = read_massive(tmp_path, ["de-DE"])
+    assert [(one.id, one.partition) for one in plain] == [("1", "train"), ("2", "dev")]
+    file = tmp_path / "de-DE.jsonl"
+    (tmp_path / "de-DE.jsonl.gz").write_bytes(gzip.compress(file.read_bytes()))
+    file.unlink()
+    assert read_massive(tmp_path, ["de-DE"]) == plain
+    with pytest.raises(UserError, match=r"no locale 'xx-XX'; it has: de-DE$"):
+        read_massive(tmp_path, ["xx-XX"])
+
+
+def test_brackets_of_a_text_survive_writing_and_reading(tmp_path):
+    one = utterance("play x [live] [now]", "O B-song I-song O", id="a")
+    write_massive([one], tmp_path)
+    assert read_massive(tmp_path, ["en-US"]) == [one]
 
 
 def test_byte_order_mark_blank_lines_and_windows_line_ends(tmp_path):
