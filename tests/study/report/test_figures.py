@@ -76,7 +76,7 @@ def test_masked_lm_losses_and_distances_of_states_share_no_panel():
         "distilled-generic-generic, seed 0": [{"step": 10, "loss": 1.2, "hidden": 0.2, "kl": 1.0}],
     }
     figure = figures.training_curves(ReportInputs(name="x", curves=curves).numbers)
-    panels = [(panel.get_ylabel(), [line.get_ydata()[0] for line in panel.lines]) for panel in figure.axes]
+    panels = [(panel.get_ylabel(), [np.asarray(line.get_ydata())[0] for line in panel.lines]) for panel in figure.axes]
     assert panels == [(figures.MLM, [3.0, 1.2]), (figures.STATES, [0.2])]
 
 
@@ -98,15 +98,14 @@ def test_the_answer_has_every_row_with_its_interval_and_lines_at_the_baselines(i
     for panel, task in ((dc, "dc"), (icner, "icner")):
         for row, who in enumerate(numbers.students):
             counts = numbers.errors(who, figures.HEADLINE[task])
-            rate, low, high = figures.error_rate(counts)
+            interval = figures.error_rate(counts)
+            assert interval is not None
+            rate, low, high = interval
             assert low < rate < high
             assert (round(100 * rate, 6), float(row)) in drawn(panel)
             assert {(round(100 * low, 6), float(row)), (round(100 * high, 6), float(row))} <= drawn(panel)
-        lines = [
-            line.get_xdata()[0]
-            for line in panel.lines
-            if len(set(line.get_xdata())) == 1 and len(line.get_xdata()) == 2
-        ]
+        ends = [np.asarray(line.get_xdata()) for line in panel.lines]
+        lines = [x[0] for x in ends if len(x) == 2 and x[0] == x[1]]
         scratch = numbers.errors(numbers.scratch, figures.HEADLINE[task])
         assert lines == [100 * float(scratch.rates.mean())]
 
