@@ -1,4 +1,4 @@
-"""README.md and docs/: links, commands and keys in them exist; the hooks of the site; the figure of the README."""
+"""README.md and docs/: links, commands and keys in them exist; the hooks of the site."""
 
 import importlib
 import importlib.util
@@ -6,9 +6,7 @@ import pathlib
 import re
 import tomllib
 
-import numpy as np
 import pytest
-from matplotlib.axes import Axes
 from ml_collections import ConfigDict
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -146,52 +144,3 @@ def test_pages_of_a_nested_nav_are_found():
         "b/index.md",
         "b/c.md",
     }
-
-
-PAGE = """# Results
-
-## Held-out masked-LM loss (nats)
-
-| model | task text | generic text |
-|---|--:|--:|
-| generic teacher | 6.37 (accuracy 13.5 %) | 5.27 |
-| MLM only, task text (no teacher) | 7.25 ± 0.01 | |
-| distilled, generic only | 8.25 ± 0.01 | |
-| distilled, task 30 % | 7.75 | |
-| distilled, task text only, adapted teacher | 7.5 ± 0.03 | |
-
-## Test set: mean ± standard deviation
-
-| student | DC error | SemER |
-|---|--:|--:|
-| from scratch | 26.5 ± 0.11 | 61.25 ± 0.14 |
-| MLM only, task text | 33.5 ± 1.66 | 60.5 ± 0.95 |
-| distilled, generic only | 39.75 ± 3.47 | 64.0 ± 0.64 |
-| distilled, task 30 % | 33.25 | 61.75 |
-| distilled, task text only, adapted teacher | 42.5 ± 13.33 | – |
-"""
-
-
-def drawn(panel: Axes) -> dict[float, float]:
-    """Row of the panel -> position of its marker."""
-    markers = [line for line in panel.lines if line.get_marker() not in ("None", "")]
-    return {np.asarray(line.get_ydata())[0]: np.asarray(line.get_xdata())[0] for line in markers}
-
-
-def test_the_picture_shows_the_numbers_of_the_page():
-    figure = loaded("figures/transfer_sets.py").draw(PAGE)
-    shares, loss, domains, slots = figure.axes
-    kinds = [label.get_text() for label in shares.get_yticklabels()]
-    assert kinds == ["from scratch", "no teacher", "distilled", "distilled", "adapted teacher"]
-    assert drawn(loss) == {1: 7.25, 2: 8.25, 3: 7.75, 4: 7.5}  # none from scratch, none of a teacher
-    assert drawn(domains) == {0: 26.5, 1: 33.5, 2: 39.75, 3: 33.25, 4: 42.5}
-    assert drawn(slots) == {0: 61.25, 1: 60.5, 2: 64.0, 3: 61.75}
-    task_text = {
-        round(bar.get_y() + bar.get_height() / 2): bar.get_width() for bar in shares.patches if bar.get_x() > 0
-    }
-    assert task_text[3] == pytest.approx(30) and task_text.get(2, 0) == 0
-
-
-def test_a_page_without_its_table_is_named():
-    with pytest.raises(SystemExit, match="no section '## Test set'"):
-        loaded("figures/transfer_sets.py").draw("# Results\n")
