@@ -5,8 +5,10 @@ import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Without optimizing compiled code, since tests compile far longer than they compute: half the CPU time.
-_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count=8 {_FAST}"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 "
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
