@@ -351,6 +351,9 @@ class Distill(Loss, Training):
             self.table_scale > 0, "table_scale", f"{self.table_scale} is not above 0", "1.0 is as large as a random one"
         )
         check(self.table_rate >= 0, "table_rate", f"{self.table_rate} is negative", "0 freezes the table")
+        reached = self.masked_from == 1 or 0 < round(self.masked_from * self.steps) < self.steps
+        problem = f"{self.masked_from:g} of {self.steps} steps leaves none of one kind of text"
+        check(reached, "masked_from", problem, "move it towards the middle, or raise the steps")
         one = self.masked_from == 1 or not self.teacher_steps
         check(
             one, "teacher_steps", "the teacher changes where text is masked or not", "set it to (), or masked_from to 1"

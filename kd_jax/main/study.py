@@ -65,6 +65,12 @@ def check(study: Study) -> None:
         teachers.check(part, read(Execution, values, ""), values["teacher_checkpoint"], values["teacher_cache"])
     remedy = "set study.cache, and give no other terms than hidden and sentence a weight"
     require(study.planner.caches or not terms.center, "distill.center", "the mean is that of a cache of states", remedy)
+    # Their students have no cache, and a schedule changes the teacher, which may not coincide with other text.
+    looped = [name for name in ("schedule", "average", "chain") if getattr(study.settings, f"{name}_sets")]
+    fits = not looped or not (terms.center or terms.masked_from < 1)
+    key = f"study.{(looped or ['chain'])[0]}_sets"
+    remedy = "set it to (), or distill.center to False and distill.masked_from to 1"
+    require(fits, key, "these students have their teacher in the loop, not a cache", remedy)
     student, teacher = (encoder_config(values[name], 1) for name in ("student", "teacher"))
     teachers.check_shapes_of(terms, student, teacher, values["vocabulary"]["trim"])
     if study.planner.caches and terms.trains_head:

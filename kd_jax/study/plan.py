@@ -248,8 +248,8 @@ class Planner:
             slug = re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-")
             hashed = identity(config)
             if hashed.get("teacher_cache"):
-                caches = hashed["teacher_cache"].split(",")
-                hashed["teacher_cache"] = ",".join([self._predictions.get(one, one) for one in map(str, caches)])
+                caches: list[str] = hashed["teacher_cache"].split(",")
+                hashed["teacher_cache"] = ",".join(self._predictions.get(one, one) for one in caches)
             folder = f"{slug}-{fingerprint([command, hashed])}"
             self._made[key] = Stage(name, command, config, tuple(need.folder for need in needs), folder)
         return self._made[key]

@@ -54,6 +54,25 @@ def test_a_config_that_cannot_run_is_refused_before_it_is_planned(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["schedule_sets", "average_sets", "chain_sets"])
+def test_students_without_a_cache_are_refused_where_it_is_needed(name):
+    for changes in ({"center": True}, {"masked_from": 0.5, "kl": {"weight": 1.0}}):
+        config = quickstart.get_config("smoke")
+        config.distill.update({"clean": True, "kl": {"weight": 0.0}, "mlm": {"weight": 0.0}, "hidden": {"weight": 1.0}})
+        config.distill.update(changes)
+        study.open_study(config, overview.NOWHERE)
+        config.study[name] = ("task",)
+        with pytest.raises(UserError, match=rf"config\.study\.{name}: these students have their teacher in the loop"):
+            study.open_study(config, overview.NOWHERE)
+
+
+def test_a_change_of_text_that_is_never_reached_is_refused():
+    config = quickstart.get_config("smoke")
+    config.distill.update({"clean": True, "hidden": {"weight": 1.0}, "masked_from": 0.9, "steps": 4})
+    with pytest.raises(UserError, match=r"config\.distill\.masked_from: 0\.9 of 4 steps leaves none"):
+        study.open_study(config, overview.NOWHERE)
+
+
 def test_a_plan_is_written_with_what_each_stage_takes(tmp_path, capsys):
     study.INSTEAD["plan"][0](quickstart.get_config("smoke"), tmp_path)
     values = json.loads((tmp_path / "plan.json").read_text())

@@ -33,6 +33,9 @@ from kd_jax.study.report.plotting import (
     seed_points,
 )
 
+BASELINE_LINES: dict[str, Any] = {"scratch": (0, (5, 3)), "ngrams": (0, (1, 1.5))}
+MLM, STATES = "masked-LM training loss, nats", "distance of states, training"  # what a training curve shows
+
 
 @rc_context(STYLE)
 def answer(numbers: Numbers) -> Figure | None:
@@ -58,9 +61,6 @@ def answer(numbers: Numbers) -> Figure | None:
         panel.set_title(HEADLINE[task].error_title)
         panel.set_xlabel("error, %")
     return figure
-
-
-BASELINE_LINES: dict[str, Any] = {"scratch": (0, (5, 3)), "ngrams": (0, (1, 1.5))}
 
 
 @rc_context(STYLE)
@@ -308,9 +308,6 @@ def training_curves(numbers: Numbers) -> Figure | None:
     handles = [Line2D([], [], color=shade, linewidth=2, label=name) for name, shade in names.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, handlelength=1.4)
     return figure
-
-
-MLM, STATES = "masked-LM training loss, nats", "distance of states, training"
 
 
 def curve_points(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, float]]]:
