@@ -97,13 +97,17 @@ def pick(items: Sequence[T], rng: random.Random) -> T:
 
 
 class Grammar:
-    """The templates, lists and rules of one locale, ready to draw sentences from."""
+    """The templates, lists and rules of one locale, ready to draw sentences from.
 
-    def __init__(self, locale: str):
+    train: with the slot values of train alone; dev and test also have others.
+    """
+
+    def __init__(self, locale: str, train: bool = False):
         language = locale.split("-")[0]
         resource = importlib.resources.files("home_assistant_intents") / "data" / f"{language}.json"
         self._data = json.loads(resource.read_text(encoding="utf-8"))
-        self._words: Words = load_words(locale)
+        words = load_words(locale)
+        self._words: Words = words.of_train() if train else words
         self._rules = {**self._data["expansion_rules"], **self._words.rules}
         engine = RbnfEngine.for_language(language)
         self._in_words = functools.cache(lambda number: engine.format_number(number).text.replace("\u00ad", ""))

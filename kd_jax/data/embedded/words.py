@@ -16,6 +16,12 @@ from pathlib import Path
 VOWELS = frozenset("aeiouyhàâäéèêëîïôöùûœ")
 PLURAL = frozenset("pMF")
 
+# Lists whose values are open in real use, as are all names of devices.
+_OPEN = frozenset(
+    {"area", "message", "search_query", "timer_name", "timer_command", "shopping_list_item", "todo_list_item"}
+)
+_FEWEST_OPEN = 6  # a list with fewer values keeps all
+
 _NOT_DEVICES = frozenset({"area", "floor", "zone", "state", "timer_name"})
 
 Values = dict[str, tuple[tuple[str, str], ...]]
@@ -73,6 +79,12 @@ class Words:
         """Whether a word can be what a state is said of."""
         return bool(mark) and slot not in _NOT_DEVICES and text not in self.places
 
+    def of_train(self) -> "Words":
+        """Without every third value of the open lists, so that dev and test have slot values that train never has."""
+        values = {key: _two_thirds(found) if key in _OPEN else found for key, found in self.values.items()}
+        names = {key: _two_thirds(found) for key, found in self.names.items()}
+        return dataclasses.replace(self, values=values, names=names)
+
 
 @functools.cache
 def load_words(locale: str) -> Words:
@@ -98,6 +110,12 @@ def load_words(locale: str) -> Words:
     if raw:
         raise KeyError(f"words/{locale}.toml: unknown keys {sorted(raw)}")
     return Words(**fields)
+
+
+def _two_thirds(values: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    if len(values) < _FEWEST_OPEN:
+        return values
+    return tuple(value for i, value in enumerate(values) if i % 3 != 2)
 
 
 def _split_mark(text: str) -> tuple[str, str]:

@@ -15,10 +15,11 @@ from kd_jax.data.embedded import generic as embedded_generic
 from kd_jax.data.embedded import templates as embedded_templates
 from kd_jax.data.embedded import utterances as embedded
 from kd_jax.data.embedded.utterances import LOCALES, embedded_texts, embedded_utterances
+from kd_jax.data.embedded.words import load_words
 from kd_jax.data.text.utterances import parse_annotated
 from kd_jax.types import UserError
 
-GOLDEN_UTTERANCES = "b9567ef685b48619"
+GOLDEN_UTTERANCES = "cf133cf0f4cc2f5a"
 GOLDEN_TEXTS = "c0fb1be3c7fb2880"
 
 
@@ -87,6 +88,17 @@ def test_each_utterance_is_valid(utterances):
         assert not set(utterance.text) & set("[]{}<>|%°()"), utterance.text
     for group in by_locale(utterances).values():
         assert len({u.id for u in group}) == len(group)
+
+
+def test_dev_and_test_have_slot_values_that_train_never_has(utterances):
+    for locale, group in by_locale(utterances).items():
+        names = load_words(locale).names["light"]
+        values = defaultdict(set)
+        for u in group:
+            values[u.partition] |= {" ".join(u.words[s.start : s.end]) for s in u.spans if s.slot == "name"}
+        held_out = {text for _, text in names[2::3]}
+        assert not values["train"] & held_out and values["train"] & {text for _, text in names}, locale
+        assert (values["test"] | values["dev"]) & held_out, locale
 
 
 def test_no_sentence_is_repeated(utterances):
