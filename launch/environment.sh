@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Makes the virtual environment .venv and installs the locked packages into it.
 #
-# Usage: bash launch/environment.sh [--dev | --docs] [--venv=DIR]
+# Usage: bash launch/environment.sh [--demo | --dev | --docs] [--venv=DIR]
 #
-#   --dev        also what the tests and linters need (requirements-dev.txt instead of requirements.txt)
+#   --demo       also what the embedded data and teacher need (requirements-demo.txt instead of requirements.txt)
+#   --dev        that, and what the tests and linters need (requirements-dev.txt)
 #   --docs       only what builds the site of docs/ (requirements-docs.txt), into .venv-docs
 #   --venv=DIR   make it in this folder instead, e.g. for a second interpreter: --venv=.venv-3.13
 #
-# Nothing is installed when the lock is the one that was installed last. An installation that was cut off starts over.
+# Nothing is installed when the lock, or one that contains it, was installed last. An installation that was cut off starts over.
 # Everything then runs from the repository's root with .venv/bin/python -m ...
 #
 # KD_JAX_PYTHON names the interpreter, Python 3.11 to 3.13; without it the first suitable one on PATH is taken. The locks hold
@@ -26,8 +27,8 @@ lock=requirements.txt
 venv=""
 for argument in "$@"; do
   case "$argument" in
-    --dev | --docs)
-      [[ "$lock" == requirements.txt ]] || fail "give one of --dev and --docs; see --help"
+    --demo | --dev | --docs)
+      [[ "$lock" == requirements.txt ]] || fail "give one of --demo, --dev and --docs; see --help"
       lock="requirements-${argument#--}.txt"
       ;;
     --venv=?*) venv="${argument#--venv=}" ;;
@@ -97,6 +98,9 @@ if ! "$venv/bin/python" -m pip install --disable-pip-version-check --no-input -r
 fi
 rm "$venv/installing"
 mkdir -p "$venv/installed"
-if [[ "$lock" == requirements-dev.txt ]]; then cp requirements.txt "$venv/installed/"; fi # which it contains
+case "$lock" in # each contains those before it
+  requirements-demo.txt) cp requirements.txt "$venv/installed/" ;;
+  requirements-dev.txt) cp requirements.txt requirements-demo.txt "$venv/installed/" ;;
+esac
 cp "$lock" "$venv/installed/"
 echo "Installed in ${SECONDS} s"

@@ -17,7 +17,7 @@ case "${1:-}" in
     ;;
 esac
 
-bash launch/environment.sh
+bash launch/environment.sh --demo
 # Large pages: XLA maps its temporary memory anew for every step on a CPU, and faults are a tenth of a step's time.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 exec .venv/bin/python -m kd_jax.main.study --config=configs/quickstart.py --workdir=runs/quickstart "$@"

@@ -12,7 +12,8 @@ from kd_jax.models.encoder_config import Pooling
 class ImportModel:
     """A model of `transformers`, whose tokenizer config.prepared was made with: `config.import_model`.
 
-    path: folder with config.json and safetensors, or a name on the hub; ${VARIABLE} is filled in.
+    path: folder with config.json and safetensors, or a name on the hub, or "embedded": multilingual-e5-small in 4 bits,
+        from the pip extra demo; ${VARIABLE} is filled in.
     revision: of a model on the hub: branch, tag or commit; empty takes its main branch.
     evaluate_rows: held-out rows per store for the loss that the model comes with; 0 measures none.
     """

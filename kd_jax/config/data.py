@@ -84,7 +84,8 @@ class TokenizerSettings:
     """Which tokenizer the rows are made with: `config.tokenizer`.
 
     kind: train | load.
-    path: load: tokenizer.json, vocab.txt, a folder with one of them or a SentencePiece model, or a name on the hub.
+    path: load: tokenizer.json, vocab.txt, a folder with one of them or a SentencePiece model, a name on the hub, or
+        "embedded" (that of the embedded model, see import_model.path).
     model: train: bpe.
     vocab_size: train: tokens, special ones included.
     texts_per_store: train: texts read from each source and language.

@@ -66,7 +66,8 @@ class Sharding:
 class Storage:
     """Everything may be on gs:// or s3:// (docs/storage.md): `config.storage`.
 
-    local: folder of this host for copies of remote files; empty takes kd_jax in $XDG_CACHE_HOME or ~/.cache.
+    local: folder of this host for copies of remote files; empty takes $KD_JAX_CACHE, or kd_jax in
+        $XDG_CACHE_HOME or ~/.cache.
     """
 
     local: str = ""

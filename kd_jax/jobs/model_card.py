@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kd_jax.config.commands import Export
+from kd_jax.data.embedded.teacher import model_title
 from kd_jax.data.prepared import Prepared
 from kd_jax.evaluation.results import RESULTS
 from kd_jax.jobs import trained
@@ -205,7 +206,7 @@ def _origin(workdir: pathlib.Path) -> Iterator[str]:
         how = f"{_job(config.finetune)}, pooling {config.finetune.pooling}, seed {config.seed}{kept}"
         yield f"Finetuned on {run['train_utterances']} labeled utterances{how}."
     elif "import_model" in config:
-        yield f"Imported from {config.import_model.path} ({run['masked_lm_head']} masked-LM head)."
+        yield f"Imported from {model_title(config.import_model.path)} ({run['masked_lm_head']} masked-LM head)."
     elif trained.run_command(workdir) == "initialize":
         yield f"Started from layers of {pathlib.Path(config.teacher_checkpoint).name}, not trained, seed {config.seed}."
     elif "distill" in config:

@@ -18,6 +18,7 @@ from kd_jax.config.commands import ImportModel
 from kd_jax.config.data import Masking
 from kd_jax.config.execution import read_execution
 from kd_jax.config.settings import read
+from kd_jax.data.embedded.teacher import EMBEDDED_MODEL, embedded_model, model_title
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.text.files import fill_path
 from kd_jax.data.text.tokenizer import HUB_NAME, Tokenizer
@@ -72,7 +73,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         directory.start(
             tokenizer_fingerprint=prepared.tokenizer.fingerprint,
             parameters=parameter_count(model.abstract()),
-            source=str(folder),
+            source=model_title(name) if name == EMBEDDED_MODEL else str(folder),
             masked_lm_head="imported" if has_head else "new",
             rows_left_out=stored - size,
         )
@@ -117,9 +118,11 @@ def remarks(has_head: bool, rows_left_out: int, tensors_left_out: Sequence[str] 
 
 
 def model_folder(name: str, revision: str = "") -> pathlib.Path:
-    """The folder of a model: `name` itself, or where the hub's files of that name were downloaded to. UserError when
-    there is neither.
+    """The folder of a model: `name` itself, that of the embedded model, or where the hub's files of that name were
+    downloaded to. UserError when there is none.
     """
+    if name == EMBEDDED_MODEL:
+        return embedded_model(KEY)
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
         return path

@@ -38,9 +38,9 @@ def keep_copies_in(folder: str) -> None:
 
 
 def local_root() -> pathlib.Path:
-    """The folder of this host that holds copies: as set, or kd_jax in $XDG_CACHE_HOME or ~/.cache."""
-    if _chosen_root:
-        return pathlib.Path(_chosen_root).expanduser()
+    """The folder of this host that holds copies: as set, or $KD_JAX_CACHE, or kd_jax in $XDG_CACHE_HOME or ~/.cache."""
+    if chosen := _chosen_root or os.environ.get("KD_JAX_CACHE", ""):
+        return pathlib.Path(chosen).expanduser()
     cache = os.environ.get("XDG_CACHE_HOME", "")
     return (pathlib.Path(cache) if cache else pathlib.Path.home() / ".cache") / "kd_jax"
 

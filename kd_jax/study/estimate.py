@@ -14,6 +14,7 @@ from kd_jax.config.commands import Baseline, Evaluate
 from kd_jax.config.data import Cache, Masking, Nlu, Rows, States, TokenizerSettings
 from kd_jax.config.settings import read
 from kd_jax.config.training import Distill, Finetune, Pretrain, Training
+from kd_jax.data.embedded.teacher import EMBEDDED_MODEL
 from kd_jax.data.masking import num_slots
 from kd_jax.data.rows import read_manifest
 from kd_jax.data.text.files import fill_path
@@ -96,7 +97,7 @@ def _vocabulary(values: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
         return known, ()
     try:
         folder = fill_path(settings.path, key="config.tokenizer.path")
-        if pathlib.Path(folder).is_dir():
+        if folder == EMBEDDED_MODEL or pathlib.Path(folder).is_dir():
             return Tokenizer.load(folder).vocab_size, ()
     except UserError:  # reported when the tokenizer is needed
         pass

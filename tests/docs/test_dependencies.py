@@ -12,6 +12,7 @@ import pytest
 import kd_jax
 from tests.docs.test_architecture import PYTORCH, imported_modules
 
+EMBEDDED = "kd_jax/data/embedded/"  # the only place that imports packages of the extra demo
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -45,15 +46,16 @@ def undeclared_imports(path: str, source: str, declared: set[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "folder, extras", [("kd_jax", ()), ("benchmarks", ()), ("configs", ()), ("tests", ("dev", "parity"))]
+    "folder, extras", [("kd_jax", ()), ("benchmarks", ()), ("configs", ()), ("tests", ("dev", "demo", "parity"))]
 )
 def test_every_import_is_a_declared_dependency(folder, extras):
     direct = project()["dependencies"] + [item for name in extras for item in project()["optional-dependencies"][name]]
     declared = {normalized(requirement) for requirement in direct}
+    demo = {normalized(requirement) for requirement in project()["optional-dependencies"]["demo"]}
     problems = []
     for file in sorted((ROOT / folder).rglob("*.py")):
         path = file.relative_to(ROOT).as_posix()
-        optional = {"torch"} if path == PYTORCH else set()
+        optional = {"torch"} if path == PYTORCH else demo if path.startswith(EMBEDDED) else set()
         problems += undeclared_imports(path, file.read_text(encoding="utf-8"), declared | optional)
     assert not problems, "\n" + "\n".join(problems)
 
@@ -76,16 +78,20 @@ def locked_versions(name: str) -> dict[str, set[str]]:
 
 
 def test_locks_hold_the_direct_dependencies_and_agree():
-    locks = locked_versions("requirements.txt"), locked_versions("requirements-dev.txt")
-    for lock, direct in zip(locks, (project()["dependencies"], project()["optional-dependencies"]["dev"]), strict=True):
+    names = ("requirements.txt", "requirements-demo.txt", "requirements-dev.txt")  # each contains those before it
+    plain, demo, dev = locks = [locked_versions(name) for name in names]
+    extras = project()["optional-dependencies"]
+    for lock, direct in zip(locks, (project()["dependencies"], extras["demo"], extras["dev"]), strict=True):
         for requirement in direct:
             pins = lock.get(normalized(requirement), set())
             assert pins, f"{requirement} is missing: make the lock again with the command in its first lines"
             if "==" in requirement:
                 assert pins == {"==" + requirement.split("==")[1]}, f"{requirement} is locked as {pins}"
-    for name, pins in locks[0].items():
-        assert locks[1].get(name, set()) == pins, f"{name}: requirements-dev.txt and requirements.txt differ"
-    assert not {"torch", "tensorflow"} & set(locks[1])
+    for smaller, larger, file in ((plain, demo, names[1]), (demo, dev, names[2])):
+        for name, pins in smaller.items():
+            assert larger.get(name, set()) == pins, f"{name}: {file} and the lock that it contains differ"
+    assert not {"torch", "tensorflow"} & set(dev)
+    assert not {normalized(requirement) for requirement in extras["demo"]} & set(plain)
 
 
 def test_every_file_with_a_version_has_the_same():

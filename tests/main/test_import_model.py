@@ -77,6 +77,14 @@ def test_import_is_a_finished_run(data, source, tmp_path, capsys):
     assert (tmp_path / "run" / "DONE").read_text() == before
 
 
+def test_records_name_the_embedded_model_and_not_its_folder(data, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(import_model, "embedded_model", lambda key: source[0])
+    imported(data, "embedded", tmp_path / "run")
+    records = [(tmp_path / "run" / name).read_text() for name in ("config.json", "run.json")]
+    assert json.loads(records[1])["source"] == "multilingual-e5-small, 4 bits"
+    assert not any(str(source[0]) in record for record in records)
+
+
 def test_a_new_head_is_told_of_and_the_same_for_a_seed(data, source, tmp_path, capsys):
     folder, shape, params = source
     head = {entry.name for entry in head_map(shape)}

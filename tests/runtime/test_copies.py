@@ -171,11 +171,14 @@ def test_what_is_put_can_be_fetched(store):
 
 def test_the_folder_of_this_host(tmp_path, monkeypatch):
     monkeypatch.setattr(copies, "_chosen_root", "")
+    monkeypatch.delenv("KD_JAX_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     fake_store.install(tmp_path)
     assert copies.local_root() == tmp_path / "kd_jax"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert copies.local_root() == pathlib.Path.home() / ".cache/kd_jax"
+    monkeypatch.setenv("KD_JAX_CACHE", str(tmp_path / "set"))
+    assert copies.local_root() == tmp_path / "set"
     monkeypatch.setattr(copies, "_chosen_root", str(tmp_path / "chosen"))
     assert on_this_host(as_path("gs://bucket/a")).parent == tmp_path / "chosen/outgoing"
     assert on_this_host(tmp_path) == tmp_path

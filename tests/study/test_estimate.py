@@ -1,5 +1,6 @@
 import json
 import pathlib
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -151,3 +152,10 @@ def test_what_is_assumed_of_data_that_are_not_here_is_said():
     config.tokenizer.path = "somebody/some-model"
     sizes = estimate.sizes_of(study.open_study(config, NOWHERE))
     assert any("somebody/some-model was not found" in line for line in sizes.notes)
+
+
+def test_the_vocabulary_of_the_embedded_model_is_read(monkeypatch):
+    monkeypatch.setattr(estimate.Tokenizer, "load", lambda name: SimpleNamespace(vocab_size={"embedded": 77}[name]))
+    config = massive_me5.get_config()
+    config.tokenizer.path = "embedded"
+    assert estimate.sizes_of(study.open_study(config, NOWHERE)).vocabulary == 77

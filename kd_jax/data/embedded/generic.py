@@ -1,4 +1,4 @@
-"""Generic sentences from message catalogs: the translated messages that permissively licensed Python packages ship.
+"""Generic sentences from message catalogs: what Django, Trac and JupyterLab ship (BSD licenses).
 
 The English side is the catalogs' message ids. The gettext files are read straight from the installed packages; none is
 imported.
@@ -19,10 +19,6 @@ from kd_jax.types import UserError
 # Import name -> what pip calls it.
 _PACKAGES = {
     "django": "Django",
-    "wagtail": "wagtail",
-    "cms": "django-cms",
-    "allauth": "django-allauth",
-    "rest_framework": "djangorestframework",
     "trac": "Trac",
     "jupyterlab_language_pack_de_DE": "jupyterlab-language-pack-de-DE",
     "jupyterlab_language_pack_es_ES": "jupyterlab-language-pack-es-ES",
@@ -47,8 +43,10 @@ def require(*packages: str) -> None:
     """Raises UserError that names the first package, by import name, that is not installed, and the pip command."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            name = _PACKAGES[package]
-            raise UserError(f"the embedded data needs the package {name}; install it with `pip install {name}`")
+            raise UserError(
+                f"config.nlu and config.sources: the format embedded needs the package {_PACKAGES[package]}; "
+                'install it with `pip install "kd_jax[demo]"`, or name data of your own'
+            )
 
 
 @functools.cache

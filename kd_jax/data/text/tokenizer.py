@@ -17,6 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from kd_jax.config import require
+from kd_jax.data.embedded.teacher import EMBEDDED_MODEL, embedded_model
 from kd_jax.runtime.files import write_atomically
 from kd_jax.types import UserError
 
@@ -73,7 +74,9 @@ class Tokenizer:
     @classmethod
     def load(cls, name: str | os.PathLike[str]) -> "Tokenizer":
         """Reads a tokenizer.json, a vocab.txt (WordPiece), a folder with one of them or with a SentencePiece model, or
-        a tokenizer of the hub."""
+        a tokenizer of the hub, or that of the embedded model."""
+        if name == EMBEDDED_MODEL:
+            name = embedded_model("tokenizer.path")
         path, names = Path(name).expanduser(), {}
         if path.is_dir():
             names = _declared_names(path)

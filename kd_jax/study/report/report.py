@@ -18,6 +18,7 @@ from markdown_it import MarkdownIt
 
 from kd_jax.config.settings import read
 from kd_jax.config.training import Distill
+from kd_jax.data.embedded.teacher import model_title
 from kd_jax.runtime.files import write_atomically
 from kd_jax.runtime.paths import as_path, make_folder
 from kd_jax.study.report import tables
@@ -370,7 +371,7 @@ def _settings(config: Mapping[str, Any]) -> list[str]:
     lines = [f"Encoders of our own choice: {', '.join(sizes)}."] if sizes else []
     trained = {"pretrain": "teacher", "adapt": "adapted teacher, further", "distill": "each student"}
     if "study" in config and (imported := config["study"]["teacher_import"]):
-        lines.append(f"The generic teacher was pretrained by others: {_code(imported)}.")
+        lines.append(f"The generic teacher was pretrained by others: {_code(model_title(imported))}.")
         trained["pretrain"] = "the masked-LM head of the imported teacher alone"
         if not config["study"]["train_head"]:
             del trained["pretrain"]

@@ -186,7 +186,9 @@ def test_the_settings_are_those_of_what_ran():
     states = {"clean": True, "center": True, "init": "teacher", "kl": off, "mlm": off}
     states["hidden"] = {**inputs.config["distill"]["hidden"], "weight": 1.0, "final_weight": 0.5}
     config |= {"distill": {**inputs.config["distill"], **states}, "finetune": {"max_train": 0}}
+    config["study"]["teacher_import"] = "embedded"
     text = document_text(dataclasses.replace(inputs, config=config))
+    assert "The generic teacher was pretrained by others: `multilingual-e5-small, 4 bits`." in text
     assert "`adapt`" not in text and "Labels: all train utterances." in text
     assert "Loss of distillation: hidden × 1 to 0.5, on unmasked text, the states centered; students start from" in text
 
