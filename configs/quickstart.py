@@ -20,7 +20,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config = base.get_config()
     config.nlu.update({"format": "embedded", "locales": LOCALES})
     config.sources.generic = base.source("generic", "embedded", LANGUAGES, spoken_share=0.7)
-    config.sources.task = base.source("task", "utterances", LOCALES)
+    config.sources.task = base.source("task", "utterances", config.nlu.get_oneway_ref("locales"))
     config.tokenizer.vocab_size = 4000
     config.rows.length = 64
 
