@@ -38,7 +38,7 @@ from kd_jax.types import UserError
 
 KEY = "import_model.path"
 # Of a repository on the hub: its own files, not the copies for other programs in subfolders.
-_WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")
+_WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "README.md")
 
 
 def keys(config: ConfigDict) -> tuple[str, ...]:
@@ -73,6 +73,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             tokenizer_fingerprint=prepared.tokenizer.fingerprint,
             parameters=parameter_count(model.abstract()),
             source=str(folder),
+            hub_name=name if folder != pathlib.Path(name).expanduser() else "",
+            license=stated_license(folder),
             masked_lm_head="imported" if has_head else "new",
             rows_left_out=stored - size,
         )
@@ -114,6 +116,17 @@ def remarks(has_head: bool, rows_left_out: int, tensors_left_out: Sequence[str] 
     if rows_left_out:
         lines.append(f"{rows_left_out} rows of the token table belong to no token of the tokenizer and were left out.")
     return lines
+
+
+def stated_license(folder: pathlib.Path) -> str:
+    """The license in the front matter of a model's README.md; empty where none is stated."""
+    from huggingface_hub import metadata_load  # slow to import
+
+    try:
+        stated = (metadata_load(folder / "README.md") or {}).get("license")
+    except Exception:  # no file, no front matter, or none that YAML's own exceptions let pass
+        return ""
+    return stated if isinstance(stated, str) else ""
 
 
 def model_folder(name: str, revision: str = "") -> pathlib.Path:
