@@ -212,7 +212,8 @@ class Predictor:
         if refused:
             return Prediction(text, words, None, None, outside, **values)
         tags = tuple(icner["predicted_tags"]) if icner else outside
-        domain, intent = dc and dc["predicted_domain"], icner and icner["predicted_intent"]
+        domain = dc["predicted_domain"] if dc else None
+        intent = icner["predicted_intent"] if icner else None
         return Prediction(text, words, domain, intent, tags, **values)
 
     def _choose_pair(self, dc: dict[str, Any], icner: dict[str, Any]) -> None:
