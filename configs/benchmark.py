@@ -29,7 +29,7 @@ def get_config(argument: str = "") -> ConfigDict:
     else:
         config.nlu.update({"format": "embedded", "locales": LOCALES})
         config.sources.generic = base.source("generic", "embedded", LANGUAGES, spoken_share=0.7)
-    config.sources.task = base.source("task", "utterances", LOCALES)
+    config.sources.task = base.source("task", "utterances", config.nlu.get_oneway_ref("locales"))
     config.tokenizer.vocab_size = 8000
     config.rows.length = 64
 

@@ -22,7 +22,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.sources.generic = base.source(
         "generic", "text", LANGUAGES, path="${KD_JAX_DATA}/generic/{language}.txt.gz", spoken_share=0.7
     )
-    config.sources.task = base.source("task", "utterances", LOCALES)
+    config.sources.task = base.source("task", "utterances", config.nlu.get_oneway_ref("locales"))
     config.tokenizer.vocab_size = 8000
     config.rows.length = 64
 

@@ -28,7 +28,7 @@ def get_config(argument: str = "") -> ConfigDict:
         "generic", "text", LANGUAGES, path="${KD_JAX_DATA}/generic/{language}.txt.gz", spoken_share=0.7
     )
     config.sources.generic.max_texts = 10_000
-    config.sources.task = base.source("task", "utterances", LOCALES)
+    config.sources.task = base.source("task", "utterances", config.nlu.get_oneway_ref("locales"))
     config.tokenizer.update({"kind": "load", "path": MODEL})
     config.rows.length = 64
     config.masking.epochs = 1  # the teacher is far larger than the student, so cached rows are reused

@@ -43,7 +43,7 @@ def set_data(config: ConfigDict, text: str) -> None:
         config.nlu.update({"format": "embedded", "locales": EMBEDDED})
         for name in ("generic", "generic_nb"):
             config.sources[name] = base.source("generic", "embedded", tuple(one[:2] for one in EMBEDDED))
-        config.sources.task = base.source("task", "utterances", EMBEDDED)
+        config.sources.task = base.source("task", "utterances", config.nlu.get_oneway_ref("locales"))
         return
     if text not in GENERIC:
         raise UserError(f"--config: the argument {text!r} is unknown; use one of {', '.join(GENERIC)} or smoke")
@@ -56,7 +56,7 @@ def set_data(config: ConfigDict, text: str) -> None:
         config.sources[f"generic_{language}"] = base.source(
             "generic", "huggingface", (language,), subset=subset.replace("{language}", code), **more
         )
-    config.sources.task = base.source("task", "utterances", LOCALES)
+    config.sources.task = base.source("task", "utterances", config.nlu.get_oneway_ref("locales"))
 
 
 def set_study(config: ConfigDict, name: str) -> None:

@@ -33,7 +33,7 @@ def get_config(argument: str = "") -> ConfigDict:
         max_texts=500_000,
         spoken_share=0.7,
     )
-    config.sources.task = base.source("task", "utterances", LOCALES)
+    config.sources.task = base.source("task", "utterances", config.nlu.get_oneway_ref("locales"))
     config.tokenizer.update({"vocab_size": 64_000, "texts_per_store": 100_000})
     config.rows.length = 128
     config.transfer.language_temperature = 0.5
@@ -61,5 +61,4 @@ def get_config(argument: str = "") -> ConfigDict:
     # A smoke run must not need the network, so it uses the embedded data.
     config.nlu.update({"format": "embedded", "path": "", "locales": LOCALES[:4]})
     config.sources.generic = base.source("generic", "embedded", LANGUAGES[:4])
-    config.sources.task.languages = LOCALES[:4]
     return base.smoke(config)

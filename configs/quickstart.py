@@ -21,7 +21,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.nlu.update({"format": "embedded", "locales": LOCALES})
     config.sources.generic = base.source("generic", "embedded", LANGUAGES, spoken_share=0.7)
     config.sources.generic.max_texts = 1500
-    config.sources.task = base.source("task", "utterances", LOCALES)
+    config.sources.task = base.source("task", "utterances", config.nlu.get_oneway_ref("locales"))
     config.tokenizer.update({"kind": "load", "path": "embedded"})  # multilingual-e5-small in 4 bits, from pip
     config.rows.length = 64
     config.teacher = base.encoder("minilm_l12_h384", vocab_size=0)

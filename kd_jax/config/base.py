@@ -6,7 +6,7 @@ is not declared here, and an override of an unknown key is an error.
 
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from kd_jax.config.commands import Baseline, CompileCheck, Evaluate, Export, ImportModel, Latency, Study
 from kd_jax.config.data import (
@@ -27,9 +27,13 @@ from kd_jax.config.training import Distill, Finetune, Pretrain, Training
 from kd_jax.models.encoder_config import PRESETS
 
 
-def source(kind: str, format: str, languages: tuple[str, ...], **changes: Any) -> ConfigDict:
-    """One source of text: a value of config.sources; see config.data.Source."""
-    return block(Source, kind=kind, format=format, languages=tuple(languages), **changes)
+def source(kind: str, format: str, languages: tuple[str, ...] | FieldReference, **changes: Any) -> ConfigDict:
+    """One source of text: a value of config.sources; see config.data.Source.
+
+    With config.nlu.get_oneway_ref("locales") as languages they follow config.nlu, also on the command line.
+    """
+    languages = languages if isinstance(languages, FieldReference) else tuple(languages)
+    return block(Source, kind=kind, format=format, languages=languages, **changes)
 
 
 def encoder(preset: str, **changes: Any) -> ConfigDict:

@@ -97,12 +97,14 @@ class Export:
     int8: DC and ICNER: weights in int8 for `predict` and the program, not those for transformers.
     stablehlo: DC and ICNER: the compiled program too, which runs without kd_jax (needs flatbuffers).
     results: workdir of the `evaluate` run whose test results the model card states; empty looks for one next to it.
+    license: that the model card states, e.g. apache-2.0; empty takes that of the imported models it descends from.
     """
 
     checkpoint: str = ""
     int8: bool = False
     stablehlo: bool = False
     results: str = ""
+    license: str = ""
 
     def __post_init__(self):
         check(bool(self.checkpoint), "checkpoint", "it is empty", "give the workdir of a finished run")

@@ -35,7 +35,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.sources.generic.spoken_share = (
         0.7  # utterances have neither capitals nor punctuation; 0 keeps texts as they are
     )
-    config.sources.task = base.source("task", "utterances", LOCALES)  # the train partition of config.nlu
+    # The train partition of config.nlu, in its locales, also where the command line sets those.
+    config.sources.task = base.source("task", "utterances", config.nlu.get_oneway_ref("locales"))
     config.tokenizer.vocab_size = 4000  # a few hundred for very little text
     config.rows.length = 64  # tokens in a packed row; longer texts are cut into several
     config.rows.heldout_share = 0.05  # of generic text, for the masked-LM loss; 0.02 is enough for a million texts

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,7 @@ class Prepared:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that its rows were made with."""
-        tokenizer = Tokenizer.load(self._part("tokenizer"))
+        tokenizer = _tokenizer(self._part("tokenizer"), self.fingerprint)
         if tokenizer.fingerprint != self.manifest["tokenizer_fingerprint"]:
             raise UserError(
                 f"{self.folder / 'tokenizer'}: is not the tokenizer its rows were built with; run prepare again"
@@ -92,7 +92,7 @@ class Prepared:
     @cached_property
     def utterances(self) -> list[Utterance]:
         """The labeled utterances of all partitions and locales."""
-        return read_massive(self._part("utterances"), self.settings.nlu.locales)
+        return _utterances(self._part("utterances"), self.settings.nlu.locales, self.fingerprint)
 
     def stores(self, split: str) -> list[RowStore]:
         """The row stores of a split, "train" or "heldout", in the order of the config."""
@@ -104,6 +104,19 @@ class Prepared:
         return [
             RowStore(copy.folder / name, tokenizer, lambda file, name=name: file_of(f"{name}/{file}")) for name in names
         ]
+
+
+# A study's stages run in one process and read the same folder, and reading 250,000 tokens takes seconds.
+@lru_cache(maxsize=2)
+def _tokenizer(folder: pathlib.Path, fingerprint: str) -> Tokenizer:
+    del fingerprint  # of the folder's content, so that another folder at this path is read anew
+    return Tokenizer.load(folder)
+
+
+@lru_cache(maxsize=2)
+def _utterances(folder: pathlib.Path, locales: tuple[str, ...], fingerprint: str) -> list[Utterance]:
+    del fingerprint
+    return read_massive(folder, locales)
 
 
 # Called with texts and what is done with them; gives the same texts. It may count them, and may stop by raising.

@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from kd_jax.runtime.preemption import interruptible
 from kd_jax.types import Array, Batch, Params
 
 Predict = Callable[[Params, Mapping[str, Array], Mapping[str, Array]], Any]
+Probabilities = Literal["none", "label", "all"]  # which of them records have
 
 
 class Spread(NamedTuple):
@@ -33,7 +34,7 @@ class Spread(NamedTuple):
 
 @functools.cache
 def compiled_predict(model: Functional) -> Predict:
-    """Jitted (params, class masks, batch) -> class ids int32 [R, S], their probabilities float32 [R, S], tag scores.
+    """Jitted (params, class masks, batch) -> class ids int32 [R, S], probabilities float32 [R, S, C], tag scores.
 
     Tag scores are float32 [R, L, T] for ICNER and None for DC. The class masks are added to the logits: they exclude
     classes that only pad a label map.
@@ -41,8 +42,7 @@ def compiled_predict(model: Functional) -> Predict:
 
     def classes(logits_RxSxC, masks):
         logits_RxSxC = logits_RxSxC + masks["utterance_classes"][None, None, :]
-        largest_RxS = jnp.max(jax.nn.softmax(logits_RxSxC.astype(jnp.float32), axis=-1), axis=-1)
-        return jnp.argmax(logits_RxSxC, axis=-1), largest_RxS
+        return jnp.argmax(logits_RxSxC, axis=-1), jax.nn.softmax(logits_RxSxC.astype(jnp.float32), axis=-1)
 
     def predict_dc(params, masks, batch):
         return *classes(model.domain_logits(params, batch), masks), None
@@ -66,23 +66,27 @@ def predict_records(
     length: int,
     batch_rows: int,
     spread: Spread,
-    probabilities: bool = False,
+    probabilities: Probabilities = "none",
 ) -> list[Record]:
     """Records in the order of `utterances`, the same in every process; `train`, whose labels the model
     saw, decides test_unseen and tail.
 
-    Each process predicts and decodes its part of the rows; then all exchange the results. With `probabilities` a record
-    also has "probability", of its domain or intent, and "tag_probabilities" from `probabilities_of_tags`.
+    Each process predicts and decodes its part of the rows; then all exchange the results. With probabilities="label" a
+    record also has "probability", of its domain or intent; with "all" also "class_probabilities", of all of them, and
+    "tag_probabilities" from `probabilities_of_tags`.
     """
     labeled = LabeledSet(utterances, tokenizer, maps, model.kind, length)
     predict = compiled_predict(model)
     mine = slice(*process_slice(batch_rows, *spread.share))
+    names = maps.domains if model.kind == "dc" else maps.intents
     # Index of the utterance, its class, its tags, and the probabilities of both. Plain values, because they cross
     # processes as JSON.
-    found: list[tuple[int, int, list[str], float, list[float | None]]] = []
+    found: list[tuple[int, int, list[str], list[float], list[float | None]]] = []
     for batch, index_RxS in interruptible(packed(labeled, length, batch_rows), "the predictions"):
         batch, index_RxS = {name: values[mine] for name, values in batch.items()}, index_RxS[mine]
-        classes_RxS, largest_RxS, scores_RxLxT = jax.tree.map(spread.fetch, predict(params, masks, spread.place(batch)))
+        classes_RxS, chances_RxSxC, scores_RxLxT = jax.tree.map(
+            spread.fetch, predict(params, masks, spread.place(batch))
+        )
         rows, slots = np.nonzero(index_RxS >= 0)
         chosen, labels = index_RxS[rows, slots], classes_RxS[rows, slots]
         tags: Sequence[list[str]] = [[]] * len(chosen)
@@ -90,20 +94,25 @@ def predict_records(
         if model.kind == "icner":
             firsts = np.asarray(batch["first_positions"])[rows, slots]
             tags = decode_rows(labeled, chosen, scores_RxLxT[rows], firsts, maps.tags)
-            if probabilities:
+            if probabilities == "all":
                 likely = probabilities_of_tags(labeled, chosen, scores_RxLxT[rows], firsts, maps, tags)
-        found += zip(chosen.tolist(), labels.tolist(), tags, largest_RxS[rows, slots].tolist(), likely, strict=True)
+        chances = chances_RxSxC[rows, slots, : len(names)]
+        if probabilities != "all":
+            chances = chances.max(axis=-1, keepdims=True)
+        found += zip(chosen.tolist(), labels.tolist(), tags, chances.tolist(), likely, strict=True)
     records: list[Record] = [{} for _ in utterances]
     test_sets = assign_test_sets(utterances, train)
     for part in spread.from_all(json.dumps(found).encode()):
-        for number, label, one, largest, likely in json.loads(part):
+        for number, label, one, chances, likely in json.loads(part):
             who = (utterances[number], test_sets[number])
             if model.kind == "dc":
-                records[number] = domain_record(*who, maps.domains[label])
+                records[number] = domain_record(*who, names[label])
             else:
-                records[number] = intent_slot_record(*who, maps.intents[label], one)
-            if probabilities:
-                records[number] |= {"probability": largest, "tag_probabilities": likely}
+                records[number] = intent_slot_record(*who, names[label], one)
+            if probabilities != "none":
+                records[number]["probability"] = max(chances)
+            if probabilities == "all":
+                records[number] |= {"class_probabilities": chances, "tag_probabilities": likely}
     return records
 
 

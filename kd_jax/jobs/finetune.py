@@ -23,7 +23,7 @@ from kd_jax.data.prepared import Prepared
 from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.data.text.utterances import LabelMaps, Utterance, subset, subset_train
 from kd_jax.data.vocabulary import seen_by_student
-from kd_jax.evaluation.predictions import Spread, predict_records
+from kd_jax.evaluation.predictions import Probabilities, Spread, predict_records
 from kd_jax.evaluation.records import Record, assign_test_sets, intent_slot_record, read_records
 from kd_jax.evaluation.results import RECORDS, results
 from kd_jax.jobs import serving, trained
@@ -44,6 +44,8 @@ from kd_jax.types import Array, Batch, Params, UserError
 
 Task = Literal["dc", "icner"]
 DEV = "dev.json"
+THRESHOLD = "threshold"  # in dev.json
+REFUSED = 0.05  # share of the right answers on dev that a threshold refuses
 
 
 def keys(config: ConfigDict) -> tuple[str, ...]:
@@ -253,8 +255,9 @@ def finetune(
 
     def evaluate(params: Params, step: int) -> dict[str, float]:
         del step
-        records = predict(model, params, masks, dev, given, prepared.tokenizer, length, maps, mesh)
-        return {f"dev/{name}": value for name, value in dev_scores(records, task).items()}
+        which = (model, params, masks, dev, given, prepared.tokenizer, length, maps, mesh)
+        records = predict(*which, probabilities="label")
+        return {f"dev/{name}": value for name, value in {**dev_scores(records, task), **threshold(records)}.items()}
 
     if task == "dc":
         objective = make_dc_objective(model, settings.label_smoothing)
@@ -266,6 +269,7 @@ def finetune(
         "predicted_labels": len(train) - len(given),
         "classes": padded,
         "labels": maps.to_json(),
+        "seen": serving.Seen.of(given).to_json(),
     }
     best = Best("dev/score", settings.patience)
     job = Job(
@@ -313,7 +317,7 @@ def predict(
     mesh,
     batch_rows: int = 32,
     count: Count | None = None,
-    probabilities: bool = False,
+    probabilities: Probabilities = "none",
 ) -> list[Record]:
     """Records of the utterances, in their order; count: takes them in as they come. Raises Preempted."""
     count = count or Count("prediction", "utterances", shown=False)
@@ -349,6 +353,17 @@ def dev_scores(records: Sequence[Record], task: str) -> dict[str, float]:
     scores = {row["metric"]: row["value"] for row in rows if row["value"] is not None}
     parts = ("accuracy",) if task == "dc" else ("intent_accuracy", "slot_f1")
     return {"score": float(np.mean([scores.get(name, 0.0) for name in parts])), **scores}
+
+
+def threshold(records: Sequence[Record]) -> dict[str, float]:
+    """{THRESHOLD: value}, below which the probability of REFUSED of the right domains or intents lies; {} of none."""
+    likely = [
+        one["probability"]
+        for one in records
+        if one["predicted_domain" if one["task"] == "dc" else "predicted_intent"]
+        == one["domain" if one["task"] == "dc" else "intent"]
+    ]
+    return {THRESHOLD: float(np.quantile(likely, REFUSED))} if likely else {}
 
 
 def predict_partition(
@@ -403,6 +418,7 @@ class Finetuned(NamedTuple):
     maps: LabelMaps
     tokenizer: Tokenizer  # with the model's vocabulary
     length: int  # tokens in a row
+    seen: serving.Seen
 
 
 def load_finetuned(folder: pathlib.Path, prepared: Prepared, mesh, compute_dtype: str, key: str) -> Finetuned:
@@ -423,7 +439,20 @@ def load_finetuned(folder: pathlib.Path, prepared: Prepared, mesh, compute_dtype
     model = classifier(encoder, prepared, dropout, pooling, compute_dtype, task, run["classes"])
     params = trained.trained_params(folder, model, mesh)
     masks, length = class_masks(class_counts(task, maps), run["classes"]), prepared.settings.rows.length
-    return Finetuned(task, model, params, masks, maps, prepared.tokenizer, length)
+    return Finetuned(
+        task, model, params, masks, maps, prepared.tokenizer, length, seen_by(folder, config, run, prepared)
+    )
+
+
+def seen_by(folder: pathlib.Path, config: ConfigDict, run: Mapping[str, Any], prepared: Prepared) -> serving.Seen:
+    """What a run noted of the labeled text it saw; runs of 0.2.0 did not, so the text is looked at again."""
+    if "seen" in run:
+        seen = serving.Seen.from_json(run["seen"])
+    else:
+        domain = config.finetune.domain if "intents" in run["classes"] else ""
+        seen = serving.Seen.of(labeled_train(prepared, config.finetune.max_train, domain))
+    dev = read_json(folder / DEV) if (folder / DEV).is_file() else {}
+    return seen._replace(threshold=dev.get(THRESHOLD))
 
 
 def served(folder: pathlib.Path, compute_dtype: str) -> Finetuned:
@@ -431,7 +460,8 @@ def served(folder: pathlib.Path, compute_dtype: str) -> Finetuned:
     one = serving.read(folder)
     model = dataclasses.replace(one.model, compute_dtype=resolve_dtype(compute_dtype))
     sizes = class_counts(model.kind, one.maps)
-    return Finetuned(model.kind, model, one.params, class_masks(sizes, sizes), one.maps, one.tokenizer, one.length)
+    masks = class_masks(sizes, sizes)
+    return Finetuned(model.kind, model, one.params, masks, one.maps, one.tokenizer, one.length, one.seen)
 
 
 def predict_with(

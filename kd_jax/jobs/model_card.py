@@ -1,5 +1,6 @@
 """README.md of an exported model: what it is, where it comes from, how well it does, how it is used."""
 
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 from kd_jax.config.commands import Export
 from kd_jax.data.embedded.teacher import model_title
 from kd_jax.data.prepared import Prepared
-from kd_jax.evaluation.results import RESULTS
+from kd_jax.evaluation.results import MASSIVE_METRICS, RESULTS
 from kd_jax.jobs import trained
 from kd_jax.jobs.finetune import DEV
 from kd_jax.jobs.job import BEST_STEP
@@ -20,17 +21,24 @@ from kd_jax.models.functional import Functional
 from kd_jax.models.huggingface.checkpoint import head_apart
 from kd_jax.runtime.files import read_json, read_json_lines
 from kd_jax.runtime.paths import as_path
-from kd_jax.trainer.run_directory import is_done
+from kd_jax.trainer.run_directory import CONFIG, RUN, is_done
 from kd_jax.types import UserError
 
 KEY = "export.results"
 TEXT_HEADS = {"dc": "domain_head.safetensors", "icner": "intent_head.safetensors"}  # where they are files of their own
 
+# Metrics that the card shows, in percent, under the names of the report's tables.
+SHOWN = {
+    "error_rate": "DC error",
+    "intent_error_rate": "Intent error",
+    "slot_f1": "Slot F1",
+    "exact_match": "Exact match",
+    "semer": "SemER",
+    **{name: name.replace("_", " ").replace("massive", "MASSIVE") for name in MASSIVE_METRICS},
+}
+
 _CARD = """---
-library_name: {library}
-pipeline_tag: {pipeline}
-language: {languages}
-tags: ["knowledge-distillation", "kd_jax"]
+{metadata}
 ---
 
 # {name}
@@ -165,14 +173,27 @@ def model_card(
     usage = [_INT8 if settings.int8 else _usage(model)]
     if settings.stablehlo:
         usage.append(_PROGRAM + _PROGRAM_USE[kind])
+    imported = _imported(workdir)
+    bases = list(dict.fromkeys(run["hub_name"] for run in imported if run.get("hub_name")))
+    licenses = list(dict.fromkeys(run.get("license", "") for run in imported))
+    license = settings.license or (licenses[0] if len(licenses) == 1 else "")
+    metadata = {
+        "library_name": "kd_jax" if settings.int8 else "transformers",
+        "pipeline_tag": pipeline,
+        "language": sorted({locale.split("-")[0] for locale in prepared.settings.nlu.locales}),
+        "license": license,
+        "base_model": bases[0] if len(bases) == 1 else bases,
+        "tags": ["knowledge-distillation", "kd_jax"],
+    }
+    origin = list(_origin(workdir))
+    if not license:
+        origin.append("No license is stated. Set config.export.license to state one.")
     return _CARD.format(
-        library=json.dumps("kd_jax" if settings.int8 else "transformers"),
-        pipeline=json.dumps(pipeline),
-        languages=json.dumps(sorted({locale.split("-")[0] for locale in prepared.settings.nlu.locales})),
+        metadata="\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value),
         name=workdir.name,
         what=what,
         facts=_table(_facts(shape, prepared, parameters)),
-        origin="\n".join(f"- {line}" for line in _origin(workdir)),
+        origin="\n".join(f"- {line}" for line in origin),
         metrics="\n\n".join(_metrics(workdir, settings)),
         usage="\n\n".join(usage),
     )
@@ -208,10 +229,9 @@ def _origin(workdir: pathlib.Path) -> Iterator[str]:
     elif "import_model" in config:
         yield f"Imported from {model_title(config.import_model.path)} ({run['masked_lm_head']} masked-LM head)."
     elif trained.run_command(workdir) == "initialize":
-        yield f"Started from layers of {pathlib.Path(config.teacher_checkpoint).name}, not trained, seed {config.seed}."
+        yield f"Started from layers of {_names(config)}, not trained, seed {config.seed}."
     elif "distill" in config:
-        teacher = config.teacher_checkpoint or config.teacher_cache
-        names = ", ".join(pathlib.Path(one.strip()).name for one in teacher.split(","))
+        names = _names(config)
         how = f"by {', '.join(sorted(run['terms']))}{_job(config.distill)}, seed {config.seed}"
         yield f"Distilled from {names} {how}, on {_transfer_set(config)}."
     else:
@@ -223,6 +243,63 @@ def _origin(workdir: pathlib.Path) -> Iterator[str]:
     elif "finetune" in config:
         yield "Its encoder was trained from scratch there."
     yield f"Command: `{run['command_line']}` (commit {run['commit']})."
+
+
+def _chain(workdir: pathlib.Path) -> list[tuple[pathlib.Path, ConfigDict]]:
+    """A run and those that it started from, the first of all last; empty where its directory is gone."""
+    if not (workdir / CONFIG).is_file():
+        return []
+    config = trained.run_config(workdir, "export.checkpoint")
+    start = next((config[job].init_from for job in ("finetune", "pretrain") if job in config), "")
+    return [(workdir, config), *(_chain(as_path(start)) if start else [])]
+
+
+def _teachers(config: ConfigDict) -> list[str]:
+    """The directories of a distilled or initialized student's teachers."""
+    checkpoints, caches = (
+        [one.strip() for one in config[key].split(",") if one.strip()] if key in config else []
+        for key in ("teacher_checkpoint", "teacher_cache")
+    )
+    if checkpoints:
+        return checkpoints
+    # Of a cache that is gone, its name is all that is known.
+    of_caches = [_teachers(chain[0][1]) if (chain := _chain(as_path(one))) else [one] for one in caches]
+    return list(dict.fromkeys(itertools.chain.from_iterable(of_caches)))
+
+
+def _names(config: ConfigDict) -> str:
+    return " and ".join(_name(as_path(one)) for one in _teachers(config)) or "its teacher"
+
+
+def _name(teacher: pathlib.Path) -> str:
+    """A teacher by the model that it is, not by the directory of its run."""
+    if not (chain := _chain(teacher)):
+        return teacher.name
+    first, config = chain[-1]
+    last = chain[0][1]
+    if "import_model" in config:
+        path = config.import_model.path
+        name = f"{path.rstrip('/').rpartition('/')[2]} (imported from {path})"
+    else:
+        shape = trained.encoder_block(first, "export.checkpoint")
+        name = f"a teacher of {shape['num_layers']} layers x {shape['hidden_size']} wide, "
+        name += f"distilled from {_names(config)}" if "distill" in config else f"pretrained on {_transfer_set(config)}"
+    if len(chain) == 1:
+        return name
+    head_only = "train_body" in last and not last.train_body
+    part = "with a masked-LM head trained" if head_only else "trained further"
+    return f"{name}, {part} on {_transfer_set(last)}"
+
+
+def _imported(workdir: pathlib.Path) -> list[Mapping[str, Any]]:
+    """run.json of every imported model that a run descends from, by its start or its teachers."""
+    found: list[Mapping[str, Any]] = []
+    for folder, config in _chain(workdir):
+        if "import_model" in config:
+            found.append(read_json(folder / RUN))
+        for teacher in _teachers(config):
+            found += _imported(as_path(teacher))
+    return found
 
 
 def _job(job: ConfigDict) -> str:
@@ -244,14 +321,25 @@ def _metrics(workdir: pathlib.Path, settings: Export) -> Iterator[str]:
         rows = [row for row in read_json_lines(folder / RESULTS) if row["scope"] == "all" and row["value"] is not None]
         yield f"On the {partition} partition (`{folder.name}`{weights}):\n\n{results_table(rows)}"
     if (workdir / DEV).is_file():
-        values = {name: value for name, value in read_json(workdir / DEV).items() if name != "score"}
-        title = f"On the {values.pop('count')} dev utterances:"
+        values = read_json(workdir / DEV)
+        shown = {SHOWN[name]: _percent(values[name]) for name in SHOWN if values.get(name) is not None}
+        title = f"On the {values['count']} dev utterances, in %:"
     elif (workdir / HELDOUT).is_file():
-        values, title = summarize(read_json(workdir / HELDOUT)), "On held-out text, by kind:"
+        shown, title = {}, "On held-out text:"
+        for name, value in summarize(read_json(workdir / HELDOUT)).items():
+            kind, _, metric = name.removeprefix("heldout_").partition("/")
+            if metric == "loss":
+                shown[f"masked-LM loss on {kind} text, nats per masked token"] = f"{value:.2f}"
+            else:
+                shown[f"masked-token accuracy on {kind} text, %"] = _percent(value)
     else:
         yield "Nothing was measured in its run."
         return
-    yield title + "\n\n" + _table({name: f"{value:.4f}" for name, value in values.items()})
+    yield f"{title}\n\n{_table(shown)}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
 
 
 def scored_by(workdir: pathlib.Path, named: str) -> pathlib.Path | None:
@@ -288,14 +376,15 @@ def _same(scored: str, workdir: pathlib.Path) -> bool:
 
 
 def results_table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table with a row for each metric and a column for each test set, the whole partition first."""
+    """A Markdown table with a row for each of SHOWN and a column for each test set, the whole partition first; in %."""
     sets = list(dict.fromkeys(row["test_set"] for row in rows))
     sets.sort(key=lambda name: name not in ("test", "dev"))
-    values = {(row["metric"], row["test_set"]): f"{row['value']:.4f}" for row in rows}
-    lines = [f"| | {' | '.join(sets)} |", "|---" * (len(sets) + 1) + "|"]
-    for metric in dict.fromkeys(row["metric"] for row in rows):
-        cells = (values.get((metric, name), "") for name in sets)
-        lines.append(f"| {metric.replace('_', ' ')} | {' | '.join(cells)} |")
+    values = {(row["metric"], row["test_set"]): _percent(row["value"]) for row in rows}
+    lines = [f"| in % | {' | '.join(sets)} |", "|---" * (len(sets) + 1) + "|"]
+    for metric, title in SHOWN.items():
+        cells = [values.get((metric, name), "") for name in sets]
+        if any(cells):
+            lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ any number of texts of any length that the model takes. `predict` reads the fold
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from kd_jax.data.text.text_form import TextForm
 from kd_jax.data.text.tokenizer import Tokenizer
-from kd_jax.data.text.utterances import LabelMaps
+from kd_jax.data.text.utterances import LabelMaps, Utterance, domains_of_intents
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
 from kd_jax.models.int8 import dequantized, flat_names, quantized
@@ -34,6 +35,33 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 CLASSES = {"dc": ("domains",), "icner": ("intents", "tags")}
 
 
+class Seen(NamedTuple):
+    """What a model has seen of labeled text, for `predict`; by default what old runs and exports say, which is nothing.
+
+    threshold: the probability of its label below which a model gave 5 % of its right answers on dev.
+    """
+
+    form: TextForm = TextForm()
+    domains_of_intents: Mapping[str, tuple[str, ...]] = {}
+    threshold: float | None = None
+
+    @classmethod
+    def of(cls, train: Sequence[Utterance]) -> "Seen":
+        """Of the utterances whose labels the model saw."""
+        return cls(TextForm.of(train), domains_of_intents(train))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        domains = {intent: list(names) for intent, names in self.domains_of_intents.items()}
+        return {"form": dataclasses.asdict(self.form), "domains_of_intents": domains, "threshold": self.threshold}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Seen":
+        """The inverse of `to_json`."""
+        domains = {intent: tuple(names) for intent, names in values["domains_of_intents"].items()}
+        return cls(TextForm(**values["form"]), domains, values["threshold"])
+
+
 class Served(NamedTuple):
     """A model read from its folder; parameters are float32."""
 
@@ -42,6 +70,7 @@ class Served(NamedTuple):
     maps: LabelMaps
     tokenizer: Tokenizer
     length: int  # tokens in a row
+    seen: Seen
 
 
 def without_padding(model: Functional, params: Params, classes: Mapping[str, tuple[str, ...]]) -> tuple[Any, Params]:
@@ -62,6 +91,7 @@ def write(
     classes: Mapping[str, tuple[str, ...]],
     *,
     length: int,
+    seen: Seen,
     int8: bool,
     program: bool,
 ) -> None:
@@ -73,6 +103,7 @@ def write(
         "pooling": model.pooling,
         "encoder": dataclasses.asdict(model.config),
         **{name: list(classes[name]) for name in CLASSES[model.kind]},
+        "seen": seen.to_json(),
     }
     whole = {name: np.asarray(leaf) for name, leaf in flat_names(params).items()}
     tensors = quantized(params) if int8 else whole
@@ -116,7 +147,8 @@ def read(folder: pathlib.Path) -> Served:
     if found != wanted:
         wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
         raise UserError(f"{folder / WEIGHTS}: {wrong[0]} does not match {ABOUT}; export the model again")
-    return Served(model, params, maps, Tokenizer.load(folder), about["length"])
+    seen = Seen.from_json(about["seen"]) if "seen" in about else Seen()  # which folders of 0.2.0 do not say
+    return Served(model, params, maps, Tokenizer.load(folder), about["length"], seen)
 
 
 def answers(model: Functional, weights: Mapping[str, Array], input_ids: Array, attention_mask: Array) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags import tuple_parser
 
 from kd_jax.config import resolved
 from kd_jax.config.execution import read_execution
@@ -23,10 +24,28 @@ from kd_jax.trainer.run_directory import RunDirectory, run_once
 from kd_jax.types import UserError
 
 MISTAKE = 2  # exit code of a user's mistake
+NO_CONFIG = (
+    "--config is missing; name a config file, e.g. --config=configs/quickstart.py (`kd-jax init DIR` writes one to "
+    "start from)"
+)
 
 Run = Callable[[ConfigDict, pathlib.Path], Any]
 Work = Callable[[RunDirectory], dict[str, Any] | None]
 Instead = Callable[[ConfigDict, pathlib.Path | None], Any]
+
+
+class Tuples(tuple_parser.TupleParser):
+    """Reads the value of a tuple flag, also as it is typed first: en-US,de-DE or (en-US,de-DE) without quotes."""
+
+    def parse(self, argument: Any) -> tuple[Any, ...]:
+        values = super().parse(argument)
+        if not isinstance(argument, str) or values != (argument,) or "," not in argument:
+            return values
+        inside = argument.strip().removeprefix("(").removesuffix(")")
+        return tuple(part.strip() for part in inside.split(",") if part.strip())
+
+
+config_flags.register_flag_parser_for_type(tuple, Tuples())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,16 +113,20 @@ def main(
         try:
             rest = flags.FLAGS(argv)
         except (flags.Error, AttributeError, KeyError, ValueError, TypeError) as error:
-            fail(explain_flags(error))
+            named = any(word.lstrip("-").partition("=")[0] == "config" for word in argv[1:])
+            fail(explain_flags(error) if named else NO_CONFIG)
         if len(rest) > 1:
-            fail(f"unexpected argument {rest[1]!r}; options have the form --config.key=value")
+            meant = rest[1].partition(":")[0].endswith(".py")
+            remedy = f"did you mean --config={rest[1]}?" if meant else "options have the form --config.key=value"
+            fail(f"unexpected argument {rest[1]!r}; {remedy}")
         config, workdir = config_flag.value, workdir_flag.value
         chosen = [f"--{name}" for name, switch in switches.items() if switch.value]
         if len(chosen) > 1:
             fail(f"{' and '.join(chosen)} exclude each other; give one")
-        if config is None or not (workdir or chosen or not needs_workdir):
-            missing = "--config" if config is None else "--workdir"
-            fail(f"{missing} is missing; the form is --config=configs/FILE.py --workdir=DIR")
+        if config is None:
+            fail(NO_CONFIG)
+        if not (workdir or chosen or not needs_workdir):
+            fail("--workdir is missing; name the directory that the run writes to, e.g. --workdir=runs/first")
         try:
             config.keys()  # a file that cannot be loaded raises only here
         except OSError as error:

@@ -50,6 +50,7 @@ class Trained(NamedTuple):
     classes: dict[str, tuple[str, ...]]
     prepared: Prepared
     tokenizer: Tokenizer  # with the model's vocabulary, for a file of its own
+    seen: serving.Seen
 
 
 def keys(config: ConfigDict) -> tuple[str, ...]:
@@ -65,7 +66,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     source = as_path(settings.checkpoint)
     record = {
         "command": "export",
-        "config": {"export": vars(settings)},
+        # Exports of 0.2.0 have no license, and stay this export.
+        "config": {"export": {name: value for name, value in vars(settings).items() if name != "license" or value}},
         "parameters_fingerprint": trained.parameters_fingerprint(source, KEY),
     }
     if is_exported(workdir, record):
@@ -86,7 +88,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         if serves:
             model, params = serving.without_padding(one.model, one.params, one.classes)
             length, form = one.prepared.settings.rows.length, {"int8": settings.int8, "program": settings.stablehlo}
-            serving.write(folder, model, params, one.classes, length=length, **form)
+            serving.write(folder, model, params, one.classes, length=length, seen=one.seen, **form)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_json(folder / RECORD, {**record, **provenance()})
         for file in folder.glob("*.safetensors"):  # safetensors makes them readable by their owner only
@@ -140,13 +142,13 @@ def read_run(source: pathlib.Path, mesh: Mesh) -> Trained:
         one = finetune.load_finetuned(source, prepared, mesh, "float32", KEY)
         classes = {name: getattr(one.maps, name) for name in serving.CLASSES[one.task]}
         prepared = finetune.prepared_for(saved, prepared)
-        model, params = one.model, one.params
+        model, params, seen = one.model, one.params, one.seen
     else:
         encoder = trained.encoder_block(source, KEY)
         prepared = trained.run_prepared(source, prepared, KEY)
         trained.check_tokenizer(source, prepared, KEY)
         model = masked_lm.encoder_model(encoder, prepared, "float32", "student")
-        params, classes = trained.trained_params(source, model, mesh), {}
+        params, classes, seen = trained.trained_params(source, model, mesh), {}, serving.Seen()
     extra = model.config.vocab_size - prepared.tokenizer.vocab_size
     if extra:
         raise UserError(f"config.{KEY}: {extra} rows of the token table of {source} have no token; set vocab_size to 0")
@@ -155,7 +157,7 @@ def read_run(source: pathlib.Path, mesh: Mesh) -> Trained:
         texts = dict.fromkeys(one.text for one in prepared.utterances if one.partition == "train")
         tokenizer, helpers = standalone(tokenizer, list(texts))
         model, params = with_helpers(model, params, helpers, prepared.tokenizer.unk_id)
-    return Trained(model, params, classes, prepared, tokenizer)
+    return Trained(model, params, classes, prepared, tokenizer, seen)
 
 
 def with_helpers(model: Functional, params: Params, count: int, unknown: int | None) -> tuple[Functional, Params]:

@@ -18,7 +18,7 @@ from kd_jax.config.commands import ImportModel
 from kd_jax.config.data import Masking
 from kd_jax.config.execution import read_execution
 from kd_jax.config.settings import read
-from kd_jax.data.embedded.teacher import EMBEDDED_MODEL, embedded_model, model_title
+from kd_jax.data.embedded.teacher import EMBEDDED_HUB_NAME, EMBEDDED_MODEL, embedded_model, model_title
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.text.files import fill_path
 from kd_jax.data.text.tokenizer import HUB_NAME, Tokenizer
@@ -39,7 +39,7 @@ from kd_jax.types import UserError
 
 KEY = "import_model.path"
 # Of a repository on the hub: its own files, not the copies for other programs in subfolders.
-_WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")
+_WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "README.md")
 
 
 def keys(config: ConfigDict) -> tuple[str, ...]:
@@ -74,6 +74,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             tokenizer_fingerprint=prepared.tokenizer.fingerprint,
             parameters=parameter_count(model.abstract()),
             source=model_title(name) if name == EMBEDDED_MODEL else str(folder),
+            hub_name=hub_name(name),
+            license=stated_license(folder),
             masked_lm_head="imported" if has_head else "new",
             rows_left_out=stored - size,
         )
@@ -115,6 +117,24 @@ def remarks(has_head: bool, rows_left_out: int, tensors_left_out: Sequence[str] 
     if rows_left_out:
         lines.append(f"{rows_left_out} rows of the token table belong to no token of the tokenizer and were left out.")
     return lines
+
+
+def hub_name(name: str) -> str:
+    """The name on the hub of the model that a config names; empty for a folder."""
+    if name == EMBEDDED_MODEL:
+        return EMBEDDED_HUB_NAME
+    return "" if pathlib.Path(name).expanduser().is_dir() else name
+
+
+def stated_license(folder: pathlib.Path) -> str:
+    """The license in the front matter of a model's README.md; empty where none is stated."""
+    from huggingface_hub import metadata_load  # slow to import
+
+    try:
+        stated = (metadata_load(folder / "README.md") or {}).get("license")
+    except Exception:  # no file, no front matter, or none that YAML's own exceptions let pass
+        return ""
+    return stated if isinstance(stated, str) else ""
 
 
 def model_folder(name: str, revision: str = "") -> pathlib.Path:

@@ -3,12 +3,21 @@
 python -m kd_jax.main.predict --model=DIR "weck mich um sieben"
 python -m kd_jax.main.predict --model=DC,ICNER --input=lines.txt --output=predictions.jsonl
 
---model takes workdirs of finetune runs, or folders that `export` wrote with stablehlo or int8. An ICNER run with a
-model for each domain also needs a DC run, which chooses the model. --input reads one text per line from a file, or from
-standard input with "-"; --output writes to a file instead of standard output. --format is text (the default for texts
-on the command line), json (one object per line) or massive (the schema of MASSIVE). --locale decides what a word is: in
-ja-JP, zh-CN and zh-TW a character; --prepared is the prepared folder, if it moved since the run. --probabilities adds
-those of domain, intent and slots.
+--model takes workdirs of finetune runs, or folders that `export` wrote with stablehlo or int8. Of two models the pair
+of domain and intent is taken that is likeliest (by the product of their probabilities) among those that the labels of
+training have. An ICNER run with a model for each domain needs a DC run, which chooses the model. --input reads one text
+per line from a file, or from standard input with "-"; --output writes to a file instead of standard output. --format is
+text (the default for texts on the command line), json (one object per line) or massive (the schema of MASSIVE).
+--locale decides what a word is: in ja-JP, zh-CN and zh-TW a character; --prepared is the prepared folder, if it moved
+since the run. --probabilities adds those of domain, intent and slots.
+
+Texts are read in the form of the training data: in lower case, without punctuation or with punctuation apart, where 99
+% of the labeled utterances are so; --no-normalize reads them as they are. The output has text and slots as they were
+written, in json and text without the punctuation around a slot.
+
+--threshold=NUMBER, from 0 to 1, gives neither domain, intent nor slots for a text whose domain (without a DC model: its
+intent) has a smaller probability. --threshold=auto takes the one that finetuning recorded: the 5 % quantile of the
+probabilities of the right answers on dev, so that 5 % of the right answers are refused.
 """
 
 import argparse
@@ -18,15 +27,18 @@ import json
 import math
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
+import numpy as np
 from absl import logging
 
 from kd_jax.config.execution import Mesh
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.text import files
+from kd_jax.data.text.text_form import TextForm, bare
 from kd_jax.data.text.utterances import FIELDS, Utterance, split_words
+from kd_jax.evaluation.slots import repair_bio
 from kd_jax.jobs import finetune, serving, trained
 from kd_jax.main.command import MISTAKE, fail
 from kd_jax.runtime.files import full_disk_is_user_error
@@ -41,7 +53,8 @@ FORMATS = ("text", "json", "massive")
 
 
 class Prediction(NamedTuple):
-    """The models' answer for one text; None and "O" where no model was asked, or none was trained on that domain."""
+    """The models' answer for one text; None and "O" where it was refused, where no model was asked, or none was trained
+    on that domain."""
 
     text: str
     words: tuple[str, ...]
@@ -52,6 +65,8 @@ class Prediction(NamedTuple):
     domain_probability: float | None = None
     intent_probability: float | None = None
     tag_probabilities: tuple[float | None, ...] = ()
+    refused: bool = False  # the probability was below the threshold
+    bare: bool = False  # the model read the text without the punctuation at its words
 
     def utterance(self, id: str, locale: str) -> Utterance:
         return Utterance(id, locale, "test", self.domain or "", self.intent or "", self.text, self.words, self.tags)
@@ -65,6 +80,7 @@ class Prediction(NamedTuple):
         joint = "" if split_words("ab", locale) == ["a", "b"] else " "
         for span in self.utterance("", locale).spans:
             words = joint.join(self.words[span.start : span.end])
+            words = bare(words) if self.bare else words
             found.append({"slot": span.slot, "text": words, "start": span.start, "end": span.end})
             if self.tag_probabilities:
                 known = [one for one in self.tag_probabilities[span.start : span.end] if one is not None]
@@ -78,10 +94,17 @@ class Prediction(NamedTuple):
 
 
 class Predictor:
-    """Finetuned models, read once. Raises UserError for a folder that is no finetuning run, and for two of one task."""
+    """Finetuned models, read once.
 
-    def __init__(self, workdirs: Sequence[str], prepared: str = ""):
-        self._mesh = make_mesh(Mesh())
+    normalize: texts are brought to the form of the labeled text that a model has seen. threshold: probability of the
+    domain, or of the intent without a DC model, below which a text is refused; "auto" takes the model's own. Raises
+    UserError for a folder that is no finetuning run, for two of one task, and for a threshold that no run recorded.
+    """
+
+    def __init__(
+        self, workdirs: Sequence[str], prepared: str = "", normalize: bool = True, threshold: float | str = 0.0
+    ):
+        self._mesh, self._normalize = make_mesh(Mesh()), normalize
         self._prepared: dict[str, Prepared] = {}
         self._dc: finetune.Finetuned | None = None
         self._icner: dict[str, finetune.Finetuned] = {}  # by domain; "" is the model of all
@@ -93,6 +116,29 @@ class Predictor:
             raise UserError("--model: it is empty; give the workdir of a finetune run, or two joined by a comma")
         if self._icner and "" not in self._icner and self._dc is None:
             raise UserError("--model: the ICNER run has a model for each domain; give a DC run too: --model=DC,ICNER")
+        self._threshold = self._own_threshold() if threshold == "auto" else float(threshold)
+        self._pairs = self._seen_together() if self._dc is not None and "" in self._icner else None
+
+    def _own_threshold(self) -> float:
+        one = self._dc or self._icner[""]
+        if one.seen.threshold is None:
+            raise UserError(
+                "--threshold=auto: the model has none, since an older version finetuned it or no dev utterance was "
+                "right; give a number, or finetune it again"
+            )
+        return one.seen.threshold
+
+    def _seen_together(self) -> np.ndarray | None:
+        """Which domain goes with which intent by the labels of training, bool [D, I]; None where nothing says so."""
+        assert self._dc is not None
+        dc, icner = self._dc, self._icner[""]
+        known = icner.seen.domains_of_intents or dc.seen.domains_of_intents
+        found = np.zeros((len(dc.maps.domains), len(icner.maps.intents)), bool)
+        for intent, domains in known.items():
+            for domain in domains:
+                if (row := dc.maps.domain_id(domain)) >= 0 and (column := icner.maps.intent_id(intent)) >= 0:
+                    found[row, column] = True
+        return found if found.any() else None
 
     def _load(self, folder: pathlib.Path, prepared: str) -> finetune.Finetuned:
         if serving.is_served(folder):
@@ -115,44 +161,95 @@ class Predictor:
     ) -> list[Prediction]:
         """One for each text, in their order; texts share the rows of a batch. A text with more tokens than a training
         row is cut, and the words after the cut have the tag "O"."""
-        utterances: list[Utterance] = []
-        for text in texts:
-            words = tuple(split_words(text, locale))
-            utterances.append(Utterance("", locale, "", "", "", text, words, ("O",) * len(words)))
+        words = [tuple(split_words(text, locale)) for text in texts]
+        full = [number for number, one in enumerate(words) if one]
+        likely = "all" if probabilities or self._threshold or self._pairs is not None else "none"
 
-        def ask(one: finetune.Finetuned, chosen: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-            if chosen:
-                asked = [utterances[number] for number in chosen]
-                which = (one.model, one.params, one.masks, asked, [], one.tokenizer, one.length, one.maps, self._mesh)
-                records = finetune.predict(*which, batch_rows=rows, probabilities=probabilities)
-                yield from zip(chosen, records, strict=True)
+        def ask(one: finetune.Finetuned, chosen: list[int]) -> dict[int, dict[str, Any]]:
+            """The records of the chosen texts, their tags by the words as given."""
+            form = one.seen.form if self._normalize else TextForm()
+            read = [form.words(texts[number], locale) for number in chosen]
+            asked = [Utterance("", locale, "", "", "", " ".join(it), tuple(it), ("O",) * len(it)) for it, _ in read]
+            which = (one.model, one.params, one.masks, asked, [], one.tokenizer, one.length, one.maps, self._mesh)
+            records = finetune.predict(*which, batch_rows=rows, probabilities=likely) if asked else []
+            for record, (_, places) in zip(records, read, strict=True):
+                record |= as_given(record, places) if one.task == "icner" else {}
+                record["bare"] = form.punctuation != "attached"
+            return dict(zip(chosen, records, strict=True))
 
-        full = [number for number, one in enumerate(utterances) if one.words]
-        by_domain = dict(ask(self._dc, full)) if self._dc is not None else {}
+        by_domain = ask(self._dc, full) if self._dc is not None else {}
         domains = {number: record["predicted_domain"] for number, record in by_domain.items()}
         found: dict[int, dict[str, Any]] = {}
         for domain, model in self._icner.items():
             found |= ask(model, [number for number in full if domain in ("", domains.get(number))])
-        predictions: list[Prediction] = []
-        for number, one in enumerate(utterances):
-            values: dict[str, Any] = {"intent": None, "tags": one.tags}
-            if number in found:
-                record = found[number]
-                values = {"intent": record["predicted_intent"], "tags": tuple(record["predicted_tags"])}
-                if probabilities:
-                    values["tag_probabilities"] = tuple(record["tag_probabilities"])
-                    values["intent_probability"] = record["probability"]
-            if probabilities and number in by_domain:
-                values["domain_probability"] = by_domain[number]["probability"]
-            predictions.append(Prediction(one.text, one.words, domains.get(number), **values))
-        return predictions
+        return [
+            self._prediction(text, words[number], by_domain.get(number), found.get(number), probabilities)
+            for number, text in enumerate(texts)
+        ]
+
+    def _prediction(
+        self,
+        text: str,
+        words: tuple[str, ...],
+        dc: dict[str, Any] | None,
+        icner: dict[str, Any] | None,
+        probabilities: bool,
+    ) -> Prediction:
+        """The answer to one text from the records of the models that were asked."""
+        if dc and icner and self._pairs is not None:
+            self._choose_pair(dc, icner)
+        outside = ("O",) * len(words)
+        decides = dc or icner
+        refused = bool(self._threshold and decides and decides["probability"] < self._threshold)
+        values: dict[str, Any] = {"refused": refused}
+        if icner:
+            values["bare"] = icner["bare"]
+        if probabilities and dc:
+            values["domain_probability"] = dc["probability"]
+        if probabilities and icner:
+            values["intent_probability"] = icner["probability"]
+            values["tag_probabilities"] = tuple(icner["tag_probabilities"])
+        if refused:
+            return Prediction(text, words, None, None, outside, **values)
+        tags = tuple(icner["predicted_tags"]) if icner else outside
+        domain = dc["predicted_domain"] if dc else None
+        intent = icner["predicted_intent"] if icner else None
+        return Prediction(text, words, domain, intent, tags, **values)
+
+    def _choose_pair(self, dc: dict[str, Any], icner: dict[str, Any]) -> None:
+        """Replaces the answers of both models by the likeliest pair that was seen together."""
+        assert self._dc is not None and self._pairs is not None
+        # Two models that are sure of what contradicts leave products of zero, which could not be told apart.
+        chances = [np.maximum(one["class_probabilities"], np.finfo(np.float32).tiny) for one in (dc, icner)]
+        joint = np.where(self._pairs, np.log(chances[0])[:, None] + np.log(chances[1])[None, :], -np.inf)
+        domain, intent = np.unravel_index(joint.argmax(), joint.shape)
+        dc["predicted_domain"] = self._dc.maps.domains[domain]
+        icner["predicted_intent"] = self._icner[""].maps.intents[intent]
+        dc["probability"] = dc["class_probabilities"][domain]
+        icner["probability"] = icner["class_probabilities"][intent]
+
+
+def as_given(record: Mapping[str, Any], places: Sequence[int | None]) -> dict[str, Any]:
+    """Tags, and their probabilities if there are any, of the words as given; places: of each the word that was read.
+
+    A word that was not read continues the slot around it.
+    """
+    read = record["predicted_tags"]
+    tags: list[str] = []
+    for number, place in enumerate(places):
+        following = next((read[other] for other in places[number + 1 :] if other is not None), "O")
+        tags.append(read[place] if place is not None else following if following.startswith("I-") else "O")
+    found: dict[str, Any] = {"predicted_tags": repair_bio(tags)}
+    if likely := record.get("tag_probabilities"):
+        found["tag_probabilities"] = [None if place is None else likely[place] for place in places]
+    return found
 
 
 def lines_of(predictions: Iterable[Prediction], form: str, locale: str, first: int = 0) -> Iterator[str]:
     """Each prediction in one of FORMATS; numbers count from `first`."""
     for number, one in enumerate(predictions, first):
         if form == "text":
-            yield _as_text(one.to_json(locale))
+            yield _as_text(one.to_json(locale), one.refused)
         elif form == "json":
             yield json.dumps(one.to_json(locale), ensure_ascii=False)
         else:
@@ -161,7 +258,7 @@ def lines_of(predictions: Iterable[Prediction], form: str, locale: str, first: i
             yield json.dumps(dict(zip(FIELDS, values, strict=True)), ensure_ascii=False)
 
 
-def _as_text(values: dict[str, Any]) -> str:
+def _as_text(values: dict[str, Any], refused: bool) -> str:
     """A line for each of text, domain, intent and slots, with probabilities in parentheses."""
 
     def likely(holder: dict[str, Any], key: str) -> str:
@@ -170,14 +267,16 @@ def _as_text(values: dict[str, Any]) -> str:
     slots = ", ".join(f"{slot['slot']} = {slot['text']}{likely(slot, 'probability')}" for slot in values["slots"])
     lines = {"text": values["text"], "slots": slots or None}
     for name in ("domain", "intent"):
-        lines[name] = values[name] and values[name] + likely(values, f"{name}_probability")
+        answer = "none" if refused else values[name]
+        lines[name] = answer and answer + likely(values, f"{name}_probability")
     order = ("text", "domain", "intent", "slots")
     return "\n".join(f"{name + ':':<8}{lines[name]}" for name in order if lines[name] is not None)
 
 
 def run(options: argparse.Namespace) -> None:
     """Predicts the texts that the options name, one chunk at a time."""
-    predictor = Predictor([name.strip() for name in options.model.split(",") if name.strip()], options.prepared)
+    models = [name.strip() for name in options.model.split(",") if name.strip()]
+    predictor = Predictor(models, options.prepared, not options.no_normalize, _threshold(options.threshold))
     with contextlib.ExitStack() as stack:
         texts: Iterable[str] = options.texts
         for number, text in enumerate(options.texts, 1):
@@ -202,6 +301,18 @@ def run(options: argparse.Namespace) -> None:
             count.update(len(chunk))
 
 
+def _threshold(given: str) -> float | str:
+    if given == "auto":
+        return given
+    try:
+        value = float(given or 0)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise UserError(f"--threshold: {given!r} is neither auto nor a probability; give a number from 0 to 1")
+    return value
+
+
 def _lines(name: str) -> Iterator[str]:
     if name == "-":
         numbered = files.decode_lines(sys.stdin.buffer, "standard input")
@@ -220,10 +331,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.error = fail  # type: ignore[method-assign]
     parser.add_argument("texts", nargs="*", metavar="TEXT")
     parser.add_argument("--model", required=True)
-    for name in ("input", "output", "locale", "prepared"):
+    for name in ("input", "output", "locale", "prepared", "threshold"):
         parser.add_argument(f"--{name}", default="")
     parser.add_argument("--format", default="", choices=("", *FORMATS))
-    parser.add_argument("--probabilities", action="store_true")
+    for name in ("probabilities", "no-normalize"):
+        parser.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args(arguments)
     logging.set_verbosity(logging.WARNING)
     try:

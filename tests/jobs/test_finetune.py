@@ -12,11 +12,13 @@ from configs import quickstart
 from kd_jax.config.training import Finetune
 from kd_jax.data.text.utterances import Utterance
 from kd_jax.evaluation.records import read_records
-from kd_jax.jobs import finetune
+from kd_jax.jobs import finetune, serving
 from kd_jax.jobs.job import compiled_step
 from kd_jax.main import evaluate, finetune_icner, prepare
 from kd_jax.runtime.paths import file_name
+from kd_jax.trainer.mesh import make_mesh
 from kd_jax.types import UserError
+from tests.support.finished_runs import smoke_config
 
 
 def test_class_masks_leave_only_real_classes():
@@ -123,6 +125,37 @@ def test_a_domain_whose_name_is_a_path_keeps_its_name(tmp_path):
         (tmp_path / "run" / "domains" / file_name(name)).mkdir(parents=True)
     assert set(finetune.domain_folders(tmp_path / "run")) == set(names)
     assert [one.name for one in tmp_path.iterdir()] == ["run"]
+
+
+def test_threshold_is_the_quantile_of_right_answers():
+    def record(task, probability, right):
+        gold, predicted = ("domain", "predicted_domain") if task == "dc" else ("intent", "predicted_intent")
+        other = {"domain": "a", "intent": "a"} if task == "dc" else {"domain": "b", "intent": "a"}
+        return {"task": task, **other, gold: "a", predicted: "a" if right else "b", "probability": probability}
+
+    for task in ("dc", "icner"):
+        records = [record(task, number / 100, True) for number in range(101)] + [record(task, 0.0, False)] * 50
+        assert finetune.threshold(records) == {"threshold": pytest.approx(0.05)}
+        assert finetune.threshold([record(task, 0.5, False)]) == finetune.threshold([]) == {}
+
+
+def test_a_run_notes_what_it_has_seen(tmp_path):
+    config, prepared = smoke_config(tmp_path / "data")
+    config.finetune.max_train = 10
+    finetune.run(config, tmp_path / "dc", "dc")
+    mesh = make_mesh(config.mesh)
+    one = finetune.load_finetuned(tmp_path / "dc", prepared, mesh, config.compute_dtype, "model")
+    train = finetune.labeled_train(prepared, 10, "")
+    assert one.seen._replace(threshold=None) == serving.Seen.of(train) != serving.Seen.of(prepared.utterances)
+    assert "seen" in json.loads((tmp_path / "dc" / "run.json").read_text())
+    dev = finetune.of_domain(prepared.utterances, "dev", "")
+    which = (one.model, one.params, one.masks, dev, train, one.tokenizer, one.length, one.maps, mesh)
+    right = [
+        record["probability"]
+        for record in finetune.predict(*which, probabilities="label")
+        if record["predicted_domain"] == record["domain"]
+    ]
+    assert one.seen.threshold == pytest.approx(np.quantile(right, 0.05), abs=1e-6)
 
 
 @pytest.mark.long

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -135,8 +136,33 @@ def test_predict_reads_a_folder_without_the_prepared_data(data, runs, tmp_path):
             np.testing.assert_array_equal(values, small[name] * scale)
     run = predict.Predictor([str(folder / "dc"), str(folder / "icner")]).predict(texts)
     ours = predict.Predictor([str(place) for place in places]).predict(texts)
-    same = [one.words == other.words and one.domain == other.domain for one, other in zip(run, ours)]
+    same = [one.words == other.words for one, other in zip(run, ours)]
+    dc = [predict.Predictor([str(one)]).predict(texts) for one in (folder / "dc", places[0])]
+    same += [one.domain == other.domain for one, other in zip(*dc)]
     assert all(same)
+
+
+def test_an_export_keeps_what_the_run_saw(data, runs, tmp_path):
+    prepared, source = data[1], runs[0]
+    shutil.copytree(source, tmp_path / "runs")
+    file = tmp_path / "runs" / "dc" / finetune.DEV
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"threshold": 0.25}))
+    out = {task: exported(data, tmp_path / "runs" / task, tmp_path / task, int8=True) for task in ("dc", "icner")}
+    train = [one for one in prepared.utterances if one.partition == "train"]
+    for task, threshold in (("dc", 0.25), ("icner", None)):
+        assert serving.read(out[task]).seen == serving.Seen.of(train)._replace(threshold=threshold)
+    both = predict.Predictor([str(out[task]) for task in ("dc", "icner")])
+    texts = ["Weck mich, um 7!", "weck mich um 7", "play some jazz", "quelle heure est-il"]
+    found = both.predict(texts)
+    assert found[0][2:5] == found[1][2:5]
+    assert {(one.domain, one.intent) for one in found} <= {(one.domain, one.intent) for one in train}
+    for task in out:  # as an older version wrote it
+        about = json.loads((out[task] / serving.ABOUT).read_text())
+        assert about.pop("seen")
+        (out[task] / serving.ABOUT).write_text(json.dumps(about))
+    old = predict.Predictor([str(out[task]) for task in ("dc", "icner")]).predict(texts)
+    alone = [predict.Predictor([str(out[task])]).predict(texts) for task in ("dc", "icner")]
+    assert [(one.domain, one.intent) for one in old] == [(dc.domain, icner.intent) for dc, icner in zip(*alone)]
 
 
 def test_float_export_predicts_what_the_run_predicts(data, runs, tmp_path):

@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
-from kd_jax.config import base
+from kd_jax.config import base, to_dict
 from kd_jax.main import command
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -32,8 +34,10 @@ SMOKE = "--config=configs/quickstart.py:smoke"
         ((SMOKE, "--config.distil.steps=3"), ("distil", "kd_jax/config/base.py declares every key")),
         ((SMOKE, "--config.distill.steps=many"), ("steps", "many")),
         (("--config=configs/nothing.py",), ("configs/nothing.py",)),
-        ((), ("--config is missing",)),
+        ((), ("--config is missing", "e.g. --config=configs/quickstart.py")),
+        (("--config.seed=1",), ("--config is missing",)),
         ((SMOKE, "surplus"), ("unexpected argument 'surplus'",)),
+        (("configs/quickstart.py:smoke",), ("did you mean --config=configs/quickstart.py:smoke?",)),
         ((SMOKE, "--nothing=1"), ("nothing",)),
         ((SMOKE, "--config.study.seeds=(0,)", "--config.study.seeds=(2,)"), ("--config.study.seeds", "given 2 times")),
         ((SMOKE, "--config.rows.heldout_share=1.5"), ("config.rows.heldout_share", "1.5")),
@@ -61,6 +65,37 @@ def test_a_full_disk_is_one_sentence_whatever_wrote(tmp_path, capsys, error):
 
     assert command.guarded(write, base.get_config(), tmp_path) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}: the disk is full or over its quota; free some space")
+
+
+@pytest.mark.parametrize(
+    ("typed", "values"),
+    [
+        ("en-US,de-DE", ("en-US", "de-DE")),
+        ("(en-US, de-DE)", ("en-US", "de-DE")),
+        ("en-US,", ("en-US",)),
+        ("en-US", ("en-US",)),
+        ("('en-US','de-DE')", ("en-US", "de-DE")),
+        ("0,1", (0, 1)),
+        ("()", ()),
+    ],
+)
+def test_tuples_as_they_are_typed(typed, values):
+    flag_values, line = flags.FlagValues(), ["command", f"--config.key={typed}"]
+    known = ConfigDict({"key": ("a", "b")})
+    holder = config_flags.DEFINE_config_dict("config", known, flag_values=flag_values, sys_argv=line)
+    flag_values(line)
+    assert holder.value.key == values
+
+
+def test_task_text_follows_the_locales_of_the_command_line():
+    for more, languages in (((), ("en-US",)), (("--config.sources.task.languages=en",), ("en",))):
+        flag_values = flags.FlagValues()
+        line = ["command", f"--config={ROOT / 'configs/quickstart.py'}", "--config.nlu.locales=en-US", *more]
+        holder = config_flags.DEFINE_config_file("config", flag_values=flag_values, sys_argv=line)
+        flag_values(line)
+        values = to_dict(holder.value)
+        assert values["sources"]["task"]["languages"] == list(languages)
+        assert values["nlu"]["locales"] == ["en-US"]
 
 
 def test_missing_workdir_is_named():

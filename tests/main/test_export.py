@@ -12,6 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from huggingface_hub import metadata_load
 
 from kd_jax.config import base
 from kd_jax.config.data import Vocabulary
@@ -92,19 +93,75 @@ def test_card_says_what_it_is_and_where_it_comes_from(data, runs, tmp_path):
         'pipeline_tag: "fill-mask"',
         "Distilled from",
         "50% task-specific text",
-        "heldout_task/loss | 2.5000",
+        "masked-LM loss on task text, nats per masked token | 2.50",
+        "masked-token accuracy on task text, % | 50.0",
+        "No license is stated. Set config.export.license to state one.",
     ):
         assert words in card, words
+    assert "base_model" not in card and "\nlicense:" not in card
     written(data, folder / "icner", tmp_path / "icner")
     card = (tmp_path / "icner" / "README.md").read_text(encoding="utf-8")
     for words in (
         "Finetuned on 20 labeled utterances",
-        "On the 7 dev utterances",
-        "accuracy | 0.5000",
+        "On the 7 dev utterances, in %:",
+        "| DC error | 25.0 |",
         "intent_head.saf",
     ):
         assert words in card, words
     assert "score" not in card.split("## How well")[1].split("## How to")[0]
+
+
+def front_matter(folder):
+    return metadata_load(folder / "README.md")
+
+
+def test_card_states_base_model_and_license(data, runs, tmp_path, monkeypatch):
+    """Of the imported teacher; config.export.license wins."""
+    folder, _ = runs
+    config = written(data, folder / "bert", tmp_path / "hub")
+    (tmp_path / "hub" / "README.md").write_text("---\nlicense: mit\n---\n# A model\n", encoding="utf-8")
+    for name, path in (("from_hub", "org/name"), ("from_folder", str(tmp_path / "hub"))):
+        config.import_model.path = path
+        monkeypatch.setattr(import_model, "model_folder", lambda name, revision: tmp_path / "hub")
+        monkeypatch.setattr(import_model, "check_tokenizer", lambda *which: None)
+        import_model.run(config, tmp_path / name)
+        student = of_family(data[0].copy_and_resolve_references(), "bert")
+        student.teacher_checkpoint = str(tmp_path / name)
+        write_student(tmp_path / f"student_{name}", student, data[1])
+        written(data, tmp_path / f"student_{name}", tmp_path / f"out_{name}")
+        card = front_matter(tmp_path / f"out_{name}")
+        assert card["license"] == "mit" and card.get("base_model") == (path if name == "from_hub" else None)
+        assert "Set config.export.license" not in (tmp_path / f"out_{name}" / "README.md").read_text(encoding="utf-8")
+    config.export.update({"checkpoint": str(tmp_path / "student_from_hub"), "license": "apache-2.0"})
+    export.run(config, tmp_path / "licensed")
+    assert front_matter(tmp_path / "licensed")["license"] == "apache-2.0"
+    config.export.update({"license": ""})
+    with pytest.raises(UserError, match="something other than this export"):
+        export.run(config, tmp_path / "licensed")
+
+
+def test_an_export_of_an_older_version_is_the_same_export(data, runs, tmp_path):
+    config = written(data, runs[0] / "dc", tmp_path / "out")
+    record = json.loads((tmp_path / "out" / serving.RECORD).read_text(encoding="utf-8"))
+    assert "license" not in record["config"]["export"]
+    export.run(config, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "license"),
+    [
+        (None, ""),
+        ("# A model", ""),
+        ("---\nlicense: mit\n---\n", "mit"),
+        ("---\ntags: [a]\n---\n", ""),
+        ("---\nlicense: [a, b]\n---\n", ""),
+        ("---\nlicense: [a\n---\n", ""),
+    ],
+)
+def test_stated_license(text, license, tmp_path):
+    if text is not None:
+        (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    assert import_model.stated_license(tmp_path) == license
 
 
 def test_card_states_test_results(data, runs, tmp_path):
@@ -114,11 +171,11 @@ def test_card_states_test_results(data, runs, tmp_path):
     config.evaluate.checkpoint = str(folder / "dc")
     evaluate.run(config, folder / "dc_test")
     rows = read_json_lines(folder / "dc_test" / evaluate.RESULTS)
-    (accuracy,) = [row for row in rows if (row["scope"], row["metric"], row["test_set"]) == ("all", "accuracy", "test")]
+    (error,) = [row for row in rows if (row["scope"], row["metric"], row["test_set"]) == ("all", "error_rate", "test")]
     written(data, folder / "dc", tmp_path / "beside")
     card = (tmp_path / "beside" / "README.md").read_text(encoding="utf-8")
-    assert "On the test partition (`dc_test`)" in card and f"| accuracy | {accuracy['value']:.4f} | " in card
-    assert "| | test | tail | test_unseen |" in card or "| | test | test_unseen | tail |" in card
+    assert "On the test partition (`dc_test`)" in card and f"| DC error | {100 * error['value']:.1f} | " in card
+    assert "| in % | test | tail | test_unseen |" in card or "| in % | test | test_unseen | tail |" in card
     written(data, folder / "icner", tmp_path / "icner")
     assert "test partition" not in (tmp_path / "icner" / "README.md").read_text(encoding="utf-8")
     (folder / "dc_test").rename(tmp_path / "scores")
@@ -236,7 +293,8 @@ def test_a_trimmed_model_answers_alike_from_its_run_and_its_export(data, trimmed
     one = export.read_run(folder / "dc", make_mesh(Mesh()))
     (tmp_path / "out").mkdir()
     length = prepared.settings.rows.length
-    serving.write(tmp_path / "out", one.model, one.params, one.classes, length=length, int8=False, program=False)
+    form = {"length": length, "seen": one.seen, "int8": False, "program": False}
+    serving.write(tmp_path / "out", one.model, one.params, one.classes, **form)
     one.tokenizer.save(tmp_path / "out")
     run = predict.Predictor([str(folder / "dc")])
     unknown = prepared.tokenizer.unk_id

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -41,14 +42,14 @@ def run(capsys, *arguments):
     return code, capsys.readouterr()
 
 
-def test_equal_to_what_evaluation_scores(data, runs, predictor):
+def test_equal_to_what_evaluation_scores(data, runs):
     _, prepared = data
     mesh = make_mesh(Mesh())
     test = [one for one in prepared.utterances if one.partition == "test"][:60]
-    found = predictor.predict([one.text for one in test])
-    ask = {one.text: prediction for one, prediction in zip(test, found)}
     checked = 0
     for task, names in (("dc", ("predicted_domain",)), ("icner", ("predicted_intent", "predicted_tags"))):
+        found = predict.Predictor([str(runs / task)]).predict([one.text for one in test])
+        ask = {one.text: prediction for one, prediction in zip(test, found)}
         records = finetune.predict_partition(runs / task, prepared, mesh, "test", "float32")
         for record, one in zip(records, [one for one in prepared.utterances if one.partition == "test"], strict=True):
             if one.text in ask:
@@ -87,9 +88,9 @@ def test_probabilities(data, runs, predictor):
     """Held against a softmax in float64 of one text alone."""
     prepared, text = data[1], "weck mich morgen um sieben"
     one = predictor.predict(["play some jazz", text], probabilities=True)[1]
-    bare = predictor.predict([text])[0]
-    assert (bare.domain_probability, bare.intent_probability, bare.tag_probabilities) == (None, None, ())
-    assert one[:5] == bare[:5]
+    plain = predictor.predict([text])[0]
+    assert (plain.domain_probability, plain.intent_probability, plain.tag_probabilities) == (None, None, ())
+    assert one[:5] == plain[:5]
     tokenizer = prepared.tokenizer
     ids, words = tokenizer.encode_words([text.split()])[0]
     tokens = np.array([[tokenizer.cls_id, *ids, tokenizer.sep_id]], np.int32)
@@ -106,9 +107,10 @@ def test_probabilities(data, runs, predictor):
 
     mesh = make_mesh(data[0].mesh)
     dc, icner = (finetune.load_finetuned(runs / task, prepared, mesh, "float32", "model") for task in ("dc", "icner"))
-    assert one.domain_probability == pytest.approx(softmax(dc.model.domain_logits(dc.params, batch)).max(), abs=1e-5)
+    domain = softmax(dc.model.domain_logits(dc.params, batch))[0, 0, dc.maps.domain_id(one.domain)]
+    assert one.domain_probability == pytest.approx(domain, abs=1e-5)
     intents, tags = icner.model.intent_and_tag_logits(icner.params, batch)
-    assert one.intent_probability == pytest.approx(softmax(intents).max(), abs=1e-5)
+    assert one.intent_probability == pytest.approx(softmax(intents)[0, 0, icner.maps.intent_id(one.intent)], abs=1e-5)
     firsts = [int(np.flatnonzero(words == word)[0]) for word in range(len(one.words))]
     chances = [softmax(tags[0, 1 + first])[icner.maps.tag_id(tag)] for first, tag in zip(firsts, one.tags)]
     assert one.tag_probabilities == pytest.approx(chances, abs=1e-5)
@@ -133,10 +135,112 @@ def test_a_word_without_a_piece_has_no_probability():
     assert text == "text:   a b c\ndomain: x (0.25)\nintent: y (0.75)\nslots:  time = a b (0.50)"
 
 
-def test_each_domain_has_its_model(data, runs, predictor, tmp_path):
+def test_domain_and_intent_were_seen_together(data, runs, predictor):
+    """Held against all pairs of one text, by the probabilities of the models alone."""
+    config, prepared = data
+    together = {(one.domain, one.intent) for one in prepared.utterances if one.partition == "train"}
+    texts = [one.text for one in prepared.utterances if one.partition == "test"][:40]
+    both = predictor.predict(texts, probabilities=True)
+    assert {(one.domain, one.intent) for one in both} <= together
+    alone = [predict.Predictor([str(runs / task)]).predict(texts) for task in ("dc", "icner")]
+    own = [(dc.domain, icner.intent) for dc, icner in zip(*alone)]
+    assert not set(own) <= together  # or else there was nothing to choose
+    mesh = make_mesh(config.mesh)
+    chances = []
+    for task in ("dc", "icner"):
+        one = finetune.load_finetuned(runs / task, prepared, mesh, "float32", "model")
+        test = [one for one in prepared.utterances if one.partition == "test"][:40]
+        which = (one.model, one.params, one.masks, test, [], one.tokenizer, one.length, one.maps, mesh)
+        names = one.maps.domains if task == "dc" else one.maps.intents
+        records = finetune.predict(*which, probabilities="all")
+        chances.append([dict(zip(names, record["class_probabilities"], strict=True)) for record in records])
+    for one, domains, intents in zip(both, *chances):
+        assert sum(domains.values()) == pytest.approx(1, abs=1e-5)
+        best = max(together, key=lambda pair: domains[pair[0]] * intents[pair[1]])
+        assert (one.domain, one.intent) == best
+        assert one.domain_probability == pytest.approx(domains[one.domain], abs=1e-5)
+        assert one.intent_probability == pytest.approx(intents[one.intent], abs=1e-5)
+
+
+def test_a_run_that_does_not_say_what_it_saw_is_looked_up_in_its_data(data, runs, predictor, tmp_path):
+    shutil.copytree(runs, tmp_path / "old")
+    for task in ("dc", "icner"):
+        file = tmp_path / "old" / task / "run.json"
+        values = json.loads(file.read_text())
+        assert values.pop("seen")["form"] == {"lower": True, "punctuation": "absent"}
+        file.write_text(json.dumps(values))
+    old = predict.Predictor([str(tmp_path / "old" / task) for task in ("dc", "icner")])
+    texts = ["Wake me up at seven, please!", "play some jazz"]
+    assert old.predict(texts, probabilities=True) == predictor.predict(texts, probabilities=True)
+
+
+def test_text_is_read_in_the_form_of_the_training_data(runs, predictor):
+    written, form = "Weck mich, um 7!", "weck mich um 7"
+    one, other = predictor.predict([written, form], probabilities=True)
+    assert (one.text, one.words) == (written, tuple(written.split()))
+    assert one[2:5] == other[2:5]
+    assert one.tag_probabilities == pytest.approx(other.tag_probabilities, abs=1e-6)
+    as_it_is = predict.Predictor([str(runs / "icner")], normalize=False)
+    (raw,) = as_it_is.predict([written], probabilities=True)
+    assert raw.tag_probabilities != pytest.approx(one.tag_probabilities, abs=1e-6)
+    assert as_it_is.predict([form])[0].tags == other.tags
+
+
+def test_tags_go_to_the_words_as_given():
+    record = {"predicted_tags": ["O", "B-time", "O", "I-time"], "tag_probabilities": [0.1, 0.2, 0.3, 0.4]}
+    assert predict.as_given(record, [1, None, 3]) == {
+        "predicted_tags": ["B-time", "I-time", "I-time"],
+        "tag_probabilities": [0.2, None, 0.4],
+    }
+    assert predict.as_given({"predicted_tags": ["O", "B-x", "I-x"]}, [None, 0, 2, None]) == {
+        "predicted_tags": ["O", "O", "B-x", "O"]
+    }
+
+
+def test_a_slot_without_the_punctuation_around_it():
+    words = ("wake", "me", "(at", "seven,", "eight)", "!")
+    tags = ("O", "O", "B-time", "I-time", "I-time", "I-time")
+    one = predict.Prediction(" ".join(words), words, "x", "y", tags, bare=True)
+    assert one.to_json()["slots"] == [{"slot": "time", "text": "at seven, eight", "start": 2, "end": 6}]
+    assert one._replace(bare=False).to_json()["slots"][0]["text"] == "(at seven, eight) !"
+
+
+def test_threshold(runs, predictor, capsys, tmp_path):
+    texts = ["weck mich um sieben", "play some jazz"]
+    models = {"dc,icner": predictor, "icner": predict.Predictor([str(runs / "icner")])}
+    for names, one in models.items():
+        decides = "domain" if "dc" in names else "intent"
+        known = one.predict(texts, probabilities=True)
+        likely = [getattr(answer, f"{decides}_probability") for answer in known]
+        assert likely[0] != likely[1]
+        strict = predict.Predictor([str(runs / name) for name in names.split(",")], threshold=sum(likely) / 2)
+        found = strict.predict(texts, probabilities=True)
+        low = min((0, 1), key=lambda number: likely[number])
+        assert found[1 - low] == known[1 - low]
+        values = found[low].to_json()
+        assert (values["domain"], values["intent"], values["slots"]) == (None, None, [])
+        assert values[f"{decides}_probability"] == round(likely[low], 4)
+    model = f"--model={runs / 'dc'},{runs / 'icner'}"
+    code, printed = run(capsys, model, "--threshold=1", texts[0])
+    assert code == 0 and printed.out == f"text:   {texts[0]}\ndomain: none\nintent: none\n"
+    for given, words in (
+        ("auto", "--threshold=auto: the model has none"),
+        ("2", "--threshold: '2' is neither auto nor a probability"),
+        ("high", "--threshold: 'high' is neither auto nor a probability"),
+    ):
+        code, printed = run(capsys, model, f"--threshold={given}", texts[0])
+        assert code == 2 and words in printed.err and len(printed.err.splitlines()) == 1
+    shutil.copytree(runs, tmp_path / "runs")
+    file = tmp_path / "runs" / "dc" / finetune.DEV
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"threshold": 1.0}))
+    code, printed = run(capsys, f"--model={tmp_path / 'runs' / 'dc'}", "--threshold=auto", texts[0])
+    assert code == 0 and "domain: none" in printed.out
+
+
+def test_each_domain_has_its_model(data, runs, tmp_path):
     config, prepared = data
     texts = [one.text for one in prepared.utterances if one.partition == "test"][:60]
-    domains = [one.domain for one in predictor.predict(texts)]
+    domains = [one.domain for one in predict.Predictor([str(runs / "dc")]).predict(texts)]
     with_model = domains[0]
     assert set(domains) != {with_model}
     write_finetuned(tmp_path / "each" / "domains" / with_model, config, prepared, "icner", with_model)

@@ -9,7 +9,7 @@ from kd_jax.config import to_dict
 from kd_jax.config.data import read_prepare
 from kd_jax.data.prepared import Prepared, prepare
 from kd_jax.data.text.utterances import LabelMaps
-from kd_jax.jobs import finetune, masked_lm
+from kd_jax.jobs import finetune, masked_lm, serving
 from kd_jax.models.functional import Functional
 from kd_jax.runtime.files import write_json
 from kd_jax.trainer.checkpoint import FOLDER, Checkpoints
@@ -89,7 +89,13 @@ def write_finetuned(workdir, config, prepared, task, domain=""):
         sizes,
     )
     keys = ("prepared", "seed", "finetune", "compute_dtype", "student", "vocabulary")
-    notes = {"train_utterances": 20, "classes": sizes, "labels": maps.to_json()}
+    train = finetune.of_domain(known, "train", domain)
+    notes = {
+        "train_utterances": 20,
+        "classes": sizes,
+        "labels": maps.to_json(),
+        "seen": serving.Seen.of(train).to_json(),
+    }
     params = write_run(workdir, config, prepared, f"finetune_{task}", keys, model, **notes)
-    write_json(workdir / finetune.DEV, {"score": 0.5, "accuracy": 0.5, "count": 7})
+    write_json(workdir / finetune.DEV, {"score": 0.5, "accuracy": 0.75, "error_rate": 0.25, "count": 7})
     return model, params, maps

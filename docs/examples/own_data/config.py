@@ -19,7 +19,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.nlu.update({"format": "massive", "path": "runs/own_data/nlu", "locales": LOCALES})
     config.sources.generic = base.source("generic", "text", LANGUAGES, path="runs/own_data/texts/{language}.txt")
     config.sources.generic.spoken_share = 0.7  # utterances have neither capitals nor punctuation
-    config.sources.task = base.source("task", "utterances", LOCALES)
+    config.sources.task = base.source("task", "utterances", config.nlu.get_oneway_ref("locales"))
     config.tokenizer.vocab_size = 600
     config.rows.update({"length": 32, "heldout_share": 0.05})
 

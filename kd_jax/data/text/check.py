@@ -36,15 +36,20 @@ class Findings(NamedTuple):
 
 
 class Errors:
-    """Keeps the first messages and counts all. As a context it catches the UserError that ends its block."""
+    """Keeps the first messages and counts all. As a context it catches the UserError that ends its block.
+
+    One that is among the first already is not counted again: a missing file is not an error of each language.
+    """
 
     def __init__(self):
         self.count, self.first = 0, list[str]()
 
     def add(self, error: UserError) -> None:
+        if (message := str(error)) in self.first:
+            return
         self.count += 1
         if self.count <= SHOWN:
-            self.first.append(str(error))
+            self.first.append(message)
 
     def __enter__(self) -> Self:
         return self
@@ -211,10 +216,13 @@ def texts(settings: Prepare, transfer: Transfer, utterances: Sequence[Utterance]
     sources = {name: dataclasses.replace(source, streaming=True) for name, source in settings.sources.items()}
     settings = dataclasses.replace(settings, sources=sources)
     splits = Splits(settings, utterances)
+    spoken = {name for one in utterances for name in (one.locale, one.locale.split("-")[0])}
     stores = [
         read_store(settings, splits, name, language, errors)
         for name, source in settings.sources.items()
         for language in source.languages
+        # That labeled data which could not be read give no text is no news.
+        if source.format != "utterances" or language in spoken or not errors.count
     ]
     stores = [store for store in stores if store.read]
     if not stores:

@@ -352,6 +352,14 @@ def shared_ids(labeled: Iterable[tuple[Hashable, str, str]]) -> SharedIds:
     return SharedIds(len(shared), sum(any(one != found[0] for one in found) for found in shared))
 
 
+def domains_of_intents(utterances: Iterable[Utterance]) -> dict[str, tuple[str, ...]]:
+    """The domains that each intent has among the utterances."""
+    found: dict[str, set[str]] = {}
+    for one in utterances:
+        found.setdefault(one.intent, set()).add(one.domain)
+    return {intent: tuple(sorted(domains)) for intent, domains in sorted(found.items())}
+
+
 @dataclasses.dataclass(frozen=True)
 class LabelMaps:
     """Names of the classes in the order of their ids, from the train partition alone; tags[0] is "O".

@@ -213,6 +213,19 @@ def test_an_unreadable_source_does_not_hide_the_others(whole):
     assert any(line.startswith("generic-en") for line in findings.lines)
 
 
+def test_a_missing_file_is_one_error_however_many_languages_want_it(whole):
+    locales = ("en-US", "de-DE")
+    config = config_of(whole, locales, path=str(whole / "nothing"))
+    config.nlu.path = str(whole / "nowhere")
+    findings = check(config)
+    assert findings.errors == 2, findings.lines
+    shown = "\n".join(findings.lines)
+    assert shown.count("config.nlu.path: no folder") == shown.count("config.sources.generic.path: no file") == 1
+    config.nlu.path = str(whole / "nlu")
+    shown = "\n".join(check(config).lines)
+    assert "has no locale 'de-DE'" in shown and "there is no train utterance of" not in shown
+
+
 def test_of_a_source_on_the_hub_the_beginning_is_streamed(whole, monkeypatch):
     asked = []
 
