@@ -6,7 +6,7 @@ machine and mesh, from the compiled step.
 
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,10 +103,10 @@ def _vocabulary(values: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
     return VOCABULARY, (f"vocabulary: {VOCABULARY:,} tokens, since the tokenizer {settings.path} was not found",)
 
 
-def estimates(study: Study, sizes: Sizes) -> dict[str, Estimate]:
-    """The estimate of each stage by its folder."""
-    stages = {stage.folder: stage for stage in study.planned() if stage.command != REPORT}
-    model = _Estimator(study.values, stages, sizes)
+def estimates(planned: Iterable[Stage], values: Mapping[str, Any], sizes: Sizes) -> dict[str, Estimate]:
+    """The estimate of each stage of a study's plan by its folder; values: the study's config."""
+    stages = {stage.folder: stage for stage in planned if stage.command != REPORT}
+    model = _Estimator(values, stages, sizes)
     return {folder: model.of(stage) for folder, stage in stages.items()}
 
 

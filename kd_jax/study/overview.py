@@ -45,7 +45,7 @@ def show_status(study: Study) -> None:
 
 def make_plan(study: Study) -> None:
     """Writes the plan and prints its arrays."""
-    found = estimates(study, sizes_of(study))
+    found = estimates(study.planned(), study.values, sizes_of(study))
     values = job_plan.plan(study, job_plan.arguments(), lambda stage: found[stage.folder].describe())
     file = job_plan.write_plan(study.workdir, values)
     done = sum(one["done"] for one in values["stages"])
@@ -60,8 +60,8 @@ def make_plan(study: Study) -> None:
 def show_dry_run(study: Study) -> None:
     """Prints every stage with its estimated cost, and the totals."""
     sizes = sizes_of(study)
-    found = estimates(study, sizes)
     stages = study.planned()
+    found = estimates(stages, study.values, sizes)
     rows, totals = [], {}
     for stage in stages:
         if stage.command == REPORT:
@@ -88,6 +88,12 @@ def show_dry_run(study: Study) -> None:
     print("\n".join(remarks(study)))
     print(f"\nTo run it:\n  {shlex.join(job_plan.arguments())}")
     print("With --plan in addition, DIR/plan.json gets the command of every stage, to run them one by one.")
+
+
+def flops_of(study: Study) -> dict[str, float]:
+    """The FLOPs of each stage by its folder, with the recipes that the study has chosen so far."""
+    stages = study.planner.plan(study.chosen)  # not planned(), which all processes must call
+    return {folder: one.flops for folder, one in estimates(stages, study.values, sizes_of(study)).items()}
 
 
 UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))

@@ -25,8 +25,9 @@ SIZES = estimate.Sizes(vocabulary=4000, train=800, test=100, tokens=16.0)
 def estimated(config, sizes=SIZES) -> tuple[dict[str, estimate.Estimate], study.Study]:
     """The estimates of the teachers, caches and encoders by name, and the study."""
     opened = study.open_study(config, NOWHERE)
-    found = estimate.estimates(opened, sizes)
-    return {stage.name: found[stage.folder] for stage in opened.planned()[:-1]}, opened
+    stages = opened.planned()
+    found = estimate.estimates(stages, opened.values, sizes)
+    return {stage.name: found[stage.folder] for stage in stages[:-1]}, opened
 
 
 def test_pretraining_is_counted_row_by_row():
