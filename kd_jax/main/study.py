@@ -128,7 +128,7 @@ INSTEAD: dict[str, tuple[command.Instead, str]] = {
     ),
     "dry-run": (
         lambda config, workdir: overview.show_dry_run(open_study(config, workdir or overview.NOWHERE)),
-        "Prints what would be run and its estimated cost; reads no data and needs no network.",
+        "Prints what would be run and its estimated cost; reads at most the labeled files, and needs no network.",
     ),
     "plan": (
         lambda config, workdir: overview.make_plan(open_study(config, overview.given(workdir))),

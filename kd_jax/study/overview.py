@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 from kd_jax.study import job_plan
 from kd_jax.study.attempts import FAILED
-from kd_jax.study.estimate import estimates, remarks, sizes_of
+from kd_jax.study.estimate import estimates, product_rate, remarks, sizes_of
 from kd_jax.study.plan import PHASES, REPORT
 from kd_jax.study.run import Study
 from kd_jax.study.status import line, status_of
+from kd_jax.study.timing import duration
 from kd_jax.text_tables import aligned_table
 from kd_jax.types import UserError
 
@@ -75,9 +76,7 @@ def show_dry_run(study: Study) -> None:
             count, tokens, flops = totals.get(phase, (0, 0.0, 0.0))
             totals[phase] = (count + 1, tokens + cost.tokens, flops + cost.flops)
     print(f"{study.settings.name}: {len(rows)} stages and the report. Nothing is run; all numbers are estimates.")
-    for note in sizes.notes:
-        print(f"Assumed, since the data are not prepared: {note}.")
-    print()
+    print("\n".join(sizes.notes) + "\n")
     print(aligned_table(("stage", "command", "tokens", "FLOPs", "memory", "by purpose"), rows, left=6) + "\n")
     summary = [
         (name, str(one[0]), amount(one[1]), amount(one[2])) for name in (*PHASES, "all") if (one := totals.get(name))
@@ -85,9 +84,15 @@ def show_dry_run(study: Study) -> None:
     print(aligned_table(("phase", "stages", "tokens", "FLOPs"), summary, left=4))
     largest = max(cost.bytes for cost in found.values())
     print(f"\nThe largest stage takes {amount(largest, BYTES)} on one device.")
+    rate, flops = product_rate(study.values["compute_dtype"]), sum(cost.flops for cost in found.values())
+    if rate:
+        print(
+            f"On one device of this machine it takes {duration(flops / rate)} or more: {amount(flops)} FLOPs at "
+            f"{amount(rate)} a second,\nwhich large matrix products reached just now; a study's steps stay below that."
+        )
     print("\n".join(remarks(study)))
     print(f"\nTo run it:\n  {shlex.join(job_plan.arguments())}")
-    print("With --plan in addition, DIR/plan.json gets the command of every stage, to run them one by one.")
+    print("With --plan in place of --dry-run, DIR/plan.json gets the command of every stage, to run them one by one.")
 
 
 def flops_of(study: Study) -> dict[str, float]:

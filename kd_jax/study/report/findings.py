@@ -99,8 +99,8 @@ def unigram_text(numbers: Numbers) -> str | None:
         return None
     return (
         f"No better than a unigram on held-out text, of the task or generic: {'; '.join(weak)}. Such an encoder has "
-        "not learned to use context yet, so its results after finetuning say little about its transfer set. Distill longer first "
-        "(config.distill.steps)."
+        "not learned to use context yet, so its results after finetuning say little about its transfer set. "
+        "Distill longer first (config.distill.steps)."
     )
 
 
