@@ -126,7 +126,7 @@ def page(title: str, sections: Mapping[str, str], folder: pathlib.Path) -> str:
     """The report as one HTML page; the figures are read from `folder`/figures."""
     renderer = html_renderer(folder)
     anchors = {name: re.sub(r"\W", "-", name.lower()) for name in sections}
-    verdict, *others = (
+    top, *others = (
         f'<section id="{anchors[name]}">\n<h2>{html.escape(name)}</h2>\n{renderer.render(text)}</section>'
         for name, text in sections.items()
     )
@@ -134,7 +134,7 @@ def page(title: str, sections: Mapping[str, str], folder: pathlib.Path) -> str:
         f'<li><a href="#{anchor}">{html.escape(name)}</a></li>' for name, anchor in list(anchors.items())[1:]
     )
     template = string.Template(resources.files("kd_jax.study.report").joinpath("page.html").read_text(encoding="utf-8"))
-    return template.substitute(title=html.escape(title), verdict=verdict, contents=contents, sections="\n".join(others))
+    return template.substitute(title=html.escape(title), top=top, contents=contents, sections="\n".join(others))
 
 
 def html_renderer(folder: pathlib.Path) -> MarkdownIt:

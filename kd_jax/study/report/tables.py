@@ -386,6 +386,6 @@ def terminal_table(numbers: Numbers) -> Table:
     rows = []
     for student in numbers.students:
         means = [spread(numbers.mean(student, one.task, one.shown), digits=1) for one in measures]
-        rows.append([numbers.label(student).removesuffix(" teacher"), *means])
+        rows.append([numbers.label(student), *means])
     caption = f"Test set, in %, {seeds_text(numbers)}; errors and SemER: lower is better, F1: higher"
     return Table(["Student", *(one.title for one in measures)], rows, caption)
