@@ -202,6 +202,12 @@ class _Output:
     def __init__(self, stream: Any):
         self.stream = self.target = stream
 
+    def write(self, text: str) -> int:
+        return self.target.write(text)
+
+    def flush(self) -> None:
+        self.target.flush()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.target, name)
 

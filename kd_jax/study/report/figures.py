@@ -265,7 +265,7 @@ def name_points(panel: Axes, names: Sequence[str], x: np.ndarray, y: np.ndarray,
     line = {"arrowstyle": "-", "color": "#b6bec9", "linewidth": 0.7, "shrinkA": 2, "shrinkB": 4}
     for index, place in zip(order, places):
         panel.annotate(
-            names[index],
+            names[int(index)],
             (x[index], y[index]),
             (1.03, place),
             textcoords="axes fraction",
@@ -344,9 +344,9 @@ class Drawing(NamedTuple):
 FIGURES = {  # the name of the file -> the figure
     "answer": Drawing(
         answer,
-        "Test error of every row with its 95 % interval over seeds and utterances; lower is better. The dashed line is "
-        "the student from scratch, the dotted one the n-grams. Rows are tested on the same utterances, so two of them "
-        "can differ although their intervals overlap: see the declared comparisons.",
+        "Test error of every row: the mean over seeds with its 95 % interval over seeds and utterances; lower is "
+        "better. The dashed line is the student from scratch, the dotted one the n-grams. Rows are tested on the same "
+        "utterances, so two of them can differ although their intervals overlap: see the declared comparisons.",
         "Dot plot of the error rates of all students and baselines with their intervals",
         "Nothing was tested.",
     ),
@@ -360,8 +360,9 @@ FIGURES = {  # the name of the file -> the figure
     "share_curves": Drawing(
         share_curves,
         "Error against the share of task text in the transfer set. The line joins the means over seeds of the students "
-        "distilled from the generic teacher. Students by MLM alone and of the adapted teacher are shown next to their "
-        "share. Axes do not start at zero.",
+        "distilled from the generic teacher. Students by MLM alone and of other teachers are shown next to their "
+        "share; rows without a transfer set are lines across, with a band from the lowest to the highest seed. Axes do "
+        "not start at zero.",
         "Line plots of each error rate against the share of task text",
         "No distilled student was tested, so there is no curve.",
     ),
@@ -386,14 +387,17 @@ FIGURES = {  # the name of the file -> the figure
     ),
     "similarity": Drawing(
         similarity_scatter,
-        "Exploratory: one point for each domain. The intervals of the gains are in the table.",
+        "Exploratory: one point for each domain, named at the right in the order of the gains: how much less error "
+        "task text makes than generic text, against how far the domain's text is from generic text. The intervals "
+        "of the gains are in the table.",
         "Scatter plot of each domain's divergence from generic text against its gain from task text",
         "There are no gains by domain: they need a generic-only and a task-only student, and records or several seeds.",
     ),
     "training": Drawing(
         training_curves,
-        "Loss on each run's own training text, a line for each seed. Curves on different text cannot be compared with "
-        "each other.",
+        "Loss on each run's own training text against the step, a line for each seed: the masked-LM loss, or the "
+        "distance from the teacher's states where a student learns from these alone. Curves on different text cannot "
+        "be compared with each other.",
         "Line plots of training loss against the step for teachers and students",
         "No training curves were recorded.",
     ),

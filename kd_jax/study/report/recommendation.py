@@ -75,7 +75,11 @@ def recommendation(numbers: Numbers, task: str) -> Recommendation:
     which, whether = (answer if answer in (LOWER, HIGHER) else None for answer in answers)
     title = TITLES[which, whether].format(ours=ours, theirs=theirs)
     reasons, behind = [_texts(texts, ours, theirs), *_distilling(found)], [texts, *distilling]
-    if best is not None:
+    counted = found[NGRAMS].decision
+    if counted and counted.status == LOWER:
+        reasons.append(f"Against counts of words and letters (n-grams), without a neural network: {_compared(counted)}")
+        behind.append(found[NGRAMS])
+    elif best is not None:
         one = rivals[best].difference
         reasons.append(f"No student is shown to beat counts of words and letters (n-grams, {_rate(one.rate_b)})")
         behind.append(found[NGRAMS])

@@ -302,7 +302,11 @@ def recipe_table(numbers: Numbers) -> Table:
     by_count: dict[int, list[str]] = {}
     for (name, _, _), count in trials.items():
         by_count.setdefault(count, []).append(escaped(name))
-    counts = "; ".join(f"{count} for {', '.join(dict.fromkeys(by_count[count]))}" for count in sorted(by_count))
+    groups = {count: list(dict.fromkeys(by_count[count])) for count in sorted(by_count)}
+    most = max(groups, key=lambda count: len(groups[count]), default=0)
+    if len(groups.get(most, ())) > 2:  # names hold commas, so many of them are hard to tell apart
+        groups[most] = ["every other row" if len(groups) > 1 else "every row"]
+    counts = "; ".join(f"{count} for {' and '.join(names)}" for count, names in groups.items())
     caption = (
         "The same search for every student, on the dev partition with the first seed; n-grams and the probe choose the "
         f"C of their regression there. Trials of each row and task: {counts}."

@@ -44,13 +44,13 @@ def test_too_few_seeds_recommend_nothing_but_more_of_them(seeds, words):
 
 def test_evidence_counts_the_decided_comparisons_and_the_seeds():
     assert recommendation(study(ALL), "dc").evidence == (
-        "good; all 3 comparisons behind this are decided; every student was trained 3 times"
+        "good; all 4 comparisons behind this are decided; every student was trained 3 times"
     )
     five = recommendation(study(ALL, (0, 1, 2, 3, 4)), "dc")
     assert five.evidence.startswith("strong; ")
     assert five.next_step.endswith("'(0,1,2,3,4,5,6,7,8,9)'`")
     partial = recommendation(study({**ALL, ("mlm", "task", INITIALIZED): 0.15}), "dc")
-    assert partial.evidence.startswith("partial; 2 of the 3 comparisons behind this are decided")
+    assert partial.evidence.startswith("partial; 3 of the 4 comparisons behind this are decided")
 
 
 def test_a_gain_is_told_with_its_range():
@@ -59,6 +59,7 @@ def test_a_gain_is_told_with_its_range():
         "A student distilled on task text has 15.5 % wrong domains, one on generic text 22.0 %: "
     )
     assert "29 % fewer errors (between 24 and 35 %)" in found.reason
+    assert "(n-grams), without a neural network: 28 % fewer errors (between" in found.reason
 
 
 def test_ngrams_that_win_and_students_that_learned_nothing_ask_for_longer_training():
