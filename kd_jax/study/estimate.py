@@ -11,8 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 from kd_jax.config.commands import Baseline, Evaluate
 from kd_jax.config.data import Cache, Masking, Nlu, Rows, States, TokenizerSettings
@@ -374,20 +373,14 @@ class _Estimator:
         return {"logits": FLOAT * copies * vocabulary * min(block or block_for(vocabulary), everything)}
 
 
-def product_rate(dtype: str) -> float | None:
-    """FLOPs per second of large matrix products on one device of this machine, from a second of them; None where JAX
-    finds no device. dtype: "auto" is float32 on a CPU, else bfloat16."""
-    try:
-        on_cpu = jax.default_backend() == "cpu"
-    except RuntimeError:  # e.g. another process has the accelerator
-        return None
-    size = 1024 if on_cpu else 8192
-    matrix = jnp.full((size, size), 1 / size, ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype)
-    product = jax.jit(jnp.matmul)
-    product(matrix, matrix).block_until_ready()  # compiles
-    began, count = time.monotonic(), 0
+def product_rate() -> float:
+    """FLOPs per second of float32 matrix products on this machine's CPU, from a second of them; with NumPy, because a
+    dry run must leave accelerators to whoever is using them."""
+    size, count = 1024, 0
+    matrix = np.full((size, size), 1 / size, np.float32)
+    began = time.monotonic()
     while (took := time.monotonic() - began) < 1:
-        product(matrix, matrix).block_until_ready()
+        np.matmul(matrix, matrix)
         count += 1
     return 2.0 * count * size**3 / took
 

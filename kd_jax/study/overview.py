@@ -84,12 +84,12 @@ def show_dry_run(study: Study) -> None:
     print(aligned_table(("phase", "stages", "tokens", "FLOPs"), summary, left=4))
     largest = max(cost.bytes for cost in found.values())
     print(f"\nThe largest stage takes {amount(largest, BYTES)} on one device.")
-    rate, flops = product_rate(study.values["compute_dtype"]), sum(cost.flops for cost in found.values())
-    if rate:
-        print(
-            f"On one device of this machine it takes {duration(flops / rate)} or more: {amount(flops)} FLOPs at "
-            f"{amount(rate)} a second,\nwhich large matrix products reached just now; a study's steps stay below that."
-        )
+    rate, flops = product_rate(), sum(cost.flops for cost in found.values())
+    print(
+        f"On this machine's CPU it takes {duration(flops / rate)} or more: {amount(flops)} FLOPs at {amount(rate)} a "
+        "second,\nwhich large matrix products reached just now; a study's steps stay below that. No accelerator "
+        "is measured."
+    )
     print("\n".join(remarks(study)))
     print(f"\nTo run it:\n  {shlex.join(job_plan.arguments())}")
     print("With --plan in place of --dry-run, DIR/plan.json gets the command of every stage, to run them one by one.")

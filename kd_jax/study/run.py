@@ -77,7 +77,7 @@ class Study:
                     ran = self.run_one(stage, title, outputs)
                     seconds = self.seconds[stage.folder] = read_seconds(self.folder(stage))
                     if not math.isnan(seconds):
-                        timing.note(stage, seconds)
+                        timing.note(stage, seconds, _steps_seconds(self.folder(stage)))
                     if ran and self._writes:
                         if not timing.flops:
                             timing.flops = flops()
@@ -255,6 +255,14 @@ def resolve_stages(value: Any, stages: pathlib.Path) -> Any:
         parts = value.split(",")  # several teachers
         return ",".join(str(stages / one.removeprefix(STAGE)) if one.startswith(STAGE) else one for one in parts)
     return value
+
+
+def _steps_seconds(folder: pathlib.Path) -> float:
+    """The seconds that a training stage's steps took, by its DONE; 0 for other stages."""
+    try:
+        return read_json(folder / "DONE").get("steps_seconds", 0.0)
+    except ValueError:  # an older study's, which may be empty
+        return 0.0
 
 
 def read_seconds(folder: pathlib.Path) -> float:

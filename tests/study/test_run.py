@@ -108,13 +108,14 @@ def test_time_comes_from_the_same_kind_and_else_from_flops(tmp_path):
     timing.note(stages["prepare"], 5)
     assert timing.expected(stages["pretrain-teacher"]) is None, "nothing that takes FLOPs has finished"
     assert timing.left([stages["pretrain-teacher"], stages["ngrams"]]) == "time left not known yet"
-    timing.note(stages["distilled-task-generic-seed0"], 60)
+    timing.note(stages["distilled-task-generic-seed0"], 60, steps=20)
     assert timing.expected(stages["distilled-generic-generic-seed0"]) == 60
-    timing.note(stages["distilled-mix50-generic-seed0"], 20)
-    timing.note(stages["distilled-mix50-generic-seed0"], 30)
+    timing.note(stages["distilled-mix50-generic-seed0"], 20, steps=50 / 3)
+    timing.note(stages["distilled-mix50-generic-seed0"], 30, steps=25)
     assert timing.expected(stages["distilled-generic-generic-seed0"]) == 25, "the slowest also compiled"
-    assert timing.expected(stages["adapt-teacher"]) == 10, "half the FLOPs of the fastest"
-    assert timing.left([stages["adapt-teacher"]] * 12 + [stages["ngrams"]]) == "about 2 min left"
+    assert timing.expected(stages["adapt-teacher"]) == pytest.approx(25 / 3), "half the FLOPs of the fastest"
+    assert timing.left([stages["adapt-teacher"]] * 12 + [stages["ngrams"]]) == "about 2 min left"  # 100 s + 10 / 3 s
+    assert timing.left([stages["adapt-teacher"]] * 2) == "about 20 s left", "what is not a step counts once"
     assert timing.left([stages["ngrams"]]) == "about 1 s left"
     assert timing.left([]) == "the report is left"
     assert Timing().left([stages["ngrams"]]) == "time left not known yet"
