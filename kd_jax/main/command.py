@@ -142,7 +142,8 @@ def main(
         return rest
 
     def execute(_) -> None:
-        logging.set_verbosity(logging.WARNING)  # jax logs missing backends through absl
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # jax logs missing backends through absl
         config, workdir = config_flag.value, workdir_flag.value
         assert config is not None, "checked by parse"
         for name, switch in switches.items():

@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 import jax
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict
 
 from kd_jax.config import from_dict, require, to_dict
@@ -95,7 +95,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, key: str | None = None) -> No
     started = time.monotonic()
     study = open_study(config, workdir, writes=jax.process_index() == 0, agree=distributed.from_first)
     if key is None:
-        study.run()
+        study.run(lambda: overview.flops_of(study), quiet=logging.get_verbosity() <= logging.WARNING)
     else:
         study.run_stage(key)
     if key in (None, REPORT) and jax.process_index() == 0:
@@ -112,11 +112,11 @@ def report(study: Study, started: float) -> None:
     }
     inputs = collect(study, facts.domains_against_generic(prepared), about)
     write_report(study.workdir, inputs)
-    print(summary_text(inputs))
-    if models := facts.best_models(study, inputs.numbers):
-        print("\nQuery the distilled students with the lowest test error (first seed):")
-        print(f"  python -m kd_jax.main.predict --model={shlex.quote(','.join(map(str, models)))} TEXT")
+    print(f"\n{summary_text(inputs)}")
     print(f"\nReport: {study.workdir / 'report.html'} and {study.workdir / 'report.md'}")
+    if models := facts.best_models(study, inputs.numbers):
+        print("Query the distilled students with the lowest test error (first seed):")
+        print(f"  python -m kd_jax.main.predict --model={shlex.quote(','.join(map(str, models)))} TEXT")
     took, work = time.monotonic() - started, sum(study.seconds.values())
     print(f"This start took {took:.0f} s; all stages together {work:.0f} s.")
 
@@ -128,7 +128,7 @@ INSTEAD: dict[str, tuple[command.Instead, str]] = {
     ),
     "dry-run": (
         lambda config, workdir: overview.show_dry_run(open_study(config, workdir or overview.NOWHERE)),
-        "Prints what would be run and its estimated cost; reads no data and needs no network.",
+        "Prints what would be run and its estimated cost; reads at most the labeled files, and needs no network.",
     ),
     "plan": (
         lambda config, workdir: overview.make_plan(open_study(config, overview.given(workdir))),

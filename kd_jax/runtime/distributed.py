@@ -216,4 +216,5 @@ def first_goes_ahead() -> Iterator[None]:
 
 
 def _print(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    # Not sys.stderr, which a study turns to the log of a stage.
+    print(text, file=sys.__stderr__ or sys.stderr, flush=True)

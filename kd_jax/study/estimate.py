@@ -1,14 +1,17 @@
-"""The cost of a study's stages, from its config alone: tokens, operations, and memory on one device.
+"""The cost of a study's stages, from its config and its labeled data: tokens, operations, and memory on one device.
 
-Sizes of data that are not prepared yet are assumed and listed. `compile_check` gives the exact memory, for a given
-machine and mesh, from the compiled step.
+Sizes are those of the prepared text, or counted in the user's files; what is assumed is listed. `compile_check` gives
+the exact memory, for a given machine and mesh, from the compiled step.
 """
 
 import math
 import pathlib
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from kd_jax.config.commands import Baseline, Evaluate
 from kd_jax.config.data import Cache, Masking, Nlu, Rows, States, TokenizerSettings
@@ -18,10 +21,12 @@ from kd_jax.data.embedded.teacher import EMBEDDED_MODEL
 from kd_jax.data.masking import num_slots
 from kd_jax.data.rows import read_manifest
 from kd_jax.data.text.files import fill_path
+from kd_jax.data.text.sources import load_utterances
 from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.losses.blocked import block_for
 from kd_jax.models.encoder_config import EncoderConfig, encoder_config
 from kd_jax.models.functional import Functional, flops_per_row, parameter_count
+from kd_jax.models.layer_map import layer_map, read_layers
 from kd_jax.study.plan import REPORT, STAGE, Stage
 from kd_jax.study.run import Study
 from kd_jax.types import UserError
@@ -32,13 +37,15 @@ FLOAT = 4  # bytes: parameters, moments, gradients and logits are float32
 # embedded data, whose languages differ a little.
 MASSIVE = (11_514, 2_974)
 EMBEDDED = (2_000, 500)
+LOCAL = ("massive", "massive_parquet")  # formats that are files here
+WORD_TOKENS = 1.6  # of MASSIVE, and two special tokens an utterance
 UTTERANCE_TOKENS = 13.0  # of MASSIVE in the tokenizers tried, special tokens included
 VOCABULARY = 250_000  # of most multilingual models
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of the data; `notes` list the assumed ones."""
+    """The sizes of the data; `notes` are sentences on where they are from, and which of them are assumed."""
 
     vocabulary: int
     train: int  # utterances of all locales
@@ -67,7 +74,7 @@ class Estimate:
 
 
 def sizes_of(study: Study) -> Sizes:
-    """From the study's prepared folder if it is finished, else from the config and assumptions."""
+    """From the study's prepared folder if it is finished, else counted in the user's files, else assumed."""
     values, prepared = study.values, study.folder(study.planner.prepare())
     manifest = read_manifest(prepared) if prepared.is_dir() else None
     if manifest is not None:
@@ -77,16 +84,41 @@ def sizes_of(study: Study) -> Sizes:
         task = [one for one in manifest["stores"] if one["kind"] == "task"]
         texts = sum(one["texts"] for one in task)
         tokens = sum(one["tokens"] for one in task) / texts if texts else UTTERANCE_TOKENS
-        return Sizes(manifest["vocab_size"], counts["train"], counts["test"], tokens)
+        note = (
+            f"Counted in the prepared text: {counts['train']:,} utterances to train on, {counts['test']:,} to test on."
+        )
+        return Sizes(manifest["vocab_size"], counts["train"], counts["test"], tokens, (note,))
     vocabulary, notes = _vocabulary(values)
     nlu = read(Nlu, values["nlu"], "nlu")
+    problem = "the data are not prepared"
+    if nlu.format in LOCAL:
+        try:
+            return _counted(nlu, vocabulary, notes)
+        except UserError as error:  # `prepare` refuses the same
+            problem = str(error)
     train, test = EMBEDDED if nlu.format == "embedded" else MASSIVE
     train = min(train, nlu.max_train or train)
     count = len(nlu.locales)
     assumed = (
-        f"{train:,} to train on and {test:,} to test on in each of {count} locales, {UTTERANCE_TOKENS:g} tokens each"
+        f"Assumed, since {problem}: {train:,} utterances to train on and {test:,} to test on in each of {count} "
+        f"locales, {UTTERANCE_TOKENS:g} tokens each."
     )
-    return Sizes(vocabulary, train * count, test * count, UTTERANCE_TOKENS, (*notes, f"utterances: {assumed}"))
+    return Sizes(vocabulary, train * count, test * count, UTTERANCE_TOKENS, (assumed, *notes))
+
+
+def _counted(nlu: Nlu, vocabulary: int, notes: tuple[str, ...]) -> Sizes:
+    """The user's labeled utterances, without the lines that `prepare` would refuse. Raises UserError without any."""
+    utterances = load_utterances(nlu, lambda _: None)
+    if not utterances:
+        raise UserError(f"config.nlu.path: {nlu.path} holds no utterance of {', '.join(nlu.locales)}")
+    train, test = (sum(one.partition == name for one in utterances) for name in ("train", "test"))
+    words = sum(len(one.words) for one in utterances) / len(utterances)
+    tokens = round(2 + WORD_TOKENS * words, 1)
+    note = (
+        f"Counted in {nlu.path}: {train:,} utterances to train on, {test:,} to test on, of {words:.1f} words; assumed: "
+        f"{tokens:g} tokens each."
+    )
+    return Sizes(vocabulary, train, test, tokens, (note, *notes))
 
 
 def _vocabulary(values: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
@@ -101,13 +133,13 @@ def _vocabulary(values: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
             return Tokenizer.load(folder).vocab_size, ()
     except UserError:  # reported when the tokenizer is needed
         pass
-    return VOCABULARY, (f"vocabulary: {VOCABULARY:,} tokens, since the tokenizer {settings.path} was not found",)
+    return VOCABULARY, (f"Assumed: a vocabulary of {VOCABULARY:,}, since the tokenizer {settings.path} was not found.",)
 
 
-def estimates(study: Study, sizes: Sizes) -> dict[str, Estimate]:
-    """The estimate of each stage by its folder."""
-    stages = {stage.folder: stage for stage in study.planned() if stage.command != REPORT}
-    model = _Estimator(study.values, stages, sizes)
+def estimates(planned: Iterable[Stage], values: Mapping[str, Any], sizes: Sizes) -> dict[str, Estimate]:
+    """The estimate of each stage of a study's plan by its folder; values: the study's config."""
+    stages = {stage.folder: stage for stage in planned if stage.command != REPORT}
+    model = _Estimator(values, stages, sizes)
     return {folder: model.of(stage) for folder, stage in stages.items()}
 
 
@@ -181,33 +213,68 @@ class _Estimator:
         teachers = [self.shape("intermediate" if command == "distill" else "teacher") for command in commands]
         if job.teacher_steps:  # one after the other; both have the same shape
             teachers = teachers[:1]
+        ends = [begin for begin, _ in job.parts[1:]] + [1.0]
+        flops, memory = 0.0, dict[str, float]()
+        for (begin, part), end in zip(job.parts, ends):
+            cost, needed = self._distill_row(part, student, teachers, bool(config["teacher_cache"]))
+            flops += (end - begin) * cost
+            memory |= {name: max(size, memory.get(name, 0.0)) for name, size in needed.items()}
+        return self._job(job, flops, memory)
+
+    def _distill_row(
+        self, job: Distill, student: EncoderConfig, teachers: list[EncoderConfig], cached: bool
+    ) -> tuple[float, dict[str, float]]:
+        """FLOPs of a row, and memory, of one part of the loss."""
         rows, vocabulary = job.batch_size // job.accumulation, student.vocab_size
         memory = self._training_memory(student, rows)
-        if not job.trains_head and job.clean:
-            flops = flops_per_row(student, self.length, 0, 0, training=True)
-            if not config["teacher_cache"]:
-                flops += flops_per_row(teachers[0], self.length, 0, 0, training=False)
-                memory["teacher"] = FLOAT * self.parameters(teachers[0])
-                memory["activations"] += self._forward_activations(teachers[0], rows)
-            return self._job(job, flops, memory)
-        if config["teacher_cache"]:
-            memory |= self._logits(vocabulary, rows, copies=4, block=job.block_positions)
-            flops = self.flops(student, training=True)
-            if self.values["cache"]["format"] == "hidden":  # the teacher's decoder is still applied
+        # The terms on inner states read all columns of the last layer, and logits at all positions do too.
+        everywhere = job.features or job.kd_positions == "all"
+        at, logits = None if everywhere else self.slots, self.length if job.kd_positions == "all" else self.slots
+        logits = logits if job.trains_head else 0
+        flops = flops_per_row(student, self.length, logits, vocabulary, training=True, last_layer_at=at)
+        flops += sum(self._inner_terms(job, student, teacher, cached) for teacher in teachers)
+        if logits:
+            copies = 4 if cached else 3 + len(teachers)
+            widest = max(vocabulary, 0 if cached else teachers[0].vocab_size)
+            memory |= self._logits(widest, rows, copies, job.block_positions, logits)
+        if cached:
+            if job.kl.used and self.values["cache"]["format"] == "hidden":  # the teacher's decoder is still applied
                 table = teachers[0].vocab_size * teachers[0].hidden_size
                 memory["teacher"] = FLOAT * table
                 flops += 2.0 * self.slots * table
-            return self._job(job, flops, memory)
-        everywhere = job.kd_positions == "all"
-        at, logits = (None, self.length) if everywhere else (self.slots, self.slots)
-        flops = flops_per_row(student, self.length, logits, vocabulary, training=True, last_layer_at=at)
+            return flops, memory
+        taught = logits if job.kl.used else 0
         for teacher in teachers:
-            flops += flops_per_row(teacher, self.length, logits, teacher.vocab_size, training=False, last_layer_at=at)
+            flops += flops_per_row(teacher, self.length, taught, teacher.vocab_size, training=False, last_layer_at=at)
         memory["teacher"] = FLOAT * sum(self.parameters(teacher) for teacher in teachers)
         memory["activations"] += max(self._forward_activations(teacher, rows) for teacher in teachers)
-        copies = 3 + len(teachers)
-        memory |= self._logits(max(vocabulary, teachers[0].vocab_size), rows, copies, job.block_positions, logits)
-        return self._job(job, flops, memory)
+        return flops, memory
+
+    def _inner_terms(self, job: Distill, student: EncoderConfig, teacher: EncoderConfig, cached: bool) -> float:
+        """FLOPs per row of the matrix products of the terms on inner states: projections and relations, the student's
+        with their gradients."""
+        ours, theirs, flops = student.hidden_size, teacher.hidden_size, 0.0
+        if cached and self.values["states"]["components"]:
+            theirs = min(theirs, self.values["states"]["components"])
+
+        def projected(setting: str, vectors: float) -> float:
+            mapped = setting == "always" or (setting == "auto" and ours != theirs)
+            return mapped * 3 * 2.0 * vectors * ours * theirs
+
+        def pairs(layers: str, term: str) -> int:
+            key = f"distill.{term}.layers"
+            return len(layer_map(read_layers(layers, key), student.num_layers, teacher.num_layers, key))
+
+        if job.hidden.used:
+            flops += pairs(job.hidden.layers, "hidden") * projected(job.hidden.projection, self.length)
+        if job.embeddings.used:
+            flops += projected(job.embeddings.projection, self.length)
+        if job.sentence.used:
+            flops += projected(job.sentence.projection, self.length / self.sizes.tokens)
+        if job.relations.used:
+            matrices = pairs(job.relations.layers, "relations") * len(job.relations.parts)
+            flops += matrices * 2.0 * self.length**2 * (3 * ours + theirs)
+        return flops
 
     def _cache(self, cache: Cache) -> Estimate:
         """An upper bound: rows that several runs visit with the same masks are predicted once."""
@@ -307,6 +374,18 @@ class _Estimator:
         return {"logits": FLOAT * copies * vocabulary * min(block or block_for(vocabulary), everything)}
 
 
+def product_rate() -> float:
+    """FLOPs per second of float32 matrix products on this machine's CPU, from a second of them; with NumPy, because a
+    dry run must leave accelerators to whoever is using them."""
+    size, count = 1024, 0
+    matrix = np.full((size, size), 1 / size, np.float32)
+    began = time.monotonic()
+    while (took := time.monotonic() - began) < 1:
+        np.matmul(matrix, matrix)
+        count += 1
+    return 2.0 * count * size**3 / took
+
+
 def remarks(study: Study) -> list[str]:
     """What a reader of the estimates must know, one sentence per line."""
     trained, trimmed = study.values["tokenizer"]["kind"] == "train", study.values["vocabulary"]["trim"]
@@ -322,7 +401,7 @@ def remarks(study: Study) -> list[str]:
         (states, "Cached states are counted for the task's utterances; those of generic text come on top."),
         (study.values["finetune"]["patience"] > 0, "Finetuning that stops early is counted to its last epoch."),
         (True, "Tokens are positions of rows, padding included."),
-        (True, "FLOPs are those of matrix products, without held-out evaluation and the terms on inner states."),
+        (True, "FLOPs are those of matrix products in all terms of the loss, without held-out evaluation."),
         (auto, "Activations are counted in float32; where the machine computes in bfloat16 they take half."),
         (True, "Memory is that of one device that holds everything; compile_check gives the exact value for a mesh."),
         (True, "A mesh divides parameters and moments by fsdp x tensor, and activations and logits by data x fsdp."),

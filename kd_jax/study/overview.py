@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 from kd_jax.study import job_plan
 from kd_jax.study.attempts import FAILED
-from kd_jax.study.estimate import estimates, remarks, sizes_of
+from kd_jax.study.estimate import estimates, product_rate, remarks, sizes_of
 from kd_jax.study.plan import PHASES, REPORT
 from kd_jax.study.run import Study
 from kd_jax.study.status import line, status_of
+from kd_jax.study.timing import duration
 from kd_jax.text_tables import aligned_table
 from kd_jax.types import UserError
 
@@ -45,7 +46,7 @@ def show_status(study: Study) -> None:
 
 def make_plan(study: Study) -> None:
     """Writes the plan and prints its arrays."""
-    found = estimates(study, sizes_of(study))
+    found = estimates(study.planned(), study.values, sizes_of(study))
     values = job_plan.plan(study, job_plan.arguments(), lambda stage: found[stage.folder].describe())
     file = job_plan.write_plan(study.workdir, values)
     done = sum(one["done"] for one in values["stages"])
@@ -60,8 +61,8 @@ def make_plan(study: Study) -> None:
 def show_dry_run(study: Study) -> None:
     """Prints every stage with its estimated cost, and the totals."""
     sizes = sizes_of(study)
-    found = estimates(study, sizes)
     stages = study.planned()
+    found = estimates(stages, study.values, sizes)
     rows, totals = [], {}
     for stage in stages:
         if stage.command == REPORT:
@@ -75,9 +76,7 @@ def show_dry_run(study: Study) -> None:
             count, tokens, flops = totals.get(phase, (0, 0.0, 0.0))
             totals[phase] = (count + 1, tokens + cost.tokens, flops + cost.flops)
     print(f"{study.settings.name}: {len(rows)} stages and the report. Nothing is run; all numbers are estimates.")
-    for note in sizes.notes:
-        print(f"Assumed, since the data are not prepared: {note}.")
-    print()
+    print("\n".join(sizes.notes) + "\n")
     print(aligned_table(("stage", "command", "tokens", "FLOPs", "memory", "by purpose"), rows, left=6) + "\n")
     summary = [
         (name, str(one[0]), amount(one[1]), amount(one[2])) for name in (*PHASES, "all") if (one := totals.get(name))
@@ -85,9 +84,21 @@ def show_dry_run(study: Study) -> None:
     print(aligned_table(("phase", "stages", "tokens", "FLOPs"), summary, left=4))
     largest = max(cost.bytes for cost in found.values())
     print(f"\nThe largest stage takes {amount(largest, BYTES)} on one device.")
+    rate, flops = product_rate(), sum(cost.flops for cost in found.values())
+    print(
+        f"On this machine's CPU it takes {duration(flops / rate)} or more: {amount(flops)} FLOPs at {amount(rate)} a "
+        "second,\nwhich large matrix products reached just now; a study's steps stay below that. No accelerator "
+        "is measured."
+    )
     print("\n".join(remarks(study)))
     print(f"\nTo run it:\n  {shlex.join(job_plan.arguments())}")
-    print("With --plan in addition, DIR/plan.json gets the command of every stage, to run them one by one.")
+    print("With --plan in place of --dry-run, DIR/plan.json gets the command of every stage, to run them one by one.")
+
+
+def flops_of(study: Study) -> dict[str, float]:
+    """The FLOPs of each stage by its folder, with the recipes that the study has chosen so far."""
+    stages = study.planner.plan(study.chosen)  # not planned(), which all processes must call
+    return {folder: one.flops for folder, one in estimates(stages, study.values, sizes_of(study)).items()}
 
 
 UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))

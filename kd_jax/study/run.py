@@ -1,16 +1,20 @@
 """Running a study: finished stages are skipped, interrupted ones resume, and recipes are chosen on dev."""
 
+import contextlib
 import dataclasses
 import itertools
+import math
 import pathlib
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from kd_jax.runtime.files import read_json, write_json
 from kd_jax.runtime.preemption import interruptible
-from kd_jax.study.attempts import attempt
+from kd_jax.study.attempts import attempt, path_of
 from kd_jax.study.plan import FITTED, PHASES, REPORT, STAGE, Keys, Planner, Recipe, Stage, Student
+from kd_jax.study.timing import Timing, duration
 from kd_jax.types import UserError
 
 # Runs one command: (its name, its config as plain values, its directory).
@@ -55,18 +59,32 @@ class Study:
         self.choose()
         return self.planner.plan(self.chosen)
 
-    def run(self) -> None:
-        """Runs every stage that is not finished."""
-        plan = self.planned()
-        for phase in PHASES[:-1]:
-            if phase == "finetuning":
-                plan = self.planned()  # the search has ended, so the recipes are known now
-            stages = [stage for stage in plan if stage.phase == phase]
-            for number, stage in enumerate(interruptible(stages, phase), start=1):
-                self.run_one(stage, f"[{phase} {number}/{len(stages)}] {stage.name}")
-                self.seconds[stage.folder] = read_seconds(self.folder(stage))
-            if phase == "teachers":
-                self.check_teachers()
+    def run(self, flops: Callable[[], Mapping[str, float]] = dict, *, quiet: bool = False) -> None:
+        """Runs every stage that is not finished, and prints a line at the end of each, with the time left.
+
+        flops(): of the stages by folder, asked for once the text is prepared. quiet: what a stage itself prints goes to
+        attempts/<stage>.log.
+        """
+        plan, timing = self.planned(), Timing()
+        with _switched() if quiet and self._writes else contextlib.nullcontext() as outputs:
+            for phase in PHASES[:-1]:
+                if phase == "finetuning":
+                    plan = self.planned()  # the search has ended, so the recipes are known now
+                    timing.flops = flops() if self._writes else {}
+                stages = [stage for stage in plan if stage.phase != REPORT]
+                for stage in interruptible([stage for stage in stages if stage.phase == phase], phase):
+                    title = f"[{stages.index(stage) + 1}/{len(stages)}] {stage.name}"
+                    ran = self.run_one(stage, title, outputs)
+                    seconds = self.seconds[stage.folder] = read_seconds(self.folder(stage))
+                    if not math.isnan(seconds):
+                        timing.note(stage, seconds, _steps_seconds(self.folder(stage)))
+                    if ran and self._writes:
+                        if not timing.flops:
+                            timing.flops = flops()
+                        left = timing.left(one for one in stages if not self.done(one))
+                        print(f"{_fresh_line()}{title}: {duration(seconds)} · {left}", flush=True)
+                if phase == "teachers":
+                    self.check_teachers()
 
     def run_stage(self, key: str) -> None:
         """Runs the stage of that key; before the report that is `run`, which only reads what is finished.
@@ -93,26 +111,32 @@ class Study:
             self.run()
             return
         self.check_teachers()
-        self.run_one(stage, f"[{stage.phase}] {stage.name}")
+        title = f"[{stage.phase}] {stage.name}"
+        if self._writes:
+            print(title, flush=True)
+        self.run_one(stage, title)
 
-    def run_one(self, stage: Stage, title: str) -> None:
-        """Runs one stage, unless it is finished. Raises UserError when another process runs it."""
+    def run_one(self, stage: Stage, title: str, outputs: "tuple[_Output, ...] | None" = None) -> bool:
+        """Runs one stage, unless it is finished; whether it ran. Raises UserError when another process runs it.
+
+        outputs: standard output and error, which a log takes while the stage runs.
+        """
         folder = self.folder(stage)
         if self._agree(self.done(stage)):
-            return
+            return False
         with attempt(self.workdir, stage.folder, writes=self._writes):
             if self._agree(self.done(stage)):  # finished by the process that had the lock until now
-                return
-            if self._writes:
-                print(title, flush=True)
+                return False
             started = time.monotonic()
-            self._run_stage(stage.command, resolve_stages(stage.config, self.workdir / "stages"), folder)
+            with _logged(path_of(self.workdir, stage.folder).with_suffix(".log"), title, outputs):
+                self._run_stage(stage.command, resolve_stages(stage.config, self.workdir / "stages"), folder)
             if self._writes:
                 if not self.done(stage):
                     raise UserError(
                         f"stage {stage.name}: {folder} has no DONE marker; start the study again to resume it"
                     )
                 write_json(folder / "seconds.json", round(time.monotonic() - started, 2))
+        return True
 
     def check_teachers(self) -> None:
         """Refuses a finished generic teacher whose loss on task text is no better than a unigram's; notes an adapted
@@ -172,6 +196,57 @@ class Study:
         return [read_json(self.folder(stage) / "dev.json")["score"] for stage in search] or [None]
 
 
+class _Output:
+    """Standard output or error, or a file in its place; whoever keeps it, like a handler of `logging`, may go on."""
+
+    def __init__(self, stream: Any):
+        self.stream = self.target = stream
+
+    def write(self, text: str) -> int:
+        return self.target.write(text)
+
+    def flush(self) -> None:
+        self.target.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.target, name)
+
+
+@contextlib.contextmanager
+def _switched() -> Iterator[tuple[_Output, ...]]:
+    """Standard output and error as outputs that can be turned to a file."""
+    outputs = _Output(sys.stdout), _Output(sys.stderr)
+    with contextlib.redirect_stdout(outputs[0]), contextlib.redirect_stderr(outputs[1]):
+        yield outputs
+
+
+@contextlib.contextmanager
+def _logged(file: pathlib.Path, title: str, outputs: tuple[_Output, ...] | None) -> Iterator[None]:
+    """The outputs go to the end of the file; on a terminal a line says so meanwhile, and everywhere if it fails."""
+    if outputs is None:
+        yield
+        return
+    if sys.stdout.isatty():
+        print(f"{_fresh_line()}{title}: running, see {file}", end="", flush=True)
+    try:
+        with open(file, "a", encoding="utf-8", buffering=1) as log:
+            try:
+                for one in outputs:
+                    one.target = log
+                yield
+            finally:
+                for one in outputs:
+                    one.target = one.stream
+    except BaseException:  # a preemption too
+        print(f"{_fresh_line()}{title}: not finished, see {file}", flush=True)
+        raise
+
+
+def _fresh_line() -> str:
+    """What clears the line of a running stage on a terminal."""
+    return "\r\033[K" if sys.stdout.isatty() else ""
+
+
 def resolve_stages(value: Any, stages: pathlib.Path) -> Any:
     """Replaces every "stage:<folder>" in a config by the directory below `stages`."""
     if isinstance(value, dict):
@@ -180,6 +255,14 @@ def resolve_stages(value: Any, stages: pathlib.Path) -> Any:
         parts = value.split(",")  # several teachers
         return ",".join(str(stages / one.removeprefix(STAGE)) if one.startswith(STAGE) else one for one in parts)
     return value
+
+
+def _steps_seconds(folder: pathlib.Path) -> float:
+    """The seconds that a training stage's steps took, by its DONE; 0 for other stages."""
+    try:
+        return read_json(folder / "DONE").get("steps_seconds", 0.0)
+    except ValueError:  # an older study's, which may be empty
+        return 0.0
 
 
 def read_seconds(folder: pathlib.Path) -> float:

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kd_jax.config.training import Finetune, Pretrain
+from kd_jax.config.training import Finetune
 from kd_jax.runtime.files import read_json, read_json_lines
 from kd_jax.runtime.paths import need_local
 from kd_jax.study.attempts import FAILED, RUNNING, STOPPED, Attempt, read_attempt
 from kd_jax.study.plan import PHASES, REPORT, Stage
 from kd_jax.study.run import Study, read_seconds
+from kd_jax.study.timing import Timing, duration
 
 METRICS = "metrics.jsonl"
 DONE, LEFT = "done", "left"
@@ -66,7 +67,7 @@ def status_of(study: Study, now: float | None = None) -> Status:
     counts = {phase: Counter() for phase in PHASES if any(stage.phase == phase for stage in stages)}
     running: dict[str, Running] = {}
     failed, unfinished, starts = [], [], []
-    seconds: dict[tuple, list[float]] = {}  # of finished stages, by kind
+    timing = Timing()
     spent = 0.0
     for stage in stages:
         attempt = None if stage.deferred else read_attempt(study.workdir, stage.folder)
@@ -77,8 +78,7 @@ def status_of(study: Study, now: float | None = None) -> Status:
             took = read_seconds(study.folder(stage))
             if not math.isnan(took):
                 spent += took
-                for kind in _kinds(stage):
-                    seconds.setdefault(kind, []).append(took)
+                timing.note(stage, took)
             continue
         unfinished.append(stage)
         # An attempt that finished without leaving DONE is one whose folder was deleted since.
@@ -90,7 +90,7 @@ def status_of(study: Study, now: float | None = None) -> Status:
         elif attempt and state == FAILED:
             failed.append((stage, attempt))
     newest = sorted(running.values(), key=lambda one: -one.wrote)
-    left, unknown = _seconds_left(unfinished, running, seconds, now)
+    left, unknown = _seconds_left(unfinished, running, timing, now)
     others = len(set(_names(study.workdir / "stages")) - {stage.folder for stage in stages})
     started = min(starts, default=None)
     return Status(study.settings.name, counts, newest, failed, started, now, spent, left, unknown, others)
@@ -132,22 +132,8 @@ def _steps(folder: pathlib.Path, stage: Stage) -> int:
     return math.ceil(job.epochs * count / job.batch_size)
 
 
-def _kinds(stage: Stage) -> tuple[tuple, ...]:
-    """What stages that take equally long have in common, the closest match first."""
-    job = stage.job
-    if stage.command == "baseline":
-        return ((stage.command, stage.config["baseline"]["features"]),)
-    if job is None:
-        return ((stage.command,),)
-    model = job.model if isinstance(job, Pretrain) else ""
-    length = (job.epochs if isinstance(job, Finetune) else 0) or job.steps
-    # A cache makes distillation faster, and an intermediate is another student than the one compared.
-    more = (bool(stage.config["teacher_cache"]), str(stage.config["student"])) if stage.command == "distill" else ()
-    return (stage.command, model, length, job.batch_size, *more), (stage.command, model)
-
-
 def _seconds_left(
-    unfinished: list[Stage], running: Mapping[str, Running], seconds: Mapping[tuple, list[float]], now: float
+    unfinished: list[Stage], running: Mapping[str, Running], timing: Timing, now: float
 ) -> tuple[float | None, int]:
     """(seconds of work in the unfinished stages, number of stages whose time cannot be estimated)."""
     total, unknown = 0.0, 0
@@ -156,12 +142,11 @@ def _seconds_left(
         if here is not None and here.seconds_per_step and here.steps:
             total += (here.steps - here.step) * here.seconds_per_step
             continue
-        known = next((seconds[kind] for kind in _kinds(stage) if kind in seconds), None)
+        known = timing.expected(stage)
         if known is None:
             unknown += 1
             continue
-        mean = sum(known) / len(known)
-        total += max(mean - (now - here.attempt.started), 0.0) if here is not None else mean
+        total += max(known - (now - here.attempt.started), 0.0) if here is not None else known
     return (None if unfinished and unknown == len(unfinished) else total), unknown
 
 
@@ -193,14 +178,3 @@ def line(status: Status) -> str:
     if not totals[DONE] and status.others:
         parts.append(f"{status.others} stages of another config are here: repeat the overrides of the first start")
     return "; ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """3700 as "1 h 2 min"."""
-    seconds = max(round(seconds), 0)
-    if seconds < 100:
-        return f"{seconds} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes < 48 * 60 else f"{minutes / 1440:.1f} days"

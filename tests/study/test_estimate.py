@@ -26,8 +26,9 @@ SIZES = estimate.Sizes(vocabulary=4000, train=800, test=100, tokens=16.0)
 def estimated(config, sizes=SIZES) -> tuple[dict[str, estimate.Estimate], study.Study]:
     """The estimates of the teachers, caches and encoders by name, and the study."""
     opened = study.open_study(config, NOWHERE)
-    found = estimate.estimates(opened, sizes)
-    return {stage.name: found[stage.folder] for stage in opened.planned()[:-1]}, opened
+    stages = opened.planned()
+    found = estimate.estimates(stages, opened.values, sizes)
+    return {stage.name: found[stage.folder] for stage in stages[:-1]}, opened
 
 
 def test_pretraining_is_counted_row_by_row():
@@ -140,7 +141,73 @@ def test_sizes_are_those_of_the_data_where_they_are_prepared(tmp_path):
     folder = opened.folder(opened.planner.prepare())
     folder.mkdir(parents=True)
     (folder / MANIFEST).write_text(json.dumps({"vocab_size": 77, "utterances": utterances, "stores": stores}))
-    assert estimate.sizes_of(opened) == estimate.Sizes(77, 20, 5, 20.0)
+    note = "Counted in the prepared text: 20 utterances to train on, 5 to test on."
+    assert estimate.sizes_of(opened) == estimate.Sizes(77, 20, 5, 20.0, (note,))
+
+
+def test_the_users_own_files_are_counted(tmp_path):
+    config = massive_wikipedia.get_config()
+    config.nlu.update({"path": str(tmp_path / "nlu"), "locales": ("en-US", "de-DE"), "max_train": 3})
+    (tmp_path / "nlu").mkdir()
+    for locale, train in (("en-US", 5), ("de-DE", 2)):
+        partitions = ["train"] * train + ["test"] * 2
+        rows = [
+            {"id": str(number), "locale": locale, "partition": partition, "scenario": "x", "intent": "y"}
+            | {"utt": "one two three four", "annot_utt": "one two three four"}
+            for number, partition in enumerate(partitions)
+        ]
+        lines = [json.dumps(row) for row in rows] + ["{broken"]
+        (tmp_path / "nlu" / f"{locale}.jsonl").write_text("\n".join(lines) + "\n")
+    sizes = estimate.sizes_of(study.open_study(config, NOWHERE))
+    assert (sizes.train, sizes.test, sizes.tokens) == (3 + 2, 4, 8.4)
+    assert sizes.notes[0].startswith(
+        f"Counted in {tmp_path / 'nlu'}: 5 utterances to train on, 4 to test on, of 4.0 words"
+    )
+    config.nlu.path = str(tmp_path / "elsewhere")
+    sizes = estimate.sizes_of(study.open_study(config, NOWHERE))
+    assert sizes.train == 2 * 3 and sizes.notes[0].startswith("Assumed, since config.nlu.path: no folder or tarball ")
+
+
+def test_terms_on_inner_states_are_counted():
+    def flops(**terms):
+        config = quickstart.get_config()
+        config.study.cache = False
+        for name, values in terms.items():
+            config.distill[name].update(values)
+        return estimated(config)[0]["distilled-task-generic-seed0"].flops
+
+    config = quickstart.get_config()
+    student, teacher = (encoder_config(config[name].to_dict(), 4000) for name in ("student", "teacher"))
+    ours, theirs, rows, length = student.hidden_size, teacher.hidden_size, 50 * 32, 64
+
+    def both(at, logits, student_logits=10):
+        return rows * (
+            flops_per_row(student, length, student_logits, 4000, training=True, last_layer_at=at)
+            + flops_per_row(teacher, length, logits, 4000, training=False, last_layer_at=at)
+        )
+
+    assert flops() == pytest.approx(both(10, 10))
+    hidden = rows * 6 * length * ours * theirs
+    assert flops(hidden={"weight": 1.0, "layers": "last"}) == pytest.approx(both(None, 10) + hidden)
+    assert flops(hidden={"weight": 1.0, "layers": "0:0,1:2"}) == pytest.approx(both(None, 10) + 2 * hidden)
+    assert flops(embeddings={"weight": 1.0}) == pytest.approx(both(None, 10) + hidden)
+    sentence = rows * 6 * (length / SIZES.tokens) * ours * theirs
+    assert flops(sentence={"weight": 1.0}) == pytest.approx(both(None, 10) + sentence)
+    relations = rows * 3 * 2 * length**2 * (3 * ours + theirs)
+    assert flops(relations={"weight": 1.0, "heads": 4}) == pytest.approx(both(None, 10) + relations)
+    alone = {"kl": {"weight": 0.0}, "mlm": {"weight": 0.0}, "hidden": {"weight": 1.0, "layers": "last"}}
+    assert flops(**alone) == pytest.approx(both(None, 0, 0) + hidden), "without logits there is no head"
+
+
+def test_states_and_then_logits_cost_their_parts_of_the_steps():
+    config = quickstart.get_config()
+    config.distill.update({"clean": True, "masked_from": 0.75})
+    config.distill.hidden.update({"weight": 1.0, "layers": "last"})
+    found = estimated(config)[0]["distilled-task-generic-seed0"]
+    student, teacher = (encoder_config(config[name].to_dict(), 4000) for name in ("student", "teacher"))
+    states = flops_per_row(student, 64, 0, 0, training=True) + 6 * 64 * student.hidden_size * teacher.hidden_size
+    logits = flops_per_row(student, 64, 10, 4000, training=True, last_layer_at=10) + 2 * 10 * teacher.hidden_size * 4000
+    assert found.flops == pytest.approx(50 * 32 * (0.75 * states + 0.25 * logits))
 
 
 def test_what_is_assumed_of_data_that_are_not_here_is_said():

@@ -36,7 +36,12 @@ def test_a_dry_run_prints_every_stage_and_the_totals(monkeypatch, capsys):
         assert re.search(rf"^{re.escape(one.name)} +{one.command}( |$)", said, re.M), one.name
     assert re.search(r"^pretrain-teacher +pretrain +512k +2\.08T ", said, re.M)
     assert re.search(rf"^all +{len(stages) - 1} ", said, re.M)
-    assert "parameters" in said and "The largest stage takes" in said and "Assumed" in said
+    assert (
+        "parameters" in said
+        and "The largest stage takes" in said
+        and "Assumed, since the data are not prepared: 2,000" in said
+    )
+    assert re.search(r"it takes \d.* or more: [\d.]+T FLOPs at [\d.]+[MGT] a second", said)
     assert not overview.NOWHERE.exists()
 
 

@@ -18,7 +18,7 @@ def collect(study: Study, similarity: list[dict[str, Any]], provenance: dict[str
     """Reads every finished stage, writes results.jsonl, and returns the inputs of the report."""
     objects: list[dict[str, Any]] = []
     records, curves, realized = {}, {}, {}
-    recipes, notes = list(study.searched), list(study.notes)
+    recipes, remarks = list(study.searched), list[str]()
     settings = study.settings
     for name, stage in study.planner.teachers().items():
         who = {"student": "teacher", "transfer_set": "", "teacher": name, "seed": study.values["seed"]}
@@ -41,7 +41,7 @@ def collect(study: Study, similarity: list[dict[str, Any]], provenance: dict[str
                 if student.kind in FITTED:
                     about = read_json(scored.parent / ABOUT)[task]
                     recipes += [{"student": student.name, "task": task, **trial} for trial in about["trials"]]
-                    notes += [f"{student.name}, {TASK_NAMES[task]}: {note}." for note in about["notes"]]
+                    remarks += [f"{student.name}, {TASK_NAMES[task]}: {note}." for note in about["notes"]]
     write_json_lines(study.workdir / RESULTS, objects)
     latency = study.planner.latency()
     measured = study.folder(latency) / "latency.json" if latency else None
@@ -57,7 +57,8 @@ def collect(study: Study, similarity: list[dict[str, Any]], provenance: dict[str
         curves=curves,
         similarity=similarity,
         recipes=recipes,
-        notes=notes,
+        notes=study.notes,
+        remarks=remarks,
         latency=read_json(measured) if measured and measured.is_file() else None,
     )
 

@@ -33,7 +33,7 @@ from kd_jax.study.report.wording import (
     sentence,
     set_name,
     signed,
-    too_wide,
+    uninformative,
 )
 
 GENERIC, SCRATCH, MLM, NGRAMS = "generic", "scratch", "mlm", "ngrams"
@@ -52,6 +52,7 @@ AGAINST = {
     MLM: "masked LM alone",
     NGRAMS: "n-grams",
 }
+MANY_SEEDS = 5  # find a difference of 10 to 15 % (docs/comparisons.md)
 FEWEST_SHARES = 3  # of a trend; with two it is their difference
 INTENT_ERROR = MEASURES[1]
 
@@ -136,7 +137,7 @@ def reading(decision: Decision, together: int) -> str:
     if decision.status != UNDECIDED:
         return decision.status
     if not leaves_out_zero(one):
-        return too_wide(one) or "no significant difference"
+        return uninformative(one) or "no significant difference"
     side = LOWER if one.difference < 0 else HIGHER
     if 0 < one.seeds < MINIMUM_SEEDS:
         return f"{side} on these utterances; {('one seed', 'two seeds')[one.seeds - 1]} cannot decide"
@@ -148,21 +149,21 @@ def reading(decision: Decision, together: int) -> str:
 def clause(decision: Decision, together: int) -> str:
     """Relative change and reading: "−3.1 % [−5.0, −1.2], lower"."""
     said = reading(decision, together)
-    return said if too_wide(decision.difference) else f"{relative_text(decision.difference)}, {said}"
+    return said if uninformative(decision.difference) else f"{relative_text(decision.difference)}, {said}"
 
 
 def verdict_text(numbers: Numbers, task: str) -> str:
     """The verdict on a task as a paragraph, from the declared comparisons; n-grams first if no student beats them."""
     found = declared(numbers, task)
-    parts = [_ngrams(numbers, task, found), _texts(numbers, found), _helps(numbers, found)]
+    parts = [_ngrams(numbers, found), _texts(numbers, found), _helps(numbers, found)]
     said = [part for part in parts if part]
     (head, rest), *others = said
     first = f"**{TASK_NAMES[task]}: {head}.** {rest}"
     return " ".join([first, *(f"**{sentence(head)}.** {rest}" for head, rest in others)])
 
 
-def _ngrams(numbers: Numbers, task: str, found: dict[str, Contrast]) -> tuple[str, str] | None:
-    """That no student beats the n-grams; None if one does, or if it is not known."""
+def against_ngrams(numbers: Numbers, found: dict[str, Contrast]) -> dict[Student, Decision]:
+    """Each trained student against the n-grams; empty if one of them is shown to be better, or nothing is known."""
     contrast = found[NGRAMS]
     against: dict[Student, Difference] = {}
     for student in numbers.students:
@@ -170,15 +171,22 @@ def _ngrams(numbers: Numbers, task: str, found: dict[str, Contrast]) -> tuple[st
         if student.kind in TRAINED and difference is not None:
             against[student] = difference
     decisions = decide(against)
-    if not decisions or LOWER in (contrast.status, *(one.status for one in decisions.values())):
+    beaten = LOWER in (contrast.status, *(one.status for one in decisions.values()))
+    return {} if beaten else decisions
+
+
+def _ngrams(numbers: Numbers, found: dict[str, Contrast]) -> tuple[str, str] | None:
+    """That no student beats the n-grams; None if one does, or if it is not known."""
+    decisions = against_ngrams(numbers, found)
+    if not decisions:
         return None
     best = min(decisions, key=lambda one: decisions[one].difference.rate_a)
     one = decisions[best].difference
     head = "no student beats n-grams" if one.difference >= 0 else "no student is shown to beat n-grams"
     return head, (
-        f"Counts of words and letters, without any encoder, have {_article(contrast.measure)} of "
+        f"Counts of words and letters, without any encoder, have {_article(found[NGRAMS].measure)} of "
         f"{100 * one.rate_b:.2f} %; the best student, {label(numbers, best)}, has {100 * one.rate_a:.2f} % "
-        f"({clause(decisions[best], len(against))})."
+        f"({clause(decisions[best], len(decisions))})."
     )
 
 
@@ -188,15 +196,15 @@ def _texts(numbers: Numbers, found: dict[str, Contrast]) -> tuple[str, str]:
     student, reference, decision = contrast.student, contrast.reference, contrast.decision
     if student is None or reference is None or decision is None:
         return "no verdict on the transfer sets", f"{sentence(contrast.missing)}."
-    names, one = [_text(numbers, who) for who in (student, reference)], decision.difference
+    names, one = [text_of(numbers, who) for who in (student, reference)], decision.difference
     rates = f"{100 * one.rate_a:.2f} % on {names[0]}, {100 * one.rate_b:.2f} % on {names[1]}"
-    change = too_wide(one) or f"{relative_text(one)}, {plural(one.seeds, 'seed')}"
+    change = uninformative(one) or f"{relative_text(one)}, {plural(one.seeds, 'seed')}"
     if decision.status != UNDECIDED:
         best, other = names if decision.status == LOWER else names[::-1]
         head = f"{best} wins over {other}"
-    elif leaves_out_zero(one) or too_wide(one):
+    elif leaves_out_zero(one) or uninformative(one):
         head = f"{names[0]} against {names[1]}: {reading(decision, together)}"
-        change = f"{plural(one.seeds, 'seed')}" if too_wide(one) else change
+        change = f"{plural(one.seeds, 'seed')}" if uninformative(one) else change
     else:
         head = "no winner at this size"
         change += f"; fewer than {MINIMUM_SEEDS} seeds decide nothing" if one.seeds < MINIMUM_SEEDS else ""
@@ -204,7 +212,16 @@ def _texts(numbers: Numbers, found: dict[str, Contrast]) -> tuple[str, str]:
             f"{sentence(names[0])} and {names[1]} do not differ significantly: {_article(contrast.measure)} of {rates} "
             f"({change})."
         )
-    return head, f"Distilled students have {_article(contrast.measure)} of {rates} ({change})."
+    more = f" Run the study again with {more_seeds(numbers)}." if decision.status == UNDECIDED else ""
+    return head, f"Distilled students have {_article(contrast.measure)} of {rates} ({change}).{more}"
+
+
+def more_seeds(numbers: Numbers) -> str:
+    """The override that adds seeds, as Markdown: up to five, or twice as many; finished stages stay finished."""
+    seeds = numbers.seeds()
+    count = MANY_SEEDS if len(seeds) < MANY_SEEDS else 2 * len(seeds)
+    new = (number for number in range(count + len(seeds)) if number not in seeds)
+    return f"`--config.study.seeds='({','.join(map(str, [*seeds, *new][:count]))})'`"
 
 
 def _helps(numbers: Numbers, found: dict[str, Contrast]) -> tuple[str, str] | None:
@@ -218,23 +235,32 @@ def _helps(numbers: Numbers, found: dict[str, Contrast]) -> tuple[str, str] | No
     if not clauses:
         return None
     text = " ".join(clauses)
-    if not found[MLM].decision:
-        return "whether distillation itself helps is open", f"{sentence(found[MLM].missing)}. {text}"
-    if found[INITIALIZED].reference and not found[INITIALIZED].decision:
-        return "whether distillation itself helps is open", f"{sentence(found[INITIALIZED].missing)}. {text}"
-    statuses = [status for name in (MLM, INITIALIZED) if (status := found[name].status)]
-    if all(status == LOWER for status in statuses):
+    answer = helps(found)
+    if answer is None:
+        missing = found[INITIALIZED] if found[MLM].decision else found[MLM]
+        return "whether distillation itself helps is open", f"{sentence(missing.missing)}. {text}"
+    if answer == LOWER:
         return "distillation helps", text
     if found[SCRATCH].status == LOWER:
         text += " That it beats training from scratch can be due to its start or its text alone."
-    return ("distillation does not help" if HIGHER in statuses else "that distillation helps is not shown"), text
+    return ("distillation does not help" if answer == HIGHER else "that distillation helps is not shown"), text
+
+
+def helps(found: dict[str, Contrast]) -> str | None:
+    """LOWER if distillation makes fewer errors than everything without it, HIGHER if more than something; None if a
+    comparison is missing that it takes."""
+    needed = [found[MLM], *([found[INITIALIZED]] if found[INITIALIZED].reference else [])]
+    if not all(one.decision for one in needed):
+        return None
+    statuses = {one.status for one in needed}
+    return HIGHER if HIGHER in statuses else LOWER if statuses == {LOWER} else UNDECIDED
 
 
 def _decided(found: dict[str, Contrast]) -> int:
     return sum(one.decision is not None for one in found.values())
 
 
-def _text(numbers: Numbers, student: Student) -> str:
+def text_of(numbers: Numbers, student: Student) -> str:
     """The text of a transfer set, by its share of task text."""
     return {0.0: "generic text", 1.0: "task text"}.get(numbers.share(student) or 0.0) or set_name(numbers, student)
 

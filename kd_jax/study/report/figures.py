@@ -1,6 +1,5 @@
 """The figures of a report; each is None if the study has nothing to show in it."""
 
-import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,19 +9,18 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
-from matplotlib.text import Annotation
-from matplotlib.transforms import BboxBase
+from scipy.optimize import isotonic_regression
 
 from kd_jax.config.training import FEATURE_TERMS
 from kd_jax.evaluation.significance import error_rate
-from kd_jax.study.plan import INITIALIZED, LABELED, Student
+from kd_jax.study.plan import INITIALIZED, Student
 from kd_jax.study.report.findings import correlation, correlation_text, divergence_key, domain_gains, similarity_points
 from kd_jax.study.report.numbers import HEADLINE, TEACHER_LABELS, Measure, Numbers, Place
 from kd_jax.study.report.plotting import (
-    ADAPTED,
+    DASHES,
     INK,
     SOFT,
+    STROKES,
     STYLE,
     TASK_ONLY,
     color,
@@ -33,7 +31,8 @@ from kd_jax.study.report.plotting import (
     seed_points,
 )
 
-BASELINE_LINES: dict[str, Any] = {"scratch": (0, (5, 3)), "ngrams": (0, (1, 1.5))}
+BASELINES = ("scratch", "ngrams")  # whose error is a line through the other rows
+LINE = 0.19  # inches from one name in a list to the next
 MLM, STATES = "masked-LM training loss, nats", "distance of states, training"  # what a training curve shows
 
 
@@ -56,8 +55,8 @@ def answer(numbers: Numbers) -> Figure | None:
             if interval is not None:
                 panel.plot([100 * end for end in interval[1:]], [row, row], color=shade, linewidth=2, alpha=0.55)
             panel.plot([rate], [row], marker(who), color=shade, markersize=8, markeredgecolor="white")
-            if who.kind in BASELINE_LINES and not who.teacher:
-                panel.axvline(rate, color=shade, linestyle=BASELINE_LINES[who.kind], linewidth=1.2, zorder=0.5)
+            if who.kind in BASELINES and not who.teacher:
+                panel.axvline(rate, color=shade, linestyle=DASHES[who.kind, ""], linewidth=1.2, zorder=0.5)
         panel.set_title(HEADLINE[task].error_title)
         panel.set_xlabel("error, %")
     return figure
@@ -100,7 +99,9 @@ def share_curves(numbers: Numbers) -> Figure | None:
     for panel, measure in zip(panels, measures):
         _share_panel(panel, numbers, measure)
     legend, *rest = panels[len(measures) :]
-    legend.legend(handles=_share_legend(numbers), loc="center left", handlelength=2.2, labelspacing=0.9)
+    handles = _share_legend(numbers)
+    spacing = 0.9 if len(handles) < 8 else 0.3  # all within one panel
+    legend.legend(handles=handles, loc="center left", handlelength=2.8, labelspacing=spacing)
     for panel in (legend, *rest):
         panel.set_axis_off()
     return figure
@@ -122,7 +123,7 @@ def _share_panel(panel: Axes, numbers: Numbers, measure: Measure) -> None:
         shade, shape, share = color(numbers, student), marker(student), numbers.share(student)
         if share is None:  # a band over all shares
             panel.axhspan(values.min(), values.max(), color=shade, alpha=0.15, linewidth=0)
-            panel.axhline(values.mean(), color=shade, linestyle=_dashes(student), linewidth=1.4)
+            panel.axhline(values.mean(), color=shade, linestyle=DASHES[student.kind, student.teacher], linewidth=1.4)
             continue
         # Baselines stand a little aside, so that they do not cover the curve.
         x = 100 * share + {"mlm": -3.5, "distilled": 0 if student.teacher == "generic" else 3.5}[student.kind]
@@ -134,11 +135,6 @@ def _share_panel(panel: Axes, numbers: Numbers, measure: Measure) -> None:
     if line:
         panel.plot(*zip(*sorted(line)), color=TASK_ONLY, linewidth=1.4, zorder=1.5)
     panel.margins(y=0.12)
-
-
-def _dashes(student: Student) -> Any:
-    """The line of a row that has no transfer set: dotted where a teacher labeled more utterances."""
-    return (0, (1, 1.5)) if student.teacher == LABELED else (0, (5, 3))
 
 
 def _share_legend(numbers: Numbers) -> list[Line2D]:
@@ -160,7 +156,9 @@ def _share_legend(numbers: Numbers) -> list[Line2D]:
                 handles.append(legend_point(shade, shape, name))
     for student in lines:
         shade = color(numbers, student)
-        handles.append(legend_point(shade, "none", numbers.label(student), linestyle=_dashes(student)))
+        handles.append(
+            legend_point(shade, "none", numbers.label(student), linestyle=DASHES[student.kind, student.teacher])
+        )
     if len(numbers.seeds()) > 1:
         handles.append(legend_point(SOFT, "o", "small: single seeds", markersize=4, alpha=0.5))
     return handles
@@ -212,7 +210,7 @@ def teacher_noise(numbers: Numbers) -> Figure | None:
     ratios = [max(1, len(names)) for names in locales.values()]
     figure, axes = panel_grid(2, 2, 1.9 + 0.27 * sum(ratios), height_ratios=ratios, sharex="col")
     # Not the shapes of students: a figure of teachers alone has no use for the difference.
-    styles = {who: (ADAPTED, "D") if who.teacher == "adapted" else (TASK_ONLY, "o") for who in numbers.teachers}
+    styles = {who: (color(numbers, who), "D" if who.teacher == "adapted" else "o") for who in numbers.teachers}
     for row, (kind, names) in enumerate(locales.items()):
         for panel, (metric, scale) in zip(axes[row], (("loss", 1), ("accuracy", 100))):
             rows_axis(panel, names)
@@ -237,18 +235,18 @@ def teacher_noise(numbers: Numbers) -> Figure | None:
 def similarity_scatter(numbers: Numbers) -> Figure | None:
     """Each domain's divergence from generic text against its gain from task text."""
     gains = domain_gains(numbers)
-    tasks = [task for task in numbers.tasks() if similarity_points(gains, task)]
-    if not tasks:
+    found = {task: points for task in numbers.tasks() if (points := similarity_points(gains, task))}
+    if not found:
         return None
-    figure, axes = panel_grid(len(tasks), 1, 0.2 + 3.3 * len(tasks), sharex=True)
-    for panel, task in zip(axes[:, 0], tasks):
-        points = similarity_points(gains, task)
+    height = max(3.3, 0.9 + LINE * max(map(len, found.values())))
+    figure, axes = panel_grid(len(found), 1, 0.2 + height * len(found), sharex=True)
+    for panel, (task, points) in zip(axes[:, 0], found.items()):
         panel.axhline(0, color="#9aa4b0", linewidth=1)
         panel.grid(axis="y")
         x, y = np.array([point[1] for point in points]), 100 * np.array([point[2] for point in points])
         panel.plot(x, y, "o", color=TASK_ONLY, markersize=6.5, markeredgecolor="white", markeredgewidth=0.6)
-        panel.margins(0.1, 0.15)
-        _place_names(panel, [point[0] for point in points], x, y)
+        panel.margins(0.06, 0.08)
+        name_points(panel, [point[0] for point in points], x, y, LINE / (height - 0.9))
         panel.set_title(f"{HEADLINE[task].title}: {correlation_text(correlation(gains, task))}")
         panel.set_ylabel("relative error reduction\nby task text, %")
     matched = " at a matched number of tokens" if divergence_key(gains) == "jsd_matched" else ""
@@ -256,29 +254,26 @@ def similarity_scatter(numbers: Numbers) -> Figure | None:
     return figure
 
 
-def _place_names(panel: Axes, names: Sequence[str], x: np.ndarray, y: np.ndarray) -> None:
-    """Writes each name next to its point, on the first side where it covers neither another name nor a point."""
-    panel.figure.canvas.draw()  # only now are positions in pixels known
-    points = panel.transData.transform(np.column_stack([x, y]))
-    frame, taken = panel.get_window_extent(), []
-    sides = [(6, 0, "left"), (-6, 0, "right"), (0, 9, "center"), (0, -10, "center")]
-    sides += [(5, 8, "left"), (5, -8, "left"), (-5, 8, "right"), (-5, -8, "right")]
-
-    def moved(text: Annotation, side: tuple[int, int, str]) -> BboxBase:
-        text.xyann = side[:2]
-        text.set(ha=side[2])
-        return text.get_window_extent()
-
-    def covered(text: Annotation, index: int, side: tuple[int, int, str]) -> int:
-        box, others = moved(text, side), np.delete(points, index, axis=0)
-        outside = box.x0 < frame.x0 or box.x1 > frame.x1
-        return 2 * box.count_overlaps(taken) + box.padded(4).count_contains(others) + 2 * outside
-
-    for index in map(int, np.argsort(-points[:, 1])):
-        at: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
-        text = panel.annotate(names[index], (x[index], y[index]), (0, 0), fontsize=9, **at)
-        text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
-        taken.append(moved(text, min(sides, key=functools.partial(covered, text, index))))
+def name_points(panel: Axes, names: Sequence[str], x: np.ndarray, y: np.ndarray, gap: float) -> None:
+    """Lists the names at the right of the panel, in the order of y and at least `gap` of its height apart, each with a
+    thin line to its point."""
+    low, high = panel.get_ylim()
+    order, steps = np.argsort(y, kind="stable"), gap * np.arange(len(y))
+    # As near to their points as they can be: without the gaps between them, places only have to ascend.
+    places = isotonic_regression((y[order] - low) / (high - low) - steps).x
+    places = np.clip(places, 0.02, max(0.97 - steps[-1], 0.02)) + steps
+    line = {"arrowstyle": "-", "color": "#b6bec9", "linewidth": 0.7, "shrinkA": 2, "shrinkB": 4}
+    for index, place in zip(order, places):
+        panel.annotate(
+            names[int(index)],
+            (x[index], y[index]),
+            (1.03, place),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=9.5,
+            arrowprops={**line, "relpos": (0, 0.5)},
+            annotation_clip=False,
+        )
 
 
 @rc_context(STYLE)
@@ -293,9 +288,12 @@ def training_curves(numbers: Numbers) -> Figure | None:
             groups.setdefault((who, loss), {})[label] = points
     if not groups:
         return None
-    styles = {label: _curve_style(numbers, label) for group in groups.values() for label in group}
-    names = dict(styles.values())
-    figure, axes = panel_grid(1, len(groups), 3.2 + 0.1 * len(names))
+    curves = {label: _curve(numbers, label) for group in groups.values() for label in group}
+    styles = {
+        name: (shade, STROKES[number % len(STROKES)])
+        for number, (name, shade) in enumerate(dict(curves.values()).items())
+    }
+    figure, axes = panel_grid(1, len(groups), 3.2 + 0.1 * len(styles))
     # Teachers first; then students, by masked LM before those by states.
     for panel, (who, loss) in zip(axes[0], sorted(groups, key=lambda group: (group[0] == "Students", group[1] != MLM))):
         panel.grid(axis="y")
@@ -303,10 +301,14 @@ def training_curves(numbers: Numbers) -> Figure | None:
         panel.set_xlabel("step")
         panel.set_ylabel(loss)
         for label, points in groups[who, loss].items():
-            panel.plot(*zip(*points), color=styles[label][1], linewidth=1.1, alpha=0.8)
+            shade, stroke = styles[curves[label][0]]
+            panel.plot(*zip(*points), color=shade, linestyle=stroke, linewidth=1.3, alpha=0.85)
         panel.set_xlim(left=0)
-    handles = [Line2D([], [], color=shade, linewidth=2, label=name) for name, shade in names.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, handlelength=1.4)
+    handles = [
+        Line2D([], [], color=shade, linestyle=stroke, linewidth=2, label=name)
+        for name, (shade, stroke) in styles.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, handlelength=2.6)
     return figure
 
 
@@ -320,15 +322,14 @@ def curve_points(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int
     return STATES if states else MLM, found
 
 
-def _curve_style(numbers: Numbers, label: str) -> tuple[str, str]:
+def _curve(numbers: Numbers, label: str) -> tuple[str, str]:
     """(name in the legend, color) of a curve; labels are "teacher, adapted" or "<student's name>, seed 0"."""
     name = re.sub(r", seed \d+$", "", label)
     for student in numbers.students:
         if student.name == name:
             return numbers.label(student), color(numbers, student)
-    if name.startswith("teacher, "):
-        name = f"{name.removeprefix('teacher, ')} teacher"
-    return name, ADAPTED if name.startswith("adapted") else INK
+    teacher = Student("teacher", "", name.removeprefix("teacher, "))
+    return numbers.label(teacher), color(numbers, teacher)
 
 
 class Drawing(NamedTuple):
@@ -343,9 +344,9 @@ class Drawing(NamedTuple):
 FIGURES = {  # the name of the file -> the figure
     "answer": Drawing(
         answer,
-        "Test error of every row with its 95 % interval over seeds and utterances; lower is better. The dashed line is "
-        "the student from scratch, the dotted one the n-grams. Rows are tested on the same utterances, so two of them "
-        "can differ although their intervals overlap: see the declared comparisons.",
+        "Test error of every row: the mean over seeds with its 95 % interval over seeds and utterances; lower is "
+        "better. The dashed line is the student from scratch, the dotted one the n-grams. Rows are tested on the same "
+        "utterances, so two of them can differ although their intervals overlap: see the declared comparisons.",
         "Dot plot of the error rates of all students and baselines with their intervals",
         "Nothing was tested.",
     ),
@@ -359,8 +360,9 @@ FIGURES = {  # the name of the file -> the figure
     "share_curves": Drawing(
         share_curves,
         "Error against the share of task text in the transfer set. The line joins the means over seeds of the students "
-        "distilled from the generic teacher. Students by MLM alone and of the adapted teacher are shown next to their "
-        "share. Axes do not start at zero.",
+        "distilled from the generic teacher. Students by MLM alone and of other teachers are shown next to their "
+        "share; rows without a transfer set are lines across, with a band from the lowest to the highest seed. Axes do "
+        "not start at zero.",
         "Line plots of each error rate against the share of task text",
         "No distilled student was tested, so there is no curve.",
     ),
@@ -385,14 +387,17 @@ FIGURES = {  # the name of the file -> the figure
     ),
     "similarity": Drawing(
         similarity_scatter,
-        "Exploratory: one point for each domain. The intervals of the gains are in the table.",
+        "Exploratory: one point for each domain, named at the right in the order of the gains: how much less error "
+        "task text makes than generic text, against how far the domain's text is from generic text. The intervals "
+        "of the gains are in the table.",
         "Scatter plot of each domain's divergence from generic text against its gain from task text",
         "There are no gains by domain: they need a generic-only and a task-only student, and records or several seeds.",
     ),
     "training": Drawing(
         training_curves,
-        "Loss on each run's own training text, a line for each seed. Curves on different text cannot be compared with "
-        "each other.",
+        "Loss on each run's own training text against the step, a line for each seed: the masked-LM loss, or the "
+        "distance from the teacher's states where a student learns from these alone. Curves on different text cannot "
+        "be compared with each other.",
         "Line plots of training loss against the step for teachers and students",
         "No training curves were recorded.",
     ),

@@ -70,8 +70,8 @@ def loss_text(numbers: Numbers) -> str | None:
     )
 
 
-def unigram_text(numbers: Numbers) -> str | None:
-    """Names the students whose held-out loss is nowhere below a unigram's; None if there are none.
+def unigram_students(numbers: Numbers) -> list[str]:
+    """The labels of the students whose held-out loss is nowhere below a unigram's, or that none of them is below.
 
     Students of inner states are left out: their masked-LM head is trained little or not at all, and says nothing of the
     encoder.
@@ -89,13 +89,18 @@ def unigram_text(numbers: Numbers) -> str | None:
         # Below the unigram on either kind of text is enough: a student of generic text need not know the task's.
         if below and not any(below):
             weak.append(label(numbers, student))
+    return ["every student"] if len(weak) == measured > 1 else weak
+
+
+def unigram_text(numbers: Numbers) -> str | None:
+    """Names the students that learned no more than how often each token occurs; None if there are none."""
+    weak = unigram_students(numbers)
     if not weak:
         return None
-    who = "every student" if len(weak) == measured > 1 else "; ".join(weak)
     return (
-        f"No better than a unigram on held-out text, of the task or generic: {who}. Such an encoder has not learned to "
-        "use context yet, so its results after finetuning say little about its transfer set. Distill longer first "
-        "(config.distill.steps)."
+        f"No better than a unigram on held-out text, of the task or generic: {'; '.join(weak)}. Such an encoder has "
+        "not learned to use context yet, so its results after finetuning say little about its transfer set. "
+        "Distill longer first (config.distill.steps)."
     )
 
 

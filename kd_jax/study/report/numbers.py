@@ -66,7 +66,8 @@ class ReportInputs:
     similarity: Sequence[Mapping[str, Any]] = ()  # domain, jsd, jsd_matched, overlap, tokens
     # Student, task, dev_score, chosen, and learning_rate, epochs and pooling, or part and c.
     recipes: Sequence[Mapping[str, Any]] = ()
-    notes: Sequence[str] = ()  # warnings
+    notes: Sequence[str] = ()  # warnings that change what to do
+    remarks: Sequence[str] = ()  # on how the rows were made
     latency: Mapping[str, Any] | None = None  # latency.json; None where nothing was measured
 
     @cached_property

@@ -1,7 +1,7 @@
-"""The look of all figures: one color and marker for each student, SVG and PNG of each figure.
+"""The look of all figures: one color, marker and line for each student, SVG and PNG of each figure.
 
-The colors are Okabe and Ito's, which stay distinct under the common kinds of color blindness; markers distinguish the
-kinds of student as well.
+Most colors are Okabe and Ito's, which stay distinct under the common kinds of color blindness; markers and lines
+distinguish the kinds of student as well.
 """
 
 import io
@@ -19,12 +19,21 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from kd_jax.runtime.files import write_atomically
-from kd_jax.study.plan import INITIALIZED, Student
+from kd_jax.study.plan import INITIALIZED, LABELED, Student
 from kd_jax.study.report.numbers import Numbers
 
 INK, SOFT, GRID = "#1c2430", "#5b6675", "#e3e7ec"
-SCRATCH, MLM, ADAPTED = "#7a7a7a", "#e69f00", "#d55e00"
-GENERIC_ONLY, TASK_ONLY = "#56b4e9", "#003f73"  # ends of the blue scale of task shares
+SCRATCH, TASK_ONLY = "#7a7a7a", "#003f73"
+# The ends of the scale of task shares, by what a student learns from.
+SCALES = {
+    "generic": ("#56b4e9", TASK_ONLY),
+    "adapted": ("#f3b58a", "#d55e00"),
+    "schedule": ("#f2b6d8", "#c51b7d"),
+    "average": ("#8fd1c6", "#01665e"),
+    "chain": ("#d8b365", "#6b3d05"),
+    "": ("#ffdf8e", "#e69f00"),  # masked LM alone
+    INITIALIZED: ("#cfc98a", "#8a7a00"),  # the same from the teacher
+}
 NGRAMS, PROBE, FINETUNED, STARTED = "#009e73", "#cc79a7", "#7b3f66", "#8a7a00"
 MARKERS = {
     "ngrams": "P",
@@ -33,10 +42,33 @@ MARKERS = {
     "scratch": "X",
     "initialized": "h",
     "mlm": "s",
-    "distilled": "o",
     "teacher": "v",
 }
+TEACHER_MARKERS = {"adapted": "D", "schedule": "p", "average": "*", "chain": "d"}  # of students; else a circle
 KIND_COLORS = {"ngrams": NGRAMS, "probe": PROBE, "finetuned": FINETUNED, "scratch": SCRATCH, "initialized": STARTED}
+TAUGHT = "#7b52ab"  # the adapted teacher, beside students whose color is that of its own
+# The line of a row that has no transfer set, by (kind, teacher).
+DASHES: dict[tuple[str, str], Any] = {
+    ("ngrams", ""): (0, (1, 1.5)),
+    ("ngrams", LABELED): (0, (1, 3.5)),
+    ("probe", ""): (0, (3, 1.5, 1, 1.5)),
+    ("finetuned", ""): (0, (9, 2)),
+    ("scratch", ""): (0, (5, 3)),
+    ("scratch", LABELED): (0, (2.5, 4)),
+    (INITIALIZED, ""): (0, (6, 1.5, 1, 1.5, 1, 1.5)),
+}
+# Of training curves, in this order.
+STROKES: tuple[Any, ...] = (
+    "-",
+    (0, (6, 2)),
+    (0, (1, 1)),
+    (0, (6, 2, 1, 2)),
+    (0, (3, 1)),
+    (0, (3, 1, 1, 1, 1, 1)),
+    (0, (9, 3)),
+    (0, (1, 3)),
+    (0, (9, 2, 3, 2)),
+)
 WIDTH = 7.4  # inches, about the widest that figures are shown
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -62,21 +94,22 @@ STYLE: dict[Any, Any] = {
 def color(numbers: Numbers, student: Student) -> str:
     """The student's color in every figure."""
     if student.kind in KIND_COLORS:
-        return KIND_COLORS[student.kind]
-    if student.kind == "mlm":
-        return STARTED if student.teacher == INITIALIZED else MLM
-    if student.teacher == "adapted":
-        return ADAPTED
+        shade = KIND_COLORS[student.kind]
+        return _lighter(shade) if student.teacher == LABELED else shade
     if student.kind == "teacher":
-        return TASK_ONLY
+        return TAUGHT if student.teacher == "adapted" else INK
     share = numbers.share(student) or 0.0
-    low, high = np.array(to_rgb(GENERIC_ONLY)), np.array(to_rgb(TASK_ONLY))
+    low, high = (np.array(to_rgb(end)) for end in SCALES[student.teacher])
     return to_hex(tuple(low + share * (high - low)))
+
+
+def _lighter(shade: str) -> str:
+    return to_hex(tuple(0.55 * np.array(to_rgb(shade)) + 0.45))
 
 
 def marker(student: Student) -> str:
     """The student's marker in every figure."""
-    return "D" if student.kind == "distilled" and student.teacher == "adapted" else MARKERS[student.kind]
+    return TEACHER_MARKERS.get(student.teacher, "o") if student.kind == "distilled" else MARKERS[student.kind]
 
 
 def write_figure(figure: Figure, folder: pathlib.Path, name: str) -> None:

@@ -39,16 +39,18 @@ from kd_jax.study.report.findings import (
 )
 from kd_jax.study.report.numbers import HEADLINE, JUDGED_NAMES, TASK_NAMES, TEST, Numbers, ReportInputs
 from kd_jax.study.report.plotting import write_figure
-from kd_jax.study.report.wording import label, plural
+from kd_jax.study.report.recommendation import recommendation
+from kd_jax.study.report.wording import label, plural, sentence
 from kd_jax.text_tables import aligned_table, escaped
 
-WIDTH = 110  # characters in a line of the summary
+WIDTH = 100  # characters in a line of the summary
 DECLARED = "Declared comparisons"
 RESULTS = "Results"
 HELDOUT = "Held-out masked-LM loss"
 CURVES = "Error against the share of task text"
 SIMILARITY = "Similarity to generic text against the gain"
 FINDING_SECTIONS = (DECLARED, f"{CURVES}; {HELDOUT}", SIMILARITY, f"{RESULTS}; {HELDOUT}")
+NOTHING = "No verdict: there are no results on a task."
 OWN_CHOICES = (
     "The sizes of teacher and students, the shares of task text, the amounts of text and the measure of similarity are "
     "this study's own choices. The paper's (Peris et al. 2022, arXiv 2210.04834) are not public, so do not compare its "
@@ -74,16 +76,20 @@ def write_report(folder: pathlib.Path, inputs: ReportInputs) -> None:
 
 
 def summary_text(inputs: ReportInputs) -> str:
-    """The verdict and the result table as plain text of at most 110 columns, for the terminal."""
+    """What to do and one table of results as plain text of at most 100 columns, for the terminal."""
 
     def wrapped(text: str) -> str:
         return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
-    lines = [inputs.name, "", *(wrapped(plain(text)) for text in _verdict_sentences(inputs.numbers))]
+    numbers = inputs.numbers
+    found = [recommendation(numbers, task) for task in numbers.tasks()]
+    said = [f"{sentence(one.title)}. Evidence: {one.evidence}." for one in found] or [NOTHING]
+    said += [f"To be surer, {step}." for step in dict.fromkeys(one.next_step for one in found)]
+    lines = [inputs.name, "", *(wrapped(plain(text)) for text in said)]
     lines += [wrapped(f"Note: {note}") for note in inputs.notes]
-    if inputs.numbers.students:
-        for table in tables.terminal_tables(inputs.numbers):
-            lines += ["", wrapped(table.caption), aligned_table(table.header, table.rows, rule=True, width=WIDTH)]
+    if numbers.students:
+        table = tables.terminal_table(numbers)
+        lines += ["", wrapped(table.caption), aligned_table(table.header, table.rows, rule=True, width=WIDTH)]
     return "\n".join(lines)
 
 
@@ -95,7 +101,8 @@ def compose(inputs: ReportInputs, drawn: Collection[str]) -> dict[str, str]:
         for name, one in FIGURES.items()
     }
     return {
-        "Verdict": _joined(_verdict_section(numbers), shown["answer"]),
+        "What to do": _joined(_what_to_do_section(numbers), shown["answer"]),
+        "Verdict": _joined(*_verdict_sentences(numbers), OWN_CHOICES),
         DECLARED: _declared_section(numbers),
         RESULTS: _results_section(numbers),
         HELDOUT: _heldout_section(numbers, shown["heldout_loss"]),
@@ -120,7 +127,7 @@ def page(title: str, sections: Mapping[str, str], folder: pathlib.Path) -> str:
     """The report as one HTML page; the figures are read from `folder`/figures."""
     renderer = html_renderer(folder)
     anchors = {name: re.sub(r"\W", "-", name.lower()) for name in sections}
-    verdict, *others = (
+    top, *others = (
         f'<section id="{anchors[name]}">\n<h2>{html.escape(name)}</h2>\n{renderer.render(text)}</section>'
         for name, text in sections.items()
     )
@@ -128,7 +135,7 @@ def page(title: str, sections: Mapping[str, str], folder: pathlib.Path) -> str:
         f'<li><a href="#{anchor}">{html.escape(name)}</a></li>' for name, anchor in list(anchors.items())[1:]
     )
     template = string.Template(resources.files("kd_jax.study.report").joinpath("page.html").read_text(encoding="utf-8"))
-    return template.substitute(title=html.escape(title), verdict=verdict, contents=contents, sections="\n".join(others))
+    return template.substitute(title=html.escape(title), top=top, contents=contents, sections="\n".join(others))
 
 
 def html_renderer(folder: pathlib.Path) -> MarkdownIt:
@@ -173,13 +180,18 @@ def _joined(*blocks: str) -> str:
 def _verdict_sentences(numbers: Numbers) -> list[str]:
     sentences = [verdict_text(numbers, task) for task in numbers.tasks()]
     if not sentences:
-        sentences = ["**No verdict.** There are no downstream results."]
+        sentences = [f"**{NOTHING}**"]
     return sentences + [text for text in (loss_text(numbers), unigram_text(numbers)) if text]
 
 
-def _verdict_section(numbers: Numbers) -> str:
-    notes = _bullets([f"**Note:** {escaped(note)}" for note in numbers.inputs.notes])
-    return _joined(*_verdict_sentences(numbers), notes, OWN_CHOICES)
+def _what_to_do_section(numbers: Numbers) -> str:
+    blocks = []
+    for task in numbers.tasks():
+        one = recommendation(numbers, task)
+        details = [f"{one.reason}.", f"Evidence: {one.evidence}.", f"To be surer, {one.next_step}."]
+        blocks.append(f"**{sentence(one.title)}.**\n\n{_bullets(details)}")
+    notes = [f"**Note:** {escaped(note)}" for note in numbers.inputs.notes]
+    return _joined(*(blocks or [f"**{NOTHING}**"]), *notes)
 
 
 def _declared_section(numbers: Numbers) -> str:
@@ -355,6 +367,7 @@ def _method_section(numbers: Numbers) -> str:
             blocks.append(tables.recipe_table(numbers).markdown())
     if inputs.realized:
         blocks.append(tables.text_table(numbers).markdown())
+    blocks.append(_bullets([escaped(remark) for remark in inputs.remarks]))
     blocks.append(_bullets(_provenance_lines(inputs.provenance)))
     if inputs.provenance.get("seconds"):
         blocks.append(tables.time_table(inputs.provenance["seconds"]).markdown())

@@ -12,12 +12,11 @@ from kd_jax.study.report.numbers import HEADLINE, JUDGED_NAMES, TASK_NAMES, TEST
 from kd_jax.study.report.wording import (
     NONE,
     label,
-    leaves_out_zero,
     plural,
     relative,
     relative_text,
     signed,
-    too_wide,
+    uninformative,
 )
 from kd_jax.text_tables import escaped, markdown_table
 
@@ -232,7 +231,7 @@ def domain_table(gains: Sequence[DomainGain], tasks: Sequence[str]) -> Table:
             return NONE
         # A gain is a fall of the error, so the ends of the interval change places.
         value, high, low = (signed(-100 * one) for one in found)
-        return too_wide(difference) or f"{value} % [{low}, {high}]"
+        return uninformative(difference) or f"{value} % [{low}, {high}]"
 
     rows = [
         [
@@ -303,7 +302,11 @@ def recipe_table(numbers: Numbers) -> Table:
     by_count: dict[int, list[str]] = {}
     for (name, _, _), count in trials.items():
         by_count.setdefault(count, []).append(escaped(name))
-    counts = "; ".join(f"{count} for {', '.join(dict.fromkeys(by_count[count]))}" for count in sorted(by_count))
+    groups = {count: list(dict.fromkeys(by_count[count])) for count in sorted(by_count)}
+    most = max(groups, key=lambda count: len(groups[count]), default=0)
+    if len(groups.get(most, ())) > 2:  # names hold commas, so many of them are hard to tell apart
+        groups[most] = ["every other row" if len(groups) > 1 else "every row"]
+    counts = "; ".join(f"{count} for {' and '.join(names)}" for count, names in groups.items())
     caption = (
         "The same search for every student, on the dev partition with the first seed; n-grams and the probe choose the "
         f"C of their regression there. Trials of each row and task: {counts}."
@@ -381,35 +384,12 @@ def latency_table(latency: Mapping[str, Any]) -> Table:
     return Table(header, rows, "What each size in this study takes to store and to run.", 2)
 
 
-def terminal_tables(numbers: Numbers) -> list[Table]:
-    """Scores, and relative changes against generic-only, each narrow enough for a terminal."""
-    measures, reference = numbers.measures(), numbers.with_share(0.0)
-    scores, changes = [], []
+def terminal_table(numbers: Numbers) -> Table:
+    """The headline scores of both tasks, narrow enough for a terminal."""
+    measures = [one for one in numbers.measures() if one.shown != "exact_match"]
+    rows = []
     for student in numbers.students:
-        name = numbers.label(student).removesuffix(" teacher")
-        means = [spread(numbers.mean(student, measure.task, measure.shown)) for measure in measures]
-        loss = numbers.mean(student, "mlm", "loss", Place("heldout_task"))
-        scores.append([name, *means, spread(loss, 1.0)])
-        changes.append([name, *(starred_change(numbers, student, reference, measure) for measure in measures)])
-    header = ["Student", *(measure.title for measure in measures), "Task loss"]
-    found = [Table(header, scores, f"Mean ± standard deviation over {seeds_text(numbers)}, in %{unseeded(numbers)}")]
-    if reference and len(numbers.students) > 1 and measures:
-        errors = [measure.title if measure.shown == measure.error else f"{measure.title} error" for measure in measures]
-        caption = (
-            "Relative change of error rates against generic only, in %; * the 95 % interval leaves out zero. "
-            "Exploratory: one in twenty does by chance"
-        )
-        found.append(Table(["Student", *errors], changes, caption))
-    return found
-
-
-def starred_change(numbers: Numbers, student: Student, reference: Student | None, measure: Measure) -> str:
-    """The relative change in %, with a star if its interval leaves out zero, else two spaces to keep it aligned."""
-    if student == reference:
-        return "0  "
-    difference = numbers.difference(student, reference, measure)
-    found = relative(difference)
-    if difference is None or found is None:
-        text = change(numbers, student, reference, measure, Place(TEST)).removesuffix(" % (no interval)")
-        return f"{text}  "
-    return f"{signed(100 * found[0])}{' *' if leaves_out_zero(difference) else '  '}"
+        means = [spread(numbers.mean(student, one.task, one.shown), digits=1) for one in measures]
+        rows.append([numbers.label(student), *means])
+    caption = f"Test set, in %, {seeds_text(numbers)}; errors and SemER: lower is better, F1: higher"
+    return Table(["Student", *(one.title for one in measures)], rows, caption)

@@ -6,6 +6,7 @@ from kd_jax.study.report.numbers import Numbers
 from kd_jax.text_tables import escaped
 
 NONE = "–"
+WIDEST = 0.5  # half-width of an interval around no change, above which it says nothing
 
 
 def signed(value: float, digits: int = 1) -> str:
@@ -28,12 +29,17 @@ def leaves_out_zero(difference: Difference) -> bool:
     return low > 0 or high < 0
 
 
-def too_wide(difference: Difference) -> str | None:
-    """What there is too little of if an interval of more than ± 100 % says nothing; None if it says something."""
+def uninformative(difference: Difference) -> str | None:
+    """What there is too little of to tell, in words; None if the interval tells something.
+
+    This is the one definition: the interval holds zero, and it is wider than ± 50 % of the other error or covers one
+    seed alone.
+    """
     change = relative(difference)
-    if change is None or change[2] - change[1] <= 2 or leaves_out_zero(difference):
+    wide = change is not None and change[2] - change[1] > 2 * WIDEST
+    if leaves_out_zero(difference) or not (wide or difference.seeds == 1):
         return None
-    return "too few seeds to tell" if difference.seeds > 1 else "too few utterances to tell"
+    return "too few seeds to tell" if difference.seeds else "too few utterances to tell"
 
 
 def relative_text(difference: Difference | None) -> str:
@@ -42,7 +48,7 @@ def relative_text(difference: Difference | None) -> str:
     if difference is None or change is None:
         return NONE
     value, low, high = (signed(100 * one) for one in change)
-    return too_wide(difference) or f"{value} % [{low}, {high}]"
+    return uninformative(difference) or f"{value} % [{low}, {high}]"
 
 
 def label(numbers: Numbers, student: Student) -> str:

@@ -107,7 +107,7 @@ def test_no_student_beats_the_ngrams_is_the_first_sentence():
     assert text.startswith("**DC: no student beats n-grams.** Counts of words and letters, without any encoder, have ")
     assert "the best student, distilled, task 100 %, has" in text and ", higher)." in text
     lines = summary_text(numbers.inputs).splitlines()
-    assert lines[2].startswith("DC: no student beats n-grams.") and max(map(len, lines)) <= WIDTH
+    assert lines[2].startswith("Domains (DC): keep the n-grams. Evidence: good") and max(map(len, lines)) <= WIDTH
     # A lower error that may be chance is not enough; any student that is surely lower is.
     tied = contrasts.verdict_text(study({**ALL, ("ngrams", "", ""): 0.151}), "dc")
     assert tied.startswith("**DC: no student ")
@@ -136,6 +136,7 @@ def test_an_interval_without_zero_never_stands_beside_no_winner():
         numbers = study(ALL, seeds)
         text = contrasts.verdict_text(numbers, "dc")
         assert f"ask text against generic text: lower on these utterances; {words} cannot decide.**" in text
+        assert "Run the study again with `--config.study.seeds='(0,1,2,3,4)'`." in text
         assert "no winner" not in text and " wins " not in text and "Distillation helps" not in text
         assert {one.status for one in contrasts.declared(numbers, "dc").values()} == {UNDECIDED}
 
@@ -153,6 +154,11 @@ def test_a_difference_lost_to_the_adjustment_is_said():
     assert any(said.startswith("lower taken alone") for said in words)
 
 
+def test_an_interval_of_one_seed_that_holds_zero_says_nothing():
+    text = contrasts.verdict_text(study({**ALL, TASK: ALL[GENERIC_TEXT]}, (0,)), "dc")
+    assert "ask text against generic text: too few seeds to tell.**" in text and "no winner" not in text
+
+
 def test_an_interval_that_says_nothing_becomes_words():
     def rows(who, values):
         place = {"scope": "all", "locale": "all", "domain": "all", "test_set": "test", "count": 10}
@@ -162,7 +168,7 @@ def test_an_interval_that_says_nothing_becomes_words():
             for seed, value in enumerate(values)
         ]
 
-    results = rows(TASK, (0.1, 0.6, 0.2)) + rows(GENERIC_TEXT, (0.2, 0.3, 0.25))
+    results = rows(TASK, (0.15, 0.3, 0.2)) + rows(GENERIC_TEXT, (0.2, 0.3, 0.25))
     numbers = ReportInputs(name="x", results=results, task_shares=SHARES).numbers
     text = contrasts.verdict_text(numbers, "dc")
     assert text.startswith("**DC: task text against generic text: too few seeds to tell.**") and "[" not in text

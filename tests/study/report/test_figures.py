@@ -1,9 +1,11 @@
 """What the figures draw is what the results say, and their files are whole, stable and of known kinds."""
 
 import io
+import itertools
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from kd_jax.study.plan import Student
 from kd_jax.study.report import figures, findings, plotting
@@ -91,6 +93,24 @@ def test_students_of_one_figure_have_different_colors_or_markers(inputs):
     assert len(set(looks)) == len(STUDENTS)
 
 
+def test_every_line_of_a_figure_has_its_own_color_and_style(inputs):
+    kinds = (("ngrams", ""), ("ngrams", "labeled"), ("probe", ""), ("finetuned", ""), ("scratch", ""))
+    rows = [Student(kind, "", teacher) for kind, teacher in (*kinds, ("scratch", "labeled"), ("initialized", ""))]
+    rows += [Student("mlm", "task", ""), Student("mlm", "task", "initialized")]
+    rows += [
+        Student("distilled", name, teacher)
+        for name in ("generic", "task")
+        for teacher in ("generic", "adapted", "schedule", "average", "chain")
+    ]
+    shades = [plotting.color(inputs.numbers, who) for who in [*rows, *inputs.numbers.teachers]]
+    assert len(set(shades)) == len(shades) - 1, "only what starts from the teacher shares a color, with other markers"
+    assert len(set(plotting.DASHES.values())) == len(plotting.DASHES)
+    assert len(set(plotting.STROKES)) == len(plotting.STROKES)
+    legend = figures.training_curves(inputs.numbers).legends[0].get_lines()
+    looks = [(line.get_color(), str(line._dash_pattern)) for line in legend]
+    assert len(looks) == 7 and all(len(set(column)) == 7 for column in zip(*looks))
+
+
 def test_the_answer_has_every_row_with_its_interval_and_lines_at_the_baselines(inputs):
     numbers = inputs.numbers
     dc, icner = figures.answer(numbers).axes
@@ -132,18 +152,20 @@ def test_files_are_whole_images_and_the_same_each_time(inputs, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["noise.png", "noise.svg"]
 
 
-def test_names_stay_inside_the_scatter_where_domains_crowd(inputs):
-    """Eighteen domains close together: no name may be cut off at the frame's left or right."""
+@pytest.mark.parametrize("spread", [0.0, 10.0])
+def test_no_name_covers_another_where_domains_crowd(spread):
+    """Eighteen domains close together: names stand apart, in the order of their points, and inside the figure."""
     names = [f"domain number {index}" for index in range(18)]
-    figure, axes = plotting.panel_grid(1, 1, 3.3)
+    figure, axes = plotting.panel_grid(1, 1, 4.3)
     panel = axes[0, 0]
     rng = np.random.default_rng(0)
-    x, y = 0.3 + 0.01 * rng.random(18), 10 * rng.random(18)
+    x, y = 0.3 + 0.01 * rng.random(18), spread * rng.random(18)
     panel.plot(x, y, "o")
-    panel.margins(0.1, 0.15)
-    figures._place_names(panel, names, x, y)
+    figures.name_points(panel, names, x, y, figures.LINE / 3.4)
     figure.savefig(io.BytesIO(), format="png")
-    frame = panel.get_window_extent()
-    for text in panel.texts:
-        box = text.get_window_extent()
-        assert box.x0 > frame.x0 - 5 and box.x1 < frame.x1 + 5
+    boxes = [Text.get_window_extent(text) for text in panel.texts]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert all(one.x0 > panel.get_window_extent().x1 and one.x1 < figure.bbox.x1 for one in boxes)
+    assert all(figure.bbox.y0 < one.y0 and one.y1 < figure.bbox.y1 for one in boxes)
+    heights = {text.get_text(): box.y0 for text, box in zip(panel.texts, boxes)}
+    assert [heights[names[index]] for index in np.argsort(y, kind="stable")] == sorted(heights.values())

@@ -15,6 +15,7 @@ from kd_jax.types import UserError
 from tests.support.report_inputs import LATENCY, STUDENTS, synthetic_inputs
 
 SECTIONS = [
+    "What to do",
     "Verdict",
     "Declared comparisons",
     "Results",
@@ -107,19 +108,24 @@ def test_markdown_names_figures_that_exist_and_its_tables_are_whole(folder):
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
 
 
-def test_the_notes_and_our_own_choices_stand_in_the_verdict(inputs):
-    verdict = document_text(inputs).split("## Declared")[0]
-    assert inputs.notes[0] in verdict
+def test_notes_stand_at_the_top_and_our_own_choices_in_the_verdict(inputs):
+    top, verdict = document_text(inputs).split("## Declared")[0].split("## Verdict")
+    assert inputs.notes[0] in top and "figures/answer.svg" in top
     assert "this study's own choices" in verdict
 
 
-def test_summary_is_narrow_and_begins_with_the_verdict(inputs):
+def test_the_summary_fits_one_screen_and_begins_with_what_to_do(inputs):
     text = summary_text(inputs)
-    assert all(len(line) <= 110 for line in text.splitlines())
-    assert text.splitlines()[:2] == ["Synthetic study", ""]
-    assert text.splitlines()[2].startswith("DC: task text wins over generic text. Distilled ")
-    assert "ICNER: task text wins over generic text." in " ".join(text.split("Student ")[0].split())
-    assert "**" not in text
+    lines = text.splitlines()
+    assert len(lines) <= 30 and max(map(len, lines)) <= 100
+    assert lines[:2] == ["Synthetic study", ""]
+    assert lines[2].startswith("Domains (DC): ")
+    assert "Intents and slots (ICNER): use task text and distill." in " ".join(text.split("Student ")[0].split())
+    assert "To be surer, train more often: --config.study.seeds='(0,1,2,3,4)'." in text
+    assert "**" not in text and "`" not in text
+    (header,) = [line for line in lines if line.startswith("Student ")]
+    assert header.split()[1:] == ["DC", "error", "Intent", "error", "Slot", "F1", "SemER"]
+    assert len(lines) - lines.index(header) - 2 == len(inputs.numbers.students)
 
 
 def test_names_of_users_are_shown_as_they_are(tmp_path):
@@ -210,7 +216,7 @@ def test_a_study_without_any_result_is_still_a_report(tmp_path):
     write_report(tmp_path, inputs)
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert page.headings == SECTIONS
-    assert "No verdict." in summary_text(inputs)
+    assert "No verdict: there are no results on a task." in summary_text(inputs)
 
 
 def test_undefined_metrics_are_no_crash():

@@ -1,0 +1,79 @@
+"""How long the stages that are left will take: as long as finished ones of the same kind, else by their FLOPs.
+
+One stage of a kind, the slowest, also compiled, so it counts only while it is the only one. Kinds not seen yet go by
+the FLOPs and the time of the steps alone, and each of them once by what a stage spends on compiling and the rest.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from kd_jax.config.training import Finetune, Pretrain
+from kd_jax.study.plan import Stage
+
+
+class Timing:
+    """The seconds of finished stages; flops: of all stages by folder, for kinds of which none has finished."""
+
+    def __init__(self, flops: Mapping[str, float] | None = None):
+        self.flops: Mapping[str, float] = flops or {}
+        self._steps: list[tuple[Stage, float]] = []  # the seconds of the steps alone
+        self._others: list[float] = []  # the seconds of all else
+        self._seconds: dict[tuple, list[float]] = {}
+
+    def note(self, stage: Stage, seconds: float, steps: float = 0.0) -> None:
+        """A stage has finished after so many seconds, of which its training steps took `steps`."""
+        if steps:
+            self._steps.append((stage, steps))
+            self._others.append(max(seconds - steps, 0.0))
+        for kind in kinds(stage):
+            self._seconds.setdefault(kind, []).append(seconds)
+
+    def expected(self, stage: Stage) -> float | None:
+        """Seconds of a stage, 0 where no FLOPs are counted; None while nothing is known."""
+        known = self._known(stage)
+        if known is not None:
+            others = sorted(known)[:-1] or known
+            return sum(others) / len(others)
+        work = self.flops.get(stage.folder)
+        rates = [flops / took for one, took in self._steps if (flops := self.flops.get(one.folder, 0.0))]
+        return None if work is None or (work and not rates) else work / max(rates) if work else 0.0
+
+    def _known(self, stage: Stage) -> list[float] | None:
+        return next((self._seconds[kind] for kind in kinds(stage) if kind in self._seconds), None)
+
+    def left(self, stages: Iterable[Stage]) -> str:
+        """How long these take together, in words."""
+        stages = list(stages)
+        expected = [self.expected(stage) for stage in stages]
+        known = [one for one in expected if one is not None]
+        new = {kinds(stage)[0] for stage in stages if self.flops.get(stage.folder) and self._known(stage) is None}
+        if not expected:
+            return "the report is left"
+        if len(known) < len(expected) and not sum(known):
+            return "time left not known yet"
+        total = sum(known) + len(new) * min(self._others, default=0.0)
+        return f"{'about' if len(known) == len(expected) else 'more than'} {duration(max(total, 1.0))} left"
+
+
+def kinds(stage: Stage) -> tuple[tuple, ...]:
+    """What stages that take equally long have in common, the closest match first."""
+    job = stage.job
+    if stage.command == "baseline":
+        return ((stage.command, stage.config["baseline"]["features"]),)
+    if job is None:
+        return ((stage.command,),)
+    model = job.model if isinstance(job, Pretrain) else ""
+    length = (job.epochs if isinstance(job, Finetune) else 0) or job.steps
+    # A cache makes distillation faster, and an intermediate is another student than the one compared.
+    more = (bool(stage.config["teacher_cache"]), str(stage.config["student"])) if stage.command == "distill" else ()
+    return (stage.command, model, length, job.batch_size, *more), (stage.command, model)
+
+
+def duration(seconds: float) -> str:
+    """3700 as "1 h 2 min"."""
+    seconds = max(round(seconds), 0)
+    if seconds < 100:
+        return f"{seconds} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 48 * 60 else f"{minutes / 1440:.1f} days"
