@@ -29,40 +29,25 @@ def get_config(argument: str = "") -> ConfigDict:
     )
     config.sources.generic.max_texts = 10_000
     config.sources.task = base.source("task", "utterances", config.nlu.get_oneway_ref("locales"))
-    config.tokenizer.update({"kind": "load", "path": MODEL})
     config.rows.length = 64
     config.masking.epochs = 1  # the teacher is far larger than the student, so cached rows are reused
 
-    config.teacher = base.encoder("minilm_l12_h384", vocab_size=0)
+    base.distill_states(config, MODEL, "minilm_l12_h384")
+    config.vocabulary.min_count = 4
     config.student = base.encoder("student_small")
-    config.vocabulary.update({"trim": True, "min_count": 4})
     # The model has no masked-LM head: where logits are distilled, config.pretrain trains one, with the encoder frozen.
     config.pretrain.update({"steps": 400, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 10})
     config.adapt.update({"steps": 80, "batch_size": 64, "learning_rate": 2e-4, "warmup_steps": 10})
-    config.distill.update({"steps": 800, "batch_size": 32, "learning_rate": 3e-3, "warmup_steps": 20})
-    config.distill.schedule = "cosine"
-    # States of unmasked text, which the teacher computes once for all students, and a token table that starts as the
-    # principal components of the teacher's. The states are read by their mean, as e5 was trained; all of them have a
-    # cosine of 0.84 with their common mean, and with it in them a student learned nothing else in 400 steps.
-    config.distill.update({"clean": True, "center": True})
-    config.distill.update({"init": "teacher", "init_layers": "none", "table_rate": 1 / 3})
-    config.distill.kl.weight = config.distill.mlm.weight = 0.0
-    config.distill.hidden.weight = 1.0
-    config.distill.hidden.layers = "last"
+    config.distill.update({"steps": 800, "batch_size": 32, "warmup_steps": 20})
     # A tenth of the labels and of dev: labels are scarce in practice, and unlabeled task text is plentiful.
-    config.finetune.update({"batch_size": 64, "warmup_steps": 50, "max_train": 1151, "max_dev": 203, "pooling": "mean"})
+    config.finetune.update({"batch_size": 64, "warmup_steps": 50, "max_train": 1151, "max_dev": 203})
 
     config.study.transfer_sets = ConfigDict({"generic": 0.0, "task": 1.0})
     config.study.update(
         {
             "name": "MASSIVE, four locales, multilingual-e5-small",
-            "teacher_import": MODEL,
             "seeds": (0, 1, 2),
-            "recipe_learning_rates": (2e-3,),
             "recipe_epochs": (10,),
-            "recipe_encoder_rates": (1.0, 0.3),
-            "train_head": False,
-            "adapted_sets": (),
         }
     )
     if argument in ("logits", "features"):
@@ -89,8 +74,4 @@ def get_config(argument: str = "") -> ConfigDict:
         # Fewer steps: the teacher runs in each of them, and states of all tokens teach more than logits of the masked
         # ones. States need no masked-LM head, so the model is used as published.
         config.distill.update({"steps": 400, "batch_size": 32, "evaluate_every": 100})
-    if argument != "smoke":
-        return config
-    config = base.smoke(config)
-    config.teacher = base.encoder("minilm_l12_h384", vocab_size=0)
-    return config
+    return base.smoke(config) if argument == "smoke" else config

@@ -91,7 +91,8 @@ fi
 
 echo "Installing the packages of $lock into $venv (a few minutes, this once; log in $venv/install.log)"
 touch "$venv/installing"
-if ! "$venv/bin/python" -m pip install --disable-pip-version-check --no-input -r "$lock" >"$venv/install.log" 2>&1; then
+# Not compiled to bytecode: most modules are never imported, and the others are compiled then.
+if ! "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-compile -r "$lock" >"$venv/install.log" 2>&1; then
   rm "$venv/installing"
   grep -v '^Ignoring' "$venv/install.log" | tail -n 10 >&2
   fail "pip could not install $lock; the end of $venv/install.log is above"

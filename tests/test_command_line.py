@@ -135,12 +135,16 @@ def own_data(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
+# In place of the same model on the hub.
+TEACHER = ("--config.tokenizer.path=embedded", "--config.study.teacher_import=embedded")
+
+
 def test_a_study_of_own_data_is_checked_and_planned(own_data):
     config = f"--config={own_data / 'config.py'}:smoke"
-    checked = kd_jax("prepare", config, "--check", cwd=own_data)
+    checked = kd_jax("prepare", config, *TEACHER, "--check", cwd=own_data)
     assert checked.returncode == 0, checked.stderr
     assert "domains in train (2)" in checked.stdout
-    planned = kd_jax("study", config, "--dry-run", cwd=own_data)
+    planned = kd_jax("study", config, *TEACHER, "--dry-run", cwd=own_data)
     assert planned.returncode == 0, planned.stderr
     assert planned.stdout.startswith("My data: ")
 
@@ -148,7 +152,7 @@ def test_a_study_of_own_data_is_checked_and_planned(own_data):
 @pytest.mark.long
 def test_a_study_of_own_data_runs(own_data):
     run = own_data / "run"
-    done = kd_jax("study", f"--config={own_data / 'config.py'}:smoke", f"--workdir={run}", cwd=own_data)
+    done = kd_jax("study", f"--config={own_data / 'config.py'}:smoke", *TEACHER, f"--workdir={run}", cwd=own_data)
     assert done.returncode == 0, done.stderr
     assert (run / "report.html").is_file()
     (stage, *_) = sorted(run.glob("**/run.json"))

@@ -169,7 +169,8 @@ class Study:
     chain_sets: from config.intermediate, itself distilled from the generic teacher (config.chain).
     schedule_switch: progress, in (0, 1).
     cache: students that share a teacher read its cached predictions, where the terms allow it.
-    mlm_sets: transfer sets also learned by MLM alone, without a teacher.
+    mlm_sets: transfer sets also learned by MLM alone, without a teacher, from the start of the distilled students.
+    mlm_random: where these start from the teacher, MLM alone from random parameters too.
     ngrams: also TF-IDF of n-grams with logistic regression and a CRF, on the students' labels (config.baseline).
     probe: also logistic regression on the frozen generic teacher's states.
     finetune_teacher: also the generic teacher finetuned, with the first seed and one recipe, as an upper bound.
@@ -198,6 +199,7 @@ class Study:
     schedule_switch: float = 0.5
     cache: bool = True
     mlm_sets: tuple[str, ...] = ("task",)
+    mlm_random: bool = True
     ngrams: bool = True
     probe: bool = True
     finetune_teacher: bool = False

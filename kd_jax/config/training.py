@@ -1,6 +1,6 @@
 """Settings of the training jobs: steps and optimizer, the terms of the distillation loss, finetuning."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self, get_args
 
@@ -30,6 +30,7 @@ class Training:
     evaluate_rows: masked-LM jobs: most held-out rows per store.
     checkpoint_every: steps, >= 1; a checkpoint is always written at the end.
     keep_checkpoints: >= 1, newest ones kept.
+    table_rate: >= 0, factor on the learning rate (and weight decay) of the token table; 0 freezes it.
     skip_non_finite: steps of a run whose loss is not finite and whose update is therefore skipped; one more ends the
         run, and 0 allows none.
     """
@@ -51,6 +52,7 @@ class Training:
     evaluate_rows: int = 256
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
+    table_rate: float = 1.0
     skip_non_finite: int = 0
 
     @property
@@ -61,9 +63,10 @@ class Training:
         return Training(**values, batch_size=self.accumulation)
 
     @property
-    def rates(self) -> Mapping[str, float]:
-        """Path of a part of the parameters -> factor of its learning rate, where it is not 1."""
-        return {}
+    def rates(self) -> dict[str, float]:
+        """Path of a part of the parameters -> factor of its learning rate, where it is not 1; those of nested parts
+        are multiplied."""
+        return {} if self.table_rate == 1 else {"encoder/embeddings/tokens": self.table_rate}
 
     def __post_init__(self):
         def require(condition: bool, name: str, wanted: str) -> None:
@@ -88,6 +91,7 @@ class Training:
         require(self.evaluate_every >= 0, "evaluate_every", "a number of steps, or 0 to evaluate at the end only")
         require(self.checkpoint_every > 0, "checkpoint_every", "a number of steps of at least 1")
         require(self.keep_checkpoints > 0, "keep_checkpoints", "at least 1")
+        check(self.table_rate >= 0, "table_rate", f"{self.table_rate} is negative", "0 freezes the table")
         require(self.skip_non_finite >= 0, "skip_non_finite", "a number of steps, or 0 to stop at the first")
 
 
@@ -307,17 +311,6 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Slowed(Training):
-    """The optimizer of a step in which the token table has a learning rate of its own."""
-
-    table_rate: float = 1.0
-
-    @property
-    def rates(self) -> Mapping[str, float]:
-        return {"encoder/embeddings/tokens": self.table_rate}
-
-
-@dataclass(frozen=True)
 class Distill(Loss, Training):
     """Distillation of a student: `config.distill`.
 
@@ -327,21 +320,13 @@ class Distill(Loss, Training):
         token table alone.
     table_scale: > 0, init=teacher from the token table alone: root mean square of its entries, relative to the standard
         deviation of a random table.
-    table_rate: >= 0, factor on the learning rate (and weight decay) of the token table; 0 freezes it.
     teacher_steps: several teachers: () averages them; (0, n, ...) uses each from its step on.
     """
 
     init: str = "random"
     init_layers: str = "uniform"
     table_scale: float = 1.0
-    table_rate: float = 1.0
     teacher_steps: tuple[int, ...] = ()
-
-    @property
-    def of_step(self) -> Training:
-        # Not only Training's fields where the rate matters; `Loss` has a part in the step's objective instead.
-        step = super().of_step
-        return Slowed(**vars(step), table_rate=self.table_rate) if self.table_rate != 1 else step
 
     def __post_init__(self):
         Training.__post_init__(self)
@@ -350,7 +335,6 @@ class Distill(Loss, Training):
         check(
             self.table_scale > 0, "table_scale", f"{self.table_scale} is not above 0", "1.0 is as large as a random one"
         )
-        check(self.table_rate >= 0, "table_rate", f"{self.table_rate} is negative", "0 freezes the table")
         reached = self.masked_from == 1 or 0 < round(self.masked_from * self.steps) < self.steps
         problem = f"{self.masked_from:g} of {self.steps} steps leaves none of one kind of text"
         check(reached, "masked_from", problem, "move it towards the middle, or raise the steps")
@@ -401,11 +385,11 @@ class Finetune(Training):
     @property
     def of_step(self) -> Training:
         step = super().of_step
-        return Finetune(**vars(step), encoder_rate=self.encoder_rate) if self.rates else step
+        return Finetune(**vars(step), encoder_rate=self.encoder_rate) if self.encoder_rate != 1 else step
 
     @property
-    def rates(self) -> Mapping[str, float]:
-        return {} if self.encoder_rate == 1 else {"encoder": self.encoder_rate}
+    def rates(self) -> dict[str, float]:
+        return super().rates | ({} if self.encoder_rate == 1 else {"encoder": self.encoder_rate})
 
     def __post_init__(self):
         super().__post_init__()

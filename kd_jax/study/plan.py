@@ -123,7 +123,7 @@ def students(settings: commands.Study, initialized: bool = False) -> list[Studen
     rows += [Student("finetuned")] if settings.finetune_teacher else []
     rows += [Student("scratch", "", given) for given in labeled]
     rows += [Student(INITIALIZED)] if initialized else []
-    starts = ("", INITIALIZED) if initialized else ("",)
+    starts = ("",) if not initialized else ("", INITIALIZED) if settings.mlm_random else (INITIALIZED,)
     rows += [Student("mlm", name, start) for start in starts for name in settings.mlm_sets]
     rows += [Student("distilled", name, "generic") for name in sets]
     for teacher in OTHER_TEACHERS:
@@ -376,6 +376,8 @@ class Planner:
             # The same text, steps, batch and schedule as the distilled students; only the teacher is missing.
             job = {key: self.values["distill"][key] for key in self.values["adapt"]}
             start = [self.initialized(seed)] if student.teacher == INITIALIZED else []
+            if not start:
+                job["table_rate"] = 1.0  # a slower table is for one that is the teacher's
             changes["pretrain"] = {**job, "model": "student", "init_from": "".join(STAGE + one.folder for one in start)}
             return self._after("pretrain", name, start, changes)
         teachers = self.teachers()

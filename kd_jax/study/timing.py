@@ -1,7 +1,8 @@
 """How long the stages that are left will take: as long as finished ones of the same kind, else by their FLOPs.
 
 One stage of a kind, the slowest, also compiled, so it counts only while it is the only one. Kinds not seen yet go by
-the FLOPs and the time of the steps alone, and each of them once by what a stage spends on compiling and the rest.
+FLOPs at the lowest rate seen, since small jobs are the slow ones for their FLOPs, and by the least that a stage has
+spent beside its steps.
 """
 
 from collections.abc import Iterable, Mapping
@@ -35,7 +36,9 @@ class Timing:
             return sum(others) / len(others)
         work = self.flops.get(stage.folder)
         rates = [flops / took for one, took in self._steps if (flops := self.flops.get(one.folder, 0.0))]
-        return None if work is None or (work and not rates) else work / max(rates) if work else 0.0
+        if not work:
+            return work
+        return work / min(rates) + min(self._others) if rates else None
 
     def _known(self, stage: Stage) -> list[float] | None:
         return next((self._seconds[kind] for kind in kinds(stage) if kind in self._seconds), None)
@@ -45,13 +48,11 @@ class Timing:
         stages = list(stages)
         expected = [self.expected(stage) for stage in stages]
         known = [one for one in expected if one is not None]
-        new = {kinds(stage)[0] for stage in stages if self.flops.get(stage.folder) and self._known(stage) is None}
         if not expected:
             return "the report is left"
         if len(known) < len(expected) and not sum(known):
             return "time left not known yet"
-        total = sum(known) + len(new) * min(self._others, default=0.0)
-        return f"{'about' if len(known) == len(expected) else 'more than'} {duration(max(total, 1.0))} left"
+        return f"{'about' if len(known) == len(expected) else 'more than'} {duration(max(sum(known), 1.0))} left"
 
 
 def kinds(stage: Stage) -> tuple[tuple, ...]:

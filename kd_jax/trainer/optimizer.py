@@ -1,5 +1,6 @@
 """AdamW with warm-up, decay and clipping, from the keys of one job."""
 
+import math
 from typing import Any
 
 import jax
@@ -60,7 +61,7 @@ def make_optimizer(job: Training) -> optax.GradientTransformation:
         def scaled(path, leaf: Array) -> Array:
             place = jax.tree_util.keystr(path, simple=True, separator="/")
             found = [rate for name, rate in rates.items() if f"{place}/".startswith(f"{name}/")]
-            return found[0] * leaf if found else leaf
+            return math.prod(found) * leaf if found else leaf
 
         return jax.tree_util.tree_map_with_path(scaled, updates)
 

@@ -112,7 +112,7 @@ def test_rows_that_the_mesh_does_not_divide_and_an_unknown_vocabulary_are_refuse
 def test_the_command_ends_with_a_report_for_a_tpu_slice(tmp_path):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed, so nothing can be compiled for a TPU; pip install 'jax[tpu]' brings it")
-    words = ["--config=configs/quickstart.py:smoke", "--topology=v5e:2x2", f"--workdir={tmp_path}"]
+    words = ["--config=tests/support/pretrained.py:smoke", "--topology=v5e:2x2", f"--workdir={tmp_path}"]
     words += ["--config.teacher.vocab_size=64", "--config.student.vocab_size=64", "--config.compile_check.tries=0"]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-m", "kd_jax.main.compile_check", *words]

@@ -7,7 +7,6 @@ import pytest
 import tokenizers
 from tokenizers import models
 
-from configs import quickstart
 from kd_jax.config import to_dict
 from kd_jax.config.data import Masking, Transfer, Vocabulary, read_prepare
 from kd_jax.config.settings import block, read
@@ -20,6 +19,7 @@ from kd_jax.data.transfer_set import TransferSet
 from kd_jax.data.vocabulary import TrimmedTokenizer, kept_ids, seen_by_student, standalone
 from kd_jax.types import UserError
 from tests.data.test_batches import restored
+from tests.support import pretrained
 
 TRIM = Vocabulary(trim=True, min_count=3)
 
@@ -27,7 +27,7 @@ TRIM = Vocabulary(trim=True, min_count=3)
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
-    config = quickstart.get_config("smoke")
+    config = pretrained.get_config("smoke")
     prepare(read_prepare(config), to_dict(config), folder)
     return Prepared(folder)
 
@@ -90,7 +90,7 @@ def test_the_teacher_reads_a_dropped_token_where_the_student_reads_unknown(full,
 
 
 def test_random_replacements_are_kept_pieces_and_masks_stand_where_they_stood(full, trimmed):
-    config = quickstart.get_config("smoke")
+    config = pretrained.get_config("smoke")
     weights = dict.fromkeys(config.sources, 1.0)
 
     def batch(prepared):

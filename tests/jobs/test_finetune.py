@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from configs import quickstart
 from kd_jax.config.training import Finetune
 from kd_jax.data.text.utterances import Utterance
 from kd_jax.evaluation.records import read_records
@@ -18,6 +17,7 @@ from kd_jax.main import evaluate, finetune_icner, prepare
 from kd_jax.runtime.paths import file_name
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.types import UserError
+from tests.support import pretrained
 from tests.support.finished_runs import smoke_config
 
 
@@ -42,7 +42,7 @@ def test_class_masks_leave_only_real_classes():
     ],
 )
 def test_impossible_settings_are_named(tmp_path, key, value):
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.finetune[key] = value
     with pytest.raises(UserError, match=rf"config\.finetune\.{key}: {value!r}"):
         finetune.run(config, tmp_path / "run", "dc")
@@ -91,7 +91,7 @@ def test_with_patience_there_is_an_evaluation_every_epoch(settings, every, steps
 
 
 def test_stopping_early_without_dev_utterances_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    config = quickstart.get_config("smoke")
+    config = pretrained.get_config("smoke")
     config.finetune.patience = 3
     train, dev = utterances("train", 20, "de-DE"), utterances("dev", 20, "de-DE", ("alarm",))
     for task, domain, known, problem in (
@@ -111,7 +111,7 @@ def test_the_labels_used_are_those_of_the_run(tmp_path):
         return Utterance(str(number), "en-US", partition, "alarm", "alarm_set", f"text {number}", ("text",), ("O",))
 
     prepared: Any = types.SimpleNamespace(utterances=[*map(utterance, range(9)), utterance(9, "test")])
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.finetune.max_train = 4
     written = {"command": "finetune_dc", "config": {"finetune": config.finetune.to_dict()}}
     (tmp_path / "config.json").write_text(json.dumps(written))
@@ -160,7 +160,7 @@ def test_a_run_notes_what_it_has_seen(tmp_path):
 
 @pytest.mark.long
 def test_one_model_for_each_domain(tmp_path):
-    config = quickstart.get_config("smoke")
+    config = pretrained.get_config("smoke")
     config.progress = config.tensorboard = False
     config.prepared = str(tmp_path / "data")
     prepare.run(config, tmp_path / "data")

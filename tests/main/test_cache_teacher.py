@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from configs import quickstart
 from kd_jax.config.data import Vocabulary
 from kd_jax.config.settings import read
 from kd_jax.data.batches import MaskedBatches
@@ -17,6 +16,7 @@ from kd_jax.jobs.cache import SUMMARY
 from kd_jax.main import cache_teacher, distill, prepare, pretrain, study
 from kd_jax.trainer.checkpoint import load_params
 from kd_jax.types import UserError
+from tests.support import pretrained
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +24,7 @@ STEPS = 4
 
 
 def config_for(**changes):
-    config = quickstart.get_config("smoke")
+    config = pretrained.get_config("smoke")
     config.progress = config.tensorboard = False
     config.distill.update({"steps": STEPS, "batch_size": 16, "learning_rate": 1e-2, "log_every": 1})
     config.cache.update({"dtype": "float32", "rows_per_part": 20})

@@ -12,14 +12,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from configs import quickstart
 from kd_jax.config.execution import Mesh
 from kd_jax.data.prepared import Prepared
 from kd_jax.jobs import finetune, trained
 from kd_jax.main import prepare
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.trainer.state import params_fingerprint
-from tests.support import several_processes
+from tests.support import pretrained, several_processes
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +29,7 @@ STEPS = 14
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("prepared")
-    config = quickstart.get_config("smoke")
+    config = pretrained.get_config("smoke")
     config.progress = False
     prepare.run(config, workdir)
     return workdir
@@ -38,7 +37,7 @@ def prepared(tmp_path_factory):
 
 def command(prepared, workdir, *more):
     return [
-        *(sys.executable, "-m", "kd_jax.main.pretrain", "--config=configs/quickstart.py:smoke"),
+        *(sys.executable, "-m", "kd_jax.main.pretrain", "--config=tests/support/pretrained.py:smoke"),
         *(f"--workdir={workdir}", f"--config.prepared={prepared}", f"--config.pretrain.steps={STEPS}"),
         *("--config.pretrain.checkpoint_every=3", "--config.progress=False", "--config.tensorboard=False", *more),
     ]
@@ -110,7 +109,7 @@ def test_early_stopping_is_the_same_across_a_kill(prepared, tmp_path):
         values = {"epochs": 0, "steps": 60, "patience": 3, "evaluate_every": 2, "checkpoint_every": 3, "log_every": 1}
         values |= {"learning_rate": 0.5, "pooling": "mean", "encoder_rate": 0.5, "max_dev": 5}
         return [
-            *(sys.executable, "-m", "kd_jax.main.finetune_dc", "--config=configs/quickstart.py:smoke"),
+            *(sys.executable, "-m", "kd_jax.main.finetune_dc", "--config=tests/support/pretrained.py:smoke"),
             *(f"--workdir={workdir}", f"--config.prepared={prepared}", "--config.progress=False"),
             *("--config.tensorboard=False", *(f"--config.finetune.{name}={value}" for name, value in values.items())),
         ]
@@ -181,7 +180,7 @@ def terminated(arguments, seen, after=0.0):
 def test_a_study_that_is_preempted_in_every_kind_of_stage_ends_with_75_each_time_and_finishes(tmp_path):
     workdir = tmp_path / "study"
     arguments = [
-        *(sys.executable, "-u", "-m", "kd_jax.main.study", "--config=configs/quickstart.py:smoke"),
+        *(sys.executable, "-u", "-m", "kd_jax.main.study", "--config=tests/support/pretrained.py:smoke"),
         *(f"--workdir={workdir}", "--config.progress=False", "--config.tensorboard=False"),
         *("--config.study.tasks=('dc',)", "--config.study.adapted_sets=()", "--config.study.latency=False"),
     ]

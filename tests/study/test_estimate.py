@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import massive_me5, massive_wikipedia, quickstart
+from configs import massive_me5, massive_wikipedia
 from kd_jax.config import base
 from kd_jax.data.rows import MANIFEST
 from kd_jax.main import study
@@ -18,6 +18,7 @@ from kd_jax.study import estimate
 from kd_jax.study.plan import Student
 from kd_jax.trainer.optimizer import make_optimizer, make_schedule
 from kd_jax.trainer.state import new_state
+from tests.support import pretrained
 
 NOWHERE = pathlib.Path("/nowhere")
 SIZES = estimate.Sizes(vocabulary=4000, train=800, test=100, tokens=16.0)
@@ -32,7 +33,7 @@ def estimated(config, sizes=SIZES) -> tuple[dict[str, estimate.Estimate], study.
 
 
 def test_pretraining_is_counted_row_by_row():
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     found, _ = estimated(config)
     shape = encoder_config(config.teacher.to_dict(), 4000)
     one = found["pretrain-teacher"]
@@ -45,7 +46,7 @@ def test_pretraining_is_counted_row_by_row():
 
 
 def test_a_cached_teacher_costs_its_decoder_and_a_present_one_its_forward_pass():
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     cached, _ = estimated(config)
     config.study.cache = False
     present, _ = estimated(config)
@@ -62,7 +63,7 @@ def test_a_cached_teacher_costs_its_decoder_and_a_present_one_its_forward_pass()
 
 
 def test_two_teachers_at_once_are_both_in_memory_and_one_after_the_other_is_not():
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.study.update({"cache": False, "average_sets": ("task",), "schedule_sets": ("task",)})
     found, _ = estimated(config)
     one, average, schedule = (
@@ -74,7 +75,7 @@ def test_two_teachers_at_once_are_both_in_memory_and_one_after_the_other_is_not(
 
 
 def test_a_chain_has_the_intermediate_as_student_and_then_as_teacher():
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.study.update({"cache": False, "chain_sets": ("task",)})
     found, _ = estimated(config)
     middle = (
@@ -85,7 +86,7 @@ def test_a_chain_has_the_intermediate_as_student_and_then_as_teacher():
 
 
 def test_a_head_alone_costs_a_forward_pass_and_three_heads():
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.study.teacher_import = "folder"
     found, _ = estimated(config)
     shape = encoder_config(config.teacher.to_dict(), 4000)
@@ -96,7 +97,7 @@ def test_a_head_alone_costs_a_forward_pass_and_three_heads():
 
 
 def test_finetuning_counts_packed_rows_of_its_epochs():
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.finetune.max_train = 100
     found, opened = estimated(config)
     name = next(name for name in found if name.startswith("dc-scratch"))
@@ -111,7 +112,7 @@ def test_finetuning_counts_packed_rows_of_its_epochs():
 @pytest.mark.parametrize("preset, gated", [("student_small", True), ("minilm_l12_h384", False)])
 def test_memory_is_about_that_of_the_compiled_step(preset, gated):
     """Temporary memory of XLA on a CPU: gradients, activations and logits."""
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.teacher = base.encoder(preset, vocab_size=0, num_layers=4, scan="scan")
     assert config.teacher.gated == gated
     config.pretrain.batch_size = rows = 16
@@ -137,7 +138,7 @@ def test_sizes_are_those_of_the_data_where_they_are_prepared(tmp_path):
         {"kind": "task", "texts": 10, "tokens": 250},
     ]
     utterances = {"de-DE dev": 3, "de-DE test": 5, "de-DE train": 10, "en-US train": 10}
-    opened = study.open_study(quickstart.get_config(), tmp_path)
+    opened = study.open_study(pretrained.get_config(), tmp_path)
     folder = opened.folder(opened.planner.prepare())
     folder.mkdir(parents=True)
     (folder / MANIFEST).write_text(json.dumps({"vocab_size": 77, "utterances": utterances, "stores": stores}))
@@ -170,13 +171,13 @@ def test_the_users_own_files_are_counted(tmp_path):
 
 def test_terms_on_inner_states_are_counted():
     def flops(**terms):
-        config = quickstart.get_config()
+        config = pretrained.get_config()
         config.study.cache = False
         for name, values in terms.items():
             config.distill[name].update(values)
         return estimated(config)[0]["distilled-task-generic-seed0"].flops
 
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     student, teacher = (encoder_config(config[name].to_dict(), 4000) for name in ("student", "teacher"))
     ours, theirs, rows, length = student.hidden_size, teacher.hidden_size, 50 * 32, 64
 
@@ -200,7 +201,7 @@ def test_terms_on_inner_states_are_counted():
 
 
 def test_states_and_then_logits_cost_their_parts_of_the_steps():
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.distill.update({"clean": True, "masked_from": 0.75})
     config.distill.hidden.update({"weight": 1.0, "layers": "last"})
     found = estimated(config)[0]["distilled-task-generic-seed0"]

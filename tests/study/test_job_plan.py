@@ -4,20 +4,20 @@ import shlex
 
 import pytest
 
-from configs import quickstart
 from kd_jax.config import to_dict
 from kd_jax.main import study
 from kd_jax.study import job_plan
 from kd_jax.study.plan import REPORT, Student
 from kd_jax.study.run import Study
 from kd_jax.types import UserError
+from tests.support import pretrained
 
 ARGUMENTS = ["python", "-m", "kd_jax.main.study", "--config=configs/quickstart.py", "--workdir=runs/a b"]
 
 
 def make(workdir: pathlib.Path, change=lambda config: None) -> tuple[Study, list[str]]:
     """A study of two seeds and one task whose stages leave behind only what is read of them, and those it ran."""
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.study.update({"seeds": (0, 1), "tasks": ("dc",)})
     change(config)
     ran = []

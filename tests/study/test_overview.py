@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
-from configs import quickstart
 from kd_jax.main import study
 from kd_jax.study import job_plan, overview
 from kd_jax.types import UserError
+from tests.support import pretrained
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -26,7 +26,7 @@ def test_the_command_of_a_stage_is_the_one_given_without_its_switch(switch):
 
 def test_a_dry_run_prints_every_stage_and_the_totals(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["study", "--config=configs/quickstart.py", "--dry-run"])
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     study.INSTEAD["dry-run"][0](config, None)
     said = capsys.readouterr().out
     stages = study.open_study(config, overview.NOWHERE).planned()
@@ -48,11 +48,11 @@ def test_a_dry_run_prints_every_stage_and_the_totals(monkeypatch, capsys):
 def test_plan_and_status_need_a_workdir():
     for name in ("plan", "status"):
         with pytest.raises(UserError, match="--workdir is missing"):
-            study.INSTEAD[name][0](quickstart.get_config(), None)
+            study.INSTEAD[name][0](pretrained.get_config(), None)
 
 
 def test_a_config_that_cannot_run_is_refused_before_it_is_planned(tmp_path):
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.distill.kl.temperature = -1.0
     with pytest.raises(UserError, match=r"config\.distill\.kl\.temperature"):
         study.INSTEAD["plan"][0](config, tmp_path)
@@ -62,7 +62,7 @@ def test_a_config_that_cannot_run_is_refused_before_it_is_planned(tmp_path):
 @pytest.mark.parametrize("name", ["schedule_sets", "average_sets", "chain_sets"])
 def test_students_without_a_cache_are_refused_where_it_is_needed(name):
     for changes in ({"center": True}, {"masked_from": 0.5, "kl": {"weight": 1.0}}):
-        config = quickstart.get_config("smoke")
+        config = pretrained.get_config("smoke")
         config.distill.update({"clean": True, "kl": {"weight": 0.0}, "mlm": {"weight": 0.0}, "hidden": {"weight": 1.0}})
         config.distill.update(changes)
         study.open_study(config, overview.NOWHERE)
@@ -72,14 +72,14 @@ def test_students_without_a_cache_are_refused_where_it_is_needed(name):
 
 
 def test_a_change_of_text_that_is_never_reached_is_refused():
-    config = quickstart.get_config("smoke")
+    config = pretrained.get_config("smoke")
     config.distill.update({"clean": True, "hidden": {"weight": 1.0}, "masked_from": 0.9, "steps": 4})
     with pytest.raises(UserError, match=r"config\.distill\.masked_from: 0\.9 of 4 steps leaves none"):
         study.open_study(config, overview.NOWHERE)
 
 
 def test_a_plan_is_written_with_what_each_stage_takes(tmp_path, capsys):
-    study.INSTEAD["plan"][0](quickstart.get_config("smoke"), tmp_path)
+    study.INSTEAD["plan"][0](pretrained.get_config("smoke"), tmp_path)
     values = json.loads((tmp_path / "plan.json").read_text())
     teacher = next(one for one in values["stages"] if one["name"] == "pretrain-teacher")
     assert teacher["resources"]["accelerator"] and teacher["resources"]["flops"] > 0
@@ -104,11 +104,11 @@ def test_numbers_are_written_for_people(number, units, said):
 
 
 CONFIG = """
-from configs import quickstart
+from tests.support import pretrained
 from ml_collections import ConfigDict
 
 def get_config(argument=""):
-    config = quickstart.get_config("smoke")
+    config = pretrained.get_config("smoke")
     config.tensorboard = config.progress = False
     config.study.transfer_sets = ConfigDict({"task": 1.0})
     config.study.update({"adapted_sets": (), "tasks": ("dc",), "seeds": (0,), "recipe_learning_rates": (1e-3, 3e-3)})

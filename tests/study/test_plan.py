@@ -4,15 +4,15 @@ import pathlib
 import pytest
 from ml_collections import ConfigDict
 
-from configs import quickstart
 from kd_jax.config import to_dict
 from kd_jax.main import study
 from kd_jax.study.plan import FITTED, Planner, Recipe, Student
 from kd_jax.types import UserError
+from tests.support import pretrained
 
 
 def planner(config=None) -> Planner:
-    return Planner(to_dict(config or quickstart.get_config()), study.KEYS)
+    return Planner(to_dict(config or pretrained.get_config()), study.KEYS)
 
 
 def all_stages(config):
@@ -29,7 +29,7 @@ def teacher_stages(plan: Planner):
 def test_baselines_are_always_compared():
     names = [student.name for student in planner().students]
     assert names[:4] == ["ngrams", "probe", "scratch", "mlm-task"]
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.study.update({"ngrams": False, "probe": False})
     assert [student.name for student in planner(config).students][:2] == ["scratch", "mlm-task"]
     config.study.mlm_sets = ()
@@ -38,7 +38,7 @@ def test_baselines_are_always_compared():
 
 
 def test_ngrams_and_the_probe_have_no_seed_and_the_students_labels():
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     plan = planner(config)
     for kind, features in (("ngrams", "ngrams"), ("probe", "teacher")):
         assert plan.seeds(Student(kind)) == ()
@@ -58,7 +58,7 @@ def test_ngrams_and_the_probe_have_no_seed_and_the_students_labels():
 
 
 def test_the_finetuned_teacher_labels_what_students_did_not_see():
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.study.update({"finetune_teacher": True, "label_unlabeled": True, "teacher_epochs": 3})
     plan = planner(config)
     names = [one.name for one in plan.students]
@@ -85,7 +85,7 @@ def test_the_finetuned_teacher_labels_what_students_did_not_see():
 
 
 def test_students_that_start_from_their_teacher_have_controls_that_do_so_too():
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.distill.init = "teacher"
     plan = planner(config)
     names = [one.name for one in plan.students]
@@ -103,7 +103,7 @@ def test_students_that_start_from_their_teacher_have_controls_that_do_so_too():
 
 
 def test_every_stage_comes_after_what_it_needs_and_folders_are_unique():
-    stages = all_stages(quickstart.get_config())
+    stages = all_stages(pretrained.get_config())
     seen = set()
     for stage in stages:
         assert set(stage.needs) <= seen, stage.name
@@ -114,22 +114,22 @@ def test_every_stage_comes_after_what_it_needs_and_folders_are_unique():
 
 
 def test_a_change_reaches_only_the_stages_that_depend_on_it():
-    before = {stage.name: stage.folder for stage in all_stages(quickstart.get_config())}
-    config = quickstart.get_config()
+    before = {stage.name: stage.folder for stage in all_stages(pretrained.get_config())}
+    config = pretrained.get_config()
     config.distill.kl.temperature = 4.0
     after = {stage.name: stage.folder for stage in all_stages(config)}
     changed = {name for name in before if before[name] != after[name]}
     assert changed
     assert all("distilled" in name for name in changed)
     assert not any("cache" in name for name in changed)  # hidden states serve any temperature
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.mesh.fsdp = 2
     config.distill.log_every = 1
     assert {stage.name: stage.folder for stage in all_stages(config)} == before
 
 
 def test_student_size_leaves_the_teacher_alone():
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.student.num_layers = 1
     assert planner(config).teacher().folder == planner().teacher().folder
 
@@ -161,7 +161,7 @@ def test_recipe_reaches_the_finetuning_stage():
 
 
 def test_encoder_rates_are_searched_where_they_are_given():
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.finetune.encoder_rate = 0.5
     assert {recipe.encoder_rate for recipe in planner(config).recipes} == {0.5}
     before = len(planner(config).recipes)
@@ -174,7 +174,7 @@ def test_encoder_rates_are_searched_where_they_are_given():
 
 
 def test_poolings_are_searched_like_rates_and_epochs_and_all_students_have_as_many_trials():
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.study.recipe_epochs = (4, 8)
     config.finetune.pooling = "mean"
     assert {recipe.pooling for recipe in planner(config).recipes} == {"mean"}
@@ -192,14 +192,14 @@ def test_poolings_are_searched_like_rates_and_epochs_and_all_students_have_as_ma
 
 
 def test_share_outside_zero_to_one_names_the_key():
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.study.transfer_sets.mix50 = 1.5
     with pytest.raises(UserError, match=r"config\.study\.transfer_sets\.mix50: 1\.5"):
         planner(config)
 
 
 def test_unknown_transfer_set_is_named():
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.study.adapted_sets = ("tusk",)
     with pytest.raises(UserError, match="'tusk' is no transfer set"):
         planner(config)
@@ -210,7 +210,7 @@ def distilled(config, teacher, transfer_set="task"):
 
 
 def test_students_of_one_teacher_share_one_cache_that_covers_them_all():
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     plan = planner(config)
     cache = plan.cached("generic")[0]
     assert cache.config["cache"]["task_shares"] == (0.0, 0.5, 1.0)
@@ -228,7 +228,7 @@ def test_students_of_one_teacher_share_one_cache_that_covers_them_all():
 
 
 def test_more_seeds_and_transfer_sets_leave_finished_students_as_they_are():
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     before = {stage.name: stage.folder for stage in all_stages(config)}
     config.study.seeds = (*config.study.seeds, 77)
     config.study.transfer_sets = {**config.study.transfer_sets, "quarter": 0.25}
@@ -249,7 +249,7 @@ def test_more_seeds_and_transfer_sets_leave_finished_students_as_they_are():
     ],
 )
 def test_what_a_cache_does_not_serve_loads_the_teacher(change):
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     change(config)
     assert planner(config).cached("generic") == []
     stage = distilled(config, "generic")
@@ -258,7 +258,7 @@ def test_what_a_cache_does_not_serve_loads_the_teacher(change):
 
 
 def of_clean_text(**changes):
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.distill.clean = True
     config.distill.kl.weight = config.distill.mlm.weight = 0.0
     config.distill.hidden.weight = 1.0
@@ -317,7 +317,7 @@ def test_another_kind_of_text_leaves_finished_students_of_states_as_they_are():
 
 
 def test_a_schedule_of_teachers_switches_at_its_step_and_an_average_does_not():
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.study.update({"schedule_sets": ("task",), "average_sets": ("mix50",), "schedule_switch": 0.4})
     plan = planner(config)
     both = f"stage:{plan.teacher().folder},stage:{plan.adapted_teacher().folder}"
@@ -329,7 +329,7 @@ def test_a_schedule_of_teachers_switches_at_its_step_and_an_average_does_not():
 
 
 def test_a_chain_goes_by_way_of_an_intermediate():
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.study.chain_sets = ("task",)
     config.chain.steps = 77
     stages = {stage.folder: stage for stage in all_stages(config)}
@@ -343,7 +343,7 @@ def test_a_chain_goes_by_way_of_an_intermediate():
 
 
 def test_selected_text_is_a_further_transfer_set():
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.study.selected_sets = {"selected": 0.0, "mix": 0.5}
     with pytest.raises(UserError, match=r"config\.select\.share"):
         planner(config)
@@ -359,7 +359,7 @@ def test_selected_text_is_a_further_transfer_set():
 
 
 def test_an_imported_teacher_gets_a_head_and_is_then_adapted():
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.study.teacher_import = "folder/of/a/model"
     plan = planner(config)
     stages = {stage.name: stage for stage in teacher_stages(plan)}
@@ -374,7 +374,7 @@ def test_an_imported_teacher_gets_a_head_and_is_then_adapted():
 
 
 def test_an_imported_teacher_with_a_head_of_its_own_is_used_as_it_is():
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.study.teacher_import, config.study.train_head = "folder/of/a/model", False
     plan = planner(config)
     assert [stage.name for stage in teacher_stages(plan)] == ["prepare", "import-teacher", "adapt-teacher"]
@@ -382,7 +382,7 @@ def test_an_imported_teacher_with_a_head_of_its_own_is_used_as_it_is():
 
 
 def test_the_import_does_not_depend_on_how_its_head_is_trained():
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.study.teacher_import = "folder/of/a/model"
     plan = planner(config)
     imported, teacher = plan.imported().folder, plan.teacher().folder
@@ -393,7 +393,7 @@ def test_the_import_does_not_depend_on_how_its_head_is_trained():
 
 
 def test_latency_is_measured_last_of_the_sizes_that_the_study_has():
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     last = all_stages(config)[-1]
     measured = last.config["latency"]
     assert (last.command, measured["models"], measured["task"]) == ("latency", ("teacher", "student"), "icner")
@@ -412,7 +412,7 @@ def test_latency_is_measured_last_of_the_sizes_that_the_study_has():
 
 def everything():
     """Every kind of stage: caches of both teachers, schedule, average, chain and selected text."""
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.select.share = 0.1
     config.study.selected_sets = ConfigDict({"near": 0.25})
     config.study.update({"schedule_sets": ("task",), "average_sets": ("mix50",), "chain_sets": ("near",)})
@@ -422,7 +422,7 @@ def everything():
 
 
 @pytest.mark.parametrize(
-    "name, config", [("smoke", lambda: quickstart.get_config("smoke")), ("everything", everything)]
+    "name, config", [("smoke", lambda: pretrained.get_config("smoke")), ("everything", everything)]
 )
 def test_folders_of_stages_are_those_of_earlier_versions(name, config):
     """A finished study stays finished when kd_jax is updated."""

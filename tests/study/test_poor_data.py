@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from configs import quickstart
 from kd_jax.config import base
 from kd_jax.main import study
 from kd_jax.types import UserError
+from tests.support import pretrained
 
 LOCALES = ("en-US", "de-DE")
 WORDS = ("lamp", "oven", "radio", "heater", "fan", "blind", "door", "fridge")
@@ -62,7 +62,7 @@ def config_for(folder, lines):
         (folder / "nlu" / f"{locale}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         texts = [f"The {word} of house {number} is in {locale}." for number in range(60) for word in WORDS]
         (folder / "texts" / f"{locale[:2]}.txt").write_text("\n".join(texts) + "\n")
-    config = quickstart.get_config("smoke")
+    config = pretrained.get_config("smoke")
     config.nlu.update({"format": "massive", "path": str(folder / "nlu"), "locales": LOCALES})
     languages = tuple(locale[:2] for locale in LOCALES)
     config.sources.generic = base.source("generic", "text", languages, path=f"{folder}/texts/{{language}}.txt")

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from configs import quickstart
 from kd_jax.config import from_dict, to_dict
 from kd_jax.main import study
 from kd_jax.study import attempts, status
 from kd_jax.study.plan import REPORT
 from kd_jax.study.run import Study
+from tests.support import pretrained
 
 NOW = 1_000_000.0
 
@@ -22,7 +22,7 @@ def open_toy(config, workdir) -> Study:
 
 @pytest.fixture
 def opened(tmp_path) -> Study:
-    config = quickstart.get_config()
+    config = pretrained.get_config()
     config.study.update({"seeds": (0, 1), "tasks": ("dc",), "name": "Toy"})
     return open_toy(config, tmp_path)
 
@@ -170,12 +170,12 @@ def test_durations_are_written_for_people(seconds, said):
 PROGRAM = """
 import pathlib, sys
 from jax._src import xla_bridge
-from configs import quickstart
+from tests.support import pretrained
 from kd_jax.main import study
 _, workdir = sys.argv
 place = pathlib.Path(workdir)
 for name in ("plan", "status", "dry-run"):
-    study.INSTEAD[name][0](quickstart.get_config("smoke"), place)
+    study.INSTEAD[name][0](pretrained.get_config("smoke"), place)
     print(name, xla_bridge.backends_are_initialized())
 """
 

@@ -7,7 +7,6 @@ import re
 import numpy as np
 import pytest
 
-from configs import quickstart
 from kd_jax.config.execution import Mesh
 from kd_jax.data.prepared import Prepared
 from kd_jax.jobs import trained
@@ -16,6 +15,7 @@ from kd_jax.main import evaluate, study
 from kd_jax.study import run as study_run
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.types import UserError
+from tests.support import pretrained
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 def finished(tmp_path_factory):
     """(workdir, config) of a finished smoke study with every kind of row."""
     workdir = tmp_path_factory.mktemp("study")
-    config = quickstart.get_config("smoke")
+    config = pretrained.get_config("smoke")
     config.progress = False
     config.tensorboard = False
     config.distill.init = "teacher"  # so that rows stand beside it that start there too

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import quickstart
 from kd_jax.config import to_dict
 from kd_jax.config.data import read_prepare
 from kd_jax.data.prepared import Prepared, prepare
@@ -15,11 +14,12 @@ from kd_jax.runtime.files import write_json
 from kd_jax.trainer.checkpoint import FOLDER, Checkpoints
 from kd_jax.trainer.run_directory import RunDirectory, mark_done
 from kd_jax.trainer.state import params_fingerprint
+from tests.support import pretrained
 
 
 def small_config():
-    """The quickstart at a size that takes seconds."""
-    config = quickstart.get_config("smoke")
+    """A study with a teacher of its own at a size that takes seconds."""
+    config = pretrained.get_config("smoke")
     config.progress = config.tensorboard = False
     config.nlu.max_train = 20
     config.rows.heldout_share = 0.2

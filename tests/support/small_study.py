@@ -2,11 +2,11 @@
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
+from tests.support import pretrained
 
 
 def get_config() -> ConfigDict:
-    config = quickstart.get_config("smoke")
+    config = pretrained.get_config("smoke")
     config.progress = config.tensorboard = False
     config.nlu.update({"max_train": 40, "locales": ("en-US", "de-DE")})
     config.sources.generic.update({"languages": ("en", "de"), "max_texts": 100})

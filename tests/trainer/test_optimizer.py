@@ -115,6 +115,9 @@ def test_the_defaults_are_in_range():
     assert read(Training, block(Training), "pretrain") == Training()
 
 
+TABLE = "encoder/embeddings/tokens"
+
+
 def test_the_encoder_moves_by_its_share_and_the_heads_as_before():
     params = {"encoder": PARAMS, "head": {"kernel": jnp.ones((2, 3))}}
     gradients = jax.tree.map(lambda leaf: jnp.sin(jnp.arange(leaf.size, dtype=jnp.float32)).reshape(leaf.shape), params)
@@ -141,6 +144,13 @@ def test_an_encoder_at_the_full_rate_is_the_same_program():
     assert Finetune(encoder_rate=1.0, max_train=7, pooling="mean", patience=3).of_step == Training(batch_size=1)
     assert Finetune(encoder_rate=0.5, max_train=7).of_step == Finetune(encoder_rate=0.5, patience=3).of_step
     assert Finetune(encoder_rate=0.5).of_step.rates == {"encoder": 0.5}
+    assert Finetune(encoder_rate=0.5, table_rate=0.5).of_step.rates == {"encoder": 0.5, TABLE: 0.5}
+    params = {"encoder": {"embeddings": {"tokens": jnp.ones((3, 2))}}}
+    found = []
+    for changes in ({}, {"encoder_rate": 0.5, "table_rate": 0.5}):
+        optimizer = make_optimizer(Finetune(warmup_steps=0, **changes).of_step)
+        found.append(optimizer.update(params, optimizer.init(params), params)[0]["encoder"]["embeddings"]["tokens"])
+    np.testing.assert_array_equal(found[1], 0.25 * found[0])
 
 
 def test_after_a_skipped_step_only_the_schedule_went_on():

@@ -3,8 +3,8 @@
 One student stands for distillation: that of the generic teacher on the most task text, which the config names and no
 result does. On each task it is compared with the same student on generic text, from scratch, started from the teacher
 without distillation, trained by masked LM alone (from the same start if there is one), and with n-grams. Their p-values
-are adjusted together (Holm). A trend along the share of task text is reported apart. Everything else is exploratory.
-Sentences are Markdown.
+are adjusted together (Holm). The same comparisons of intent errors are a family of their own. A trend along the share
+of task text is reported apart. Everything else is exploratory. Sentences are Markdown.
 """
 
 from typing import NamedTuple
@@ -78,10 +78,14 @@ def declared_student(numbers: Numbers) -> Student | None:
     return max(shares, key=lambda one: (shares[one], one.transfer_set not in numbers.inputs.selected), default=None)
 
 
-def declared(numbers: Numbers, task: str) -> dict[str, Contrast]:
-    """The declared comparisons of a task by what the student is compared with, in the order of DECLARED."""
+def declared(numbers: Numbers, task: str, measure: Measure | None = None) -> dict[str, Contrast]:
+    """The declared comparisons of a task by what the student is compared with, in the order of DECLARED.
+
+    They are of the task's headline error, which decides the verdict, or of `measure`.
+    """
     student = declared_student(numbers)
-    pairs = {name: (_reference(numbers, name, student), _measure(numbers, name, task)) for name in DECLARED}
+    measures = {name: measure or _measure(numbers, name, task) for name in DECLARED}
+    pairs = {name: (_reference(numbers, name, student), measures[name]) for name in DECLARED}
     differences: dict[str, Difference] = {}
     for name, (reference, measure) in pairs.items():
         difference = numbers.difference(student, reference, measure)

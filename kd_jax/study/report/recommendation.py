@@ -6,6 +6,7 @@ from kd_jax.evaluation.significance import HIGHER, LOWER, MINIMUM_SEEDS, Decisio
 from kd_jax.study.plan import INITIALIZED
 from kd_jax.study.report.contrasts import (
     GENERIC,
+    INTENT_ERROR,
     MANY_SEEDS,
     MLM,
     NGRAMS,
@@ -67,7 +68,13 @@ def recommendation(numbers: Numbers, task: str) -> Recommendation:
             f"Counts of words and letters (n-grams), without a neural network, have {_rate(one.rate_b)} "
             f"{WRONG[found[NGRAMS].measure.error]}; the best student, {label(numbers, best)}, has {_rate(one.rate_a)}"
         )
-        evidence = _evidence([found[NGRAMS]])
+        behind = [found[NGRAMS]]
+        intents = declared(numbers, task, INTENT_ERROR)[NGRAMS] if task == INTENT_ERROR.task else None
+        if intents and intents.student and intents.decision and intents.status == LOWER:
+            reason += f". On intents alone the student on {text_of(numbers, intents.student)} is better than they are: "
+            reason += _compared(intents.decision)
+            behind.append(intents)
+        evidence = _evidence(behind)
         more = _longer(numbers) if beaten or unigram_students(numbers) else _seeds(numbers)
         return Recommendation(f"{WHAT[task]}: keep the n-grams", reason, evidence, more)
     ours, theirs = (text_of(numbers, one) if one else "" for one in (texts.student, texts.reference))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from kd_jax.evaluation.significance import SeedMean
 from kd_jax.study.plan import Student
-from kd_jax.study.report.contrasts import declared, reading
+from kd_jax.study.report.contrasts import INTENT_ERROR, declared, reading
 from kd_jax.study.report.findings import Answer, DomainGain
 from kd_jax.study.report.numbers import HEADLINE, JUDGED_NAMES, TASK_NAMES, TEST, Measure, Numbers, Place, percent
 from kd_jax.study.report.wording import (
@@ -137,10 +137,12 @@ def unseeded(numbers: Numbers) -> str:
 
 
 def declared_table(numbers: Numbers) -> Table:
-    """A row for each declared comparison of each task that has results."""
+    """A row for each declared comparison of each task that has results, those of intents alone last."""
     rows = []
-    for task in numbers.tasks():
-        found = declared(numbers, task)
+    families = [declared(numbers, task) for task in numbers.tasks()]
+    if INTENT_ERROR.task in numbers.tasks():
+        families.append(declared(numbers, INTENT_ERROR.task, INTENT_ERROR))
+    for found in families:
         together = sum(one.decision is not None for one in found.values())
         for one in found.values():
             if one.decision is None or one.student is None or one.reference is None:
@@ -148,7 +150,7 @@ def declared_table(numbers: Numbers) -> Table:
             difference = one.decision.difference
             rows.append(
                 [
-                    f"{TASK_NAMES[task]}, {one.measure.error_title.removeprefix('DC ').lower()}",
+                    f"{TASK_NAMES[one.measure.task]}, {one.measure.error_title.removeprefix('DC ').lower()}",
                     numbers.label(one.student),
                     numbers.label(one.reference),
                     fixed(100 * difference.rate_a, 2),
@@ -161,7 +163,7 @@ def declared_table(numbers: Numbers) -> Table:
     header = ["Task", "Student", "Against", "Its error", "Error against", "Relative change", "p, adjusted", "Reading"]
     caption = (
         "Errors in %, relative change with its 95 % interval, and the p-value, adjusted (Holm) for the comparisons of "
-        "the task. Lower or higher: an adjusted p-value below 0.05, and at least three seeds."
+        "the same error. Lower or higher: an adjusted p-value below 0.05, and at least three seeds."
     )
     return Table(header, rows, caption, 3)
 

@@ -8,6 +8,7 @@ from kd_jax.study.plan import Student
 from kd_jax.study.report import contrasts, tables
 from kd_jax.study.report.contrasts import GENERIC, MLM, NGRAMS, SCRATCH
 from kd_jax.study.report.numbers import Numbers, ReportInputs
+from kd_jax.study.report.recommendation import recommendation
 from kd_jax.study.report.report import WIDTH, compose, summary_text
 from tests.support.report_inputs import dc_record
 
@@ -129,6 +130,33 @@ def test_ngrams_without_slots_are_compared_on_intents():
     found = contrasts.declared(numbers, "icner")[NGRAMS]
     assert found.measure.error == "intent_error_rate" and found.status == HIGHER
     assert "have an intent error of 10.00 %" in contrasts.verdict_text(numbers, "icner")
+
+
+def icner_study(semer, intents) -> Numbers:
+    """semer, intents: (kind, transfer set, teacher) -> errors of three seeds, or of one row without a seed."""
+    rows = []
+    for metric, errors in (("semer", semer), ("intent_error_rate", intents)):
+        for who, values in errors.items():
+            for seed, value in enumerate(values):
+                place = {"scope": "all", "locale": "all", "domain": "all", "test_set": "test", "count": 10}
+                seeds = {"seed": seed if len(values) > 1 else None}
+                name = dict(zip(("student", "transfer_set", "teacher"), who)) | seeds
+                rows.append({**name, "task": "icner", "metric": metric, "value": value, **place})
+    return ReportInputs(name="x", results=rows, task_shares=SHARES).numbers
+
+
+def test_intents_alone_are_a_family_of_their_own():
+    ngrams = ("ngrams", "", "")
+    semer = {ngrams: (0.3,), TASK: (0.4, 0.41, 0.42), GENERIC_TEXT: (0.45, 0.46, 0.47)}
+    numbers = icner_study(semer, {ngrams: (0.5,), TASK: (0.3, 0.31, 0.32), GENERIC_TEXT: (0.35, 0.36, 0.37)})
+    both = [contrasts.declared(numbers, "icner", *which)[NGRAMS] for which in ((), (contrasts.INTENT_ERROR,))]
+    assert [one.status for one in both] == [HIGHER, LOWER]
+    table = tables.declared_table(numbers)
+    assert [row[0] for row in table.rows] == ["ICNER, semantic error rate"] * 2 + ["ICNER, intent error"] * 2
+    said = recommendation(numbers, "icner")
+    assert said.title.endswith("keep the n-grams")
+    assert "On intents alone the student on task text is better than they are: 38 % fewer errors" in said.reason
+    assert said.evidence.startswith("good; both comparisons behind this are decided")
 
 
 def test_an_interval_without_zero_never_stands_beside_no_winner():
