@@ -3,7 +3,8 @@
 python -m kd_jax.main.predict --model=DIR "weck mich um sieben"
 python -m kd_jax.main.predict --model=DC,ICNER --input=lines.txt --output=predictions.jsonl
 
---model takes workdirs of finetune runs, or folders that `export` wrote with stablehlo or int8. Of two models the pair
+--model takes workdirs of finetune runs, or folders that `export` wrote with stablehlo or int8; the workdir of a study
+stands for its best distilled students, of the first seed. Of two models the pair
 of domain and intent is taken that is likeliest (by the product of their probabilities) among those that the labels of
 training have. An ICNER run with a model for each domain needs a DC run, which chooses the model. --input reads one text
 per line from a file, or from standard input with "-"; --output writes to a file instead of standard output. --format is
@@ -25,6 +26,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,9 +43,10 @@ from kd_jax.data.text.utterances import FIELDS, Utterance, split_words
 from kd_jax.evaluation.slots import repair_bio
 from kd_jax.jobs import finetune, serving, trained
 from kd_jax.main.command import MISTAKE, fail
-from kd_jax.runtime.files import full_disk_is_user_error
+from kd_jax.runtime.files import full_disk_is_user_error, read_json
 from kd_jax.runtime.paths import as_path
 from kd_jax.runtime.progress import Count
+from kd_jax.study.plan import MODELS
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.types import UserError
 
@@ -275,7 +278,7 @@ def _as_text(values: dict[str, Any], refused: bool) -> str:
 
 def run(options: argparse.Namespace) -> None:
     """Predicts the texts that the options name, one chunk at a time."""
-    models = [name.strip() for name in options.model.split(",") if name.strip()]
+    models = [one for name in options.model.split(",") if name.strip() for one in _runs(name.strip())]
     predictor = Predictor(models, options.prepared, not options.no_normalize, _threshold(options.threshold))
     with contextlib.ExitStack() as stack:
         texts: Iterable[str] = options.texts
@@ -299,6 +302,14 @@ def run(options: argparse.Namespace) -> None:
                 print(f"\n{line}" if apart and number else line, file=output)
             done += len(chunk)
             count.update(len(chunk))
+
+
+def _runs(name: str) -> list[str]:
+    """The runs that one name in --model stands for: itself, or what a finished study says."""
+    folder = as_path(name)
+    if not (folder / MODELS).is_file():
+        return [name]
+    return [str(folder / one) for one in read_json(folder / MODELS)]
 
 
 def _threshold(given: str) -> float | str:
@@ -348,6 +359,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {str(error).replace('config.model:', '--model:')}", file=sys.stderr)
         return MISTAKE
+    except BrokenPipeError:  # whoever reads the output, as `head` does, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at exit fails too
     return 0
 
 

@@ -40,8 +40,9 @@ from kd_jax.main import (
 )
 from kd_jax.models.encoder_config import encoder_config
 from kd_jax.runtime import distributed
+from kd_jax.runtime.files import write_json
 from kd_jax.study import overview
-from kd_jax.study.plan import REPORT
+from kd_jax.study.plan import MODELS, REPORT
 from kd_jax.study.report import facts
 from kd_jax.study.report.collect import collect
 from kd_jax.study.report.report import summary_text, write_report
@@ -115,8 +116,9 @@ def report(study: Study, started: float) -> None:
     print(f"\n{summary_text(inputs)}")
     print(f"\nReport: {study.workdir / 'report.html'} and {study.workdir / 'report.md'}")
     if models := facts.best_models(study, inputs.numbers):
+        write_json(study.workdir / MODELS, [one.relative_to(study.workdir).as_posix() for one in models])
         print("Query the distilled students with the lowest test error (first seed):")
-        print(f"  python -m kd_jax.main.predict --model={shlex.quote(','.join(map(str, models)))} TEXT")
+        print(f"  python -m kd_jax.main.predict --model={shlex.quote(str(study.workdir))} TEXT")
     took, work = time.monotonic() - started, sum(study.seconds.values())
     print(f"This start took {took:.0f} s; all stages together {work:.0f} s.")
 

@@ -16,6 +16,7 @@ from kd_jax.config.training import STATE_TERMS, Distill, Finetune, Pretrain, Tra
 from kd_jax.models.layer_map import layer_map, read_layers
 
 REPORT = "report"
+MODELS = "models.json"  # in a study's folder: the runs that answer for it in `predict`, below that folder
 PHASES = ("teachers", "predictions", "students", "recipes", "finetuning", REPORT)  # in this order they run
 HOST_COMMANDS = ("prepare", REPORT)  # these need no accelerator
 

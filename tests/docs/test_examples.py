@@ -40,6 +40,7 @@ def test_losses():
     assert memory == "logits at a time: 5 MiB instead of 29 MiB, per model"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_distill_step():
     lines = run("distill_step")

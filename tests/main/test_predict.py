@@ -3,7 +3,10 @@
 import errno
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -270,6 +273,25 @@ def test_forms_of_output(runs, capsys, tmp_path, monkeypatch):
         more.write(json.dumps(lines[0] | {"id": "x", "partition": "train"}) + "\n")
     back = read_massive(output.parent, ["de-DE"])
     assert [one.intent for one in back[:2]] == [rows[2]["intent"], rows[0]["intent"]]
+
+
+def test_a_study_answers_with_the_runs_it_names(runs, capsys):
+    (runs / "models.json").write_text('["dc", "icner"]')
+    try:
+        of_study = run(capsys, f"--model={runs}", "play some jazz")
+    finally:
+        (runs / "models.json").unlink()
+    assert of_study == run(capsys, f"--model={runs / 'dc'},{runs / 'icner'}", "play some jazz")
+    assert of_study[0] == 0 and "domain:" in of_study[1].out
+
+
+def test_a_reader_that_closes_the_pipe_is_no_error(runs):
+    command = [sys.executable, "-m", "kd_jax.main.predict", f"--model={runs / 'dc'}", "play some jazz"]
+    closed, pipe = os.pipe()
+    os.close(closed)
+    done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(pipe)
+    assert (done.returncode, "Error" in done.stderr) == (0, False), done.stderr
 
 
 def test_standard_input_that_is_not_utf8(runs, capsys, monkeypatch):

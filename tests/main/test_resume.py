@@ -102,6 +102,7 @@ def test_kill_and_resume_is_bit_identical(prepared, tmp_path):
         np.testing.assert_array_equal(one[path], other[path], err_msg=str(path))
 
 
+@pytest.mark.long
 def test_early_stopping_is_the_same_across_a_kill(prepared, tmp_path):
     """A rate so high that dev does not get better for long: the run stops early, whether it is killed before or not."""
 
@@ -219,6 +220,7 @@ def test_sigterm_to_one_of_two_processes_is_saved_by_both_and_the_run_is_the_sam
     assert summary["starts"] == 2 and summary["lost_steps"] == 0 and 0 < summary["goodput"] < 1
 
 
+@pytest.mark.long
 def test_skipping_may_be_allowed_when_a_run_is_started_again(prepared, tmp_path):
     """A key that may change on resume, and with it the compiled step, which computes the same."""
     straight, changed = tmp_path / "straight", tmp_path / "changed"

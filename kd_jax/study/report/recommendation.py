@@ -30,7 +30,7 @@ WRONG = {
 }
 WITHOUT = {  # distillation
     MLM: "the same training without the teacher",
-    INITIALIZED: "a copy of the teacher's layers that was not distilled",
+    INITIALIZED: "the same start from the teacher without distillation",
 }
 TITLES = {  # (which text wins, whether distillation helps)
     (LOWER, LOWER): "use {ours} and distill",
