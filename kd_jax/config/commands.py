@@ -174,7 +174,8 @@ class Study:
     ngrams: also TF-IDF of n-grams with logistic regression and a CRF, on the students' labels (config.baseline).
     probe: also logistic regression on the frozen generic teacher's states.
     finetune_teacher: also the generic teacher finetuned, with the first seed and one recipe, as an upper bound.
-    teacher_learning_rate, teacher_epochs, teacher_pooling: that recipe.
+    teacher_learning_rate, teacher_encoder_rate, teacher_epochs, teacher_pooling: that recipe. New heads need a far
+        higher rate than a pretrained encoder.
     label_unlabeled: also n-grams and a student from scratch trained on the labels that the finetuned teacher gives to
         the train utterances which finetune.max_train left out, next to the given labels.
     seeds: of the students.
@@ -203,7 +204,8 @@ class Study:
     ngrams: bool = True
     probe: bool = True
     finetune_teacher: bool = False
-    teacher_learning_rate: float = 1e-4
+    teacher_learning_rate: float = 2e-3
+    teacher_encoder_rate: float = 0.05
     teacher_epochs: int = 5
     teacher_pooling: str = "mean"
     label_unlabeled: bool = False
@@ -229,7 +231,9 @@ class Study:
         for rate in self.recipe_encoder_rates:
             check(0 < rate <= 1, "recipe_encoder_rates", f"{rate} is outside (0, 1]", "1.0 is the rate of the heads")
         check(len(self.seeds) > 0, "seeds", "there is no seed", "give at least one, better three")
-        check(self.teacher_learning_rate > 0, "teacher_learning_rate", "it is not above 0", "1e-4 is usual")
+        check(self.teacher_learning_rate > 0, "teacher_learning_rate", "it is not above 0", "2e-3 is usual")
+        slow = self.teacher_encoder_rate
+        check(0 < slow <= 1, "teacher_encoder_rate", f"{slow} is outside (0, 1]", "0.05 of 2e-3 is usual")
         one_of(self.teacher_pooling, get_args(Pooling), "teacher_pooling")
         check(self.teacher_epochs >= 0, "teacher_epochs", "it is negative", "0 uses config.finetune.steps")
         labels = self.finetune_teacher or not self.label_unlabeled

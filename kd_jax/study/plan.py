@@ -219,7 +219,8 @@ class Planner:
     def recipes_of(self, student: Student) -> list[Recipe]:
         """The recipes that are tried for a student; the teacher has one of its own."""
         settings = self.settings
-        own = Recipe(settings.teacher_learning_rate, settings.teacher_epochs, settings.teacher_pooling)
+        pace = (settings.teacher_learning_rate, settings.teacher_epochs)
+        own = Recipe(*pace, settings.teacher_pooling, settings.teacher_encoder_rate)
         return [own] if student.kind == "finetuned" else self.recipes
 
     def search(self, student: Student, task: str) -> list[Stage]:

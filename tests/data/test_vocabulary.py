@@ -73,9 +73,9 @@ def test_rows_and_texts_map_back_to_the_full_ids(full, trimmed):
 def test_the_teacher_reads_a_dropped_token_where_the_student_reads_unknown(full, trimmed):
     stores, kept = trimmed.stores("train"), kept_ids(trimmed)
     transfer_set = TransferSet(stores, transfer=Transfer(), seed=0, weights={"generic": 1.0, "task": 1.0})
-    batches = MaskedBatches(stores, transfer_set, Masking(), trimmed.tokenizer, 64, kept)
+    batches = MaskedBatches(stores, transfer_set, Masking(), trimmed.tokenizer, 256, kept)
     batch = batches.batch(0)
-    source, _, row = transfer_set.locate(np.arange(64))
+    source, _, row = transfer_set.locate(np.arange(256))
     whole = np.stack([full.stores("train")[s].rows(r)[0] for s, r in zip(source, row)])
     masked = np.zeros(whole.shape, bool)
     rows, slots = np.nonzero(batch["masked_weights"])
@@ -86,7 +86,7 @@ def test_the_teacher_reads_a_dropped_token_where_the_student_reads_unknown(full,
     expected = np.where(masked, kept[batch["tokens"]], whole)
     np.testing.assert_array_equal(batch["teacher_tokens"], expected)
     assert batch["teacher_tokens"].dtype == np.int32
-    np.testing.assert_array_equal(batches.batch(0, 1, 4)["teacher_tokens"], expected[16:32])
+    np.testing.assert_array_equal(batches.batch(0, 1, 4)["teacher_tokens"], expected[64:128])
 
 
 def test_random_replacements_are_kept_pieces_and_masks_stand_where_they_stood(full, trimmed):

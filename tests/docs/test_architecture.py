@@ -228,12 +228,12 @@ RULES: dict[str, tuple[Check, tuple[str, ...], tuple[str, str], tuple[str, str]]
         check_import_table,
         ("kd_jax", "configs"),
         ("configs/massive.py", "from kd_jax.models import encoder_config\n"),
-        ("configs/massive.py", "from tests.support import pretrained\nfrom kd_jax.config import base\n"),
+        ("configs/massive.py", "from configs import quickstart\nfrom kd_jax.config import base\n"),
     ),
     "table, what is not in the wheel": (
         check_import_table,
         ("kd_jax", "configs"),
-        ("kd_jax/main/study.py", "from tests.support import pretrained\n"),
+        ("kd_jax/main/study.py", "from configs import quickstart\n"),
         ("kd_jax/main/study.py", "from kd_jax.study import run\n"),
     ),
     "table, the start": (
