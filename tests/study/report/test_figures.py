@@ -107,7 +107,7 @@ def test_every_line_of_a_figure_has_its_own_color_and_style(inputs):
     assert len(set(plotting.DASHES.values())) == len(plotting.DASHES)
     assert len(set(plotting.STROKES)) == len(plotting.STROKES)
     legend = figures.training_curves(inputs.numbers).legends[0].get_lines()
-    looks = [(line.get_color(), str(line._dash_pattern)) for line in legend]
+    looks = [(line.get_color(), str(vars(line)["_dash_pattern"])) for line in legend]
     assert len(looks) == 7 and all(len(set(column)) == 7 for column in zip(*looks))
 
 
