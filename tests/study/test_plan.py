@@ -66,7 +66,8 @@ def test_the_finetuned_teacher_labels_what_students_did_not_see():
     stages = {stage.name: stage for stage in all_stages(config)}
     teacher = stages["dc-finetuned-seed0"]
     assert teacher.config["finetune"]["init_from"] == "stage:" + plan.teacher().folder
-    assert (teacher.config["finetune"]["learning_rate"], teacher.config["finetune"]["epochs"]) == (1e-4, 3)
+    recipe = ("learning_rate", "encoder_rate", "epochs")
+    assert [teacher.config["finetune"][name] for name in recipe] == [2e-3, 0.05, 3]
     assert teacher.phase == stages["label-dc-finetuned-seed0"].phase == "students"
     assert stages["label-dc-finetuned-seed0"].config["evaluate"]["partition"] == "unlabeled"
     labels = "stage:" + stages["label-dc-finetuned-seed0"].folder
