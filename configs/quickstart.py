@@ -4,7 +4,7 @@ Command:   bash launch/quickstart.sh
            python -m kd_jax.main.study --config=configs/quickstart.py --workdir=runs/quickstart
 Needs:     pip install "kd_jax[demo]"
 Hardware:  two CPU cores, 4 GB of memory
-Time:      six minutes
+Time:      seven minutes
 Result:    docs/quickstart.md
 """
 

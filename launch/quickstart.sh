@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what is needed (once), then runs a whole study on the embedded data: a published teacher, students distilled over
-# three transfer sets, baselines, and the report. About six minutes on two idle CPU cores once the packages are installed.
+# three transfer sets, baselines, and the report. About seven minutes on two idle CPU cores once the packages are installed.
 #
 # Usage: bash launch/quickstart.sh [--config.KEY=VALUE ...]
 #
