@@ -222,7 +222,7 @@ class Predictor:
     def _choose_pair(self, dc: dict[str, Any], icner: dict[str, Any]) -> None:
         """Replaces the answers of both models by the likeliest pair that was seen together."""
         assert self._dc is not None and self._pairs is not None
-        # Two models that are sure of what contradicts leave products of zero, which could not be told apart.
+        # If both models are certain of labels that never occur together, every allowed product underflows to zero.
         chances = [np.maximum(one["class_probabilities"], np.finfo(np.float32).tiny) for one in (dc, icner)]
         joint = np.where(self._pairs, np.log(chances[0])[:, None] + np.log(chances[1])[None, :], -np.inf)
         domain, intent = np.unravel_index(joint.argmax(), joint.shape)
