@@ -310,6 +310,7 @@ class States:
     """What `cache_states` writes of every train row, unmasked: `config.states`.
 
     layers: last | none | "3,-1": the layers whose states are kept of every token, counted from 0 (-1 is the last).
+    relations: those whose queries, keys and values are kept of every token, three more vectors for each, written alike.
     kinds: of the train rows, some of generic, task and selected; () takes all.
     dtype: float16 | float32.
     components: leading principal components that are kept of each vector; 0 keeps the whole vector.
@@ -318,6 +319,7 @@ class States:
     """
 
     layers: str = "last"
+    relations: str = "none"
     kinds: tuple[str, ...] = ()
     dtype: str = "float16"
     components: int = 0
@@ -329,5 +331,7 @@ class States:
         for kind in self.kinds:
             one_of(kind, STORE_KINDS, "kinds")
         check(self.components >= 0, "components", f"{self.components} is negative", "0 keeps the whole vector")
+        whole = self.relations == "none" or not self.components
+        check(whole, "components", "relations need whole vectors", "set it to 0, or states.relations to none")
         for name in ("rows_per_part", "batch_rows"):
             check((value := getattr(self, name)) >= 1, name, f"{value} is below 1", "give at least 1")

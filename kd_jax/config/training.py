@@ -196,6 +196,9 @@ class Embeddings(Term):
         one_of(self.distance, ("cosine", "mse"), "distance")
 
 
+RELATION_PARTS = ("query", "key", "value")
+
+
 @dataclass(frozen=True)
 class Relations(Term):
     """KL between scaled dot products among queries, among keys and among values (MiniLMv2, Wang et al. 2021).
@@ -207,12 +210,12 @@ class Relations(Term):
 
     heads: int = 0
     layers: str = "last"
-    parts: tuple[str, ...] = ("query", "key", "value")
+    parts: tuple[str, ...] = RELATION_PARTS
 
     def __post_init__(self):
         super().__post_init__()
         for part in self.parts:
-            check(part in ("query", "key", "value"), "parts", f"{part!r} is unknown", "use query, key and value")
+            check(part in RELATION_PARTS, "parts", f"{part!r} is unknown", "use query, key and value")
         check(bool(self.parts), "parts", "it is empty", "use query, key and value")
 
 
@@ -237,7 +240,7 @@ class Sentence(Term):
 
 # On inner states, which cached predictions do not have; cache_states serves those of STATE_TERMS.
 FEATURE_TERMS = ("hidden", "embeddings", "relations", "sentence")
-STATE_TERMS = ("hidden", "sentence")
+STATE_TERMS = ("hidden", "relations", "sentence")
 TERMS = ("kl", "mlm", *FEATURE_TERMS)
 
 
@@ -318,6 +321,8 @@ class Distill(Loss, Training):
         table alone, reduced to principal components.
     init_layers: init=teacher: uniform | first | last | "0,3": a teacher layer for each of the student's; none takes the
         token table alone.
+    table_from: embeddings | states, init=teacher from the token table alone: of which vectors its principal components
+        are, those of the teacher's token table, or the mean states of the teacher that reads each token alone.
     table_scale: > 0, init=teacher from the token table alone: root mean square of its entries, relative to the standard
         deviation of a random table.
     teacher_steps: several teachers: () averages them; (0, n, ...) uses each from its step on.
@@ -325,6 +330,7 @@ class Distill(Loss, Training):
 
     init: str = "random"
     init_layers: str = "uniform"
+    table_from: str = "embeddings"
     table_scale: float = 1.0
     teacher_steps: tuple[int, ...] = ()
 
@@ -332,6 +338,7 @@ class Distill(Loss, Training):
         Training.__post_init__(self)
         Loss.__post_init__(self)
         one_of(self.init, ("random", "teacher"), "init")
+        one_of(self.table_from, ("embeddings", "states"), "table_from")
         check(
             self.table_scale > 0, "table_scale", f"{self.table_scale} is not above 0", "1.0 is as large as a random one"
         )

@@ -1,7 +1,8 @@
 """A teacher's states of unmasked text on disk: written once for each row, read by every student and in every epoch.
 
 The files are those of kd_jax.data.parts. <store>.counts.npy says how many tokens and texts each row has; a part holds
-vectors, row after row: those of the row's real tokens for each layer, then the mean of each of its texts.
+vectors, row after row: those of the row's real tokens for each block, then the mean of each of its texts. A block is
+the states after a layer, or the queries, keys or values of one.
 """
 
 import json
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from kd_jax.config import require
+from kd_jax.config.training import RELATION_PARTS
 from kd_jax.data.batches import CleanBatches, rows_of_batch
 from kd_jax.data.packing import runs
 from kd_jax.data.parts import KEY, Parts, PartsWriter
@@ -22,6 +24,8 @@ from kd_jax.data.transfer_set import TransferSet
 from kd_jax.types import Batch, UserError
 
 COUNTS = "{}.counts"
+# A layer, for the states after it, or (layer, part) for its queries, keys or values, of all heads side by side.
+Block = int | tuple[int, str]
 _CHUNK = 2**16  # rows whose segments are read at a time
 
 
@@ -35,11 +39,17 @@ def counts_of(store: RowStore) -> np.ndarray:
     return found
 
 
+def blocks_of(layers: Sequence[int], relations: Sequence[int]) -> tuple[Block, ...]:
+    """The blocks of a row in order: the states of `layers`, then queries, keys and values of each of `relations`."""
+    return (*layers, *((layer, part) for layer in relations for part in RELATION_PARTS))
+
+
 class StatesWriter(PartsWriter):
     """The parts of a cache of states: consecutive rows of a store each, and writing them.
 
     layers: the teacher's layers whose states are kept, of `width` numbers in `dtype`; `components` of them where they
-    are reduced, else 0. identity: JSON values that a reader compares; a folder begun with another one is refused.
+    are reduced, else 0. relations: those whose queries, keys and values are kept. identity: JSON values that a reader
+    compares; a folder begun with another one is refused.
     """
 
     def __init__(
@@ -52,8 +62,10 @@ class StatesWriter(PartsWriter):
         identity: Mapping[str, Any],
         rows_per_part: int,
         components: int = 0,
+        relations: Sequence[int] = (),
     ):
-        self.stores, self.layers, self.width, self.dtype = tuple(stores), tuple(layers), width, np.dtype(dtype)
+        self.stores, self.width, self.dtype = tuple(stores), width, np.dtype(dtype)
+        self.layers, self.relations, self.blocks = tuple(layers), tuple(relations), blocks_of(layers, relations)
         self._counts = [counts_of(store) for store in stores]
         self.texts = max(int(counts[:, 1].max()) for counts in self._counts)
         self._places = [
@@ -68,6 +80,7 @@ class StatesWriter(PartsWriter):
             "rows": {store.name: store.fingerprint for store in stores},
             "components": components,
             "layers": list(layers),
+            **({"relations": list(relations)} if relations else {}),
             "width": width,
             "dtype": dtype,
             "texts": self.texts,
@@ -93,32 +106,33 @@ class StatesWriter(PartsWriter):
         firsts = ends - [store.num_rows for store in self.stores]
         return [(int(number), chosen[of_store == number] - firsts[number]) for number in np.unique(of_store)]
 
-    def real(self, store: int, rows: np.ndarray, layers: Sequence[np.ndarray], texts: np.ndarray) -> list[np.ndarray]:
-        """The vectors [v, width] of each layer's real tokens, and of the texts, from padded [n, L or S, width]."""
+    def real(self, store: int, rows: np.ndarray, blocks: Sequence[np.ndarray], texts: np.ndarray) -> list[np.ndarray]:
+        """The vectors [v, width] of each block's real tokens, and of the texts, from padded [n, L or S, width]."""
         tokens, segments = self.used(store, rows)
-        every = [*((tokens, states) for states in layers), (segments, texts)]
+        every = [*((tokens, vectors) for vectors in blocks), (segments, texts)]
         return [vectors[np.arange(vectors.shape[1]) < count[:, None]] for count, vectors in every]
 
-    def pack(self, store: int, rows: np.ndarray, layers: Sequence[np.ndarray], texts: np.ndarray) -> np.ndarray:
+    def pack(self, store: int, rows: np.ndarray, blocks: Sequence[np.ndarray], texts: np.ndarray) -> np.ndarray:
         """The same in one array [v, width], row after row."""
         tokens, segments = self.used(store, rows)
-        total = tokens * len(layers) + segments
+        total = tokens * len(blocks) + segments
         place = np.cumsum(total) - total
         found = np.empty((int(total.sum()), self.width), self.dtype)
-        counts = [*([tokens] * len(layers)), segments]
+        counts = [*([tokens] * len(blocks)), segments]
         with np.errstate(over="ignore"):  # a state too large for the dtype becomes infinite, which the caller refuses
-            for count, vectors in zip(counts, self.real(store, rows, layers, texts), strict=True):
+            for count, vectors in zip(counts, self.real(store, rows, blocks, texts), strict=True):
                 found[runs(place, count)] = vectors
                 place = place + count
         return found
 
 
 class TeacherStates(Parts):
-    """A finished cache of states, memory-mapped. Attributes: layers, width, texts (the most in a row)."""
+    """A finished cache of states, memory-mapped. texts: the most in a row."""
 
     def __init__(self, folder: str | os.PathLike[str]):
         super().__init__(folder, "cache_states")
-        self.layers = tuple(self.manifest["layers"])
+        self.layers, self.relations = tuple(self.manifest["layers"]), tuple(self.manifest.get("relations", ()))
+        self.blocks = blocks_of(self.layers, self.relations)
         self.width, self.texts = int(self.manifest["width"]), int(self.manifest["texts"])
         self._places: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -132,46 +146,46 @@ class TeacherStates(Parts):
             require(recorded == store.fingerprint, KEY, problem, "run cache_states again into another directory")
 
     def read(
-        self, store: RowStore, rows: np.ndarray, layers: Sequence[int], texts: bool
+        self, store: RowStore, rows: np.ndarray, blocks: Sequence[Block], texts: bool
     ) -> tuple[list[np.ndarray], np.ndarray | None]:
-        """(states [n, L, width] of each of `layers`, means [n, S, width]) of rows [n] of a store, zeros on padding."""
+        """(vectors [n, L, width] of each of `blocks`, means [n, S, width]) of rows [n] of a store, zeros on padding."""
         counts, before = self._places_of(store)
         tokens, segments = counts[rows].astype(np.int64).T
-        blocks = [*([tokens] * len(self.layers)), segments]  # vectors of each block of a row
-        starts = [before[rows] + number * tokens for number in range(len(blocks))]
-        wanted = [*((self.layers.index(layer), store.length) for layer in layers)]
-        wanted += [(len(self.layers), self.texts)] if texts else []
+        counted = [*([tokens] * len(self.blocks)), segments]  # vectors of each block of a row
+        starts = [before[rows] + number * tokens for number in range(len(counted))]
+        wanted = [*((self.blocks.index(block), store.length) for block in blocks)]
+        wanted += [(len(self.blocks), self.texts)] if texts else []
         found = [np.zeros((len(rows), slots, self.width), self.manifest["dtype"]) for _, slots in wanted]
         parts = rows // self.manifest["rows_per_part"]
         for number in np.unique(parts):
             mine = np.flatnonzero(parts == number)
             vectors = self.part(store.name, int(number))
             for (block, _), into in zip(wanted, found, strict=True):
-                count = blocks[block][mine]
+                count = counted[block][mine]
                 columns = runs(np.zeros(len(mine), np.int64), count)
                 into[np.repeat(mine, count), columns] = vectors[runs(starts[block][mine], count)]
-        return found[: len(layers)], found[-1] if texts else None
+        return found[: len(blocks)], found[-1] if texts else None
 
-    def centers(self, most: int = 16) -> tuple[dict[int, np.ndarray], np.ndarray]:
-        """(mean state of each layer, mean of the texts), float32 [width], over at most so many parts.
+    def centers(self, most: int = 16) -> tuple[dict[Block, np.ndarray], np.ndarray]:
+        """(mean vector of each block, mean of the texts), float32 [width], over at most so many parts.
 
         The parts are spread evenly over the cache, so all transfer sets that read it have the same centers.
         """
         names = [note["store"] for note in self.manifest["parts"]]
         numbers = [names[:place].count(name) for place, name in enumerate(names)]
-        sums = np.zeros((len(self.layers) + 1, self.width))
+        sums = np.zeros((len(self.blocks) + 1, self.width))
         total, size = np.zeros(len(sums)), self.manifest["rows_per_part"]
         for place in np.unique(np.linspace(0, len(names) - 1, most).astype(np.int64)):
             vectors = self.part(names[place], numbers[place])
             rows = slice(numbers[place] * size, (numbers[place] + 1) * size)
             tokens, texts = self._counts_of(names[place])[rows].T
-            of_rows = np.stack([*([tokens] * len(self.layers)), texts], axis=1)  # vectors of each block of a row
+            of_rows = np.stack([*([tokens] * len(self.blocks)), texts], axis=1)  # vectors of each block of a row
             blocks = np.repeat(np.tile(np.arange(len(sums)), len(of_rows)), of_rows.ravel())
             total += of_rows.sum(axis=0)
             for block in range(len(sums)):
                 sums[block] += vectors[blocks == block].sum(axis=0, dtype=np.float64)
         means = (sums / np.maximum(total, 1.0)[:, None]).astype(np.float32)
-        return dict(zip(self.layers, means[:-1], strict=True)), means[-1]
+        return dict(zip(self.blocks, means[:-1], strict=True)), means[-1]
 
     def _counts_of(self, store: str) -> np.ndarray:
         """uint16 [rows, 2]: tokens and texts of each row of a store."""
@@ -184,7 +198,7 @@ class TeacherStates(Parts):
         """(tokens and texts of each row, int64 [rows]: how many vectors of its part stand before those of a row)."""
         if store.name not in self._places:
             counts = self._counts_of(store.name)
-            vectors = counts[:, 0].astype(np.int64) * len(self.layers) + counts[:, 1]
+            vectors = counts[:, 0].astype(np.int64) * len(self.blocks) + counts[:, 1]
             size, before = self.manifest["rows_per_part"], np.cumsum(vectors) - vectors
             of_part = before[::size].repeat(size)[: len(before)]
             self._places[store.name] = counts, before - of_part
@@ -194,7 +208,7 @@ class TeacherStates(Parts):
 class StateBatches:
     """Batch k of a transfer set, unmasked (see `CleanBatches`), together with the teacher's cached states.
 
-    layers: batch field -> the layer whose states it gets. texts: the field that gets the mean of each text; "" for
+    blocks: batch field -> the block whose vectors it gets. texts: the field that gets the mean of each text; "" for
     none. Raises UserError when the cache lacks a store that the transfer set draws from.
     """
 
@@ -203,32 +217,32 @@ class StateBatches:
         cache: TeacherStates,
         transfer_set: TransferSet,
         tokenizer: Tokenizer,
-        layers: Mapping[str, int],
+        blocks: Mapping[str, Block],
         texts: str,
         batch_size: int,
     ):
         self.cache, self.transfer_set, self.batch_size = cache, transfer_set, batch_size
-        self._layers, self._texts = dict(layers), texts
+        self._blocks, self._texts = dict(blocks), texts
         self._clean = CleanBatches(transfer_set, tokenizer, batch_size)
         drawn = [store for store, share in zip(transfer_set.stores, transfer_set.row_shares) if share > 0]
         cache.check_stores(drawn)
-        identity = [cache.fingerprint, self._clean.fingerprint, sorted(self._layers.items()), texts]
+        identity = [cache.fingerprint, self._clean.fingerprint, sorted(self._blocks.items()), texts]
         self.fingerprint = f"{name_key(json.dumps(identity)):016x}"
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
         """This process's contiguous slice of the rows of batch `step`."""
         batch = self._clean.batch(step, process_index, process_count)
         source, _, row = rows_of_batch(self.transfer_set, step, self.batch_size, process_index, process_count)
-        slots = dict.fromkeys(self._layers, batch["tokens"].shape[1])
+        slots = dict.fromkeys(self._blocks, batch["tokens"].shape[1])
         slots |= {self._texts: self.cache.texts} if self._texts else {}
         dtype = self.cache.manifest["dtype"]
         values = {name: np.zeros((len(row), count, self.cache.width), dtype) for name, count in slots.items()}
         for number in np.unique(source):
             mine = np.flatnonzero(source == number)
             store = self.transfer_set.stores[number]
-            layers, texts = self.cache.read(store, row[mine], list(self._layers.values()), bool(self._texts))
-            for name, states in zip(self._layers, layers, strict=True):
-                values[name][mine] = states
+            blocks, texts = self.cache.read(store, row[mine], list(self._blocks.values()), bool(self._texts))
+            for name, vectors in zip(self._blocks, blocks, strict=True):
+                values[name][mine] = vectors
             if texts is not None:
                 values[self._texts][mine] = texts
         return {**batch, **values}

@@ -32,7 +32,7 @@ from kd_jax.jobs.teachers import (
     teacher_tables,
 )
 from kd_jax.models.functional import Functional, flops_per_row
-from kd_jax.steps.distill import MEANS, STATES, make_distill_objective, text_slots
+from kd_jax.steps.distill import MEANS, RELATIONS, STATES, make_distill_objective, text_slots
 from kd_jax.steps.pretrain import make_pretrain_objective
 from kd_jax.trainer.mesh import batch_sharding, replicated, row_multiple
 from kd_jax.trainer.state import State
@@ -117,6 +117,10 @@ def abstract_job(config: ConfigDict, mesh: jax.sharding.Mesh) -> AbstractJob:
             if distill.sentence.used:
                 kept_states[MEANS] = ((text_slots(length), width), jnp.dtype(states.dtype))
             fields |= kept_states
+            relations = distill.relations
+            pairs = layers_of("relations", relations.layers, student.config, shape) if relations.used else ()
+            names = [RELATIONS.format(part, layer) for _, layer in pairs for part in relations.parts]
+            fields |= dict.fromkeys(names, ((length, width), jnp.dtype(states.dtype)))
             if distill.center:
                 center = jax.ShapeDtypeStruct((width,), jnp.float32, sharding=replicated(mesh))
                 constants["centers"] = dict.fromkeys(kept_states, center)

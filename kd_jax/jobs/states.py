@@ -19,7 +19,7 @@ from kd_jax.data.batches import clean_rows, process_slice
 from kd_jax.data.labeled import LabeledSet, packed
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.rows import RowStore
-from kd_jax.data.teacher_states import StateBatches, StatesWriter, TeacherStates
+from kd_jax.data.teacher_states import Block, StateBatches, StatesWriter, TeacherStates
 from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.data.text.utterances import LabelMaps, Utterance
 from kd_jax.data.transfer_set import TransferSet
@@ -36,7 +36,7 @@ from kd_jax.runtime import distributed
 from kd_jax.runtime.paths import names_in
 from kd_jax.runtime.preemption import interruptible
 from kd_jax.runtime.progress import Count
-from kd_jax.steps.distill import MEANS, STATES
+from kd_jax.steps.distill import MEANS, RELATIONS, STATES
 from kd_jax.steps.teacher_states import make_states_step
 from kd_jax.trainer.mesh import gathered, global_batch, process_share, row_multiple
 from kd_jax.trainer.run_directory import RunDirectory
@@ -62,7 +62,7 @@ def find_teacher(
     recorded = trained.tokenizer_fingerprint(workdir)
     if recorded != prepared.tokenizer.fingerprint:
         seen = trained.run_prepared(workdir, prepared, KEY)
-        if states.layers == "none" and recorded != seen.tokenizer.fingerprint:
+        if states.layers == states.relations == "none" and recorded != seen.tokenizer.fingerprint:
             seen = trained.own_prepared(workdir, KEY)
         trained.check_tokenizer(workdir, seen, KEY)
     model = encoder_model(block, seen, compute_dtype, "teacher")
@@ -81,9 +81,13 @@ def same_texts(prepared: Prepared, read_by_teacher: Prepared) -> bool:
     return full.tokenizer.fingerprint == prepared.tokenizer.fingerprint
 
 
-def kept_layers(states: States, teacher: EncoderConfig) -> tuple[int, ...]:
-    """The layers of config.states.layers. Raises UserError."""
-    return chosen_layers(read_layers(states.layers, "states.layers"), teacher.num_layers, "states.layers")
+def kept_layers(states: States, teacher: EncoderConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The layers of config.states.layers and of config.states.relations. Raises UserError."""
+
+    def read(written: str, key: str) -> tuple[int, ...]:
+        return chosen_layers(read_layers(written, key), teacher.num_layers, key)
+
+    return read(states.layers, "states.layers"), read(states.relations, "states.relations")
 
 
 def stores_of(states: States, prepared: Prepared) -> list[RowStore]:
@@ -116,11 +120,11 @@ def write_states(
     """
     other = None if same_texts(prepared, read_by_teacher) else read_by_teacher
     stores, shape = stores_of(states, prepared if other else read_by_teacher), teacher.model.config
-    layers, width = kept_layers(states, shape), states.components or shape.hidden_size
+    (layers, relations), width = kept_layers(states, shape), states.components or shape.hidden_size
     same = identity(teacher)
-    size = states.rows_per_part
+    size, components = states.rows_per_part, states.components
     with distributed.first_goes_ahead():
-        writer = StatesWriter(directory.path, stores, layers, width, states.dtype, same, size, states.components)
+        writer = StatesWriter(directory.path, stores, layers, width, states.dtype, same, size, components, relations)
     directory.start(tokenizer_fingerprint=read_by_teacher.tokenizer.fingerprint)
     wanted = distributed.from_first(writer.missing(execution.cache_part, execution.cache_parts))
     bases = [*(f"basis_layer_{layer}" for layer in layers), "basis_texts"] if states.components else []
@@ -154,14 +158,14 @@ class _Reader:
         self._batch_rows = -(-states.batch_rows // multiple) * multiple
         # Projected in float32, and only then rounded.
         self._dtype = "float32" if states.components else states.dtype
-        self._step = compiled_states_step(teacher.model, writer.layers, writer.texts, self._dtype)
+        self._step = compiled_states_step(teacher.model, writer.layers, writer.texts, self._dtype, writer.relations)
 
     def part(self, store: int, rows: np.ndarray, done: Count) -> tuple[np.ndarray, dict[str, float]] | None:
         """(vectors of rows of one store, sums for the report) on process 0, None on the others. Raises Preempted."""
         blocks = []
-        for inside, layers, texts in self._batches(store, rows, done):
-            *layers, texts = self._reduced([*layers, texts])
-            blocks.append(self._writer.pack(store, rows[inside], layers, texts))
+        for inside, tokens, texts in self._batches(store, rows, done):
+            *tokens, texts = self._reduced([*tokens, texts])
+            blocks.append(self._writer.pack(store, rows[inside], tokens, texts))
         if jax.process_index() != 0:
             return None
         vectors = np.concatenate(blocks)
@@ -172,18 +176,18 @@ class _Reader:
         return vectors, {"rows": len(rows), "tokens": int(tokens.sum()), "texts": int(texts.sum())}
 
     def _batches(self, store: int, rows: np.ndarray, done: Count | None):
-        """(slice of `rows`, states of each layer, means of the texts) of one batch after the other; the arrays only on
+        """(slice of `rows`, vectors of each block, means of the texts) of one batch after the other; the arrays only on
         process 0, nothing on the others."""
         first, mine = jax.process_index() == 0, slice(*process_slice(self._batch_rows, *process_share(self._mesh)))
         for start in interruptible(range(0, len(rows), self._batch_rows), "the teacher's states"):
             count = len(rows[start : start + self._batch_rows])
             fill = np.resize(np.arange(start, start + count), self._batch_rows)[mine]  # the last repeats its rows
             batch = clean_rows(self._writer.stores, np.full(len(fill), store), rows[fill])
-            layers, texts = gathered(self._step(self._params, global_batch(self._mesh, batch)))
+            blocks, texts = gathered(self._step(self._params, global_batch(self._mesh, batch)))
             if done is not None:
                 done.update(count)
             if first:
-                yield slice(start, start + count), [one[:count] for one in layers], texts[:count]
+                yield slice(start, start + count), [one[:count] for one in blocks], texts[:count]
 
     def _reduced(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
         return [one @ basis for one, basis in zip(arrays, self.bases, strict=True)] if self.bases else arrays
@@ -282,9 +286,11 @@ def compiled_means(model: Functional) -> Callable[[Params, Batch], jax.Array]:
 
 
 @functools.cache
-def compiled_states_step(model: Functional, layers: tuple[int, ...], texts: int, dtype: str):
+def compiled_states_step(
+    model: Functional, layers: tuple[int, ...], texts: int, dtype: str, relations: tuple[int, ...] = ()
+):
     """The same jitted function for all parts and runs with equal settings."""
-    return jax.jit(make_states_step(model, layers, texts, dtype))
+    return jax.jit(make_states_step(model, layers, texts, dtype, relations))
 
 
 def summary(manifest: dict[str, Any], explained: Sequence[float]) -> dict[str, Any]:
@@ -307,24 +313,34 @@ def cached_states(
     """The states that cache_states wrote, as targets of a student; no teacher is in memory."""
     cache = TeacherStates(folder)
     cache.check(identity(teacher))
-    layers: dict[str, int] = {}
+
+    def needed(term: str, written: str, held: tuple[int, ...], key: str) -> list[int]:
+        pairs = layers_of(term, written, student, teacher.model.config)
+        layers = sorted({theirs for _, theirs in pairs})
+        lacking = [layer for layer in layers if layer not in held]
+        problem = f"it needs the teacher's layers {lacking}, and {folder} has {list(held)}"
+        remedy = f"pair those, or write another cache with config.states.{key}"
+        require(not lacking, f"distill.{term}.layers", problem, remedy)
+        return layers
+
+    states: dict[str, Block] = {}
     if distill.hidden.used:
-        pairs = layers_of("hidden", distill.hidden.layers, student, teacher.model.config)
-        lacking = sorted({theirs for _, theirs in pairs} - set(cache.layers))
-        problem = f"it needs the teacher's layers {lacking}, and {folder} has {list(cache.layers)}"
-        remedy = "pair those, or write another cache with config.states.layers"
-        require(not lacking, "distill.hidden.layers", problem, remedy)
-        layers = {STATES.format(theirs): theirs for _, theirs in pairs}
+        found = needed("hidden", distill.hidden.layers, cache.layers, "layers")
+        states = {STATES.format(layer): layer for layer in found}
+    blocks = dict(states)
+    if distill.relations.used:
+        for layer in needed("relations", distill.relations.layers, cache.relations, "relations"):
+            blocks |= {RELATIONS.format(part, layer): (layer, part) for part in distill.relations.parts}
     texts = MEANS if distill.sentence.used else ""
 
     def batches(transfer_set: TransferSet) -> StateBatches:
-        return StateBatches(cache, transfer_set, prepared.tokenizer, layers, texts, distill.batch_size)
+        return StateBatches(cache, transfer_set, prepared.tokenizer, blocks, texts, distill.batch_size)
 
     def constants() -> dict[str, Any]:
         if not distill.center:
             return {}
-        of_layers, of_texts = cache.centers()
-        centers = {name: of_layers[theirs] for name, theirs in layers.items()}
+        of_blocks, of_texts = cache.centers()
+        centers = {name: of_blocks[block] for name, block in states.items()}
         return {"centers": centers | ({texts: of_texts} if texts else {})}
 
     form = teacher_form(vocabulary, prepared, "states", cached=True)

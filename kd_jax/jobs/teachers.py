@@ -1,11 +1,14 @@
 """The teachers of a distillation run, in the loop or as cached predictions, and the loss against them."""
 
+import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -13,7 +16,7 @@ from kd_jax.config import require
 from kd_jax.config.data import Masking, Vocabulary
 from kd_jax.config.execution import Execution, Rules
 from kd_jax.config.training import STATE_TERMS, Distill, Loss
-from kd_jax.data.batches import CleanBatches, MaskedBatches
+from kd_jax.data.batches import CleanBatches, MaskedBatches, process_slice
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.teacher_cache import CachedBatches
 from kd_jax.data.teacher_states import StateBatches
@@ -28,13 +31,15 @@ from kd_jax.models.functional import Functional
 from kd_jax.models.initialization import check_shapes, check_table, from_teacher, principal_table, remarks
 from kd_jax.models.layer_map import initial_layers, layer_map, read_layers
 from kd_jax.models.projection import WithProjections, needs_projection
+from kd_jax.runtime.preemption import interruptible
 from kd_jax.steps.distill import DistillSettings
 from kd_jax.steps.teacher_logits import TeacherForm
-from kd_jax.trainer.mesh import gathered, placed
+from kd_jax.trainer.mesh import gathered, global_batch, placed, process_share, row_multiple
 from kd_jax.trainer.state import with_shardings
-from kd_jax.types import Params
+from kd_jax.types import Batch, Params
 
 KEY = "teacher_checkpoint"
+TOKENS_AT_A_TIME = 1024  # that a teacher reads alone, for a student's token table
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,34 @@ class Teacher:
         found = trained.trained_params(self.workdir, self.model, mesh, "encoder", self.rules)
         return found["encoder"]["embeddings"]["tokens"]
 
+    def token_states(self, mesh: jax.sharding.Mesh, prepared: Prepared) -> np.ndarray:
+        """float32 [student tokens, H]: its mean state of each token that it reads alone, between the special ones."""
+        full = prepared.full if isinstance(prepared, TrimmedPrepared) and self.kept is not None else prepared
+        ids = np.arange(self.model.config.vocab_size) if self.kept is None else self.kept
+        params, means = self.params(mesh), jax.jit(functools.partial(_mean_states, self.model))
+        rows = math.lcm(TOKENS_AT_A_TIME, row_multiple(mesh))
+        mine = slice(*process_slice(rows, *process_share(mesh)))
+        found = np.empty((len(ids), self.model.config.hidden_size), np.float32)
+        for start in interruptible(range(0, len(ids), rows), "the teacher's states of its tokens"):
+            some = ids[start : start + rows]
+            tokens = np.full((rows, 3), full.tokenizer.cls_id, np.int32)
+            tokens[: len(some), 1], tokens[:, 2] = some, full.tokenizer.sep_id
+            batch = {
+                "tokens": tokens,
+                "segment_ids": np.ones_like(tokens),
+                "positions": np.zeros_like(tokens) + np.arange(3),
+            }
+            local = {name: values[mine] for name, values in batch.items()}
+            found[start : start + rows] = gathered(means(params, global_batch(mesh, local)))[: len(some)]
+        return found
+
     def constants(self) -> dict[str, Any]:
         """What the step reads of any teacher, in the loop or cached."""
         return {} if self.kept is None else {"kept": self.kept}
+
+
+def _mean_states(model: Functional, params: Params, batch: Batch) -> jax.Array:
+    return jnp.mean(model.hidden(params, batch), axis=1, dtype=jnp.float32)
 
 
 def find_teachers(
@@ -239,16 +269,18 @@ def initialization(
         return {**params, **from_teacher(student, model.student_params(params), *start)}
 
     def from_table(params: Params) -> Params:
-        table = gathered(teacher.token_table(mesh))
-        if teacher.kept is not None:
-            table = table[teacher.kept]
+        if distill.table_from == "states":
+            table = teacher.token_states(mesh, prepared)
+        else:
+            table = gathered(teacher.token_table(mesh))
+            table = table if teacher.kept is None else table[teacher.kept]
         drawn = params["encoder"]["embeddings"]["tokens"]
         size = student.config.initializer_range * distill.table_scale
         values, kept = principal_table(table, train_counts(prepared), student.config.hidden_size, size)
         if student.config.hidden_size > shape.hidden_size:
             values = np.where(np.arange(values.shape[1]) < shape.hidden_size, values, gathered(drawn))
         if jax.process_index() == 0:
-            print(f"The student's token table keeps {kept:.0%} of the variance of its teacher's.")
+            print(f"The student's token table keeps {kept:.0%} of the variance of its teacher's {distill.table_from}.")
         # The same bits on every device, whatever the hosts' libraries make of them.
         values = np.asarray(multihost_utils.broadcast_one_to_all(values))
         encoder = params["encoder"]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax.config import training
+from kd_jax.config.training import RELATION_PARTS
 from kd_jax.losses.blocked import block_for, blocked_losses
 from kd_jax.losses.features import hidden_distance, relation_divergence, text_means
 from kd_jax.models.functional import Captured, Functional
@@ -19,11 +20,11 @@ from kd_jax.steps.teacher_logits import TeacherForm, term_sums
 from kd_jax.types import Array, Batch, Params, Term
 
 LOGIT_TERMS = ("kl", "mlm")
-PARTS = ("query", "key", "value")
 SHORTEST = 3  # tokens of the shortest text in a packed row, with its special tokens (data.packing.SMALLEST_SEGMENT)
 
-# Batch fields with the teacher's states from a cache, [R, L, H] and [R, S, H].
-STATES, MEANS = "teacher_layer_{}", "teacher_texts"
+# Batch fields from a cache of states: those after a layer, its queries, keys and values, all [R, L, H], and the means
+# of texts [R, S, H].
+STATES, RELATIONS, MEANS = "teacher_layer_{}", "teacher_{}_{}", "teacher_texts"
 
 _FEATURES = "teacher_features_{}"  # batch fields with each teacher's features, where it predicts the whole batch first
 
@@ -59,7 +60,7 @@ class Targets(NamedTuple):
     """The teacher's side of the terms on inner states, by layer; texts: see losses.features.text_means."""
 
     layers: Mapping[int, Array]
-    projections: Mapping[int, tuple[Array, ...]] = {}
+    projections: Mapping[int, Mapping[str, Array]] = {}
     embeddings: Array | None = None
     texts: Array | None = None
 
@@ -100,8 +101,9 @@ def make_distill_objective(
     tokens], where the student's vocabulary is trimmed: the teacher's id of each of its tokens; a teacher in the loop
     then reads batch["teacher_tokens"].
 
-    Cached states of clean text (settings.form.kind "states") come with the batch, under STATES and MEANS; with
-    settings.center, frozen["centers"] holds, under the same names, what is subtracted from them, float32 [H].
+    Cached states of clean text (settings.form.kind "states") come with the batch, under STATES, RELATIONS and MEANS;
+    with settings.center, frozen["centers"] holds what is subtracted from states and means, under the same names,
+    float32 [H].
 
     A term whose weight is 0 is not computed. Logits of both models are formed in blocks, at the masked positions only
     unless kd_positions is "all". Equal arguments give the same object, so equal jobs share one compilation.
@@ -214,7 +216,8 @@ def _targets(states: tuple[Captured, ...], batch: Batch, settings: DistillSettin
         return Targets({})
     (one,) = states
     texts = _means(one, batch) if settings.sentence.used else None
-    return Targets(one.layers, one.projections, one.embeddings, texts)
+    projections = {layer: dict[str, Array](zip(RELATION_PARTS, heads)) for layer, heads in one.projections.items()}
+    return Targets(one.layers, projections, one.embeddings, texts)
 
 
 def _cached_targets(batch: Batch, centers: Mapping[str, Array], settings: DistillSettings) -> Targets:
@@ -222,8 +225,14 @@ def _cached_targets(batch: Batch, centers: Mapping[str, Array], settings: Distil
         values = jnp.asarray(batch[name])
         return values.astype(jnp.float32) - jnp.asarray(centers[name])[None, None] if settings.center else values
 
-    layers = {layer: field(STATES.format(layer)) for layer in settings.captured(1)["layers"]}
-    return Targets(layers, texts=field(MEANS) if settings.sentence.used else None)
+    captured, parts = settings.captured(1), settings.relations.parts
+    layers = {layer: field(STATES.format(layer)) for layer in captured["layers"]}
+    # All heads side by side are one head that is as wide as the state: relation heads are another split of it.
+    projections = {
+        layer: {part: jnp.asarray(batch[RELATIONS.format(part, layer)])[:, :, None] for part in parts}
+        for layer in captured["projections"]
+    }
+    return Targets(layers, projections, texts=field(MEANS) if settings.sentence.used else None)
 
 
 def _means(states: Captured, batch: Batch) -> jax.Array:
@@ -300,8 +309,8 @@ def _feature_terms(
     if settings.relations.used:
         pairs = [
             relation_divergence(
-                ours.projections[mine][PARTS.index(part)],
-                theirs.projections[other][PARTS.index(part)],
+                ours.projections[mine][RELATION_PARTS.index(part)],
+                theirs.projections[other][part],
                 batch["segment_ids"],
                 settings.relation_heads,
             )

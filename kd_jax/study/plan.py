@@ -12,7 +12,7 @@ from typing import Any
 from kd_jax.config import EXECUTION_KEYS, commands, fingerprint, identity, require
 from kd_jax.config.data import Cache
 from kd_jax.config.settings import read
-from kd_jax.config.training import STATE_TERMS, Distill, Finetune, Pretrain, Training
+from kd_jax.config.training import STATE_TERMS, Distill, Finetune, Hidden, Pretrain, Relations, Training
 from kd_jax.models.layer_map import layer_map, read_layers
 
 REPORT = "report"
@@ -330,13 +330,21 @@ class Planner:
         """The changes that make config.states what the students of these transfer sets read."""
         shares = [(one["transfer.task_share"], one["transfer.generic"]) for one in transfers]
         kinds = {"task" for share, _ in shares if share > 0} | {kind for share, kind in shares if share < 1}
-        layers, key = "none", "distill.hidden.layers"
-        if self.distill.hidden.used:
-            ours, theirs = (self.values[name]["num_layers"] for name in ("student", "teacher"))
-            pairs = layer_map(read_layers(self.distill.hidden.layers, key), ours, theirs, key)
-            layers = ",".join(str(layer) for layer in sorted({layer for _, layer in pairs}))
-        where = {"seed": 0, "teacher_checkpoint": STAGE + teacher.folder}
-        return {**where, "states.layers": layers, "states.kinds": tuple(sorted(kinds))}
+        ours, theirs = (self.values[name]["num_layers"] for name in ("student", "teacher"))
+
+        def layers(term: Hidden | Relations, key: str) -> str:
+            if not term.used:
+                return "none"
+            pairs = layer_map(read_layers(term.layers, key), ours, theirs, key)
+            return ",".join(str(layer) for layer in sorted({layer for _, layer in pairs}))
+
+        return {
+            "seed": 0,
+            "teacher_checkpoint": STAGE + teacher.folder,
+            "states.layers": layers(self.distill.hidden, "distill.hidden.layers"),
+            "states.relations": layers(self.distill.relations, "distill.relations.layers"),
+            "states.kinds": tuple(sorted(kinds)),
+        }
 
     def _predicted(self, stage: Stage, block: str, rows: Iterable[str]) -> Stage:
         """The stage of a cache, whose predictions are noted; rows: the keys of its block that only say which rows."""

@@ -28,13 +28,13 @@ TRIM = {"trim": True, "min_count": 3, "dropped": "renormalize"}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with data, a teacher, and a cache of the states of all of its layers in float32."""
+    """A folder with data, a teacher, and a cache in float32: states of all of its layers, relations of the last."""
     folder = tmp_path_factory.mktemp("states")
     config = config_for(pretrain__steps=20, pretrain__learning_rate=1e-2, transfer__task_share=0.5)
     prepare.run(config, folder / "data")
     config.prepared = str(folder / "data")
     pretrain.run(config, folder / "teacher")
-    cache_states.run(ready(folder, states__layers="0,-1"), folder / "cache")
+    cache_states.run(ready(folder, states__layers="0,-1", states__relations="last"), folder / "cache")
     return folder
 
 
@@ -74,16 +74,19 @@ def losses_of(workdir, name="loss"):
 
 
 def test_students_from_the_cache_equal_those_of_the_teacher_in_the_loop(made, tmp_path):
-    changes = {"vocabulary": TRIM, "transfer__task_share": 0.3}
+    # Relation heads that are not the student's, nor the teacher's attention heads, and not all of the parts.
+    relations = {"weight": 1.0, "heads": 8, "parts": ("key", "value")}
+    changes = {"vocabulary": TRIM, "transfer__task_share": 0.3, "distill__relations": relations}
     config = ready(made, **changes)
     distill.run(config, tmp_path / "loop")
     distill.run(cached(made, **changes), tmp_path / "cached")
     one, other = final_params(config, tmp_path / "loop"), final_params(config, tmp_path / "cached")
-    assert_same(one, other, 2e-5)
-    for name in ("loss", "hidden", "sentence"):
+    for name in ("loss", "hidden", "sentence", "relations"):
         left, right = losses_of(tmp_path / "loop", name), losses_of(tmp_path / "cached", name)
         assert len(left) == STEPS
         np.testing.assert_allclose(left, right, rtol=1e-5)
+    # Adam takes a full step also where a gradient is little more than rounding, here of one element in 9,168.
+    assert_same(one, other, 1e-4)
     assert read_json(tmp_path / "cached" / "heldout.json") == []
 
 
@@ -95,10 +98,10 @@ def test_float16_and_components_cost_what_they_say(made, straight, tmp_path):
         summaries[name] = read_json(tmp_path / name / SUMMARY)
         distill.run(cached(made, tmp_path / name), tmp_path / f"student-{name}")
     whole, float16, half = summaries.values()
-    # Two layers of 32 numbers per token, and 32 per text.
+    # Two layers of 32 numbers per token, and 32 per text; the first has queries, keys and values of a layer too.
     headers = 200 * len(list((made / "cache" / "parts").glob("*.npy")))
-    for found, bytes_each in ((whole, 4 * 32), (float16, 2 * 32), (half, 4 * 16)):
-        assert 0 < found["bytes"] - bytes_each * (2 * found["tokens"] + found["texts"]) < headers
+    for found, bytes_each, vectors in ((whole, 4 * 32, 5), (float16, 2 * 32, 2), (half, 4 * 16, 2)):
+        assert 0 < found["bytes"] - bytes_each * (vectors * found["tokens"] + found["texts"]) < headers
     np.testing.assert_allclose(losses_of(tmp_path / "student-float16"), losses_of(straight), rtol=1e-3)
     assert losses_of(tmp_path / "student-float16") != losses_of(straight)
     assert whole["explained"] == {}
@@ -117,13 +120,14 @@ def test_a_killed_command_goes_on_and_machines_share_the_parts(made, tmp_path, m
         written.append(number)
         own(self, number, *rest)
 
-    config = ready(made, states__layers="0,-1")
+    what = {"states__layers": "0,-1", "states__relations": "last"}
+    config = ready(made, **what)
     with monkeypatch.context() as patch:
         patch.setattr(StatesWriter, "write", broken)
         with pytest.raises(ConnectionError):
             cache_states.run(config, tmp_path / "cache")
     for part in (0, 1):
-        cache_states.run(ready(made, states__layers="0,-1", cache_parts=2, cache_part=part), tmp_path / "cache")
+        cache_states.run(ready(made, **what, cache_parts=2, cache_part=part), tmp_path / "cache")
         assert (tmp_path / "cache" / "DONE").is_file() == (part == 1)
     assert "parts are left to the other machines" in capsys.readouterr().out
     assert (tmp_path / "cache" / "manifest.json").read_text() == (made / "cache" / "manifest.json").read_text()
@@ -159,16 +163,25 @@ def test_a_student_resumes_bit_for_bit(made, straight, tmp_path, monkeypatch):
     assert_same(final_params(config, straight), final_params(config, tmp_path / "broken"), 0)
 
 
-def test_a_narrow_student_starts_from_the_teachers_table_and_keeps_it_frozen(made, tmp_path):
-    config = cached(made, distill__init="teacher", distill__table_rate=0.0, vocabulary=TRIM)
+@pytest.mark.parametrize("vectors", ["embeddings", "states"])
+def test_a_narrow_student_starts_from_the_teachers_table_and_keeps_it_frozen(made, tmp_path, vectors):
+    start = {"distill__init": "teacher", "distill__table_from": vectors, "distill__table_rate": 0.0}
+    config = cached(made, **start, vocabulary=TRIM)
     distill.run(config, tmp_path / "student")
     table = final_params(config, tmp_path / "student")["encoder"]["embeddings"]["tokens"]
     full = Prepared(config.prepared)
     seen = seen_by_student(full, read(Vocabulary, config.vocabulary, "vocabulary"))
     theirs = jax.device_get(load_params(made / "teacher", teacher_shape(config, full)))
     whole = theirs["encoder"]["embeddings"]["tokens"][kept_ids(seen)]
+    if vectors == "states":  # one token after the other, between the special ones
+        model = masked_lm.encoder_model(config.teacher, full, "auto", "teacher")
+        alone = [[full.tokenizer.cls_id, token, full.tokenizer.sep_id] for token in kept_ids(seen)]
+        batch = {"tokens": np.array(alone), "segment_ids": np.ones((len(alone), 3), int)}
+        batch["positions"] = np.tile(np.arange(3), (len(alone), 1))
+        whole = np.asarray(model.hidden(theirs, batch)).mean(axis=1)
     expected, _ = principal_table(whole, train_counts(seen), 16, config.student.initializer_range)
-    np.testing.assert_array_equal(table, expected)
+    # Of states computed in other batches the last bits differ.
+    np.testing.assert_allclose(table, expected, atol=0 if vectors == "embeddings" else 1e-5)
     assert "token table" in read_json(tmp_path / "student" / "run.json")["remarks"][0]
 
 
@@ -190,7 +203,11 @@ def test_what_does_not_fit_is_refused_in_one_sentence_and_nothing_is_written(mad
         (cached(made, tmp_path / "task"), r"hidden\.layers: it needs the teacher's layers \[0, 1\], and .* has \[\]"),
         (cached(made, tmp_path / "task", **only_texts), "has no states of generic-en"),
         (cached(made, tmp_path / "predictions"), r"was written by cache_teacher.*config\.distill\.clean to False"),
-        (cached(made, distill__relations={"weight": 1.0}), r"config\.teacher_cache: it has no relations"),
+        (cached(made, distill__embeddings={"weight": 1.0}), r"config\.teacher_cache: it has no embeddings"),
+        (
+            cached(made, distill__relations={"weight": 1.0, "layers": "0:0"}),
+            r"relations\.layers: it needs the teacher's layers \[0\], and .* has \[1\]; .*config\.states\.relations",
+        ),
         (cached(made, distill__clean=False), r"config\.teacher_cache: it has no hidden, sentence.*cache_states"),
         (cached(made, tmp_path / "nowhere"), "holds no finished cache"),
         (ready(made, distill__center=True), r"config\.distill\.center: the mean is that of a cache of states"),
@@ -210,6 +227,8 @@ def test_what_does_not_fit_is_refused_in_one_sentence_and_nothing_is_written(mad
         ({"states__layers": "7"}, r"config\.states\.layers: the teacher has no layer 7"),
         ({"states__layers": "all"}, r"config\.states\.layers: 'all' is unknown"),
         ({"states__kinds": ("selected",)}, r"config\.states\.kinds: config\.prepared has no train rows of selected"),
+        ({"states__relations": "7"}, r"config\.states\.relations: the teacher has no layer 7"),
+        ({"states__relations": "last", "states__components": 4}, r"config\.states\.components: relations need whole"),
         ({"states__components": 33}, r"config\.states\.components: 33 of states that are 32 wide"),
         ({"states__dtype": "int8"}, r"config\.states\.dtype"),
         ({"teacher_checkpoint": f"{made / 'teacher'},x"}, r"config\.teacher_checkpoint: a cache holds one teacher's"),
