@@ -126,7 +126,13 @@ def smoke(config: ConfigDict) -> ConfigDict:
     for name in JOBS:
         config[name].update({"steps": 2, "batch_size": 8, "warmup_steps": 1, "log_every": 1, "evaluate_rows": 8})
     config.study.update(
-        {"seeds": (0,), "recipe_learning_rates": (1e-3,), "recipe_epochs": (0,), "recipe_encoder_rates": ()}
+        {
+            "seeds": (0,),
+            "recipe_learning_rates": (1e-3,),
+            "recipe_epochs": (0,),
+            "workers": 1,
+            "recipe_encoder_rates": (),
+        }
     )
     config.study.require_teacher_better_than_unigram = False
     config.latency.calls = 5

@@ -179,6 +179,8 @@ class Study:
     label_unlabeled: also n-grams and a student from scratch trained on the labels that the finetuned teacher gives to
         the train utterances which finetune.max_train left out, next to the given labels.
     seeds: of the students.
+    workers: processes that run stages at the same time, each on its share of the cores; on CPUs alone. A stage computes
+        what it would on a machine with so many cores: sums in another order, so the last bits differ.
     tasks: dc, icner or both.
     latency: measure size and latency of teacher and students, with config.latency.
     recipe_learning_rates, recipe_epochs, recipe_poolings, recipe_encoder_rates: finetuning recipes, all combinations,
@@ -210,6 +212,7 @@ class Study:
     teacher_pooling: str = "mean"
     label_unlabeled: bool = False
     seeds: tuple[int, ...] = (0, 1, 2)
+    workers: int = 1
     tasks: tuple[str, ...] = ("dc", "icner")
     latency: bool = True
     recipe_learning_rates: tuple[float, ...] = (1e-3,)
@@ -230,6 +233,7 @@ class Study:
             one_of(name, get_args(Pooling), "recipe_poolings")
         for rate in self.recipe_encoder_rates:
             check(0 < rate <= 1, "recipe_encoder_rates", f"{rate} is outside (0, 1]", "1.0 is the rate of the heads")
+        check(self.workers >= 1, "workers", f"{self.workers} is below 1", "1 runs one stage after the other")
         check(len(self.seeds) > 0, "seeds", "there is no seed", "give at least one, better three")
         check(self.teacher_learning_rate > 0, "teacher_learning_rate", "it is not above 0", "2e-3 is usual")
         slow = self.teacher_encoder_rate

@@ -8,7 +8,9 @@ python -m kd_jax.main.study --config=configs/FILE.py --workdir=DIR
 
 import pathlib
 import shlex
+import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ from ml_collections import ConfigDict
 
 from kd_jax.config import from_dict, require, to_dict
 from kd_jax.config.commands import Baseline
+from kd_jax.config.commands import Study as StudySettings
 from kd_jax.config.execution import Execution
 from kd_jax.config.settings import read
 from kd_jax.config.training import Finetune
@@ -40,14 +43,17 @@ from kd_jax.main import (
 )
 from kd_jax.models.encoder_config import encoder_config
 from kd_jax.runtime import distributed
+from kd_jax.runtime.copies import keep_copies_in
 from kd_jax.runtime.files import write_json
+from kd_jax.runtime.paths import as_path
 from kd_jax.study import overview
 from kd_jax.study.plan import MODELS, REPORT
 from kd_jax.study.report import facts
 from kd_jax.study.report.collect import collect
 from kd_jax.study.report.report import summary_text, write_report
-from kd_jax.study.run import Study
-from kd_jax.trainer.run_directory import provenance
+from kd_jax.study.run import Study, switched
+from kd_jax.study.workers import Workers, serve
+from kd_jax.trainer.run_directory import command_line, provenance
 
 _MODULES = (
     *(prepare, import_model, pretrain, initialize, cache_teacher, cache_states, distill),
@@ -55,6 +61,9 @@ _MODULES = (
 )
 COMMANDS = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
 KEYS = {name: lambda values, of=module.keys: of(from_dict(values)) for name, module in COMMANDS.items()}
+
+# Runs `work_for_study` with this interpreter.
+WORKER = (sys.executable, "-c", "from kd_jax.main.study import work_for_study; raise SystemExit(work_for_study())")
 
 _STAGE = flags.DEFINE_string("stage", None, "Runs one stage of the plan, by its key in plan.json, instead of all.")
 
@@ -81,7 +90,7 @@ def check(study: Study) -> None:
 
 
 def open_study(config: ConfigDict, workdir: pathlib.Path, **together: Any) -> Study:
-    """The study of a config, checked; together: how several processes share it."""
+    """The study of a config, checked; together: how several processes share it, or its workers."""
 
     def run_stage(name: str, values: dict[str, Any], folder: pathlib.Path) -> None:
         COMMANDS[name].run(from_dict(values), folder)
@@ -94,13 +103,37 @@ def open_study(config: ConfigDict, workdir: pathlib.Path, **together: Any) -> St
 def run(config: ConfigDict, workdir: pathlib.Path, key: str | None = None) -> None:
     """Runs or resumes all stages, or the one with that key; then writes the report unless the key is another's."""
     started = time.monotonic()
-    study = open_study(config, workdir, writes=jax.process_index() == 0, agree=distributed.from_first)
+    together = {"writes": jax.process_index() == 0, "agree": distributed.from_first}
+    study = open_study(config, workdir, workers=workers_of(config, workdir), **together)
     if key is None:
         study.run(lambda: overview.flops_of(study), quiet=logging.get_verbosity() <= logging.WARNING)
     else:
         study.run_stage(key)
     if key in (None, REPORT) and jax.process_index() == 0:
         report(study, started)
+
+
+def workers_of(config: ConfigDict, workdir: pathlib.Path) -> Workers | None:
+    """The processes of config.study.workers; None where this one runs all stages."""
+    count, device = read(StudySettings, config.study, "study").workers, jax.default_backend()
+    alone = device == "cpu" and jax.process_count() == 1
+    problem = f"{count} workers would share {'the device' if device != 'cpu' else 'the processes of one job'}"
+    require(count == 1 or alone, "study.workers", problem, "set it to 1; --plan runs stages as jobs of their own")
+    about = {"config": to_dict(config), "workdir": str(workdir), "command_line": command_line()}
+    return Workers(WORKER, about, count) if count > 1 else None
+
+
+def work_for_study() -> int:
+    """A worker of a study, see `kd_jax.study.workers.serve`."""
+    logging.set_verbosity(logging.WARNING)
+
+    def opened(about: Mapping[str, Any]) -> Study:
+        sys.argv = shlex.split(about["command_line"])  # for run.json, which says how to run it again
+        config = from_dict(about["config"])
+        keep_copies_in(config.storage.local)
+        return open_study(config, as_path(about["workdir"]))
+
+    return serve(opened, switched)
 
 
 def report(study: Study, started: float) -> None:

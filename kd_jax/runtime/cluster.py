@@ -22,6 +22,13 @@ class Place(NamedTuple):
     devices: tuple[int, ...] | None = None  # of this host, by number; None: all of them
 
 
+def cores() -> list[int]:
+    """The cores of this host that this process may use, by number."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def from_flags(coordinator: str | None, processes: int | None, process: int | None) -> Place | None:
     """The process that the flags describe, or else the environment; None for a process on its own.
 

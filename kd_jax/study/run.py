@@ -15,6 +15,7 @@ from kd_jax.runtime.preemption import interruptible
 from kd_jax.study.attempts import attempt, path_of
 from kd_jax.study.plan import FITTED, PHASES, REPORT, STAGE, Keys, Planner, Recipe, Stage, Student
 from kd_jax.study.timing import Timing, duration
+from kd_jax.study.workers import Workers
 from kd_jax.types import UserError
 
 # Runs one command: (its name, its config as plain values, its directory).
@@ -24,8 +25,8 @@ RunStage = Callable[[str, dict[str, Any], pathlib.Path], None]
 class Study:
     """The stages of one study under `workdir/stages`, and what they wrote.
 
-    values: the whole config. writes: of several processes that run the study together, one writes the study's own
-    files. agree(value): gives that process's JSON value to all of them.
+    values: the whole config. workers: run independent stages at the same time. writes: of several processes that run
+    the study together, one writes the study's own files. agree(value): gives that process's JSON value to all of them.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Study:
         run_stage: RunStage,
         keys: Keys,
         *,
+        workers: Workers | None = None,
         writes: bool = True,
         agree: Callable[[Any], Any] = lambda value: value,
     ):
@@ -45,7 +47,7 @@ class Study:
         self.searched: list[dict[str, Any]] = []  # every recipe with its dev score, for the report
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}  # by folder, since the recipes of one student share a name
-        self._run_stage, self._writes, self._agree = run_stage, writes, agree
+        self._run_stage, self._workers, self._writes, self._agree = run_stage, workers, writes, agree
 
     def folder(self, stage: Stage) -> pathlib.Path:
         return self.workdir / "stages" / stage.folder
@@ -65,24 +67,39 @@ class Study:
         flops(): of the stages by folder, asked for once the text is prepared. quiet: what a stage itself prints goes to
         attempts/<stage>.log.
         """
-        plan, timing = self.planned(), Timing()
-        with _switched() if quiet and self._writes else contextlib.nullcontext() as outputs:
+        plan, timing = self.planned(), Timing(together=self._workers.count if self._workers else 1)
+
+        def title(stage: Stage) -> str:
+            return f"[{stages.index(stage) + 1}/{len(stages)}] {stage.name}"
+
+        def ended(stage: Stage, ran: bool = True) -> None:
+            seconds = self.seconds[stage.folder] = read_seconds(self.folder(stage))
+            if not math.isnan(seconds):
+                timing.note(stage, seconds, _steps_seconds(self.folder(stage)))
+            if ran and self._writes:
+                if not timing.flops:
+                    timing.flops = flops()
+                left = timing.left(one for one in stages if not self.done(one))
+                print(f"{_fresh_line()}{title(stage)}: {duration(seconds)} · {left}", flush=True)
+
+        with contextlib.ExitStack() as stack:
+            outputs = stack.enter_context(switched()) if quiet and self._writes else None
+            if self._workers:
+                stack.callback(self._workers.close)
             for phase in PHASES[:-1]:
                 if phase == "finetuning":
                     plan = self.planned()  # the search has ended, so the recipes are known now
                     timing.flops = flops() if self._writes else {}
                 stages = [stage for stage in plan if stage.phase != REPORT]
-                for stage in interruptible([stage for stage in stages if stage.phase == phase], phase):
-                    title = f"[{stages.index(stage) + 1}/{len(stages)}] {stage.name}"
-                    ran = self.run_one(stage, title, outputs)
-                    seconds = self.seconds[stage.folder] = read_seconds(self.folder(stage))
-                    if not math.isnan(seconds):
-                        timing.note(stage, seconds, _steps_seconds(self.folder(stage)))
-                    if ran and self._writes:
-                        if not timing.flops:
-                            timing.flops = flops()
-                        left = timing.left(one for one in stages if not self.done(one))
-                        print(f"{_fresh_line()}{title}: {duration(seconds)} · {left}", flush=True)
+                mine = [stage for stage in stages if stage.phase == phase]
+                for stage in interruptible(mine, phase):
+                    # A stage on its own gets all cores, and latency is measured with nothing beside it.
+                    left = [one for one in mine if one.command != "latency" and not self.done(one)]
+                    waits = {one.key for one in left}
+                    if self._workers and sum(waits.isdisjoint(one.needs) for one in left) > 1:
+                        self._workers.run(left, ended)
+                    if stage.folder not in self.seconds:
+                        ended(stage, self.run_one(stage, title(stage), outputs))
                 if phase == "teachers":
                     self.check_teachers()
 
@@ -213,7 +230,7 @@ class _Output:
 
 
 @contextlib.contextmanager
-def _switched() -> Iterator[tuple[_Output, ...]]:
+def switched() -> Iterator[tuple[_Output, ...]]:
     """Standard output and error as outputs that can be turned to a file."""
     outputs = _Output(sys.stdout), _Output(sys.stderr)
     with contextlib.redirect_stdout(outputs[0]), contextlib.redirect_stderr(outputs[1]):

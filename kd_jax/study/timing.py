@@ -12,10 +12,12 @@ from kd_jax.study.plan import Stage
 
 
 class Timing:
-    """The seconds of finished stages; flops: of all stages by folder, for kinds of which none has finished."""
+    """The seconds of finished stages. flops: of all stages by folder, for kinds of which none has finished. together:
+    how many stages run at the same time."""
 
-    def __init__(self, flops: Mapping[str, float] | None = None):
+    def __init__(self, flops: Mapping[str, float] | None = None, together: int = 1):
         self.flops: Mapping[str, float] = flops or {}
+        self._together = together
         self._steps: list[tuple[Stage, float]] = []  # the seconds of the steps alone
         self._others: list[float] = []  # the seconds of all else
         self._seconds: dict[tuple, list[float]] = {}
@@ -52,7 +54,8 @@ class Timing:
             return "the report is left"
         if len(known) < len(expected) and not sum(known):
             return "time left not known yet"
-        return f"{'about' if len(known) == len(expected) else 'more than'} {duration(max(sum(known), 1.0))} left"
+        seconds = max(sum(known) / self._together, 1.0)
+        return f"{'about' if len(known) == len(expected) else 'more than'} {duration(seconds)} left"
 
 
 def kinds(stage: Stage) -> tuple[tuple, ...]:

@@ -17,6 +17,7 @@ import jax
 from kd_jax.config import differences, identity
 from kd_jax.config.execution import Execution
 from kd_jax.runtime import distributed
+from kd_jax.runtime.cluster import cores
 from kd_jax.runtime.files import read_json, write_json
 from kd_jax.runtime.lock import owned
 from kd_jax.runtime.paths import as_path, make_folder, reaching
@@ -131,7 +132,7 @@ def command_line() -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """Command line, git commit (None outside a clone), package versions, device kind and count, Python and platform."""
+    """Command line, git commit (None outside a clone), package versions, Python, platform, cores and devices."""
     devices = jax.devices()
     return {
         "command_line": command_line(),
@@ -139,6 +140,7 @@ def provenance() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "cores": len(cores()),
         "device_kind": devices[0].device_kind,
         "device_count": len(devices),
         "process_count": jax.process_count(),
