@@ -4,9 +4,9 @@ python -m benchmarks.parts [--cores=1] [--vocabulary=8000,21050] [--seconds=1.0]
 
 Parts are programs of their own, measured in turn: "forward" is the loss alone, "backward" what its gradient takes more
 without the token table, "table" what the table's gradient adds, "optimizer" clipping and AdamW. "rest" is what the
-whole step takes beyond them or, where it is negative, saves by being one program. "products" are all matrix products of the
-gradient, one program per shape, as often as the step forms them: the time that is left if all else cost nothing. Rows
-are full and random, so that nothing depends on the data.
+whole step takes beyond them or, where it is negative, saves by being one program. "products" are all matrix products of
+the gradient, one program per shape, as often as the step forms them: the time that is left if all else cost nothing.
+Rows are full and random, so that nothing depends on the data.
 """
 
 import argparse
