@@ -91,12 +91,13 @@ def test_a_new_head_is_told_of_and_the_same_for_a_seed(data, source, tmp_path, c
     body = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if name not in head}
     other = tmp_path / "body"
     other.mkdir()
-    write(other, shape, body, data[1].tokenizer)
+    write(other, shape, body, data[1].tokenizer, tie_word_embeddings=False)
     config = imported(data, other, tmp_path / "run")
     assert "no masked-LM head" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "run.json").read_text())["masked_lm_head"] == "new"
     first = read_back(tmp_path / "run", data[1], config)
     equal(first["encoder"], params["encoder"])
+    assert "decoder" not in first["mlm_head"], "a new head is tied, whatever the file says"
     counts = np.ones(shape.vocab_size)
     for store in data[1].stores("train"):
         if store.kind == "generic":
