@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 from kd_jax.config.settings import Invalid, Settings, check, one_of, plain_names, read
 
 KINDS = ("generic", "task")  # of a source's text
+# Locales that MASSIVE tags character by character, since they write no spaces between words.
+CHARACTER_LOCALES = ("ja-JP", "zh-CN", "zh-TW")
 SOURCE_FORMATS = ("embedded", "text", "jsonl", "parquet", "huggingface", "tfds", "utterances")
 
 
@@ -20,6 +22,7 @@ class Nlu:
     path: folder of <locale>.jsonl files, the official tarball, or Parquet files; ${VARIABLE} is filled in.
     name: huggingface: data set on the hub, or NAME@REVISION.
     locales: e.g. ("en-US", "de-DE").
+    character_locales: locales whose slots are spans of characters, not of words, e.g. ("th-TH", "zh-HK").
     max_train: train utterances per locale, the same ids in every locale; 0 keeps all.
     """
 
@@ -27,6 +30,7 @@ class Nlu:
     path: str = ""
     name: str = ""
     locales: tuple[str, ...] = ("en-US",)
+    character_locales: tuple[str, ...] = CHARACTER_LOCALES
     max_train: int = 0
 
     def __post_init__(self):
@@ -34,6 +38,10 @@ class Nlu:
         once = 0 < len(self.locales) == len(set(self.locales))
         check(once, "locales", f"{self.locales} is empty or names a locale twice", "name each locale once")
         plain_names(self.locales, "locales")
+        plain_names(self.character_locales, "character_locales")
+        both = ", ".join(locale for locale in self.locales if locale in self.character_locales)
+        words = self.format != "embedded" or not both
+        check(words, "character_locales", f"the embedded data are tagged by word, also {both}", f"leave {both} out")
         check(self.max_train >= 0, "max_train", f"{self.max_train} is negative", "0 keeps all")
 
 

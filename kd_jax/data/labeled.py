@@ -11,7 +11,7 @@ from kd_jax.data.batches import process_slice
 from kd_jax.data.packing import BestFit, positions, runs
 from kd_jax.data.permutation import counter_keys, name_key, permute
 from kd_jax.data.text.tokenizer import Tokenizer
-from kd_jax.data.text.utterances import CHARACTER_LOCALES, LabelMaps, Utterance
+from kd_jax.data.text.utterances import LabelMaps, Utterance
 from kd_jax.types import Batch
 
 # Utterance slots of a row: one for every so many tokens. Spoken utterances take more than this on average.
@@ -32,7 +32,7 @@ class LabeledSet:
     ):
         self.utterances = tuple(utterances)
         self.tokenizer, self.task, self.length = tokenizer, task, length
-        joined = [one.locale in CHARACTER_LOCALES for one in utterances]
+        joined = [one.characters for one in utterances]
         encoded = tokenizer.encode_words([one.words for one in utterances], joined)
         encoded = [(ids[: length - 2], words[: length - 2]) for ids, words in encoded]
         none = np.zeros(0, np.int32)  # np.concatenate takes no empty list

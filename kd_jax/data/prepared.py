@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from kd_jax.config import differences, require
-from kd_jax.config.data import Prepare, Source, read_prepare
+from kd_jax.config.data import CHARACTER_LOCALES, Prepare, Source, read_prepare
 from kd_jax.data.rows import MANIFEST, STORE_FILES, RowStore, StoreWriter, new_folder, read_manifest
 from kd_jax.data.text.files import fill_path
 from kd_jax.data.text.selection import choose
@@ -92,7 +92,8 @@ class Prepared:
     @cached_property
     def utterances(self) -> list[Utterance]:
         """The labeled utterances of all partitions and locales."""
-        return _utterances(self._part("utterances"), self.settings.nlu.locales, self.fingerprint)
+        nlu = self.settings.nlu
+        return _utterances(self._part("utterances"), nlu.locales, nlu.character_locales, self.fingerprint)
 
     def stores(self, split: str) -> list[RowStore]:
         """The row stores of a split, "train" or "heldout", in the order of the config."""
@@ -114,9 +115,11 @@ def _tokenizer(folder: pathlib.Path, fingerprint: str) -> Tokenizer:
 
 
 @lru_cache(maxsize=2)
-def _utterances(folder: pathlib.Path, locales: tuple[str, ...], fingerprint: str) -> list[Utterance]:
+def _utterances(
+    folder: pathlib.Path, locales: tuple[str, ...], characters: tuple[str, ...], fingerprint: str
+) -> list[Utterance]:
     del fingerprint
-    return read_massive(folder, locales)
+    return read_massive(folder, locales, characters)
 
 
 # Called with texts and what is done with them; gives the same texts. It may count them, and may stop by raising.
@@ -138,6 +141,8 @@ def prepare(
     folder = as_path(workdir)
     parts = [part for part in PARTS if part != "select" or settings.select.share != 0]
     values: dict[str, Any] = json.loads(json.dumps({part: raw[part] for part in parts}))  # tuples become lists
+    if settings.nlu.character_locales == CHARACTER_LOCALES:
+        del values["nlu"]["character_locales"]  # folders of 0.2.0, which do not have the key, stay these folders
     if (finished := read_manifest(folder)) is not None:
         if different := differences(finished["config"], values, "config"):
             raise UserError(

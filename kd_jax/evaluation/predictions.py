@@ -12,7 +12,7 @@ import numpy as np
 from kd_jax.data.batches import process_slice
 from kd_jax.data.labeled import LabeledSet, packed
 from kd_jax.data.text.tokenizer import Tokenizer
-from kd_jax.data.text.utterances import CHARACTER_LOCALES, LabelMaps, Utterance
+from kd_jax.data.text.utterances import LabelMaps, Utterance
 from kd_jax.evaluation.records import Record, assign_test_sets, domain_record, intent_slot_record
 from kd_jax.evaluation.slots import decode_bio_batch, repair_bio
 from kd_jax.models.functional import Functional
@@ -132,7 +132,7 @@ def decode_rows(
     """Valid IOB2 tags of each chosen utterance, from its row's scores and the column where it starts.
 
     A word counts by its first token; one without a token is "O". A character that shares the token of the character
-    before it (CHARACTER_LOCALES) continues that one's slot.
+    before it continues that one's slot.
     """
     found = [word_columns(labeled, number, first) for number, first in zip(chosen, firsts)]
     lengths = np.array([len(words) for words, _ in found], np.int64)  # empty if a process has only empty rows
@@ -142,7 +142,7 @@ def decode_rows(
     decoded = []
     for number, (words, _), of_tokens in zip(chosen, found, decode_bio_batch(scores, lengths, tags)):
         utterance = labeled.utterances[number]
-        shares = utterance.locale in CHARACTER_LOCALES
+        shares = utterance.characters
         by_word = dict(zip(words.tolist(), of_tokens))
         of_words: list[str] = []
         for word in range(len(utterance.words)):

@@ -269,7 +269,7 @@ def finetune(
         "predicted_labels": len(train) - len(given),
         "classes": padded,
         "labels": maps.to_json(),
-        "seen": serving.Seen.of(given).to_json(),
+        "seen": serving.Seen.of(given, prepared.settings.nlu.character_locales).to_json(),
     }
     best = Best("dev/score", settings.patience)
     job = Job(
@@ -450,7 +450,8 @@ def seen_by(folder: pathlib.Path, config: ConfigDict, run: Mapping[str, Any], pr
         seen = serving.Seen.from_json(run["seen"])
     else:
         domain = config.finetune.domain if "intents" in run["classes"] else ""
-        seen = serving.Seen.of(labeled_train(prepared, config.finetune.max_train, domain))
+        train = labeled_train(prepared, config.finetune.max_train, domain)
+        seen = serving.Seen.of(train, prepared.settings.nlu.character_locales)
     dev = read_json(folder / DEV) if (folder / DEV).is_file() else {}
     return seen._replace(threshold=dev.get(THRESHOLD))
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from kd_jax.config.data import CHARACTER_LOCALES
 from kd_jax.data.text.text_form import TextForm
 from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.data.text.utterances import LabelMaps, Utterance, domains_of_intents
@@ -38,28 +39,37 @@ CLASSES = {"dc": ("domains",), "icner": ("intents", "tags")}
 class Seen(NamedTuple):
     """What a model has seen of labeled text, for `predict`; by default what old runs and exports say, which is nothing.
 
-    threshold: the probability of its label below which a model gave 5 % of its right answers on dev.
+    threshold: the probability of its label below which a model gave 5 % of its right answers on dev. character_locales:
+    those of config.nlu.
     """
 
     form: TextForm = TextForm()
     domains_of_intents: Mapping[str, tuple[str, ...]] = {}
     threshold: float | None = None
+    character_locales: tuple[str, ...] = CHARACTER_LOCALES
 
     @classmethod
-    def of(cls, train: Sequence[Utterance]) -> "Seen":
+    def of(cls, train: Sequence[Utterance], character_locales: tuple[str, ...]) -> "Seen":
         """Of the utterances whose labels the model saw."""
-        return cls(TextForm.of(train), domains_of_intents(train))
+        return cls(TextForm.of(train), domains_of_intents(train), None, character_locales)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         domains = {intent: list(names) for intent, names in self.domains_of_intents.items()}
-        return {"form": dataclasses.asdict(self.form), "domains_of_intents": domains, "threshold": self.threshold}
+        form, locales = dataclasses.asdict(self.form), list(self.character_locales)
+        return {
+            "form": form,
+            "domains_of_intents": domains,
+            "threshold": self.threshold,
+            "character_locales": locales,
+        }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Seen":
         """The inverse of `to_json`."""
         domains = {intent: tuple(names) for intent, names in values["domains_of_intents"].items()}
-        return cls(TextForm(**values["form"]), domains, values["threshold"])
+        locales = tuple(values.get("character_locales", CHARACTER_LOCALES))  # which 0.2.0 could not change
+        return cls(TextForm(**values["form"]), domains, values["threshold"], locales)
 
 
 class Served(NamedTuple):

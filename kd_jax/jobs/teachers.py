@@ -31,6 +31,8 @@ from kd_jax.models.functional import Functional
 from kd_jax.models.initialization import check_shapes, check_table, from_teacher, principal_table, remarks
 from kd_jax.models.layer_map import initial_layers, layer_map, read_layers
 from kd_jax.models.projection import WithProjections, needs_projection
+from kd_jax.runtime.files import read_json
+from kd_jax.runtime.paths import as_path
 from kd_jax.runtime.preemption import interruptible
 from kd_jax.steps.distill import DistillSettings
 from kd_jax.steps.teacher_logits import TeacherForm
@@ -111,6 +113,15 @@ def find_teachers(
     mixed = len({teacher.kept is None for teacher in teachers}) > 1
     require(not mixed, KEY, "some teachers have the trimmed vocabulary and some the full one", "use one or the other")
     return teachers
+
+
+def check_heads(teachers: list[Teacher], key: str) -> None:
+    """Raises UserError for a teacher that was imported without a masked-LM head; config.<key> wants its predictions."""
+    for one in teachers:
+        drawn = read_json(as_path(one.workdir) / "run.json").get("masked_lm_head") == "new"
+        problem = f"{one.workdir} was imported without a masked-LM head, so it predicts nothing"
+        remedy = "train one first (pretrain with config.pretrain.init_from and config.train_body=False), or distill "
+        require(not drawn, key, problem, f"{remedy}inner states alone (config.distill.kl.weight=0)")
 
 
 @dataclass(frozen=True)

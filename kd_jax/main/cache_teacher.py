@@ -18,7 +18,7 @@ from kd_jax.config.training import Distill
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.jobs import cache as caches
-from kd_jax.jobs.teachers import KEY, find_teachers
+from kd_jax.jobs.teachers import KEY, check_heads, find_teachers
 from kd_jax.main import command
 from kd_jax.runtime.files import read_json
 from kd_jax.trainer.mesh import make_mesh
@@ -56,6 +56,7 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
     prepared = seen_by_student(Prepared(config.prepared), vocabulary)
     caches.check_tokens(cache, prepared.tokenizer.vocab_size)
     teachers = find_teachers(config[KEY], prepared, config.compute_dtype, execution.sharding.teacher)
+    check_heads(teachers, KEY)
     require(len(teachers) == 1, KEY, f"a cache holds one teacher's predictions, not {len(teachers)}", "name one")
     transfer, masking = read(Transfer, config.transfer, "transfer"), read(Masking, config.masking, "masking")
     mesh = make_mesh(execution.mesh)

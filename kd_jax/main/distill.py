@@ -58,6 +58,8 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
         rules,
         sentences and distill.clean and bool(config.teacher_cache),
     )
+    if distill.kl.used:
+        teachers.check_heads(found, "distill.kl.weight")
 
     def side_of(part: Distill, folder: str) -> teachers.TeacherSide:
         if folder and part.clean:

@@ -171,8 +171,9 @@ def with_helpers(model: Functional, params: Params, count: int, unknown: int | N
     embeddings = params["encoder"]["embeddings"]
     embeddings = {**embeddings, "tokens": widened(embeddings["tokens"])}
     params = {**params, "encoder": {**params["encoder"], "embeddings": embeddings}}
-    if model.kind == "mlm" and model.config.decoder_bias:
-        params["mlm_head"] = {**params["mlm_head"], "bias": widened(params["mlm_head"]["bias"])}
+    if model.kind == "mlm":
+        head = params["mlm_head"]
+        params["mlm_head"] = {**head, **{name: widened(head[name]) for name in ("decoder", "bias") if name in head}}
     shape = dataclasses.replace(model.config, vocab_size=model.config.vocab_size + count)
     return dataclasses.replace(model, config=shape), params
 

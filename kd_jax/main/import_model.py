@@ -63,11 +63,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             "belongs to the model"
         )
     values["vocab_size"] = size
-    shape = EncoderConfig(**values)
-    model, mesh = Functional("mlm", shape), make_mesh(execution.mesh)
-    measured = dataclasses.replace(model, compute_dtype=masked_lm.resolve_dtype(config.compute_dtype))
-    layout = model_layout(model, mesh, execution.sharding.teacher)
-    record = {**resolved(config, keys(config)), "teacher": values}
+    mesh = make_mesh(execution.mesh)
 
     def work(directory: RunDirectory) -> dict[str, Any]:
         directory.start(
@@ -79,6 +75,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             masked_lm_head="imported" if has_head else "new",
             rows_left_out=stored - size,
         )
+        layout = model_layout(model, mesh, execution.sharding.teacher)
         params = load_params(files, shape, layout, stored_vocab_size=stored, head_key=jax.random.key(seed))
         if not has_head and shape.decoder_bias:
             # Log frequencies: a new head would take thousands of small steps to learn them, and little else meanwhile.
@@ -92,6 +89,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             checkpoints.wait()
         rows: list[dict[str, Any]] = []
         if settings.evaluate_rows and has_head:  # a new head knows nothing, so its loss would say nothing of the model
+            measured = dataclasses.replace(model, compute_dtype=masked_lm.resolve_dtype(config.compute_dtype))
             at_once = row_multiple(mesh) * -(-8 // row_multiple(mesh))
             rows = masked_lm.heldout_rows(measured, params, prepared, masking, mesh, at_once, settings.evaluate_rows)
         if jax.process_index() == 0:
@@ -100,7 +98,10 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
 
     with TensorFiles(folder) as files:
         # Before the directory is claimed, so that a model that is refused leaves nothing.
-        has_head = check_files(files, shape, stored_vocab_size=stored)
+        has_head = check_files(files, EncoderConfig(**values), stored_vocab_size=stored)
+        values["tied_decoder"] |= not has_head  # a new head reads the token table
+        shape = EncoderConfig(**values)
+        model, record = Functional("mlm", shape), {**resolved(config, keys(config)), "teacher": values}
         run_once(workdir, "import_model", record, execution, work)
 
 

@@ -9,8 +9,8 @@ of domain and intent is taken that is likeliest (by the product of their probabi
 training have. An ICNER run with a model for each domain needs a DC run, which chooses the model. --input reads one text
 per line from a file, or from standard input with "-"; --output writes to a file instead of standard output. --format is
 text (the default for texts on the command line), json (one object per line) or massive (the schema of MASSIVE).
---locale decides what a word is: in ja-JP, zh-CN and zh-TW a character; --prepared is the prepared folder, if it moved
-since the run. --probabilities adds those of domain, intent and slots.
+--locale decides what a word is: a character in the config.nlu.character_locales of the training data. --prepared is
+the prepared folder, if it moved since the run. --probabilities adds those of domain, intent and slots.
 
 Texts are read in the form of the training data: in lower case, without punctuation or with punctuation apart, where 99
 % of the labeled utterances are so; --no-normalize reads them as they are. The output has text and slots as they were
@@ -69,19 +69,21 @@ class Prediction(NamedTuple):
     intent_probability: float | None = None
     tag_probabilities: tuple[float | None, ...] = ()
     refused: bool = False  # the probability was below the threshold
-    bare: bool = False  # the model read the text without the punctuation at its words
+    bare: bool = False  # slots are shown without the punctuation around them
+    characters: bool = False  # words are characters
 
     def utterance(self, id: str, locale: str) -> Utterance:
-        return Utterance(id, locale, "test", self.domain or "", self.intent or "", self.text, self.words, self.tags)
+        values = (id, locale, "test", self.domain or "", self.intent or "", self.text, self.words, self.tags)
+        return Utterance(*values, self.characters)
 
-    def to_json(self, locale: str = "") -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Text, domain, intent and slots; a slot has its name, its words, and the range of its words [start, end).
 
         With probabilities each has its own; a slot's is the product of those of its words' tags.
         """
         found: list[dict[str, Any]] = []
-        joint = "" if split_words("ab", locale) == ["a", "b"] else " "
-        for span in self.utterance("", locale).spans:
+        joint = "" if self.characters else " "
+        for span in self.utterance("", "").spans:
             words = joint.join(self.words[span.start : span.end])
             words = bare(words) if self.bare else words
             found.append({"slot": span.slot, "text": words, "start": span.start, "end": span.end})
@@ -164,20 +166,27 @@ class Predictor:
     ) -> list[Prediction]:
         """One for each text, in their order; texts share the rows of a batch. A text with more tokens than a training
         row is cut, and the words after the cut have the tag "O"."""
-        words = [tuple(split_words(text, locale)) for text in texts]
+        # The words of the answers are those of the ICNER model, which tags them.
+        tagger = next(iter(self._icner.values()), self._dc)
+        assert tagger is not None
+        characters = locale in tagger.seen.character_locales
+        words = [tuple(split_words(text, characters)) for text in texts]
         full = [number for number, one in enumerate(words) if one]
         likely = "all" if probabilities or self._threshold or self._pairs is not None else "none"
 
         def ask(one: finetune.Finetuned, chosen: list[int]) -> dict[int, dict[str, Any]]:
             """The records of the chosen texts, their tags by the words as given."""
             form = one.seen.form if self._normalize else TextForm()
-            read = [form.words(texts[number], locale) for number in chosen]
-            asked = [Utterance("", locale, "", "", "", " ".join(it), tuple(it), ("O",) * len(it)) for it, _ in read]
+            by_character = locale in one.seen.character_locales
+            read = [form.words(texts[number], by_character) for number in chosen]
+            asked = [
+                Utterance("", locale, "", "", "", " ".join(it), tuple(it), ("O",) * len(it), by_character)
+                for it, _ in read
+            ]
             which = (one.model, one.params, one.masks, asked, [], one.tokenizer, one.length, one.maps, self._mesh)
             records = finetune.predict(*which, batch_rows=rows, probabilities=likely) if asked else []
             for record, (_, places) in zip(records, read, strict=True):
                 record |= as_given(record, places) if one.task == "icner" else {}
-                record["bare"] = form.punctuation != "attached"
             return dict(zip(chosen, records, strict=True))
 
         by_domain = ask(self._dc, full) if self._dc is not None else {}
@@ -186,7 +195,7 @@ class Predictor:
         for domain, model in self._icner.items():
             found |= ask(model, [number for number in full if domain in ("", domains.get(number))])
         return [
-            self._prediction(text, words[number], by_domain.get(number), found.get(number), probabilities)
+            self._prediction(text, words[number], characters, by_domain.get(number), found.get(number), probabilities)
             for number, text in enumerate(texts)
         ]
 
@@ -194,6 +203,7 @@ class Predictor:
         self,
         text: str,
         words: tuple[str, ...],
+        characters: bool,
         dc: dict[str, Any] | None,
         icner: dict[str, Any] | None,
         probabilities: bool,
@@ -204,9 +214,7 @@ class Predictor:
         outside = ("O",) * len(words)
         decides = dc or icner
         refused = bool(self._threshold and decides and decides["probability"] < self._threshold)
-        values: dict[str, Any] = {"refused": refused}
-        if icner:
-            values["bare"] = icner["bare"]
+        values: dict[str, Any] = {"refused": refused, "bare": self._normalize, "characters": characters}
         if probabilities and dc:
             values["domain_probability"] = dc["probability"]
         if probabilities and icner:
@@ -252,9 +260,9 @@ def lines_of(predictions: Iterable[Prediction], form: str, locale: str, first: i
     """Each prediction in one of FORMATS; numbers count from `first`."""
     for number, one in enumerate(predictions, first):
         if form == "text":
-            yield _as_text(one.to_json(locale), one.refused)
+            yield _as_text(one.to_json(), one.refused)
         elif form == "json":
-            yield json.dumps(one.to_json(locale), ensure_ascii=False)
+            yield json.dumps(one.to_json(), ensure_ascii=False)
         else:
             it = one.utterance(str(number), locale)
             values = (it.id, locale, it.partition, it.domain, it.intent, it.text, it.annotated())

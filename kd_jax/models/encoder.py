@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from kd_jax.models.attention import Attention, Projections, at_columns, rotary_tables
 from kd_jax.models.encoder_config import EncoderConfig
-from kd_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, drop, truncated_normal
+from kd_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, drop, token_table
 from kd_jax.types import Array, Batch, UserError, row_axes
 
 
@@ -106,15 +106,10 @@ class Embeddings(nnx.Module):
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.config = config
-
-        def table(rows: int, axis: str | None) -> nnx.Param[jax.Array]:
-            shape = (rows, config.hidden_size)
-            return nnx.Param(truncated_normal(rngs.params(), shape, config.initializer_range), axes=(axis, "embed"))
-
-        self.tokens = table(config.vocab_size, "vocab")
-        learned = config.positions == "learned"
-        self.positions = table(config.max_positions + config.position_offset, "positions") if learned else None
-        self.types = table(config.type_vocab_size, None) if config.type_vocab_size else None
+        longest = config.max_positions + config.position_offset if config.positions == "learned" else 0
+        self.tokens = token_table(config, config.vocab_size, "vocab", rngs)
+        self.positions = token_table(config, longest, "positions", rngs) if longest else None
+        self.types = token_table(config, config.type_vocab_size, None, rngs) if config.type_vocab_size else None
         self.norm = LayerNorm(config) if config.embedding_norm else None
 
     def __call__(

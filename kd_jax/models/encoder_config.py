@@ -48,6 +48,7 @@ class EncoderConfig:
     head_activation: Activation = "gelu"
     head_bias: bool = True  # of the dense layer in the heads
     decoder_bias: bool = True
+    tied_decoder: bool = True  # the masked-LM head reads the token table; False: a matrix of its own
     initializer_range: float = 0.02
     dropout: float = 0.1
     attention_dropout: float = 0.1

@@ -97,8 +97,9 @@ class Functional:
 
     def decoder(self, params: Params) -> tuple[jax.Array, jax.Array | None]:
         """(table [V, H], bias [V] or None): logits are features @ table.T + bias."""
-        bias = params["mlm_head"]["bias"] if self.config.decoder_bias else None
-        return params["encoder"]["embeddings"]["tokens"], bias
+        head = params["mlm_head"]
+        table = params["encoder"]["embeddings"]["tokens"] if self.config.tied_decoder else head["decoder"]
+        return table, head["bias"] if self.config.decoder_bias else None
 
     def domain_logits(self, params: Params, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
         """Logits [R, S, domains] of the utterances whose first tokens are at `first_positions`."""
@@ -146,13 +147,16 @@ def _graph_and_state(model: Functional) -> tuple[Any, Any]:
     return nnx.split(nnx.eval_shape(lambda: _Model(model, nnx.Rngs(params=0))))
 
 
+_DECODER = (("mlm_head", "decoder"), ("mlm_head", "bias"))
+
+
 def parameter_count(params: Params) -> dict[str, int]:
-    """{"total": all, "without_embeddings": without the token, position and type tables and the decoder's bias}."""
+    """{"total": all, "without_embeddings": without the token, position and type tables, the decoder and its bias}."""
     total = embeddings = 0
     for path, leaf in cast(Any, flatten_dict(params)).items():
         size = math.prod(leaf.shape)
         total += size
-        if (path[:2] == ("encoder", "embeddings") and path[2] != "norm") or path == ("mlm_head", "bias"):
+        if (path[:2] == ("encoder", "embeddings") and path[2] != "norm") or path in _DECODER:
             embeddings += size
     return {"total": total, "without_embeddings": total - embeddings}
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kd_jax.models.encoder_config import EncoderConfig, Pooling
-from kd_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, drop
+from kd_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, drop, token_table
 
 
 def gather_positions(hidden_RxLxH: jax.Array, positions_RxK: jax.Array) -> jax.Array:
@@ -56,8 +56,8 @@ def _classifier(config: EncoderConfig, classes: int, rngs: nnx.Rngs) -> Linear:
 
 
 class MaskedHead(nnx.Module):
-    """Dense, activation, norm, then the token table transposed plus a bias (BertForMaskedLM, RobertaForMaskedLM,
-    ModernBertForMaskedLM)."""
+    """Dense, activation, norm, then the token table, or a matrix like it, transposed plus a bias (BertForMaskedLM,
+    RobertaForMaskedLM, ModernBertForMaskedLM)."""
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.activation = config.head_activation
@@ -65,14 +65,16 @@ class MaskedHead(nnx.Module):
         self.norm = LayerNorm(config)
         bias = jnp.zeros(config.vocab_size, jnp.float32)
         self.bias = nnx.Param(bias, axes=("vocab",)) if config.decoder_bias else None
+        self.decoder = None if config.tied_decoder else token_table(config, config.vocab_size, "vocab", rngs)
 
     def transform(self, hidden_RxKxH: jax.Array) -> jax.Array:
         """The features [R, K, H] that the token table turns into logits, in the dtype of the hidden states."""
         return self.norm(ACTIVATIONS[self.activation](self.dense(hidden_RxKxH)))
 
     def __call__(self, hidden_RxKxH: jax.Array, table_VxH: jax.Array) -> jax.Array:
-        """Logits [R, K, V] in the dtype of the hidden states."""
+        """Logits [R, K, V] in the dtype of the hidden states; an own matrix takes the place of the token table."""
         transformed = self.transform(hidden_RxKxH)
+        table_VxH = table_VxH if self.decoder is None else self.decoder[...]
         logits = jnp.einsum("rkh,vh->rkv", transformed, table_VxH.astype(transformed.dtype))
         if self.bias is not None:
             logits = logits + self.bias[...].astype(logits.dtype)[None, None, :]

@@ -95,6 +95,8 @@ def remarks(student: EncoderConfig, teacher: EncoderConfig, layers: tuple[int, .
         if ours != theirs:
             origins = f"teacher layer {origin}, its origin, to {reach[theirs]}"
             found.append(f"student layer {layer} attends to {reach[ours]}, {origins}")
+    if student.tied_decoder and not teacher.tied_decoder:
+        found.append("the student's masked-LM head reads its token table, the teacher's has a matrix of its own")
     if teacher.skip_first_attention_norm and layers[0] != 0:
         found.append(f"student layer 0 has no attention norm, unlike teacher layer {layers[0]}, its origin")
     return tuple(found)
@@ -106,8 +108,11 @@ def _copied(student: EncoderConfig, teacher: EncoderConfig, params: Params, laye
     embeddings, head = dict(encoder["embeddings"]), dict(params["mlm_head"])
     if tokens is not None:
         embeddings["tokens"] = jnp.take(embeddings["tokens"], tokens, axis=0)
-        if teacher.decoder_bias:
-            head["bias"] = jnp.take(head["bias"], tokens, axis=0)
+        head |= {name: jnp.take(head[name], tokens, axis=0) for name in ("decoder", "bias") if name in head}
+    if student.tied_decoder:
+        head.pop("decoder", None)
+    else:
+        head.setdefault("decoder", embeddings["tokens"])
     if teacher.positions == "learned":
         embeddings["positions"] = embeddings["positions"][: student.max_positions + student.position_offset]
     if teacher.type_vocab_size and not student.type_vocab_size:

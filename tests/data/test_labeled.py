@@ -200,7 +200,7 @@ def test_seeds_and_data_tell_fingerprints_apart():
 def test_characters_are_joined_where_a_locale_has_no_spaces():
     trained = train_tokenizer(["明天 早上", "明天早上", "wake me up", "wake up"] * 20, 40)
     tags = ("B-t", "I-t", "I-t", "I-t")
-    chinese = Utterance("0", "zh-CN", "train", "alarm", "set", "明天早上", tuple("明天早上"), tags)
+    chinese = Utterance("0", "zh-CN", "train", "alarm", "set", "明天早上", tuple("明天早上"), tags, characters=True)
     english = utterance(1, ["wake", "up"])
     maps = LabelMaps.from_train([chinese, english])
     labeled = LabeledSet([chinese, english], trained, maps, "icner", 32)

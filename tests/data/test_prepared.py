@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from kd_jax.config import to_dict
 from kd_jax.config.base import source
-from kd_jax.config.data import Nlu, Rows, Select, TokenizerSettings, read_prepare
+from kd_jax.config.data import CHARACTER_LOCALES, Nlu, Rows, Select, TokenizerSettings, read_prepare
 from kd_jax.config.settings import block
 from kd_jax.data import prepared as prepared_module
 from kd_jax.data import rows as rows_module
@@ -147,6 +147,12 @@ def test_a_finished_folder_is_left_alone_and_another_config_refused(config, tmp_
     prepare(config, tmp_path / "p")
     monkeypatch.setattr(prepared_module, "load_utterances", lambda nlu: pytest.fail("read again"))
     prepare(config, tmp_path / "p")
+    # The manifest is one that 0.2.0 could have written; the key is in it where it says something.
+    assert "character_locales" not in Prepared(tmp_path / "p").manifest["config"]["nlu"]
+    config.nlu.character_locales = ("th-TH",)
+    with pytest.raises(UserError, match=r"config\.nlu\.character_locales: \(absent\) -> \['th-TH'\]"):
+        prepare(config, tmp_path / "p")
+    config.nlu.character_locales = CHARACTER_LOCALES
     config.rows.length = 64
     config.sources.web.max_texts = 5
     with pytest.raises(UserError, match=r"config\.rows\.length: 32 -> 64; config\.sources\.web\.max_texts: 0 -> 5"):

@@ -13,7 +13,7 @@ def labeled(locale, words, word_of_piece):
     starts = np.ones(len(words_array), bool)
     starts[1:] = words_array[1:] != words_array[:-1]
     return SimpleNamespace(
-        utterances=[SimpleNamespace(words=tuple(words), locale=locale)],
+        utterances=[SimpleNamespace(words=tuple(words), characters=locale == "ja-JP")],
         offsets=np.array([0, len(words_array)]),
         words=words_array,
         word_starts=starts,

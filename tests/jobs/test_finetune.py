@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kd_jax.config.data import CHARACTER_LOCALES
 from kd_jax.config.training import Finetune
 from kd_jax.data.text.utterances import Utterance
 from kd_jax.evaluation.records import read_records
@@ -146,7 +147,8 @@ def test_a_run_notes_what_it_has_seen(tmp_path):
     mesh = make_mesh(config.mesh)
     one = finetune.load_finetuned(tmp_path / "dc", prepared, mesh, config.compute_dtype, "model")
     train = finetune.labeled_train(prepared, 10, "")
-    assert one.seen._replace(threshold=None) == serving.Seen.of(train) != serving.Seen.of(prepared.utterances)
+    assert one.seen._replace(threshold=None) == serving.Seen.of(train, CHARACTER_LOCALES)
+    assert one.seen._replace(threshold=None) != serving.Seen.of(prepared.utterances, CHARACTER_LOCALES)
     assert "seen" in json.loads((tmp_path / "dc" / "run.json").read_text())
     dev = finetune.of_domain(prepared.utterances, "dev", "")
     which = (one.model, one.params, one.masks, dev, train, one.tokenizer, one.length, one.maps, mesh)

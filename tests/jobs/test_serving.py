@@ -15,11 +15,14 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
 from kd_jax.config import to_dict
+from kd_jax.config.data import CHARACTER_LOCALES
+from kd_jax.data.prepared import Prepared
+from kd_jax.evaluation.records import read_records
 from kd_jax.jobs import finetune, serving
-from kd_jax.main import evaluate, export, predict
+from kd_jax.main import evaluate, export, predict, prepare
 from kd_jax.models.int8 import quantized
 from kd_jax.types import UserError
-from tests.support.finished_runs import smoke_config, write_finetuned, write_student
+from tests.support.finished_runs import small_config, smoke_config, write_finetuned, write_student
 
 BATCHES = ((1, 5), (3, 32), (17, 9))  # texts, tokens
 FRESH = """
@@ -150,7 +153,7 @@ def test_an_export_keeps_what_the_run_saw(data, runs, tmp_path):
     out = {task: exported(data, tmp_path / "runs" / task, tmp_path / task, int8=True) for task in ("dc", "icner")}
     train = [one for one in prepared.utterances if one.partition == "train"]
     for task, threshold in (("dc", 0.25), ("icner", None)):
-        assert serving.read(out[task]).seen == serving.Seen.of(train)._replace(threshold=threshold)
+        assert serving.read(out[task]).seen == serving.Seen.of(train, CHARACTER_LOCALES)._replace(threshold=threshold)
     both = predict.Predictor([str(out[task]) for task in ("dc", "icner")])
     texts = ["Weck mich, um 7!", "weck mich um 7", "play some jazz", "quelle heure est-il"]
     found = both.predict(texts)
@@ -163,6 +166,52 @@ def test_an_export_keeps_what_the_run_saw(data, runs, tmp_path):
     old = predict.Predictor([str(out[task]) for task in ("dc", "icner")]).predict(texts)
     alone = [predict.Predictor([str(out[task])]).predict(texts) for task in ("dc", "icner")]
     assert [(one.domain, one.intent) for one in old] == [(dc.domain, icner.intent) for dc, icner in zip(*alone)]
+
+
+THAI = [("ปลุกฉัน[time : เจ็ดโมง]", "alarm", "set"), ("เปิด[song : เพลง],[artist : ก]", "music", "play")]
+
+
+def test_a_locale_that_is_tagged_by_character(tmp_path):
+    """The run and its export read a text as it was trained, and an older run as 0.2.0 did."""
+    (tmp_path / "nlu").mkdir()
+    with (tmp_path / "nlu" / "th-TH.jsonl").open("w", encoding="utf-8") as lines:
+        for number in range(24):
+            annotated, domain, intent = THAI[number % 2]
+            annotated = annotated.replace("ก", "กขคงจฉชซฌญฎฏ"[number // 2])
+            partition = ("train", "train", "train", "dev", "test", "test")[number // 4]
+            values = {"id": number, "locale": "th-TH", "partition": partition, "scenario": domain, "intent": intent}
+            text = re.sub(r"\[\w+ : (.*?)\]", r"\1", annotated)
+            lines.write(json.dumps({**values, "utt": text, "annot_utt": annotated}) + "\n")
+    config = small_config()
+    config.nlu.update({"format": "massive", "path": str(tmp_path / "nlu"), "locales": ("th-TH",), "max_train": 0})
+    config.nlu.character_locales = ("th-TH",)
+    config.sources.generic.update({"languages": ("en",), "max_texts": 200})
+    config.transfer.language_mix = "own"
+    config.prepared = str(tmp_path / "data")
+    prepare.run(config, tmp_path / "data")
+    assert Prepared(config.prepared).utterances[1].spans[0].start == 4
+    finetune.run(config, tmp_path / "run", "icner")
+    out = exported((config,), tmp_path / "run", tmp_path / "int8", int8=True)
+    text = "เปิด เพลง"
+    for folder in (tmp_path / "run", out):
+        one = predict.Predictor([str(folder)]).predict([text], "th-TH", probabilities=True)[0]
+        assert one.words == tuple("เปิดเพลง") and len(one.tags) == 8
+        # Joined as in training: a character has a probability unless it shares the token of the one before it.
+        ids, words = Prepared(config.prepared).tokenizer.encode_words([one.words], joined=True)[0]
+        assert len(ids) < 8
+        assert [number for number, chance in enumerate(one.tag_probabilities) if chance is not None] == sorted(
+            set(words)
+        )
+        assert predict.Predictor([str(folder)]).predict([text], "en-US")[0].words == tuple(text.split())
+    about = json.loads((out / serving.ABOUT).read_text())
+    assert about["seen"].pop("character_locales") == ["th-TH"]
+    (out / serving.ABOUT).write_text(json.dumps(about))
+    old = predict.Predictor([str(out)])
+    assert [len(old.predict([text], locale)[0].words) for locale in ("th-TH", "zh-CN")] == [2, 8]
+    config.evaluate.checkpoint = str(tmp_path / "run")
+    evaluate.run(config, tmp_path / "scores")
+    records = read_records(tmp_path / "scores" / evaluate.RECORDS)
+    assert records and all(len(one["predicted_tags"]) == len(one["words"]) > 8 for one in records)
 
 
 def test_float_export_predicts_what_the_run_predicts(data, runs, tmp_path):

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 from kd_jax.config import base, from_dict
 from kd_jax.config.execution import Mesh
 from kd_jax.data.text.tokenizer import train_tokenizer
-from kd_jax.jobs import trained
-from kd_jax.main import distill, evaluate, finetune_dc, import_model, pretrain
+from kd_jax.jobs import finetune, trained
+from kd_jax.main import cache_teacher, distill, evaluate, finetune_dc, import_model, pretrain
 from kd_jax.models.encoder_config import encoder_config
 from kd_jax.models.functional import Functional
 from kd_jax.models.huggingface.checkpoint import head_map, to_huggingface
@@ -91,12 +91,13 @@ def test_a_new_head_is_told_of_and_the_same_for_a_seed(data, source, tmp_path, c
     body = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if name not in head}
     other = tmp_path / "body"
     other.mkdir()
-    write(other, shape, body, data[1].tokenizer)
+    write(other, shape, body, data[1].tokenizer, tie_word_embeddings=False)
     config = imported(data, other, tmp_path / "run")
     assert "no masked-LM head" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "run.json").read_text())["masked_lm_head"] == "new"
     first = read_back(tmp_path / "run", data[1], config)
     equal(first["encoder"], params["encoder"])
+    assert "decoder" not in first["mlm_head"], "a new head is tied, whatever the file says"
     counts = np.ones(shape.vocab_size)
     for store in data[1].stores("train"):
         if store.kind == "generic":
@@ -181,6 +182,59 @@ def test_going_on_asks_for_the_same_model(data, source, tmp_path):
     config.teacher.norm_epsilon = 1e-3
     with pytest.raises(UserError, match=r"config\.teacher\.norm_epsilon: it is 0\.001, and .* has 1e-12"):
         pretrain.run(config, tmp_path / "other")
+
+
+def write_finetuned(folder, family, prepared, head):
+    """(encoder config, parameters) of a classifier that was finetuned, in a folder as `save_pretrained` writes it."""
+    shape = small_config(family, vocab_size=prepared.tokenizer.vocab_size, num_layers=2, max_positions=64)
+    params = jax.jit(Functional("mlm", shape).init)(jax.random.key(3))
+    own = {entry.name for entry in head_map(shape)}
+    tensors = {name: tensor for name, tensor in to_huggingface(params, shape).items() if name not in own}
+    tensors |= {name: np.ones(size, np.float32) for name, size in head.items()}
+    folder.mkdir()
+    labels = {str(number): f"label {number}" for number in range(3)}
+    kind = "single_label_classification"
+    write(folder, shape, tensors, prepared.tokenizer, id2label=labels, problem_type=kind)
+    return shape, params
+
+
+SEQUENCE_HEAD = {"bert.pooler.dense.weight": (16, 16), "classifier.weight": (3, 16), "classifier.bias": (3,)}
+
+
+@pytest.mark.parametrize(
+    ("family", "head"),
+    # BertForSequenceClassification and XLMRobertaForTokenClassification.
+    [("bert", SEQUENCE_HEAD), ("roberta", {"classifier.weight": (5, 16), "classifier.bias": (5,)})],
+)
+def test_a_finetuned_classifier_has_states_and_no_predictions(data, tmp_path, capsys, family, head):
+    _, params = write_finetuned(tmp_path / "source", family, data[1], head)
+    config = imported(data, tmp_path / "source", tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert "head of a finetuned model: classifier.bias, classifier.weight." in printed and "new one" in printed
+    equal(read_back(tmp_path / "run", data[1], config)["encoder"], params["encoder"])
+    config.teacher_checkpoint = str(tmp_path / "run")
+    config.distill.kl.weight = 1.0
+    for command, key in ((distill, "distill.kl.weight"), (cache_teacher, "teacher_checkpoint")):
+        with pytest.raises(UserError, match=rf"^config\.{key}: .*/run was imported without a masked-LM head.*weight=0"):
+            command.run(config, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.slow
+def test_distilling_the_states_of_a_finetuned_classifier_and_going_on_from_it(data, tmp_path):
+    _, params = write_finetuned(tmp_path / "source", "bert", data[1], SEQUENCE_HEAD)
+    config = imported(data, tmp_path / "source", tmp_path / "run")
+    config.teacher_checkpoint = str(tmp_path / "run")
+    config.distill.clean = True
+    config.distill.kl.weight = config.distill.mlm.weight = 0.0
+    config.distill.hidden.update({"weight": 1.0, "layers": "last"})
+    distill.run(config, tmp_path / "student")
+    assert (tmp_path / "student" / "DONE").is_file()
+    config.finetune.update({"init_from": str(tmp_path / "run"), "steps": 1, "learning_rate": 1e-9, "warmup_steps": 0})
+    finetune_dc.run(config, tmp_path / "dc")
+    one = finetune.load_finetuned(tmp_path / "dc", data[1], make_mesh(Mesh()), "float32", "x")
+    for a, b in zip(jax.tree.leaves(one.params["encoder"]), jax.tree.leaves(params["encoder"]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 @pytest.mark.slow

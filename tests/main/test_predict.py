@@ -82,9 +82,9 @@ def test_slots_name_their_words():
         "wake me at seven", ("wake", "me", "at", "seven"), "alarm", "set", ("O", "O", "B-time", "I-time")
     )
     assert one.to_json()["slots"] == [{"slot": "time", "text": "at seven", "start": 2, "end": 4}]
-    words = tuple(split_words("七点", "zh-CN"))
-    one = predict.Prediction("七点", words, None, None, ("B-time", "I-time"))
-    assert one.to_json("zh-CN")["slots"][0]["text"] == "七点"
+    words = tuple(split_words("七点", characters=True))
+    one = predict.Prediction("七点", words, None, None, ("B-time", "I-time"), characters=True)
+    assert one.to_json()["slots"][0]["text"] == "七点"
 
 
 def test_probabilities(data, runs, predictor):
@@ -186,6 +186,7 @@ def test_text_is_read_in_the_form_of_the_training_data(runs, predictor):
     as_it_is = predict.Predictor([str(runs / "icner")], normalize=False)
     (raw,) = as_it_is.predict([written], probabilities=True)
     assert raw.tag_probabilities != pytest.approx(one.tag_probabilities, abs=1e-6)
+    assert one.bare and not raw.bare
     assert as_it_is.predict([form])[0].tags == other.tags
 
 

@@ -55,6 +55,25 @@ def test_all_layers_give_the_logits_of_the_teacher(family):
     np.testing.assert_array_equal(logits(student, started, batch), logits(teacher, params, batch))
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_a_decoder_of_its_own_on_either_side(theirs, ours, trimmed):
+    model = Functional("mlm", small_config("bert", tied_decoder=theirs))
+    params = parameters(model, 3)
+    kept = np.arange(5, VOCAB, 2) if trimmed else None
+    student, empty = student_of(model, tied_decoder=ours, vocab_size=VOCAB if kept is None else len(kept))
+    started = from_teacher(student, empty, model, params, (0, 1, 2), kept)
+    assert_fits(student, started)
+    chosen = slice(None) if kept is None else kept
+    if ours and not theirs:  # the teacher's matrix is left out
+        expected = params["encoder"]["embeddings"]["tokens"]
+    else:
+        expected = model.decoder(params)[0]
+    np.testing.assert_array_equal(student.decoder(started)[0], expected[chosen])
+    told = [line for line in remarks(student.config, model.config, (0, 1, 2)) if "matrix of its own" in line]
+    assert len(told) == (ours and not theirs)
+
+
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
 def test_chosen_layers_are_taken_in_their_order(family):
     teacher, params = teacher_of(family)

@@ -313,6 +313,26 @@ def test_training_from_float32_hidden_or_all_pieces_equals_the_teacher_in_the_lo
             np.testing.assert_allclose(one, other, atol=2e-5)
 
 
+def test_a_decoder_of_its_own_takes_the_place_of_the_token_table(models):
+    batch = models[-1]
+    own = {"tied_decoder": False, "initializer_range": 0.3}
+    student, teacher = tiny(**own), tiny(num_layers=3, **own)
+    params, theirs = student.init(jax.random.key(0)), teacher.init(jax.random.key(1))
+    settings = dataclasses.replace(KL_ALONE, mlm=Term(1.0))
+    state, metrics = one_step(distillation(student, teacher, settings), params, {"teachers": (theirs,)}, batch)
+    p, q = softmax(masked_logits(teacher, theirs, batch), 2.0), softmax(masked_logits(student, params, batch), 2.0)
+    np.testing.assert_allclose(metrics["kl"][0], 4 * kl_of(p, q, batch["masked_weights"]), rtol=1e-4)
+    unread = np.setdiff1d(np.arange(VOCABULARY), batch["tokens"])
+    before, after = (np.asarray(tree["encoder"]["embeddings"]["tokens"])[unread] for tree in (params, state["params"]))
+    np.testing.assert_array_equal(after, before)
+    assert np.abs(np.asarray(state["params"]["mlm_head"]["decoder"] - params["mlm_head"]["decoder"])).min(0).max() > 0
+    with_values, _ = cached(teacher, theirs, batch, format="hidden")
+    form = TeacherForm("hidden", cached=True)
+    objective = make_distill_objective(WithProjections(student, ()), (), dataclasses.replace(settings, form=form))
+    _, found = one_step(objective, params, {"decoder": teacher.decoder(theirs)}, with_values)
+    np.testing.assert_allclose(found["kl"][0], metrics["kl"][0], rtol=2e-5)
+
+
 def test_top_k_tells_how_much_mass_it_holds(models):
     _, _, teacher, theirs, batch = models
     p = np.sort(softmax(masked_logits(teacher, theirs, batch), 2.0))[..., ::-1]

@@ -94,7 +94,7 @@ def write_finetuned(workdir, config, prepared, task, domain=""):
         "train_utterances": 20,
         "classes": sizes,
         "labels": maps.to_json(),
-        "seen": serving.Seen.of(train).to_json(),
+        "seen": serving.Seen.of(train, prepared.settings.nlu.character_locales).to_json(),
     }
     params = write_run(workdir, config, prepared, f"finetune_{task}", keys, model, **notes)
     write_json(workdir / finetune.DEV, {"score": 0.5, "accuracy": 0.75, "error_rate": 0.25, "count": 7})

@@ -85,6 +85,7 @@ def check(settings: Prepare, transfer: Transfer, max_train: int = 0) -> Findings
         lines += [
             *partitions(utterances),
             *translations(utterances),
+            *inside_words(utterances),
             "",
             *labels(utterances),
             "",
@@ -119,6 +120,17 @@ def translations(utterances: Sequence[Utterance]) -> Iterator[str]:
         yield (
             f"note: {found.differing:,} of {found.shared:,} ids that locales share have different intents, so "
             "utterances of one id are not taken for translations"
+        )
+
+
+def inside_words(utterances: Sequence[Utterance]) -> Iterator[str]:
+    """How many utterances have a slot mark that begins or ends inside a word."""
+    found = [one for one in utterances if one.widened]
+    if found:
+        example = textwrap.shorten(found[0].annotated(), 80)
+        yield (
+            f"note: slots that begin or end inside a word get the whole word (utterances: {len(found):,}), e.g. "
+            f"{found[0].locale} {found[0].id}: {example!r}; config.nlu.character_locales tags characters instead"
         )
 
 

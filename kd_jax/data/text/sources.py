@@ -52,11 +52,11 @@ def load_utterances(nlu: Nlu, report: files.Report = files.raise_error) -> list[
 
             utterances = embedded_utterances(nlu.locales)
         case "massive":
-            utterances = read_massive(path, nlu.locales, report)
+            utterances = read_massive(path, nlu.locales, nlu.character_locales, report)
         case "massive_parquet":
-            utterances = read_parquet(path, nlu.locales, report)
+            utterances = read_parquet(path, nlu.locales, nlu.character_locales, report)
         case _:  # Nlu knows no other format than "huggingface"
-            utterances = read_hub(nlu.name, nlu.locales, report)
+            utterances = read_hub(nlu.name, nlu.locales, nlu.character_locales, report)
     return subset_train(utterances, nlu.max_train) if nlu.max_train else utterances
 
 

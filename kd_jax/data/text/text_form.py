@@ -38,12 +38,12 @@ class TextForm:
             return cls()
         return cls(capitals <= few, "absent" if apart <= few else "apart" if attached <= few else "attached")
 
-    def words(self, text: str, locale: str) -> tuple[list[str], list[int | None]]:
+    def words(self, text: str, characters: bool = False) -> tuple[list[str], list[int | None]]:
         """The words of `text` that a model reads, and which of them stands for each word of `split_words`.
 
         None stands for a word of punctuation alone that is left out. A text of nothing else is left as it is.
         """
-        given = split_words(text, locale)
+        given = split_words(text, characters)
         found: list[str] = []
         places: list[int | None] = []
         for word in given:

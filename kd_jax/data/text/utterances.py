@@ -9,17 +9,16 @@ import re
 import sys
 import tarfile
 import zlib
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kd_jax.config import require
+from kd_jax.config.data import CHARACTER_LOCALES
 from kd_jax.data.text import files
 from kd_jax.runtime.files import write_json_lines
 from kd_jax.types import UserError
 
-# Locales that MASSIVE tags character by character, since they write no spaces between words.
-CHARACTER_LOCALES = frozenset({"ja-JP", "zh-CN", "zh-TW"})
 PARTITIONS = ("train", "dev", "test")
 FIELDS = ("id", "locale", "partition", "scenario", "intent", "utt", "annot_utt")
 
@@ -41,7 +40,11 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Utterance:
-    """One labeled utterance; `tags` are IOB2, one for each of `words` (characters in CHARACTER_LOCALES)."""
+    """One labeled utterance; `tags` are IOB2, one for each of `words`.
+
+    characters: `words` are the characters that are not whitespace (config.nlu.character_locales). widened: a slot mark
+    began or ended inside a word, all of which has the slot.
+    """
 
     id: str
     locale: str
@@ -51,6 +54,8 @@ class Utterance:
     text: str
     words: tuple[str, ...]
     tags: tuple[str, ...]
+    characters: bool = False
+    widened: bool = dataclasses.field(default=False, compare=False)
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -66,8 +71,7 @@ class Utterance:
 
     def annotated(self) -> str:
         """The text with its slots marked, e.g. `weck mich [date : diese woche] auf`."""
-        word = r"\S" if self.locale in CHARACTER_LOCALES else r"\S+"
-        columns = [match.span() for match in re.finditer(word, self.text)]
+        columns = _columns(self.text, self.characters)
         parts, done = [], 0
         for span in self.spans:
             start, end = columns[span.start][0], columns[span.end - 1][1]
@@ -80,35 +84,46 @@ def _escape(text: str) -> str:
     return text.replace("[", r"\[").replace("]", r"\]")
 
 
-def split_words(text: str, locale: str) -> list[str]:
-    """What is tagged: words between whitespace, or in CHARACTER_LOCALES the characters that are not whitespace."""
+def split_words(text: str, characters: bool = False) -> list[str]:
+    """What is tagged: words between whitespace, or the characters that are not whitespace."""
     words = text.split()
-    return list("".join(words)) if locale in CHARACTER_LOCALES else words
+    return list("".join(words)) if characters else words
 
 
-def parse_annotated(annot_utt: str, utt: str, locale: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _columns(text: str, characters: bool) -> list[tuple[int, int]]:
+    """Where each of `split_words` begins and ends in the text."""
+    return [match.span() for match in re.finditer(r"\S" if characters else r"\S+", text)]
+
+
+class Tagged(NamedTuple):
+    """What a text's slot marks mean; widened as in `Utterance`."""
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+    widened: bool
+
+
+def parse_annotated(annot_utt: str, utt: str, characters: bool = False) -> Tagged:
     """Words and IOB2 tags of `... [slot : text] ...`, where \\[ and \\] are brackets of the text.
 
-    Raises ValueError with the reason when the marks are wrong.
+    A word that a slot covers in part has the slot. Raises ValueError with the reason when the marks are wrong.
     """
     for written, stand_in in _ESCAPED.items():
         annot_utt = annot_utt.replace(written, stand_in)
-    words: list[str] = []
-    tags: list[str] = []
-    plain: list[str] = []
+    plain = ""
     outside: list[bool] = []
+    slots: list[tuple[str, int, int]] = []  # name, and the columns [start, end) of `plain`
 
     def add(text: str, slot: str = "") -> None:
+        nonlocal plain
         outside.append("[" in text or "]" in text)  # a bracket outside the innermost marks
         for written, stand_in in _ESCAPED.items():
             text = text.replace(stand_in, written[1])
-        found = split_words(text, locale)
-        if slot and not found:
+        if slot and not text:
             raise ValueError(f"the slot mark of {slot!r} has no text")
-        # Interned: a data set has millions of tags and a hundred different ones.
-        tags.extend([sys.intern(f"{'BI'[number > 0]}-{slot}") if slot else "O" for number in range(len(found))])
-        words.extend(found)
-        plain.append(text)
+        if slot:
+            slots.append((slot, len(plain), len(plain) + len(text)))
+        plain += text
 
     done = 0
     for mark in MARK.finditer(annot_utt):
@@ -127,17 +142,27 @@ def parse_annotated(annot_utt: str, utt: str, locale: str) -> tuple[tuple[str, .
         depths = [annot_utt[:end].count("[") - annot_utt[:end].count("]") for end in range(len(annot_utt) + 1)]
         problem = "nested or one is not closed" if max(depths) > 1 else "unbalanced"
         raise ValueError(f"slot marks are {problem} (a bracket of the text is written \\[ or \\])")
-    expected = split_words(utt, locale)
-    if split_words("".join(plain), locale) != expected:
-        raise ValueError(f"without its marks annot_utt reads {' '.join(''.join(plain).split())!r} and not utt {utt!r}")
-    if words != expected:
-        raise ValueError("a slot mark begins or ends inside a word")
+    words = split_words(utt, characters)
+    if split_words(plain, characters) != words:
+        raise ValueError(f"without its marks annot_utt reads {' '.join(plain.split())!r} and not utt {utt!r}")
     if not words:
         raise ValueError("the utterance is empty")
-    return tuple(words), tuple(tags)
+    tags, columns, widened = ["O"] * len(words), _columns(plain, characters), False
+    for slot, start, end in slots:
+        covered = [number for number, (first, last) in enumerate(columns) if first < end and last > start]
+        widened |= columns[covered[0]][0] < start or columns[covered[-1]][1] > end
+        for number in covered:
+            if tags[number] != "O":
+                raise ValueError(
+                    f"{tags[number][2:]!r} and {slot!r} share the word {words[number]!r}; mark it once, or tag the "
+                    "locale by character (config.nlu.character_locales)"
+                )
+            # Interned: a data set has millions of tags and a hundred different ones.
+            tags[number] = sys.intern(f"{'BI'[number > covered[0]]}-{slot}")
+    return Tagged(tuple(words), tuple(tags), widened)
 
 
-def _check_record(record: Mapping[str, Any], locale: str, where: str, seen: set[str]) -> Utterance:
+def _check_record(record: Mapping[str, Any], locale: str, characters: bool, where: str, seen: set[str]) -> Utterance:
     """One record of `locale`; `seen` holds the ids before it. Raises UserError that begins with `where`."""
     if isinstance(number := record.get("id"), int) and not isinstance(number, bool):
         record = {**record, "id": str(number)}
@@ -159,19 +184,20 @@ def _check_record(record: Mapping[str, Any], locale: str, where: str, seen: set[
         raise UserError(f"{where}: id {record['id']!r} occurs a second time in {locale}; give each utterance its own")
     seen.add(record["id"])
     try:
-        words, tags = parse_annotated(record["annot_utt"], record["utt"], locale)
+        tagged = parse_annotated(record["annot_utt"], record["utt"], characters)
     except ValueError as error:
         raise UserError(f"{where}: {error}; fix annot_utt or utt") from None
     domain, intent = sys.intern(record["scenario"]), sys.intern(record["intent"])
-    return Utterance(record["id"], locale, record["partition"], domain, intent, record["utt"], words, tags)
+    where_and_what = (record["id"], locale, record["partition"], domain, intent, record["utt"])
+    return Utterance(*where_and_what, tagged.words, tagged.tags, characters, tagged.widened)
 
 
-def _utterances(records: Records, name: str, locale: str, report: files.Report) -> list[Utterance]:
+def _utterances(records: Records, name: str, locale: str, characters: bool, report: files.Report) -> list[Utterance]:
     """The utterances of one locale; `report` gets what is wrong with a record, and a locale without train text."""
     utterances, seen = list[Utterance](), set[str]()
     for where, record in records:
         try:
-            utterances.append(_check_record(record, locale, where, seen))
+            utterances.append(_check_record(record, locale, characters, where, seen))
         except UserError as error:
             report(error)
     if not utterances:
@@ -188,15 +214,19 @@ def _unknown_locale(locale: str, where: object, available: Iterable[str]) -> Use
 
 
 def read_massive(
-    folder: str | os.PathLike[str], locales: Sequence[str], report: files.Report = files.raise_error
+    folder: str | os.PathLike[str],
+    locales: Sequence[str],
+    characters: Collection[str] = CHARACTER_LOCALES,
+    report: files.Report = files.raise_error,
 ) -> list[Utterance]:
     """Utterances of a folder of `<locale>.jsonl[.gz]`, or of MASSIVE's .tar.gz, in the order of `locales` and lines.
 
-    What is wrong with a line, or with a locale, goes to `report` as a UserError.
+    characters: the locales that are tagged by character. What is wrong with a line, or with a locale, goes to `report`
+    as a UserError.
     """
     folder = Path(folder)
     if folder.is_file():
-        return _read_tarball(folder, locales, report)
+        return _read_tarball(folder, locales, characters, report)
     remedy = "name MASSIVE's folder of <locale>.jsonl files"
     require(folder.is_dir(), "nlu.path", f"no folder or tarball {folder}", remedy)
     utterances: list[Utterance] = []
@@ -204,14 +234,16 @@ def read_massive(
         file = next((one for one in (folder / f"{locale}.jsonl", folder / f"{locale}.jsonl.gz") if one.is_file()), None)
         if file is not None:
             records = files.json_records(files.numbered_lines(file, report), str(file), report)
-            utterances += _utterances(records, str(file), locale, report)
+            utterances += _utterances(records, str(file), locale, locale in characters, report)
         else:
             names = {other.name.partition(".jsonl")[0] for other in folder.glob("*.jsonl*")}
             report(_unknown_locale(locale, folder, names))
     return utterances
 
 
-def _read_tarball(tarball: Path, locales: Sequence[str], report: files.Report) -> list[Utterance]:
+def _read_tarball(
+    tarball: Path, locales: Sequence[str], characters: Collection[str], report: files.Report
+) -> list[Utterance]:
     """Reads `<any>/data/<locale>.jsonl` from the archive in one pass, without unpacking it."""
     found, available = dict[str, list[Utterance]](), set[str]()
     try:
@@ -227,7 +259,7 @@ def _read_tarball(tarball: Path, locales: Sequence[str], report: files.Report) -
                     raise UserError(f"{tarball}: holds {locale}.jsonl twice; keep one release in the archive")
                 if locale in locales:
                     records = files.json_records(files.decode_lines(lines, name, report), name, report)
-                    found[locale] = _utterances(records, name, locale, report)
+                    found[locale] = _utterances(records, name, locale, locale in characters, report)
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise UserError(f"{tarball}: is not a whole tar archive ({error}); download it again") from None
     for locale in locales:
@@ -236,7 +268,9 @@ def _read_tarball(tarball: Path, locales: Sequence[str], report: files.Report) -
     return [utterance for locale in locales if locale in found for utterance in found[locale]]
 
 
-def read_parquet(folder: str, locales: Sequence[str], report: files.Report) -> list[Utterance]:
+def read_parquet(
+    folder: str, locales: Sequence[str], characters: Collection[str], report: files.Report
+) -> list[Utterance]:
     """Utterances of Parquet files, all in `folder` with a locale column, or in one subfolder for each locale."""
     import datasets  # knows the label names in a Parquet file's metadata; takes a second to import
     import pyarrow.parquet
@@ -259,13 +293,13 @@ def read_parquet(folder: str, locales: Sequence[str], report: files.Report) -> l
             members += [(where, record) for where, record in records if record["locale"] == locale]
             available |= {str(record["locale"]) for _, record in records}
         if members:
-            utterances += _utterances(members, folder, locale, report)
+            utterances += _utterances(members, folder, locale, locale in characters, report)
         else:
             report(_unknown_locale(locale, folder, available))
     return utterances
 
 
-def read_hub(name: str, locales: Sequence[str], report: files.Report) -> list[Utterance]:
+def read_hub(name: str, locales: Sequence[str], characters: Collection[str], report: files.Report) -> list[Utterance]:
     """Utterances of a data set on the hub (or a local folder) that has one configuration for each locale."""
     require(bool(name), "nlu.name", "it is empty", "name the data set on the hub")
     utterances: list[Utterance] = []
@@ -275,7 +309,7 @@ def read_hub(name: str, locales: Sequence[str], report: files.Report) -> list[Ut
             table = table.select_columns([field for field in table.column_names if field in FIELDS])
             records = _table_records(table.to_dict(), table.features, f"{name} ({locale}, {split})")
             members += [(where, record) for where, record in records if record["locale"] == locale]
-        utterances += _utterances(members, name, locale, report)
+        utterances += _utterances(members, name, locale, locale in characters, report)
     return utterances
 
 

@@ -67,6 +67,7 @@ class _Names(NamedTuple):
     masked_dense: str  # masked-LM head
     masked_norm: str
     masked_bias: str
+    decoder: str  # of an untied masked-LM head, which has the bias too
     text_dense: str = ""  # head for the class of a text
     text_classifier: str = "classifier"
 
@@ -90,6 +91,7 @@ def _names(config: EncoderConfig) -> _Names:
                 "vocab_transform",
                 "vocab_layer_norm",
                 "vocab_projector",
+                "vocab_projector",
             )
         case "modernbert":
             layer = "model.layers.{}"
@@ -108,15 +110,17 @@ def _names(config: EncoderConfig) -> _Names:
                 "head.dense",
                 "head.norm",
                 "decoder",
+                "decoder",
                 "head.dense",
             )
         case kind:
             layer, pre = f"{kind}.encoder.layer.{{}}", config.norm_placement == "pre"  # XLM-R XL
             if kind == "roberta":
-                head = ("lm_head.dense", "lm_head.layer_norm", "lm_head")
+                head = ("lm_head.dense", "lm_head.layer_norm", "lm_head", "lm_head.decoder")
                 text = ("classifier.dense", "classifier.out_proj")
             else:
-                head = ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions")
+                name = "cls.predictions"
+                head = (f"{name}.transform.dense", f"{name}.transform.LayerNorm", name, f"{name}.decoder")
                 text = ("bert.pooler.dense", "classifier")
             return _Names(
                 f"{kind}.embeddings.word_embeddings",
@@ -178,12 +182,14 @@ def body_map(config: EncoderConfig) -> Iterator[Tensor]:
 
 
 def head_map(config: EncoderConfig) -> Iterator[Tensor]:
-    """Every tensor of the masked-LM head except its tied decoder."""
+    """Every tensor of the masked-LM head; of a tied decoder only the bias."""
     names = _names(config)
     yield from _linear(names.masked_dense, ("mlm_head", "dense"), bias=config.head_bias)
     yield from _norm(names.masked_norm, ("mlm_head", "norm"), bias=config.norm_bias)
+    if not config.tied_decoder:
+        yield Tensor(f"{names.decoder}.weight", ("mlm_head", "decoder"))
     if config.decoder_bias:
-        yield Tensor(f"{names.masked_bias}.bias", ("mlm_head", "bias"))
+        yield Tensor(f"{names.masked_bias if config.tied_decoder else names.decoder}.bias", ("mlm_head", "bias"))
 
 
 def name_map(config: EncoderConfig) -> tuple[Tensor, ...]:
@@ -207,6 +213,13 @@ TIED = {
     },
     "modernbert": {"decoder.weight": "model.embeddings.tok_embeddings.weight"},
 }
+
+
+def tied_names(config: EncoderConfig) -> dict[str, str]:
+    """The second names of tensors that a model of that config ties, and their first."""
+    return TIED[family(config)] if config.tied_decoder else {}
+
+
 _UNUSED = {
     *(f"{kind}.{name}" for kind in ("bert", "roberta") for name in ("pooler.dense.weight", "pooler.dense.bias")),
     *("cls.seq_relationship.weight", "cls.seq_relationship.bias"),
@@ -240,6 +253,10 @@ def canonical_names(names: Iterable[str], config: EncoderConfig) -> dict[str, st
         for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
             ours = ours.removesuffix(old) + new if ours.endswith("LayerNorm" + old) else ours
         found[ours] = plain[name]
+    if not config.tied_decoder:
+        # `transformers` 5 computes with the bias of the decoder; older files may have it under its other name alone.
+        bias, other = (f"{name}.bias" for name in (_names(config).decoder, _names(config).masked_bias))
+        found = ({bias: found[other]} if other in found else {}) | {k: v for k, v in found.items() if k != other}
     return found
 
 
@@ -257,12 +274,13 @@ def check_names(names: Mapping[str, str], config: EncoderConfig) -> bool:
     """
     kind = family(config)
     head = {entry.name for entry in head_map(config)}
-    known = {entry.name for entry in body_map(config)} | head | TIED[kind].keys() | _UNUSED
+    tied = tied_names(config).keys()
+    known = {entry.name for entry in body_map(config)} | head | tied | _UNUSED
     for name in names:
         if name not in known:
             problem = f"a {kind} model of this config has no such tensor"
             raise UserError(f"{names[name]}: {problem}; check that {CONFIG} belongs to these weights")
-    has_head = any(name in head or name in TIED[kind] for name in names)
+    has_head = any(name in head or name in tied for name in names)
     for entry in name_map(config) if has_head else body_map(config):
         if entry.name not in names:
             raise UserError(f"{entry.name}: the checkpoint lacks this tensor; check that it is a model of this config")
@@ -271,7 +289,11 @@ def check_names(names: Mapping[str, str], config: EncoderConfig) -> bool:
 
 def to_huggingface(params: Params, config: EncoderConfig) -> dict[str, np.ndarray]:
     """A masked-LM checkpoint's tensors from parameters of kind "mlm"; tied tensors appear once."""
-    return _tensors(params, name_map(config))
+    tensors, names = _tensors(params, name_map(config)), _names(config)
+    if not config.tied_decoder and config.decoder_bias:
+        # `transformers` has both biases of an untied head, and reads that of the decoder.
+        tensors[f"{names.masked_bias}.bias"] = tensors[f"{names.decoder}.bias"]
+    return tensors
 
 
 def _tensors(params: Params, entries: Iterable[Tensor]) -> dict[str, np.ndarray]:

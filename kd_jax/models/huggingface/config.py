@@ -38,6 +38,7 @@ _BERT = {
     "initializer_range": "initializer_range",
     "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
+    "tied_decoder": "tie_word_embeddings",
 }
 # Family -> our field -> their key, read in both directions. What needs more than a copy is in the functions below.
 _FIELDS: dict[str, dict[str, str]] = {
@@ -54,6 +55,7 @@ _FIELDS: dict[str, dict[str, str]] = {
         "initializer_range": "initializer_range",
         "dropout": "dropout",
         "attention_dropout": "attention_dropout",
+        "tied_decoder": "tie_word_embeddings",
     },
     "modernbert": {
         **{field: key for field, key in _BERT.items() if field != "type_vocab_size"},
@@ -86,7 +88,6 @@ _REQUIRED = {
     "position_embedding_type": "absolute",
     "is_decoder": False,
     "add_cross_attention": False,
-    "tie_word_embeddings": True,
     "sinusoidal_pos_embds": False,
     "quantization_config": None,
     "rope_scaling": None,
@@ -203,7 +204,7 @@ def their_config(config: EncoderConfig) -> dict[str, Any]:
     model_type = kind
     if kind == "roberta":
         model_type = "xlm-roberta-xl" if config.norm_placement == "pre" else "xlm-roberta"
-    values: dict[str, Any] = {"model_type": model_type, "tie_word_embeddings": True}
+    values: dict[str, Any] = {"model_type": model_type}
     for field, key in _FIELDS[kind].items():
         value = getattr(config, field)
         values[key] = _THEIR_ACTIVATIONS[value] if field.endswith("activation") else value

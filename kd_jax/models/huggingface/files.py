@@ -21,15 +21,15 @@ from kd_jax.models.functional import Functional
 from kd_jax.models.huggingface.checkpoint import (
     EMBEDDINGS,
     LAYERS,
-    TIED,
     Path,
     Tensor,
     body_map,
     canonical_names,
     check_names,
     name_map,
+    tied_names,
 )
-from kd_jax.models.huggingface.config import family
+from kd_jax.models.huggingface.config import CONFIG
 from kd_jax.types import Params, UserError
 
 SINGLE = "model.safetensors"
@@ -39,7 +39,7 @@ _FLOATS = ("F16", "BF16", "F32", "F64")
 _CHUNK = 2**20  # elements that are converted or compared at a time
 
 # Parameters with a row for each token, of which a file may have more: tables are padded to round sizes.
-_BY_TOKEN = ((*EMBEDDINGS, "tokens"), ("mlm_head", "bias"))
+_BY_TOKEN = ((*EMBEDDINGS, "tokens"), ("mlm_head", "decoder"), ("mlm_head", "bias"))
 
 
 class TensorFiles(contextlib.AbstractContextManager["TensorFiles"]):
@@ -151,9 +151,10 @@ def check_files(files: TensorFiles, config: EncoderConfig, *, stored_vocab_size:
         stored = files.shape(names[entry.name])
         if stored != expected:
             raise UserError(f"{entry.name}: its shape is {stored}, the model needs {expected}; check the config")
-    for name, first in TIED[family(config)].items():
+    for name, first in tied_names(config).items():
         if name in names and first in names and not files.equal(names[name], names[first]):
-            raise UserError(f"{name}: differs from {first}, and the model ties the two; tie them before importing")
+            remedy = "set its tie_word_embeddings to false if the model was trained so"
+            raise UserError(f"{name}: differs from {first}, and {CONFIG} ties the two; {remedy}")
     return has_head
 
 

@@ -83,7 +83,7 @@ def test_sizes_and_labels(utterances):
 def test_each_utterance_is_valid(utterances):
     for utterance in utterances:
         assert utterance.text == " ".join(utterance.words) == utterance.text.lower()
-        words, tags = parse_annotated(utterance.annotated(), utterance.text, utterance.locale)
+        words, tags, _ = parse_annotated(utterance.annotated(), utterance.text)
         assert (words, tags) == (utterance.words, utterance.tags)
         assert not set(utterance.text) & set("[]{}<>|%°()"), utterance.text
     for group in by_locale(utterances).values():

@@ -1,5 +1,6 @@
 """`prepare --check`: every error of a broken folder with its place, the counts of a whole one, and nothing written."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ from kd_jax.config.data import Transfer, read_prepare
 from kd_jax.config.settings import read
 from kd_jax.data.prepared import prepare
 from kd_jax.data.text import check as check_module
-from kd_jax.data.text.check import REMOTE, SAMPLE, SHOWN, Errors, label_counts, padding
+from kd_jax.data.text.check import REMOTE, SAMPLE, SHOWN, Errors, inside_words, label_counts, padding
 from kd_jax.data.text.tokenizer import train_tokenizer
 from kd_jax.data.text.utterances import Utterance
 from kd_jax.types import UserError
@@ -267,6 +268,14 @@ def test_padding_of_rows_counted_by_hand():
     # A text that is cut into two is two rows: 4 pieces in rows of 5 are 3 + 1.
     alone, _ = padding(encoded[:1], tokenizer, 5, 4)
     assert alone == pytest.approx(1 - (5 + 3) / 10)
+
+
+def test_slots_that_end_inside_a_word_are_told():
+    words = ("play", "x,", "please")
+    one = Utterance("7", "en-US", "dev", "d", "i", " ".join(words), words, ("O", "B-song", "O"), widened=True)
+    (line,) = inside_words([one, dataclasses.replace(one, widened=False)])
+    assert "(utterances: 1), e.g. en-US 7: 'play [song : x,] please'; config.nlu.character_locales" in line
+    assert not list(inside_words([dataclasses.replace(one, widened=False)]))
 
 
 def test_slots_are_counted_by_spans():

@@ -6,17 +6,18 @@ from kd_jax.data.text.text_form import TextForm, bare
 from kd_jax.data.text.utterances import Utterance, split_words
 
 
-def utterances(*texts, locale="en-US"):
+def utterances(*texts, characters=False):
     return [
         Utterance(
             str(number),
-            locale,
+            "en-US",
             "train",
             "d",
             "i",
             text,
-            (words := tuple(split_words(text, locale))),
+            (words := tuple(split_words(text, characters))),
             ("O",) * len(words),
+            characters,
         )
         for number, text in enumerate(texts)
     ]
@@ -44,8 +45,8 @@ def test_one_percent_may_differ():
 
 
 def test_characters_are_words():
-    assert TextForm.of(utterances("七点,叫我。", locale="zh-CN")).punctuation == "apart"
-    assert TextForm(True, "absent").words("七点, A。", "zh-CN") == (["七", "点", "a"], [0, 1, None, 2, None])
+    assert TextForm.of(utterances("七点,叫我。", characters=True)).punctuation == "apart"
+    assert TextForm(True, "absent").words("七点, A。", characters=True) == (["七", "点", "a"], [0, 1, None, 2, None])
 
 
 @pytest.mark.parametrize(
@@ -58,14 +59,14 @@ def test_characters_are_words():
 )
 def test_words_that_are_read(punctuation, words, places):
     text = "¿Wake me, b. at 7 P.M.? - !!"
-    assert TextForm(True, punctuation).words(text, "") == (words, places)
-    found, _ = TextForm(False, punctuation).words(text, "")
+    assert TextForm(True, punctuation).words(text) == (words, places)
+    found, _ = TextForm(False, punctuation).words(text)
     assert [word.lower() for word in found] == words and found != words
 
 
 def test_a_text_of_punctuation_alone_is_left():
-    assert TextForm(True, "absent").words("?! ...", "") == (["?!", "..."], [0, 1])
-    assert TextForm(True, "absent").words("", "") == ([], [])
+    assert TextForm(True, "absent").words("?! ...") == (["?!", "..."], [0, 1])
+    assert TextForm(True, "absent").words("") == ([], [])
 
 
 def test_bare():

@@ -47,7 +47,8 @@ def write_lines(folder, locale, records):
 
 
 def utterance(text, tags, locale="en-US", **changes):
-    words = tuple(text.replace(" ", "")) if locale == "zh-CN" else tuple(text.split())
+    characters = changes.setdefault("characters", locale == "zh-CN")
+    words = tuple(text.replace(" ", "")) if characters else tuple(text.split())
     values = {"id": "0", "partition": "train", "domain": "alarm", "intent": "alarm_set", **changes}
     return Utterance(locale=locale, text=text, words=words, tags=tuple(tags.split()), **values)
 
@@ -66,7 +67,8 @@ def utterance(text, tags, locale="en-US", **changes):
     ],
 )
 def test_marks_become_tags(annotated, text, locale, words, tags):
-    got_words, got_tags = parse_annotated(annotated, text, locale)
+    got_words, got_tags, widened = parse_annotated(annotated, text, locale == "zh-CN")
+    assert not widened
     assert len(got_words) == words and "".join(got_words) == "".join(text.split())
     assert " ".join(got_tags) == tags
 
@@ -84,13 +86,56 @@ def test_marks_become_tags(annotated, text, locale, words, tags):
         ("wake [time : ] up", "wake up", "no text"),
         ("wake [time : six]", "wake five", "'wake six' and not utt 'wake five'"),
         ("wake[time : five]", "wake five", "'wakefive' and not utt"),
-        ("wake[time : five] now", "wakefive now", "inside a word"),
-        ("[day : mon]day", "monday", "inside a word"),
+        ("[hour : 5][half : pm]", "5pm", "'hour' and 'half' share the word '5pm'"),
+        ("[song : x],[song : y] now", "x,y now", "'song' and 'song' share the word 'x,y'"),
     ],
 )
 def test_wrong_marks_are_named(annotated, text, reason):
     with pytest.raises(ValueError, match=reason):
-        parse_annotated(annotated, text, "en-US")
+        parse_annotated(annotated, text)
+
+
+@pytest.mark.parametrize(
+    ("annotated", "text", "tags", "back"),
+    [
+        ("[time : 5]pm", "5pm", "B-time", "[time : 5pm]"),
+        (
+            "play [s : let it be], please",
+            "play let it be, please",
+            "O B-s I-s I-s O",
+            "play [s : let it be,] please",
+        ),
+        ("(weck mich) um [time : 7]!", "(weck mich) um 7!", "O O O B-time", "(weck mich) um [time : 7!]"),
+        ("vor[day : mit tag]s", "vormit tags", "B-day I-day", "[day : vormit tags]"),
+        ("play [a : x], [b : y].", "play x, y.", "O B-a B-b", "play [a : x,] [b : y.]"),
+    ],
+)
+def test_a_slot_that_ends_inside_a_word_has_the_word(tmp_path, annotated, text, tags, back):
+    write_lines(tmp_path / "given", "de-DE", [record(utt=text, annot_utt=annotated)])
+    (one,) = read_massive(tmp_path / "given", ["de-DE"])
+    assert one.widened and one.words == tuple(text.split())
+    assert " ".join(one.tags) == tags
+    assert one.annotated() == back
+    write_massive([one], tmp_path / "written")
+    (again,) = read_massive(tmp_path / "written", ["de-DE"])
+    assert again == one and not again.widened
+
+
+def test_any_locale_can_be_tagged_by_character(tmp_path):
+    thai = {"utt": "ปลุกฉันเจ็ดโมง เช้า", "annot_utt": "ปลุกฉัน[time : เจ็ดโมง เช้า]", "locale": "th-TH"}
+    attached = {"id": "2", "locale": "th-TH", "utt": "เปิดx,y", "annot_utt": "เปิด[a : x],[b : y]"}
+    write_lines(tmp_path / "given", "th-TH", [record(**thai), record(**attached)])
+    with pytest.raises(UserError, match=r"th-TH.jsonl:2: 'a' and 'b' share the word 'เปิดx,y'.*nlu.character_locales"):
+        read_massive(tmp_path / "given", ["th-TH"])
+    settings = nlu(format="massive", path=str(tmp_path / "given"), locales=("th-TH",), character_locales=("th-TH",))
+    one, two = load_utterances(settings)
+    assert one.characters and one.words == tuple(thai["utt"].replace(" ", "")) and not one.widened
+    assert one.spans == (Span("time", 7, 18),) and two.spans == (Span("a", 4, 5), Span("b", 6, 7))
+    assert [it.annotated() for it in (one, two)] == [thai["annot_utt"], attached["annot_utt"]]
+    write_massive([one, two], tmp_path / "written")
+    assert read_massive(tmp_path / "written", ["th-TH"], ["th-TH"]) == [one, two]
+    with pytest.raises(UserError, match=r"config.nlu.character_locales: the embedded data are tagged by word, also en"):
+        nlu(character_locales=("en-US",))
 
 
 def test_spans_and_annotated():
@@ -101,7 +146,7 @@ def test_spans_and_annotated():
     assert adjacent.spans == (Span("x", 0, 1), Span("x", 1, 2))
     chinese = utterance("周五 叫我", "B-date I-date O O", locale="zh-CN")
     assert chinese.annotated() == "[date : 周五] 叫我"
-    assert parse_annotated(chinese.annotated(), chinese.text, "zh-CN") == (chinese.words, chinese.tags)
+    assert parse_annotated(chinese.annotated(), chinese.text, True) == (chinese.words, chinese.tags, False)
 
 
 def test_write_then_read_gives_the_same(tmp_path):

@@ -13,6 +13,7 @@ from kd_jax.models.functional import Functional
 from kd_jax.models.huggingface.checkpoint import exported, name_map, to_huggingface, tokenizer_ids
 from kd_jax.models.huggingface.config import encoder_values
 from kd_jax.types import UserError
+from tests.support.finished_runs import random_params
 from tests.support.huggingface import from_huggingface
 from tests.support.small_models import FAMILIES, packed_batch, parameters, small_config
 
@@ -79,14 +80,37 @@ def test_untied_embeddings_are_refused():
     tensors = to_huggingface(parameters(Functional("mlm", config)), config)
     table = tensors["model.embeddings.tok_embeddings.weight"]
     from_huggingface(tensors | {"decoder.weight": table.copy()}, config)
-    with pytest.raises(UserError, match=r"decoder\.weight"):
+    with pytest.raises(UserError, match=r"decoder\.weight: differs .* set its tie_word_embeddings to false"):
         from_huggingface(tensors | {"decoder.weight": table + 1}, config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decoder_of_its_own_goes_both_ways(family):
+    config = small_config(family, tied_decoder=False)
+    params = parameters(Functional("mlm", config))
+    params["mlm_head"]["bias"] = params["mlm_head"]["bias"] + np.arange(config.vocab_size)
+    tensors = to_huggingface(params, config)
+    (decoder,) = (name for name in tensors if name.endswith("decoder.weight"))
+    assert tensors[decoder].shape == (config.vocab_size, config.hidden_size)
+
+    def same(stored):
+        back = from_huggingface(stored, config)
+        jax.tree.map(np.testing.assert_array_equal, back, jax.tree.map(np.asarray, params))
+
+    same(tensors)
+    bias = decoder.replace(".weight", ".bias")
+    if (other := {"bert": "cls.predictions.bias", "roberta": "lm_head.bias"}.get(config.head_style)) is not None:
+        same({name: tensor for name, tensor in tensors.items() if name != bias})  # as older files have it
+        same(tensors | {other: tensors[other] + 1})  # which `transformers` does not read
+    for missing in (decoder, bias):
+        with pytest.raises(UserError, match=missing.replace(".", r"\.")):
+            from_huggingface({k: v for k, v in tensors.items() if k not in (missing, other)}, config)
 
 
 def model_of(family, kind):
     shape = small_config("bert", type_vocab_size=0) if family == "distilbert" else small_config(family)
     # Two more of each class than there are names, as in a model of one domain among several.
-    sizes = {"dc": {"domains": 5}, "icner": {"intents": 4, "tags": 5}, "mlm": {}}[kind]
+    sizes: Any = {"dc": {"domains": 5}, "icner": {"intents": 4, "tags": 5}, "mlm": {}}[kind]
     return Functional(kind, shape, **sizes)
 
 
@@ -166,12 +190,15 @@ def test_a_pooling_that_the_family_lacks_leaves_the_head_apart(family, pooling, 
     [
         *((family, kind, "first") for family in EXPORTED for kind in ("mlm", "dc", "icner")),
         ("modernbert", "dc", "mean"),
+        *((family, "untied", "first") for family in EXPORTED),
     ],
 )
 def test_torch_computes_the_same(family, kind, pooling, tmp_path):
     torch = pytest.importorskip("torch", reason="parity needs PyTorch")
     transformers = pytest.importorskip("transformers")
+    tied, kind = kind != "untied", "mlm" if kind == "untied" else kind
     model = dataclasses.replace(model_of(family, kind), pooling=pooling)
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, tied_decoder=tied))
     params = far_from_initial(parameters(model))
     found = exported(model, params, CLASSES)
     values = found.config | tokenizer_ids(model.config, cls=0, sep=2, pad=1)
@@ -200,6 +227,38 @@ def test_torch_computes_the_same(family, kind, pooling, tmp_path):
     print(f"{family} {kind}: largest error {error:.1e} among logits up to {np.abs(logits[mask]).max():.1f}")
     assert np.abs(logits[mask]).max() > 0.1
     assert error < 1e-5 * max(1.0, np.abs(logits[mask]).max())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("family", EXPORTED)
+def test_torch_loads_every_number_of_classes(family, count, tmp_path):
+    torch = pytest.importorskip("torch", reason="loading needs PyTorch")
+    transformers = pytest.importorskip("transformers")
+    shape, names = model_of(family, "mlm").config, ("alarm", "music")[:count]
+    for auto, kind, pooling, classes in (
+        ("AutoModelForSequenceClassification", "dc", "first", {"domains": names}),
+        ("AutoModel", "dc", "max", {"domains": names}),
+        ("AutoModelForTokenClassification", "icner", "first", {"intents": names, "tags": ("O", "B-a", "I-a")[:count]}),
+    ):
+        sizes: Any = {key: len(value) for key, value in classes.items()}
+        model = Functional(kind, shape, pooling=pooling, **sizes)
+        found = exported(model, random_params(model), classes)
+        folder = tmp_path / auto
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(found.config | tokenizer_ids(model.config, cls=0, sep=2, pad=1)))
+        save_file(found.tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        theirs, info = getattr(transformers, auto).from_pretrained(folder, output_loading_info=True)
+        assert type(theirs).__name__ == found.config["architectures"][0]
+        assert not info["unexpected_keys"] and not info["mismatched_keys"]
+        assert all("pooler" in name for name in info["missing_keys"]), "only AutoModel adds a layer of its own"
+        with torch.no_grad():
+            output = theirs.eval()(input_ids=torch.tensor([[0, 5, 7, 2]]))
+        if auto == "AutoModel":
+            assert output.last_hidden_state.shape == (1, 4, 16) and len(found.text_head["classifier.weight"]) == count
+        else:
+            labels = classes["domains" if kind == "dc" else "tags"]
+            assert output.logits.shape == ((1, count) if kind == "dc" else (1, 4, count))
+            assert tuple(theirs.config.id2label.values()) == labels
 
 
 def far_from_initial(params):

@@ -84,7 +84,6 @@ def test_there_and_back(name):
         ("mbert", {"hidden_act": "mish"}, "hidden_act: 'mish'"),
         ("mbert", {"num_hidden_layers": "12"}, "num_hidden_layers.*'12'"),
         ("mbert", {"num_attention_heads": 7}, "hidden_size: 768 is no multiple of 7"),
-        ("mbert", {"tie_word_embeddings": False}, "tie_word_embeddings: False"),
         ("mbert", {"is_decoder": True}, "is_decoder: True"),
         ("xlmr_base", {"max_position_embeddings": 2}, "max_position_embeddings"),
         ("xlmr_base", {"pad_token_id": None}, "pad_token_id: None"),
@@ -103,6 +102,13 @@ def test_there_and_back(name):
 def test_what_is_not_supported_is_named(kind, changes, words):
     with pytest.raises(UserError, match=words.replace("(", r"\(")):
         encoder_values(PUBLIC[kind] | changes, "folder/config.json")
+
+
+def test_an_untied_decoder_is_read_and_written():
+    for name in PUBLIC:
+        values = encoder_values(PUBLIC[name] | {"tie_word_embeddings": False}, "x")
+        assert values["tied_decoder"] is False
+        assert their_config(EncoderConfig(**values))["tie_word_embeddings"] is False
 
 
 def test_the_other_spelling_of_the_local_window():
