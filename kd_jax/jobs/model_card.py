@@ -318,7 +318,7 @@ def _metrics(workdir: pathlib.Path, settings: Export) -> Iterator[str]:
     if folder is not None:
         partition = trained.run_config(folder, KEY).evaluate.partition
         weights = ", before the weights were brought to int8" if settings.int8 else ""
-        rows = [row for row in read_json_lines(folder / RESULTS) if row["scope"] == "all" and row["value"] is not None]
+        rows = [row for row in read_json_lines(trained.whole(folder / RESULTS)) if row["scope"] == "all" and row["value"] is not None]
         yield f"On the {partition} partition (`{folder.name}`{weights}):\n\n{results_table(rows)}"
     if (workdir / DEV).is_file():
         values = read_json(workdir / DEV)
@@ -326,7 +326,7 @@ def _metrics(workdir: pathlib.Path, settings: Export) -> Iterator[str]:
         title = f"On the {values['count']} dev utterances, in %:"
     elif (workdir / HELDOUT).is_file():
         shown, title = {}, "On held-out text:"
-        for name, value in summarize(read_json(workdir / HELDOUT)).items():
+        for name, value in summarize(read_json(trained.whole(workdir / HELDOUT))).items():
             kind, _, metric = name.removeprefix("heldout_").partition("/")
             if metric == "loss":
                 shown[f"masked-LM loss on {kind} text, nats per masked token"] = f"{value:.2f}"

@@ -43,7 +43,7 @@ from kd_jax.data.text.utterances import FIELDS, Utterance, split_words
 from kd_jax.evaluation.slots import repair_bio
 from kd_jax.jobs import finetune, serving, trained
 from kd_jax.main.command import MISTAKE, fail
-from kd_jax.runtime.files import full_disk_is_user_error, read_json
+from kd_jax.runtime.files import full_disk_is_user_error, read_json, system_errors_are_user_errors
 from kd_jax.runtime.paths import as_path
 from kd_jax.runtime.progress import Count
 from kd_jax.study.plan import MODELS
@@ -354,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError("give texts, or --input with a file of them, and not both")
         if options.probabilities and options.format == "massive":
             raise UserError("--probabilities: the massive format has no field for them; use --format=json")
-        with full_disk_is_user_error(options.output or "standard output"):
+        with system_errors_are_user_errors(), full_disk_is_user_error(options.output or "standard output"):
             run(options)
     except UserError as error:
         print(f"error: {str(error).replace('config.model:', '--model:')}", file=sys.stderr)

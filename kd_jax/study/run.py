@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from kd_jax.jobs.trained import whole
 from kd_jax.runtime.files import read_json, write_json
 from kd_jax.runtime.preemption import interruptible
 from kd_jax.study.attempts import attempt, path_of
@@ -167,7 +168,7 @@ class Study:
 
     def heldout(self, stage: Stage) -> list[dict[str, Any]]:
         """The held-out masked-LM losses of a stage; none where its head was never trained."""
-        return read_json(self.folder(stage) / "heldout.json")
+        return read_json(whole(self.folder(stage) / "heldout.json"))
 
     def choose(self) -> None:
         """Fills `chosen` with the recipe of the best dev score, the first of equals, wherever the search is finished;
@@ -261,7 +262,7 @@ def _steps_seconds(folder: pathlib.Path) -> float:
     """The seconds that a training stage's steps took, by its DONE; 0 for other stages."""
     try:
         return read_json(folder / "DONE").get("steps_seconds", 0.0)
-    except ValueError:  # an older study's, which may be empty
+    except UserError:  # an older study's, which may be empty
         return 0.0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from kd_jax.runtime.files import read_json, write_json
+from kd_jax.runtime.files import read_json, write_sealed
 from kd_jax.runtime.paths import as_path, make_folder
 from kd_jax.trainer.metrics import TIME
 
@@ -45,7 +45,7 @@ class Goodput:
         if self._file is not None and jax.process_index() == 0:
             make_folder(self._file.parent)
             state = {"first_start": self._began, "starts": self._starts, "lost_steps": self._lost}
-            write_json(self._file, state)
+            write_sealed(self._file, state)
 
     @contextlib.contextmanager
     def spent(self, kind: str) -> Iterator[None]:
