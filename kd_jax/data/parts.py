@@ -99,7 +99,7 @@ class PartsWriter:
         """Writes the manifest, also of the arrays `attached`, and returns it when every part is there; else None."""
         if self.missing(0, 1):
             return None
-        notes = [read_json(self.folder / PARTS / f"{name}.json") for name, _ in self._parts]
+        notes = [read_json_object(self.folder / PARTS / f"{name}.json") for name, _ in self._parts]
         # Of the parts alone, in their order; the same whoever wrote which part.
         content = hashlib.sha256("".join(note["sha256"] for note in notes).encode()).hexdigest()
         files = {name: self._described(name) for name in (*self._arrays, *(f"{name}.npy" for name in attached))}

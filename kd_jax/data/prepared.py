@@ -28,7 +28,7 @@ import numpy as np
 from kd_jax.config import differences, require
 from kd_jax.config.data import Prepare, Source, read_prepare
 from kd_jax.data.rows import MANIFEST, STORE_FILES, RowStore, StoreWriter, new_folder, read_manifest
-from kd_jax.data.text.files import fill_path
+from kd_jax.data.text.files import fill_path, states_of
 from kd_jax.data.text.selection import choose
 from kd_jax.data.text.sources import load_utterances
 from kd_jax.data.text.splits import Splits
@@ -36,7 +36,7 @@ from kd_jax.data.text.tokenizer import Tokenizer, train_tokenizer
 from kd_jax.data.text.utterances import Utterance, read_massive, write_massive
 from kd_jax.runtime.copies import Files, LocalCopy, copy_folder, describe, outgoing, put, verify
 from kd_jax.runtime.files import full_disk_is_user_error, read_json, write_atomically, write_sealed
-from kd_jax.runtime.paths import as_path, digest, is_remote
+from kd_jax.runtime.paths import as_path, digest, is_remote, make_folder
 from kd_jax.types import UserError
 
 # The parts of the config that decide what is built; "select" only where it selects something.
@@ -45,6 +45,7 @@ PARTS = ("nlu", "sources", "tokenizer", "rows", "select")
 # Name of the held-out stores made from the dev partition, one per locale.
 DEV = "task"
 
+_INPUTS = "inputs.txt"  # in an unfinished folder: a digest of the files that it is built from
 _CHUNK_TEXTS = 2048
 _REMEDY = "remove the folder and run prepare again"
 
@@ -205,6 +206,7 @@ def _selected_name(source: str, language: str) -> str:
 def _build(settings: Prepare, values: dict[str, Any], folder: pathlib.Path, watch: Watch) -> None:
     """Writes a prepared folder on a local disk, the manifest last."""
     with full_disk_is_user_error(folder):
+        _begin(folder, digest(_inputs(settings)))
         utterances = load_utterances(settings.nlu)
         with new_folder(folder / "utterances") as temporary:
             write_massive(utterances, temporary)
@@ -215,6 +217,27 @@ def _build(settings: Prepare, values: dict[str, Any], folder: pathlib.Path, watc
         for store in set((folder / "rows").glob("*/*")) - wanted:
             shutil.rmtree(store)
         write_manifest(folder, values, utterances, builder.tokenizer, manifests)
+        (folder / _INPUTS).unlink()
+
+
+def _begin(folder: pathlib.Path, inputs: str) -> None:
+    """Removes what an unfinished call built from files that have changed since, and notes the files of this one."""
+    note = folder / _INPUTS
+    if not (note.is_file() and note.read_bytes() == inputs.encode()):
+        for built in ("tokenizer", "rows"):
+            shutil.rmtree(folder / built, ignore_errors=True)
+        make_folder(folder)
+        write_atomically(note, inputs)
+
+
+def _inputs(settings: Prepare) -> list[Any]:
+    """The size and time of every file that is read; of data sets on the hub nothing is known."""
+    tokenizer = settings.tokenizer.path if settings.tokenizer.kind == "load" else ""
+    paths = [settings.nlu.path, tokenizer]
+    paths += [
+        one.path.replace("{language}", language) for one in settings.sources.values() for language in one.languages
+    ]
+    return [states_of(os.path.expanduser(os.path.expandvars(path))) for path in paths if path]
 
 
 class _Builder:

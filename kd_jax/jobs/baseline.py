@@ -22,7 +22,7 @@ from kd_jax.evaluation.slots import repair_bio
 from kd_jax.jobs.finetune import DEV, dev_scores, labeled_dev, labeled_train, of_domain, predicted_labels
 from kd_jax.jobs.states import mean_states
 from kd_jax.jobs.teachers import Teacher
-from kd_jax.runtime.files import write_sealed, write_json_lines
+from kd_jax.runtime.files import write_json_lines, write_sealed
 from kd_jax.runtime.paths import make_folder
 from kd_jax.runtime.preemption import interruptible
 from kd_jax.runtime.progress import Count

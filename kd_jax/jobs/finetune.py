@@ -33,7 +33,7 @@ from kd_jax.jobs.masked_lm import encoder_model, resolve_dtype
 from kd_jax.models.encoder_config import Pooling
 from kd_jax.models.functional import Functional
 from kd_jax.runtime import distributed
-from kd_jax.runtime.files import read_json, write_sealed
+from kd_jax.runtime.files import read_json, read_json_object, write_sealed
 from kd_jax.runtime.paths import as_path, file_name, name_of_file
 from kd_jax.runtime.progress import Count
 from kd_jax.steps.finetune import ABSENT, make_dc_objective, make_icner_objective
@@ -451,7 +451,7 @@ def seen_by(folder: pathlib.Path, config: ConfigDict, run: Mapping[str, Any], pr
     else:
         domain = config.finetune.domain if "intents" in run["classes"] else ""
         seen = serving.Seen.of(labeled_train(prepared, config.finetune.max_train, domain))
-    dev = read_json(folder / DEV) if (folder / DEV).is_file() else {}
+    dev = read_json_object(folder / DEV) if (folder / DEV).is_file() else {}
     return seen._replace(threshold=dev.get(THRESHOLD))
 
 

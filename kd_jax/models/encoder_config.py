@@ -101,18 +101,21 @@ class EncoderConfig:
         return layer % self.global_every == 0
 
 
-def encoder_config(values: Any, vocab_size: int) -> EncoderConfig:
+def encoder_config(values: Any, vocab_size: int, key: str = "encoder") -> EncoderConfig:
     """From the keys of `config.teacher` or `config.student`; the tokenizer's `vocab_size` replaces a 0. Raises
-    UserError.
+    UserError, which names config.<key>.
     """
     values = dict(values)
     values["vocab_size"] = values["vocab_size"] or vocab_size
     if values["vocab_size"] < vocab_size:
         raise UserError(
-            f"encoder.vocab_size: {values['vocab_size']} is less than the tokenizer's {vocab_size}; "
+            f"{key}.vocab_size: {values['vocab_size']} is less than the tokenizer's {vocab_size}; "
             f"set it to 0 to take the tokenizer's"
         )
-    return EncoderConfig(**values)
+    try:
+        return EncoderConfig(**values)
+    except UserError as error:
+        raise UserError(f"{key}.{str(error).removeprefix('encoder.')}") from None
 
 
 # BERT as in `transformers`, as plain values; the other families are changes to it.

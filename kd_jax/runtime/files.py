@@ -59,7 +59,9 @@ def system_errors_are_user_errors() -> Iterator[None]:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = (str(error).strip().splitlines() or ["no message"])[0]
-        raise UserError(f"there is not enough memory ({reason[:200]}); choose smaller batches, rows or models") from error
+        raise UserError(
+            f"there is not enough memory ({reason[:200]}); choose smaller batches, rows or models"
+        ) from error
 
 
 def write_atomically(path: pathlib.Path, data: bytes | str) -> None:
@@ -116,16 +118,28 @@ def write_sealed(path: pathlib.Path, values: Mapping[str, Any]) -> None:
     write_json(path, sealed(values, path.name))
 
 
-def read_json(path: pathlib.Path, remedy: str = RESTORE) -> Any:
-    """The value of a JSON file; FileNotFoundError if it is missing.
+class _Object(dict[str, Any]):
+    """The object of a JSON file, which says so where a key is missing."""
 
-    Raises UserError for a file that cannot be read, is no JSON or was changed since `write_sealed`, and for a store that
-    cannot be reached.
+    def __init__(self, values: dict[str, Any], path: pathlib.Path, remedy: str):
+        super().__init__(values)
+        self._path, self._remedy = path, remedy
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self._path}: lacks {key!r}; {self._remedy}")
+
+
+def read_json(path: pathlib.Path, remedy: str = RESTORE) -> Any:
+    """The value of a JSON file; FileNotFoundError if it is missing. A key that its object lacks is a UserError.
+
+    Raises UserError for a file that cannot be read, is no JSON or was changed since `write_sealed`, and for a store
+    that cannot be reached.
     """
     try:
         with reaching(path):
             text = path.read_bytes()
-        return unsealed(json.loads(text), path, remedy)
+        values = unsealed(json.loads(text), path, remedy)
+        return _Object(values, path, remedy) if isinstance(values, dict) else values
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from kd_jax.jobs.trained import whole
-from kd_jax.runtime.files import read_json, write_json
+from kd_jax.runtime.files import read_json, read_json_object, write_json
 from kd_jax.runtime.preemption import interruptible
 from kd_jax.study.attempts import attempt, path_of
 from kd_jax.study.plan import FITTED, PHASES, REPORT, STAGE, Keys, Planner, Recipe, Stage, Student
@@ -194,7 +194,7 @@ class Study:
         search = self.planner.search(student, task)
         if not all(self.done(stage) for stage in search):
             return None
-        return [read_json(self.folder(stage) / "dev.json")["score"] for stage in search] or [None]
+        return [read_json_object(self.folder(stage) / "dev.json")["score"] for stage in search] or [None]
 
 
 class _Output:
@@ -261,7 +261,7 @@ def resolve_stages(value: Any, stages: pathlib.Path) -> Any:
 def _steps_seconds(folder: pathlib.Path) -> float:
     """The seconds that a training stage's steps took, by its DONE; 0 for other stages."""
     try:
-        return read_json(folder / "DONE").get("steps_seconds", 0.0)
+        return read_json_object(folder / "DONE").get("steps_seconds", 0.0)
     except UserError:  # an older study's, which may be empty
         return 0.0
 

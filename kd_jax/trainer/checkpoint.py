@@ -102,7 +102,7 @@ class Checkpoints:
         with reading(self._folder / str(step), _OWN):
             restored = self._manager.restore(step, args=items)
             state, meta = restored["state"], self._meta(step, restored["meta"])
-            if (noted := meta.pop(_STATE, None)) not in (None, params_fingerprint(state)):
+            if meta.pop(_STATE, None) not in (None, params_fingerprint(state)):
                 raise _damaged(self._folder / str(step), "its arrays are not those that were saved", _OWN)
             return from_plain(state, abstract), meta
 

@@ -69,8 +69,8 @@ def check_parts(params: Params, parts: Mapping[str, str], where: str | os.PathLi
     for name in params:
         if found[name] != parts[name]:
             raise UserError(
-                f"{os.fspath(where)}: its checkpoint was changed or damaged since the run has finished ({name} has other "
-                "values); restore it from a copy, or run its command again in another directory"
+                f"{os.fspath(where)}: its checkpoint was changed or damaged since the run has finished ({name} has "
+                "other values); restore it from a copy, or run its command again in another directory"
             )
 
 

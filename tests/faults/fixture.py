@@ -89,7 +89,9 @@ class Fixture:
             texts = [text for _, text in zip(range(120), embedded_texts(language))]
             lines = "".join(f"{text}\n" for text in texts)
             (self.at("text") / f"{language}.txt").write_text(lines, encoding="utf-8")
-            records = "".join(json.dumps({"text": text, "n": n}, ensure_ascii=False) + "\n" for n, text in enumerate(texts))
+            records = "".join(
+                json.dumps({"text": text, "n": n}, ensure_ascii=False) + "\n" for n, text in enumerate(texts)
+            )
             (self.at("jsonl") / f"{language}.jsonl").write_text(records, encoding="utf-8")
 
     def _other_forms(self) -> None:

@@ -30,7 +30,7 @@ import numpy as np
 from kd_jax.config import base
 from kd_jax.runtime.files import read_json
 from kd_jax.text_tables import aligned_table
-from tests.faults.fixture import CONFIG, LANGUAGES, STATES, Fixture, options, text_options
+from tests.faults.fixture import CONFIG, STATES, Fixture, options, text_options
 from tests.faults.mutations import HUGE, mutate, of_pool
 from tests.faults.worker import Ended, Worker
 
@@ -198,7 +198,9 @@ KINDS: dict[str, tuple[Target, ...]] = {
     ),
     "gzip": (
         Target("massive-gzip", ("*",), prepare_with(**UTTERANCES), of_prepare, utterance_lines),
-        Target("text-gzip", ("*",), prepare_with(sources__generic__path="{unit}/{language}.txt.gz"), of_prepare, text_lines),
+        Target(
+            "text-gzip", ("*",), prepare_with(sources__generic__path="{unit}/{language}.txt.gz"), of_prepare, text_lines
+        ),
     ),
     "Parquet": (
         Target("massive-parquet", ("*",), prepare_with(**PARQUET), of_prepare, parquet_rows),
@@ -225,7 +227,9 @@ KINDS: dict[str, tuple[Target, ...]] = {
     ),
     "rows": (
         Target("prepared", ("rows/*/*/*.npy",), pretrain, of_training),
-        Target("prepared", ("utterances/*", "tokenizer/*"), job("finetune_dc", prepared="{unit}", **FINETUNE), of_training),
+        Target(
+            "prepared", ("utterances/*", "tokenizer/*"), job("finetune_dc", prepared="{unit}", **FINETUNE), of_training
+        ),
     ),
     "caches": (
         Target("predictions", CACHE_FILES, from_predictions, of_training),
@@ -259,7 +263,9 @@ KINDS: dict[str, tuple[Target, ...]] = {
     ),
     "exported models": (
         Target("served-dc", ("*.json", "*.safetensors"), predict_with("{unit}", "{fixture}/text/en.txt"), of_predict),
-        Target("served-icner", ("*.json", "*.safetensors"), predict_with("{unit}", "{fixture}/text/de.txt"), of_predict),
+        Target(
+            "served-icner", ("*.json", "*.safetensors"), predict_with("{unit}", "{fixture}/text/de.txt"), of_predict
+        ),
     ),
 }
 
@@ -333,7 +339,7 @@ class Harness:
                 return case(problem or "same")
             return case("other" if self._other_content(target, unit) else problem)
         if failure := failed(ended):
-            return case(failure)
+            return case(failure, ended.errors[-2000:])
         # A file that is well-formed and holds too little is named by the key of the config that names it.
         keys = ("config.nlu", "config.sources.generic") if target.content is not None else ()
         if not names(ended.errors, (str(unit), *keys)):
@@ -415,7 +421,7 @@ class Harness:
         if ended.code == 0:
             return case("other")
         if failure := failed(ended):
-            return case(failure)
+            return case(failure, ended.errors[-2000:])
         if not names(ended.errors, (key, "config." + key.partition(".")[0])):
             return case("unnamed")
         return case("half-written" if (workdir / "DONE").exists() else "refused")
@@ -512,7 +518,10 @@ def table(cases: Sequence[Case]) -> str:
     rows = [["kind", "cases", *GOOD, "repeated", *bad]]
     for kind in [kind for kind in KINDS if any(one.kind == kind for one in cases)] + ["all"]:
         of_kind = [one for one in cases if kind in (one.kind, "all")]
-        values = [sum(count for (name, outcome), count in counts.items() if outcome == column and kind in (name, "all")) for column in (*GOOD, *bad)]
+        values = [
+            sum(count for (name, outcome), count in counts.items() if outcome == column and kind in (name, "all"))
+            for column in (*GOOD, *bad)
+        ]
         again = sum(one.repaired for one in of_kind)
         rows.append([kind, str(len(of_kind)), *map(str, values[:3]), str(again), *map(str, values[3:])])
     return aligned_table(rows[0], rows[1:])
@@ -534,7 +543,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", action="append", choices=tuple(KINDS))
     parser.add_argument("--case", type=int, help="one case of one kind, by its number")
-    parser.add_argument("--resume", type=pathlib.Path, help="a file that gets a line for each case; those there are left out")
+    parser.add_argument(
+        "--resume", type=pathlib.Path, help="a file that gets a line for each case; those there are left out"
+    )
     parser.add_argument("--folder", type=pathlib.Path, help="keeps the fixture in this folder for the next call")
     given = parser.parse_args()
     kinds = given.kind or list(KINDS)

@@ -20,7 +20,16 @@ Mutation = Callable[[bytes, np.random.Generator], bytes]
 # direction, joiners, combining marks, NUL, noncharacters, characters outside the first plane.
 UNUSUAL = "\u2028\u2029\x85\x0b\x0c\x1c\ufeff\u202e\u200d\u200b\u0301\x00\x7f\uffff\U0010ffff\U0001f469\u0130ßﬁ\ud83d"
 # Bytes that are no UTF-8, or only almost.
-BROKEN_BYTES = (b"\xff", b"\xc3", b"\xed\xa0\xbd", b"\xf8\x88\x80\x80\x80", b"\xc0\x80", b"\x00", b"\r", b"\xe2\x80\xa8")
+BROKEN_BYTES = (
+    b"\xff",
+    b"\xc3",
+    b"\xed\xa0\xbd",
+    b"\xf8\x88\x80\x80\x80",
+    b"\xc0\x80",
+    b"\x00",
+    b"\r",
+    b"\xe2\x80\xa8",
+)
 HUGE = (10**12, 10**19, -(10**19), 2**31, 2**63, -(2**63) - 1, 10**400, 1e308, -1e308)
 
 

@@ -1,5 +1,6 @@
 """A process that runs commands one after the other as `python -m kd_jax.main.NAME` would, and one that watches it."""
 
+import gc
 import json
 import os
 import pathlib
@@ -141,6 +142,7 @@ def serve() -> None:
             os.dup2(descriptor, number)
             os.close(descriptor)
         code = _run(job["name"], job["arguments"])
+        gc.collect()  # what is complained about when an object is removed belongs to this command
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(nothing, 1)
