@@ -1,9 +1,11 @@
 """Asynchronous checkpoints with orbax: a run's own, to resume it, and another run's, to start from its parameters."""
 
 import contextlib
+import functools
 import json
 import logging
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -174,8 +176,22 @@ def reading(checkpoint: pathlib.Path, remedy: str) -> Iterator[None]:
     except Exception as error:  # whatever part of them noticed it
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
+        _hide_late_callbacks()
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise _damaged(checkpoint, f"{type(error).__name__}: {reason[:200]}", remedy) from error
+
+
+@functools.cache
+def _hide_late_callbacks() -> None:
+    """After one array failed, tensorstore reports the others to orbax's event loop, which is closed by then: Python
+    would print a traceback for each."""
+    own = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if not (isinstance(found.exc_value, RuntimeError) and "Event loop is closed" in str(found.exc_value)):
+            own(found)
+
+    sys.unraisablehook = hook
 
 
 def _damaged(checkpoint: pathlib.Path, reason: str, remedy: str) -> UserError:
