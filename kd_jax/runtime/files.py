@@ -9,7 +9,7 @@ import pathlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TextIO
 
 from kd_jax.runtime.paths import as_path, digest, is_remote, reaching
 from kd_jax.types import UserError
@@ -95,6 +95,22 @@ def write_atomically(path: pathlib.Path, data: bytes | str) -> None:
 def write_json(path: pathlib.Path, values: Any) -> None:
     """`write_atomically` of indented JSON; NaN and infinity are a ValueError, since they are not JSON."""
     write_atomically(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def whole_text_file(path: pathlib.Path) -> Iterator[TextIO]:
+    """A local text file that is written in the block, and appears under its name when the block ends well."""
+    if path.exists() and not path.is_file():  # a pipe or a device, which nothing replaces
+        with open(path, "w", encoding="utf-8") as file:
+            yield file
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sealed(values: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -269,4 +269,5 @@ def _steps_seconds(folder: pathlib.Path) -> float:
 def read_seconds(folder: pathlib.Path) -> float:
     """A stage's wall time; NaN if its process was killed between the stage's end and the note of its time."""
     file = folder / "seconds.json"
-    return read_json(file) if file.exists() else float("nan")
+    seconds = read_json(file) if file.exists() else None
+    return float(seconds) if isinstance(seconds, int | float) else float("nan")

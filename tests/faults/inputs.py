@@ -167,6 +167,8 @@ def tokenizer_of(unit: pathlib.Path) -> Any:
     }
 
 
+# What says that an output is whole.
+LAST = {of_prepare: "manifest.json", of_export: "export.json", of_predict: "predictions.jsonl"}
 UTTERANCES = {"nlu__path": "{unit}"}
 PARQUET = {"nlu__format": "massive_parquet", **UTTERANCES}
 LINES = {"sources__generic__path": "{unit}/{language}.txt"}
@@ -324,7 +326,7 @@ class Harness:
         change = f"{target.unit}: {name.partition('/')[2]}: {mutate(file, files, rng)}"
         reference = self._reference(kind, which)
         ended = self.worker.run(*target.command(self.fixture, unit, workdir))
-        done = (workdir / ("manifest.json" if target.result is of_prepare else "DONE")).is_file()
+        done = (workdir / LAST.get(target.result, "DONE")).exists()
 
         def case(outcome: str, said: str = "", repaired: bool = False) -> Case:
             return Case(number, kind, outcome, change, said or one_line(ended.errors), repaired)
@@ -344,7 +346,7 @@ class Harness:
         keys = ("config.nlu", "config.sources.generic") if target.content is not None else ()
         if not names(ended.errors, (str(unit), *keys)):
             return case("unnamed")
-        if done and target.result not in (of_predict, of_export) and not (target.in_place and file.name == "DONE"):
+        if done:
             return case("half-written", "DONE after an error")
         if number % 3:
             return case("refused")
@@ -500,7 +502,7 @@ def run(
         for line in resume.read_text().splitlines():
             one = Case(**json.loads(line))
             found[one.number, one.kind] = one
-    with Worker() as worker:
+    with Worker(folder / "compiled") as worker:
         harness = Harness(folder, worker, seed)
         for number, kind in cases:
             if (number, kind) not in found:

@@ -30,9 +30,13 @@ class Ended:
 
 
 class Worker:
-    """Runs commands in a process that stays alive, so that imports and compiled steps are paid once."""
+    """Runs commands in a process that stays alive, so that imports and compiled steps are paid once.
 
-    def __init__(self) -> None:
+    compiled: a folder that keeps compiled steps for the next worker.
+    """
+
+    def __init__(self, compiled: pathlib.Path) -> None:
+        self._compiled = compiled
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self, name: str, arguments: list[str], limit: float = 60.0) -> Ended:
@@ -63,6 +67,9 @@ class Worker:
                 "JAX_PLATFORMS": "cpu",
                 "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
                 "HF_HUB_OFFLINE": "1",
+                "JAX_COMPILATION_CACHE_DIR": str(self._compiled),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             }
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.faults.worker"],
