@@ -52,16 +52,16 @@ class PartsWriter:
         self._sums: dict[str, dict[str, Any]] = {}  # of the arrays that this object wrote
         with full_disk_is_user_error(self.folder):
             make_folder(self.folder / PARTS)
-            begun = BEGUN in names_in(self.folder)
-            if begun and read_json(self.folder / BEGUN, "remove it or choose another --workdir") != self._begun:
+            there = BEGUN in names_in(self.folder)
+            if there and read_json(self.folder / BEGUN, "remove it or choose another --workdir") != self._begun:
                 raise UserError(
                     f"{self.folder}: holds a cache begun with another teacher, data or config; remove it or choose "
                     "another --workdir"
                 )
             for name, values in arrays.items():
-                if not begun or not self._holds(f"{name}.npy", values):
+                if not there or not self._holds(f"{name}.npy", values):
                     self._write_array(f"{name}.npy", values)
-            if not begun:
+            if not there:
                 write_sealed(self.folder / BEGUN, self._begun)  # last: with it, the arrays are there
 
     def __len__(self) -> int:

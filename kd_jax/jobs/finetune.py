@@ -431,7 +431,7 @@ def load_finetuned(folder: pathlib.Path, prepared: Prepared, mesh, compute_dtype
     prepared = prepared_for(config, prepared)
     trained.check_tokenizer(folder, prepared, key)
     run = trained.run_record(folder, key)
-    task = trained.run_command(folder, key).removeprefix("finetune_")
+    task = cast(Task, trained.run_command(folder, key).removeprefix("finetune_"))
     maps = LabelMaps.from_json(run["labels"])
     start = config.finetune.init_from
     encoder = trained.encoder_block(start, "finetune.init_from") if start else config.student

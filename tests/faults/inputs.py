@@ -168,7 +168,7 @@ def tokenizer_of(unit: pathlib.Path) -> Any:
 
 
 # What says that an output is whole.
-LAST = {of_prepare: "manifest.json", of_export: "export.json", of_predict: "predictions.jsonl"}
+LAST: dict[Any, str] = {of_prepare: "manifest.json", of_export: "export.json", of_predict: "predictions.jsonl"}
 UTTERANCES = {"nlu__path": "{unit}"}
 PARQUET = {"nlu__format": "massive_parquet", **UTTERANCES}
 LINES = {"sources__generic__path": "{unit}/{language}.txt"}
@@ -424,7 +424,8 @@ class Harness:
             return case("other")
         if failure := failed(ended):
             return case(failure, ended.errors[-2000:])
-        if not names(ended.errors, (key, "config." + key.partition(".")[0])):
+        # A learning rate of 1e308 is known to be too large once a loss is not finite.
+        if not names(ended.errors, (key, "config." + key.partition(".")[0], "is not a finite number")):
             return case("unnamed")
         return case("half-written" if (workdir / "DONE").exists() else "refused")
 

@@ -63,8 +63,8 @@ def of_pool(kind: str, rng: np.random.Generator) -> Any:
 
 def truncated(data: bytes, rng: np.random.Generator) -> bytes:
     """Cut anywhere, more often near the ends."""
-    places = (rng.integers(0, len(data) + 1), min(len(data), 10), max(0, len(data) - 1), 0)
-    return data[: int(rng.choice(places, p=(0.6, 0.15, 0.15, 0.1)))]
+    places = (int(rng.integers(0, len(data) + 1)), min(len(data), 10), max(0, len(data) - 1), 0)
+    return data[: places[rng.choice(4, p=(0.6, 0.15, 0.15, 0.1))]]
 
 
 def flipped(data: bytes, rng: np.random.Generator) -> bytes:

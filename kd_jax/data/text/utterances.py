@@ -228,7 +228,7 @@ def _read_tarball(tarball: Path, locales: Sequence[str], report: files.Report) -
                 if locale in locales:
                     records = files.json_records(files.decode_lines(lines, name, report), name, report)
                     found[locale] = _utterances(records, name, locale, report)
-            while archive.fileobj is not None and archive.fileobj.read(2**20):  # the checksum comes last
+            while archive.fileobj.read(2**20):  # the checksum comes last
                 pass
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise UserError(f"{tarball}: is not a whole tar archive ({error}); download it again") from None
