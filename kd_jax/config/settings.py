@@ -1,6 +1,7 @@
 """From a block of the config to a frozen dataclass that states and checks what the code below the commands reads."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -55,12 +56,20 @@ def read(kind: type[Settings], block: ConfigDict | Mapping[str, Any], key: str) 
             value = value.to_dict()
         elif field.type is float:
             value = float(value)
+        if not _finite(value):
+            raise UserError(f"config.{name}: {value} is not finite; give a number")
         values[field.name] = value
     try:
         return kind(**values)
     except Invalid as error:
         name = ".".join(part for part in ("config", key, error.field) if part)
         raise UserError(f"{name}: {error.problem}; {error.remedy}") from None
+
+
+def _finite(value: Any) -> bool:
+    """Whether a value, or all of a tuple's, is no NaN and no infinity, with which nothing is compared as expected."""
+    values = value if isinstance(value, tuple) else (value,)
+    return all(math.isfinite(one) for one in values if isinstance(one, float))
 
 
 def block(kind: Any, /, **changes: Any) -> ConfigDict:

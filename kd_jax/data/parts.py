@@ -20,15 +20,16 @@ from typing import Any
 import numpy as np
 
 from kd_jax.config import require
-from kd_jax.data.rows import MANIFEST
+from kd_jax.data.rows import MANIFEST, open_array
 from kd_jax.runtime.copies import LocalCopy, sha256_of
-from kd_jax.runtime.files import full_disk_is_user_error, read_json, write_atomically, write_json
+from kd_jax.runtime.files import full_disk_is_user_error, read_json, read_json_object, write_atomically, write_sealed
 from kd_jax.runtime.paths import as_path, is_remote, make_folder, names_in, reaching
 from kd_jax.types import UserError
 
 PARTS = "parts"
 BEGUN = "begun.json"
 KEY = "teacher_cache"
+_AGAIN = "remove the folder and write the cache again"
 
 
 class PartsWriter:
@@ -51,15 +52,17 @@ class PartsWriter:
         self._sums: dict[str, dict[str, Any]] = {}  # of the arrays that this object wrote
         with full_disk_is_user_error(self.folder):
             make_folder(self.folder / PARTS)
-            if BEGUN not in names_in(self.folder):
-                for name, values in arrays.items():
-                    self._write_array(f"{name}.npy", values)
-                write_json(self.folder / BEGUN, self._begun)  # last: with it, the arrays are there
-            elif read_json(self.folder / BEGUN) != self._begun:
+            there = BEGUN in names_in(self.folder)
+            if there and read_json(self.folder / BEGUN, "remove it or choose another --workdir") != self._begun:
                 raise UserError(
                     f"{self.folder}: holds a cache begun with another teacher, data or config; remove it or choose "
                     "another --workdir"
                 )
+            for name, values in arrays.items():
+                if not there or not self._holds(f"{name}.npy", values):
+                    self._write_array(f"{name}.npy", values)
+            if not there:
+                write_sealed(self.folder / BEGUN, self._begun)  # last: with it, the arrays are there
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -75,7 +78,7 @@ class PartsWriter:
         with full_disk_is_user_error(self.folder):
             written = self._write_array(f"{PARTS}/{name}.npy", values)
             note = {"name": name, "store": store, "records": len(values)}
-            write_json(self.folder / f"{PARTS}/{name}.json", {**note, **written, **statistics})
+            write_sealed(self.folder / f"{PARTS}/{name}.json", {**note, **written, **statistics})
 
     def attach(self, name: str, values: np.ndarray) -> None:
         """Writes an array that all parts need; one that is there already is left as it is."""
@@ -90,27 +93,34 @@ class PartsWriter:
     def read_attached(self, name: str) -> np.ndarray:
         """That array, whichever machine wrote it."""
         with reaching(self.folder):
-            return np.load(io.BytesIO((self.folder / f"{name}.npy").read_bytes()), allow_pickle=False)
+            return open_array(self.folder / f"{name}.npy", _AGAIN)
 
     def finish(self, attached: Sequence[str] = ()) -> dict[str, Any] | None:
         """Writes the manifest, also of the arrays `attached`, and returns it when every part is there; else None."""
         if self.missing(0, 1):
             return None
-        notes = [read_json(self.folder / PARTS / f"{name}.json") for name, _ in self._parts]
+        notes = [read_json_object(self.folder / PARTS / f"{name}.json") for name, _ in self._parts]
         # Of the parts alone, in their order; the same whoever wrote which part.
         content = hashlib.sha256("".join(note["sha256"] for note in notes).encode()).hexdigest()
         files = {name: self._described(name) for name in (*self._arrays, *(f"{name}.npy" for name in attached))}
         files |= {f"{PARTS}/{note['name']}.npy": {key: note[key] for key in ("bytes", "sha256")} for note in notes}
         sums = {name: files[f"{name}.npy"]["sha256"] for name in attached}
         manifest = {**self._begun, "parts": notes, "attached": sums, "fingerprint": content, "files": files}
-        write_json(self.folder / MANIFEST, manifest)
+        write_sealed(self.folder / MANIFEST, manifest)
         return manifest
 
     def _write_array(self, name: str, values: np.ndarray) -> dict[str, Any]:
-        buffer = io.BytesIO()
-        np.save(buffer, values, allow_pickle=False)
-        write_atomically(self.folder / name, buffer.getvalue())
-        return self._described(name, buffer.getvalue())
+        data = _npy(values)
+        write_atomically(self.folder / name, data)
+        return self._described(name, data)
+
+    def _holds(self, name: str, values: np.ndarray) -> bool:
+        """Whether a file is there and whole."""
+        try:
+            with reaching(self.folder):
+                return (self.folder / name).read_bytes() == _npy(values)
+        except OSError:
+            return False
 
     def _described(self, name: str, data: bytes | None = None) -> dict[str, Any]:
         """Size and checksum of a file; it is read where another process wrote it."""
@@ -159,15 +169,19 @@ class Parts:
 
     def array(self, name: str) -> np.ndarray | None:
         """One of the arrays written at the start, or None where there is none of that name."""
-        place = self._find(f"{name}.npy")
-        return None if place is None else np.load(place, allow_pickle=False)
+        file = f"{name}.npy"
+        noted = self.manifest.get("files", {}).get(file)  # which old caches lack
+        if noted is None and self._find(file) is None:
+            return None
+        place = self._find(file) if noted is None else self._verified(file, noted["sha256"], _AGAIN)
+        assert place is not None
+        return open_array(place, _AGAIN)
 
     def attached(self, name: str) -> np.ndarray | None:
         """An array that all parts need, or None where there is none of that name."""
         if name not in self.manifest["attached"]:
             return None
-        file = self._verified(f"{name}.npy", self.manifest["attached"][name], "write the cache again")
-        return np.load(file, allow_pickle=False)
+        return open_array(self._verified(f"{name}.npy", self.manifest["attached"][name], _AGAIN), _AGAIN)
 
     def part(self, store: str, number: int) -> np.ndarray:
         """The array of a store's part, memory-mapped."""
@@ -176,7 +190,7 @@ class Parts:
         if name not in self._open:
             remedy = f"remove it and {PARTS}/{name}.json, and run {self._command} again"
             file = self._verified(f"{PARTS}/{name}.npy", note["sha256"], remedy)
-            self._open[name] = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
+            self._open[name] = np.asarray(open_array(file, remedy, mapped=True))
         return self._open[name]
 
     def _find(self, name: str) -> pathlib.Path | None:
@@ -196,10 +210,16 @@ class Parts:
         raise UserError(f"{folder / name}: is missing or was changed, its checksum differs; {remedy}")
 
 
+def _npy(values: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=False)
+    return buffer.getvalue()
+
+
 def manifest_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The manifest of a finished cache, whoever wrote it. Raises UserError when there is none."""
     try:
-        return read_json(as_path(folder) / MANIFEST)
+        return read_json_object(as_path(folder) / MANIFEST, _AGAIN)
     except (FileNotFoundError, NotADirectoryError):
         problem = f"{folder} holds no finished cache"
         remedy = "run cache_teacher or cache_states into it, every part of it"

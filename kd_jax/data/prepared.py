@@ -9,6 +9,7 @@ A prepared folder holds
     manifest.json               written last: what was built, and from which config
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -27,15 +28,15 @@ import numpy as np
 from kd_jax.config import differences, require
 from kd_jax.config.data import CHARACTER_LOCALES, Prepare, Source, read_prepare
 from kd_jax.data.rows import MANIFEST, STORE_FILES, RowStore, StoreWriter, new_folder, read_manifest
-from kd_jax.data.text.files import fill_path
+from kd_jax.data.text.files import fill_path, states_of
 from kd_jax.data.text.selection import choose
 from kd_jax.data.text.sources import load_utterances
 from kd_jax.data.text.splits import Splits
 from kd_jax.data.text.tokenizer import Tokenizer, train_tokenizer
 from kd_jax.data.text.utterances import Utterance, read_massive, write_massive
-from kd_jax.runtime.copies import LocalCopy, copy_folder, describe, outgoing, put
-from kd_jax.runtime.files import full_disk_is_user_error, read_json, write_atomically, write_json
-from kd_jax.runtime.paths import as_path, digest, is_remote
+from kd_jax.runtime.copies import Files, LocalCopy, copy_folder, describe, outgoing, put, verify
+from kd_jax.runtime.files import full_disk_is_user_error, read_json, write_atomically, write_sealed
+from kd_jax.runtime.paths import as_path, digest, is_remote, make_folder
 from kd_jax.types import UserError
 
 # The parts of the config that decide what is built; "select" only where it selects something.
@@ -44,7 +45,9 @@ PARTS = ("nlu", "sources", "tokenizer", "rows", "select")
 # Name of the held-out stores made from the dev partition, one per locale.
 DEV = "task"
 
+_INPUTS = "inputs.txt"  # in an unfinished folder: a digest of the files that it is built from
 _CHUNK_TEXTS = 2048
+_REMEDY = "remove the folder and run prepare again"
 
 
 class Prepared:
@@ -61,6 +64,7 @@ class Prepared:
             raise UserError(f"config.prepared: {self.folder} is no finished prepared folder; run prepare into it first")
         self.manifest = manifest
         self.fingerprint: str = manifest["fingerprint"]
+        self._files: Files = manifest.get("files", {})  # which old folders lack
         self._copy: LocalCopy | None = None
         if is_remote(self.folder):
             if "files" not in manifest:
@@ -76,8 +80,14 @@ class Prepared:
         return read_prepare(self.manifest["config"])
 
     def _part(self, name: str) -> pathlib.Path:
-        """A subfolder on this host, with all its files."""
-        return self.folder / name if self._copy is None else self._copy.part(name)
+        """A subfolder on this host, with all its files, which are as the manifest says."""
+        if self._copy is not None:
+            return self._copy.part(name)
+        self._verify([file for file in self._files if file.startswith(f"{name}/")])
+        return self.folder / name
+
+    def _verify(self, names: Sequence[str]) -> None:
+        verify(self.folder, {name: self._files[name] for name in names if name in self._files}, _REMEDY)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -100,10 +110,12 @@ class Prepared:
         names = [f"rows/{split}/{one['name']}" for one in self.manifest["stores"] if one["split"] == split]
         copy, tokenizer = self._copy, self.manifest["tokenizer_fingerprint"]
         if copy is None:
+            self._verify([f"{name}/{file}" for name in names for file in STORE_FILES])
             return [RowStore(self.folder / name, tokenizer) for name in names]
         file_of = copy.file  # a type checker forgets in a lambda that `copy` is not None
         return [
-            RowStore(copy.folder / name, tokenizer, lambda file, name=name: file_of(f"{name}/{file}")) for name in names
+            RowStore(copy.folder / name, tokenizer, lambda file, name=name: file_of(f"{name}/{file}"), later=True)
+            for name in names
         ]
 
 
@@ -199,6 +211,7 @@ def _selected_name(source: str, language: str) -> str:
 def _build(settings: Prepare, values: dict[str, Any], folder: pathlib.Path, watch: Watch) -> None:
     """Writes a prepared folder on a local disk, the manifest last."""
     with full_disk_is_user_error(folder):
+        _begin(folder, digest(_inputs(settings)))
         utterances = load_utterances(settings.nlu)
         with new_folder(folder / "utterances") as temporary:
             write_massive(utterances, temporary)
@@ -209,6 +222,27 @@ def _build(settings: Prepare, values: dict[str, Any], folder: pathlib.Path, watc
         for store in set((folder / "rows").glob("*/*")) - wanted:
             shutil.rmtree(store)
         write_manifest(folder, values, utterances, builder.tokenizer, manifests)
+        (folder / _INPUTS).unlink()
+
+
+def _begin(folder: pathlib.Path, inputs: str) -> None:
+    """Removes what an unfinished call built from files that have changed since, and notes the files of this one."""
+    note = folder / _INPUTS
+    if not (note.is_file() and note.read_bytes() == inputs.encode()):
+        for built in ("tokenizer", "rows"):
+            shutil.rmtree(folder / built, ignore_errors=True)
+        make_folder(folder)
+        write_atomically(note, inputs)
+
+
+def _inputs(settings: Prepare) -> list[Any]:
+    """The size and time of every file that is read; of data sets on the hub nothing is known."""
+    tokenizer = settings.tokenizer.path if settings.tokenizer.kind == "load" else ""
+    paths = [settings.nlu.path, tokenizer]
+    paths += [
+        one.path.replace("{language}", language) for one in settings.sources.values() for language in one.languages
+    ]
+    return [states_of(os.path.expanduser(os.path.expandvars(path))) for path in paths if path]
 
 
 class _Builder:
@@ -246,7 +280,7 @@ class _Builder:
         texts_from = [self.values["nlu"], self.values["sources"], self.settings.rows.heldout_share]
         built_from = digest([self.values["tokenizer"], texts_from if settings.kind == "train" else None])
         marker = folder / "built_from.txt"
-        if not (marker.is_file() and marker.read_text() == built_from):
+        if not (marker.is_file() and marker.read_bytes() == _stamp(folder, built_from)):
             if settings.kind == "load":
                 tokenizer = Tokenizer.load(fill_path(settings.path, key="config.tokenizer.path"))
             else:
@@ -256,7 +290,7 @@ class _Builder:
                 tokenizer = train_tokenizer(texts, settings.vocab_size)
             with new_folder(folder) as temporary:
                 tokenizer.save(temporary)
-                (temporary / marker.name).write_text(built_from)
+                (temporary / marker.name).write_bytes(_stamp(temporary, built_from))
         return Tokenizer.load(folder)  # also where it was just trained: what was saved is what later commands read
 
     def _source_stores(self, name: str, source: Source, language: str) -> list[dict[str, Any]]:
@@ -311,7 +345,10 @@ class _Builder:
         folders = [self.folder / "rows" / split / identity["name"] for split in splits]
         found = [manifest for folder in folders if (manifest := read_manifest(folder)) is not None]
         if len(found) == len(splits) and all(one["built_from"] == depends_on for one in found):
-            return found
+            with contextlib.suppress(UserError):  # one that was damaged since is built again
+                for folder, one in zip(folders, found):
+                    verify(folder, one.get("files", {}), _REMEDY)
+                return found
         rows = self.settings.rows
         with ExitStack() as stack:
             writers = [
@@ -332,6 +369,12 @@ class _Builder:
                 for writer, second in zip(writers, (False, True)):
                     writer.add([ids for ids, is_second in chunk if is_second == second])
             return [writer.finish(removed or {} if number == 0 else {}) for number, writer in enumerate(writers)]
+
+
+def _stamp(folder: pathlib.Path, built_from: str) -> bytes:
+    """What says that a tokenizer's folder is whole, and what it was built from."""
+    files = sorted(file.name for file in folder.glob("*.json"))
+    return digest([built_from, describe(folder, files)]).encode()
 
 
 def _none_held_out(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
@@ -376,8 +419,13 @@ def write_manifest(
             removed.update(manifest["removed"])
     # In the order in which a training run asks for them: a remote folder is fetched in this order.
     files = [f"tokenizer/{file.name}" for file in sorted((folder / "tokenizer").iterdir())]
+    known: dict[str, Any] = {}
     for manifest in sorted(manifests, key=lambda manifest: manifest["split"] != "train"):
-        files += [f"rows/{manifest['split']}/{manifest['name']}/{file}" for file in STORE_FILES]
+        store = f"rows/{manifest['split']}/{manifest['name']}"
+        files += [f"{store}/{file}" for file in STORE_FILES]
+        known |= {f"{store}/{file}": noted for file, noted in manifest.get("files", {}).items()}
+    files += utterance_files
+    described = {**describe(folder, [name for name in files if name not in known]), **known}
     whole = {
         "config": values,
         "fingerprint": content.hexdigest(),
@@ -386,6 +434,6 @@ def write_manifest(
         "utterances": dict(sorted(Counter(f"{one.locale} {one.partition}" for one in utterances).items())),
         "removed": dict(removed),
         "stores": manifests,
-        "files": describe(folder, files + utterance_files),
+        "files": {name: described[name] for name in files},
     }
-    write_json(folder / MANIFEST, whole)
+    write_sealed(folder / MANIFEST, whole)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import io
 import os
 import pathlib
 import shutil
@@ -13,7 +14,9 @@ import numpy as np
 
 from kd_jax.data.packing import SMALLEST_SEGMENT, Packer, maskable
 from kd_jax.data.text.tokenizer import Tokenizer
-from kd_jax.runtime.files import full_disk_is_user_error, read_json, write_json
+from kd_jax.runtime.copies import describe
+from kd_jax.runtime.files import full_disk_is_user_error, read_json_object, write_sealed
+from kd_jax.runtime.paths import is_remote
 from kd_jax.types import UserError
 
 MANIFEST = "manifest.json"
@@ -44,11 +47,9 @@ def new_folder(folder: pathlib.Path) -> Generator[pathlib.Path]:
 def read_manifest(folder: pathlib.Path) -> dict[str, Any] | None:
     """The manifest of a store or a prepared folder, None where there is none; UserError for broken JSON."""
     try:
-        return read_json(folder / MANIFEST)
+        return read_json_object(folder / MANIFEST, _REMEDY)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise UserError(f"{folder / MANIFEST}: broken JSON ({error}); {_REMEDY}") from None
 
 
 def no_text(source: str, language: str, split: str, removed: Mapping[str, int]) -> UserError:
@@ -180,9 +181,20 @@ class StoreWriter:
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "fingerprint": hashlib.sha256(content.encode()).hexdigest(),
             "built_from": self._built_from,
+            "files": describe(self.folder, (TOKEN_COUNTS, TOKENS, SEGMENTS)),
         }
-        write_json(self.folder / MANIFEST, manifest)
+        write_sealed(self.folder / MANIFEST, manifest)
         return manifest
+
+
+def open_array(path: pathlib.Path, remedy: str, *, mapped: bool = False) -> np.ndarray:
+    """The array of a .npy file, memory-mapped if `mapped`; UserError for a file that is truncated or none."""
+    try:
+        source = io.BytesIO(path.read_bytes()) if is_remote(path) else path
+        return np.load(source, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except Exception as error:  # a broken header raises whatever Python's tokenizer raises
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read, it is truncated or no .npy file ({reason}); {remedy}") from None
 
 
 class RowStore:
@@ -194,7 +206,8 @@ class RowStore:
     the content), tokenizer_fingerprint. Raises UserError when the folder is no whole store, or was built with another
     tokenizer than `tokenizer_fingerprint`.
 
-    find: gives the path of one of its files, for a store whose files are still being fetched from a remote one.
+    find: gives the path of one of its files, verified; later: they are opened when the first rows are read, since they
+    are still being fetched from a remote store.
     """
 
     def __init__(
@@ -202,6 +215,7 @@ class RowStore:
         folder: str | os.PathLike[str],
         tokenizer_fingerprint: str | None = None,
         find: Callable[[str], pathlib.Path] | None = None,
+        later: bool = False,
     ):
         self.folder = pathlib.Path(folder)
         self._find = find or (lambda name: self.folder / name)
@@ -226,8 +240,7 @@ class RowStore:
                 f"{self.folder}: its rows were built with tokenizer {self.tokenizer_fingerprint}, not "
                 f"{tokenizer_fingerprint}; run prepare again into another folder"
             )
-        # Local files are checked at once; files on their way are waited for only when the first rows are read.
-        if find is None:
+        if not later:
             _ = self._arrays
 
     @functools.cached_property
@@ -237,10 +250,7 @@ class RowStore:
 
     def _open(self, file_name: str, dtype: str) -> np.ndarray:
         path = self._find(file_name)
-        try:
-            rows = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path}: cannot be read, it is truncated or no .npy file ({error}); {_REMEDY}") from None
+        rows = open_array(path, _REMEDY, mapped=True)
         expected = (self.num_rows, self.length)
         surplus = os.path.getsize(path) - rows.offset - rows.nbytes if isinstance(rows, np.memmap) else 0
         if rows.shape != expected or rows.dtype != dtype or surplus:
@@ -253,7 +263,7 @@ class RowStore:
     def token_counts(self, vocabulary: int) -> np.ndarray:
         """int64 [vocabulary]: how often each maskable token occurs in the store; 0 for special tokens."""
         path = self._find(TOKEN_COUNTS)
-        counts = np.load(path, allow_pickle=False)
+        counts = open_array(path, _REMEDY)
         if counts.shape != (vocabulary,):
             raise UserError(f"{path}: counts {counts.shape} tokens, not {vocabulary}; {_REMEDY}")
         return counts

@@ -22,7 +22,7 @@ from kd_jax.evaluation.slots import repair_bio
 from kd_jax.jobs.finetune import DEV, dev_scores, labeled_dev, labeled_train, of_domain, predicted_labels
 from kd_jax.jobs.states import mean_states
 from kd_jax.jobs.teachers import Teacher
-from kd_jax.runtime.files import write_json, write_json_lines
+from kd_jax.runtime.files import write_json_lines, write_sealed
 from kd_jax.runtime.paths import make_folder
 from kd_jax.runtime.preemption import interruptible
 from kd_jax.runtime.progress import Count
@@ -106,7 +106,7 @@ def run(
         records = found.records(each.test, seen)
         write_json_lines(folder / RECORDS, records)
         write_json_lines(folder / RESULTS, results(records, identity=who))
-        write_json(folder / DEV, {**scores(found.records(each.dev, seen), task), "count": len(each.dev)})
+        write_sealed(folder / DEV, {**scores(found.records(each.dev, seen), task), "count": len(each.dev)})
         spent[task] = time.monotonic() - started
         about[task] = {
             "train_utterances": len(each.train),
@@ -114,7 +114,7 @@ def run(
             "trials": [one._asdict() for one in found.trials],
             "notes": found.notes,
         }
-    write_json(directory.path / ABOUT, about)
+    write_sealed(directory.path / ABOUT, about)
     return {}
 
 

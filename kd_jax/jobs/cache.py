@@ -23,7 +23,7 @@ from kd_jax.jobs.job import sharding_lines
 from kd_jax.jobs.masked_lm import transfer_set_of
 from kd_jax.jobs.teachers import KEY, Teacher, TeacherSide, placed_shapes, teacher_form
 from kd_jax.runtime import distributed
-from kd_jax.runtime.files import write_json
+from kd_jax.runtime.files import write_sealed
 from kd_jax.runtime.preemption import interruptible
 from kd_jax.runtime.progress import Count
 from kd_jax.steps.teacher_predictions import make_prediction_step
@@ -217,7 +217,7 @@ def finished(
             print(f"{directory.path}: {left} parts are left to the other machines")
         return None
     if manifest is not None:
-        write_json(directory.path / SUMMARY, summarize(manifest))
+        write_sealed(directory.path / SUMMARY, summarize(manifest))
     return {"fingerprint": manifest["fingerprint"] if manifest is not None else ""}
 
 

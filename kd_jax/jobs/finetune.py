@@ -33,7 +33,7 @@ from kd_jax.jobs.masked_lm import encoder_model, resolve_dtype
 from kd_jax.models.encoder_config import Pooling
 from kd_jax.models.functional import Functional
 from kd_jax.runtime import distributed
-from kd_jax.runtime.files import read_json, write_json
+from kd_jax.runtime.files import read_json, read_json_object, write_sealed
 from kd_jax.runtime.paths import as_path, file_name, name_of_file
 from kd_jax.runtime.progress import Count
 from kd_jax.steps.finetune import ABSENT, make_dc_objective, make_icner_objective
@@ -99,7 +99,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, task: Task) -> None:
         total = max(sum(score["count"] for score in scores.values()), 1)
         mean = sum(score["score"] * score["count"] for score in scores.values()) / total
         if jax.process_index() == 0:
-            write_json(workdir / DEV, {"score": mean, "count": total})
+            write_sealed(workdir / DEV, {"score": mean, "count": total})
         return {}
 
     if each_domain:
@@ -159,7 +159,7 @@ def predicted_labels(prepared: Prepared, settings: Finetune | Baseline, task: st
     key, file = f"config.{block}.labels", as_path(settings.labels) / RECORDS
     if not file.is_file():
         raise UserError(f"{key}: {file} does not exist; give the workdir of a finished evaluate run")
-    found = {(record["locale"], record["id"]): record for record in read_records(file)}
+    found = {(record["locale"], record["id"]): record for record in read_records(trained.whole(file))}
     known = {(one.locale, one.id) for one in labeled_train(prepared, settings.max_train, "")}
     if twice := known & found.keys():
         raise UserError(
@@ -287,7 +287,7 @@ def finetune(
     ended = train_job(job, directory, mesh, execution)
     if jax.process_index() == 0:
         scores = {name.removeprefix("dev/"): value for name, value in best.metrics.items()}
-        write_json(directory.path / DEV, {**scores, "count": len(dev)})
+        write_sealed(directory.path / DEV, {**scores, "count": len(dev)})
     return ended
 
 
@@ -430,8 +430,8 @@ def load_finetuned(folder: pathlib.Path, prepared: Prepared, mesh, compute_dtype
         raise UserError(f"config.{key}: {folder} is no finetuning run; give the workdir of one")
     prepared = prepared_for(config, prepared)
     trained.check_tokenizer(folder, prepared, key)
-    run: dict[str, Any] = read_json(folder / "run.json")
-    task = read_json(folder / "config.json")["command"].removeprefix("finetune_")
+    run = trained.run_record(folder, key)
+    task = cast(Task, trained.run_command(folder, key).removeprefix("finetune_"))
     maps = LabelMaps.from_json(run["labels"])
     start = config.finetune.init_from
     encoder = trained.encoder_block(start, "finetune.init_from") if start else config.student
@@ -452,7 +452,7 @@ def seen_by(folder: pathlib.Path, config: ConfigDict, run: Mapping[str, Any], pr
         domain = config.finetune.domain if "intents" in run["classes"] else ""
         train = labeled_train(prepared, config.finetune.max_train, domain)
         seen = serving.Seen.of(train, prepared.settings.nlu.character_locales)
-    dev = read_json(folder / DEV) if (folder / DEV).is_file() else {}
+    dev = read_json_object(folder / DEV) if (folder / DEV).is_file() else {}
     return seen._replace(threshold=dev.get(THRESHOLD))
 
 

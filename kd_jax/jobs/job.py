@@ -24,7 +24,7 @@ from kd_jax.trainer.mesh import DEFAULT, batch_sharding, describe_shardings, pro
 from kd_jax.trainer.metrics import MetricsWriter
 from kd_jax.trainer.optimizer import after_skipped, make_optimizer, make_schedule
 from kd_jax.trainer.run_directory import RunDirectory
-from kd_jax.trainer.state import State, abstract_state, new_state, params_fingerprint, state_shardings
+from kd_jax.trainer.state import State, abstract_state, new_state, params_notes, state_shardings
 from kd_jax.trainer.weights_and_biases import tracker
 from kd_jax.types import Batch, Params
 
@@ -118,7 +118,7 @@ def train(job: Job, directory: RunDirectory, mesh: jax.sharding.Mesh, execution:
     params, kept = state["params"], {}
     if job.best is not None and job.best.params is not None:
         params, kept = job.best.params, {BEST_STEP: job.best.step, "stopped_at": int(state["step"])}
-    return {"parameters_fingerprint": params_fingerprint(params), **kept, **goodput.summary()}
+    return {**params_notes(params), **kept, **goodput.summary()}
 
 
 @functools.cache

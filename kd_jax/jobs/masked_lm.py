@@ -28,7 +28,7 @@ HELDOUT = "heldout.json"
 
 def encoder_model(encoder: Mapping[str, Any], prepared: Prepared, compute_dtype: str, key: str) -> Functional:
     """The masked LM of one encoder block of the config (config.<key>), with the tokenizer's vocabulary filled in."""
-    values = encoder_config(dict(encoder), prepared.tokenizer.vocab_size)
+    values = encoder_config(dict(encoder), prepared.tokenizer.vocab_size, f"config.{key}")
     length = prepared.settings.rows.length
     require(
         length <= values.max_positions,

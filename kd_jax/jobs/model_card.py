@@ -19,7 +19,7 @@ from kd_jax.jobs.masked_lm import HELDOUT, summarize
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
 from kd_jax.models.huggingface.checkpoint import head_apart
-from kd_jax.runtime.files import read_json, read_json_lines
+from kd_jax.runtime.files import read_json, read_json_lines, read_json_object
 from kd_jax.runtime.paths import as_path
 from kd_jax.trainer.run_directory import CONFIG, RUN, is_done
 from kd_jax.types import UserError
@@ -219,7 +219,7 @@ def _facts(shape: EncoderConfig, prepared: Prepared, parameters: Mapping[str, in
 def _origin(workdir: pathlib.Path) -> Iterator[str]:
     """A line for each run that the model went through, the last first."""
     config = trained.run_config(workdir, "export.checkpoint")
-    run, start = read_json(workdir / "run.json"), ""
+    run, start = read_json_object(workdir / "run.json"), ""
     if "finetune" in config:
         start = config.finetune.init_from
         best = trained.ended(workdir).get(BEST_STEP)
@@ -296,7 +296,7 @@ def _imported(workdir: pathlib.Path) -> list[Mapping[str, Any]]:
     found: list[Mapping[str, Any]] = []
     for folder, config in _chain(workdir):
         if "import_model" in config:
-            found.append(read_json(folder / RUN))
+            found.append(read_json_object(folder / RUN))
         for teacher in _teachers(config):
             found += _imported(as_path(teacher))
     return found
@@ -318,15 +318,19 @@ def _metrics(workdir: pathlib.Path, settings: Export) -> Iterator[str]:
     if folder is not None:
         partition = trained.run_config(folder, KEY).evaluate.partition
         weights = ", before the weights were brought to int8" if settings.int8 else ""
-        rows = [row for row in read_json_lines(folder / RESULTS) if row["scope"] == "all" and row["value"] is not None]
+        rows = [
+            row
+            for row in read_json_lines(trained.whole(folder / RESULTS))
+            if row["scope"] == "all" and row["value"] is not None
+        ]
         yield f"On the {partition} partition (`{folder.name}`{weights}):\n\n{results_table(rows)}"
     if (workdir / DEV).is_file():
-        values = read_json(workdir / DEV)
+        values = read_json_object(workdir / DEV)
         shown = {SHOWN[name]: _percent(values[name]) for name in SHOWN if values.get(name) is not None}
         title = f"On the {values['count']} dev utterances, in %:"
     elif (workdir / HELDOUT).is_file():
         shown, title = {}, "On held-out text:"
-        for name, value in summarize(read_json(workdir / HELDOUT)).items():
+        for name, value in summarize(read_json(trained.whole(workdir / HELDOUT))).items():
             kind, _, metric = name.removeprefix("heldout_").partition("/")
             if metric == "loss":
                 shown[f"masked-LM loss on {kind} text, nats per masked token"] = f"{value:.2f}"
@@ -365,7 +369,7 @@ def _is_scored(folder: pathlib.Path) -> bool:
 
 
 def _scored(folder: pathlib.Path) -> str:
-    config = read_json(folder / "config.json")["config"]
+    config = read_json_object(folder / "config.json")["config"]
     # Labels for others to learn from are no score.
     scored = "evaluate" in config and config["evaluate"]["partition"] != "unlabeled"
     return config["evaluate"]["checkpoint"] if scored else ""

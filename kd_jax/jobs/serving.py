@@ -24,13 +24,15 @@ from kd_jax.data.text.utterances import LabelMaps, Utterance, domains_of_intents
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
 from kd_jax.models.int8 import dequantized, flat_names, quantized
-from kd_jax.runtime.files import read_json, write_json
+from kd_jax.runtime.copies import describe, verify
+from kd_jax.runtime.files import read_json_object, write_sealed
 from kd_jax.runtime.paths import as_path, need_local
 from kd_jax.types import Array, Params, UserError
 
 ABOUT = "predictor.json"
 WEIGHTS = "predictor.safetensors"
 PROGRAM = "predictor.stablehlo"
+_CHECKED = ("predictor.", "tokenizer")  # names that the files which `read` reads begin with
 RECORD = "export.json"  # replaces a run's config.json, whose name `transformers` uses
 PLATFORMS = ("cpu", "cuda", "tpu")
 CLASSES = {"dc": ("domains",), "icner": ("intents", "tags")}
@@ -117,10 +119,11 @@ def write(
     }
     whole = {name: np.asarray(leaf) for name, leaf in flat_names(params).items()}
     tensors = quantized(params) if int8 else whole
-    write_json(folder / ABOUT, about)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "np"})
     if program:
         (folder / PROGRAM).write_bytes(exported_program(model, tensors))
+    written = sorted(file.name for file in folder.iterdir() if file.name.startswith(_CHECKED))
+    write_sealed(folder / ABOUT, {**about, "files": describe(folder, written)})
 
 
 def is_served(folder: str | pathlib.Path) -> bool:
@@ -137,9 +140,10 @@ def is_served(folder: str | pathlib.Path) -> bool:
 def read(folder: pathlib.Path) -> Served:
     """The model of a folder that `write` wrote. Raises UserError where a file is missing or is of another model."""
     need_local(folder, "an exported model")
-    about = read_json(folder / ABOUT)
+    about = read_json_object(folder / ABOUT, "export the model again")
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: holds {ABOUT} without {WEIGHTS}; export the model again")
+    verify(folder, about.get("files", {}), "export the model again")  # which folders of 0.3.0 do not name
     names = CLASSES[about["task"]]
     maps = LabelMaps(**{name: tuple(about[name]) if name in names else () for name in ("domains", "intents", "tags")})
     sizes: dict[str, Any] = {name: len(about[name]) for name in names}

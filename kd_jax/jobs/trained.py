@@ -15,30 +15,40 @@ from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.jobs.job import BEST_STEP
 from kd_jax.models.functional import Functional
-from kd_jax.runtime.files import read_json
+from kd_jax.runtime.files import RESTORE, digest_of, read_json_object
 from kd_jax.runtime.paths import as_path
 from kd_jax.trainer.checkpoint import load_params
 from kd_jax.trainer.mesh import DEFAULT, Rules, shardings
-from kd_jax.trainer.run_directory import DONE
-from kd_jax.trainer.state import with_shardings
+from kd_jax.trainer.run_directory import CONFIG, DONE, RUN, SUMS
+from kd_jax.trainer.state import check_parts, with_shardings
 from kd_jax.types import Params, UserError
 
 
 def run_config(workdir: str | pathlib.Path, key: str) -> ConfigDict:
     """The resolved config of a run; `key` is the config key that named its directory."""
-    try:
-        config = from_dict(read_json(as_path(workdir) / "config.json")["config"])
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"config.{key}: {workdir} holds no config.json; give the workdir of a finished run") from None
+    config = from_dict(_recorded(workdir, CONFIG, key)["config"])
     for name, value in (("pooling", "first"), ("labels", "")):  # all that 0.2.0 had
         if "finetune" in config and name not in config.finetune:
             config.finetune[name] = value
     return config
 
 
-def run_command(workdir: str | pathlib.Path) -> str:
+def _recorded(workdir: str | pathlib.Path, name: str, key: str) -> dict[str, Any]:
+    """config.json or run.json of a run."""
+    try:
+        return read_json_object(as_path(workdir) / name)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"config.{key}: {workdir} holds no {name}; give the workdir of a finished run") from None
+
+
+def run_command(workdir: str | pathlib.Path, key: str = "checkpoint") -> str:
     """The command that a run's directory belongs to."""
-    return read_json(as_path(workdir) / "config.json")["command"]
+    return _recorded(workdir, CONFIG, key)["command"]
+
+
+def run_record(workdir: str | pathlib.Path, key: str = "checkpoint") -> dict[str, Any]:
+    """What a run's run.json says."""
+    return _recorded(workdir, RUN, key)
 
 
 def encoder_block(workdir: str | pathlib.Path, key: str) -> dict[str, Any]:
@@ -52,7 +62,7 @@ def encoder_block(workdir: str | pathlib.Path, key: str) -> dict[str, Any]:
 
 def tokenizer_fingerprint(workdir: str | pathlib.Path) -> str:
     """Of the tokenizer, trimmed or not, that a run's rows were made with."""
-    return read_json(as_path(workdir) / "run.json")["tokenizer_fingerprint"]
+    return run_record(workdir)["tokenizer_fingerprint"]
 
 
 def check_tokenizer(workdir: str | pathlib.Path, prepared: Prepared, key: str) -> None:
@@ -103,10 +113,19 @@ def run_prepared(workdir: str | pathlib.Path, prepared: Prepared, key: str) -> P
     )
 
 
+def whole(file: pathlib.Path) -> pathlib.Path:
+    """One of RESULT_FILES of a run; UserError where it was changed since the run has finished."""
+    for folder in (file.parent, file.parent.parent):  # a baseline has one folder for each task
+        noted = ended(folder).get(SUMS, {}).get(file.relative_to(folder).as_posix())
+        if noted is not None and file.is_file() and digest_of(file) != noted:
+            raise UserError(f"{file}: was changed or damaged since it was written; {RESTORE}")
+    return file
+
+
 def ended(workdir: str | pathlib.Path) -> dict[str, Any]:
     """What a finished run noted at its end; {} for one that is not finished."""
     try:
-        return read_json(as_path(workdir) / DONE)
+        return read_json_object(as_path(workdir) / DONE)
     except (FileNotFoundError, NotADirectoryError):
         return {}
 
@@ -134,4 +153,7 @@ def trained_params(
     if subtree:
         abstract, axes = {subtree: abstract[subtree]}, {subtree: axes[subtree]}
     placed = with_shardings(abstract, shardings(mesh, axes, abstract, rules))
-    return load_params(workdir, placed, ended(workdir).get(BEST_STEP))
+    notes = ended(workdir)
+    params = load_params(workdir, placed, notes.get(BEST_STEP))
+    check_parts(params, notes.get("parts", {}), workdir)
+    return params

@@ -19,7 +19,7 @@ from kd_jax.evaluation.results import RESULTS
 from kd_jax.jobs import baseline
 from kd_jax.jobs.teachers import KEY, find_teachers
 from kd_jax.main import command
-from kd_jax.runtime.files import read_json, read_json_lines
+from kd_jax.runtime.files import read_json_lines, read_json_object
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.trainer.run_directory import RunDirectory
 
@@ -61,7 +61,7 @@ def show(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Prints the chosen C, and the results over all locales and domains, a line each."""
     if jax.process_index() != 0:
         return
-    about = read_json(workdir / baseline.ABOUT)
+    about = read_json_object(workdir / baseline.ABOUT)
     for task in config.baseline.tasks:
         for one in about[task]["trials"]:
             dev = "" if one["dev_score"] is None else f"  dev {one['dev_score']:.4f}"

@@ -20,7 +20,7 @@ from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.jobs import cache as caches
 from kd_jax.jobs.teachers import KEY, check_heads, find_teachers
 from kd_jax.main import command
-from kd_jax.runtime.files import read_json
+from kd_jax.runtime.files import read_json_object
 from kd_jax.trainer.mesh import make_mesh
 
 
@@ -78,7 +78,7 @@ def show(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Prints what the cache holds."""
     del config
     if jax.process_index() == 0 and (workdir / caches.SUMMARY).is_file():
-        found = read_json(workdir / caches.SUMMARY)
+        found = read_json_object(workdir / caches.SUMMARY)
         print(
             f"{found['rows']:,} rows, {found['positions']:,.0f} masked positions, {found['bytes'] / 2**20:.1f} MiB "
             f"({found['bytes_per_position']:.0f} bytes per position), {found['mass_kept']:.1%} of the teacher's mass"

@@ -17,7 +17,7 @@ from kd_jax.config import resolved
 from kd_jax.config.execution import read_execution
 from kd_jax.runtime import cluster, distributed
 from kd_jax.runtime.copies import keep_copies_in
-from kd_jax.runtime.files import full_disk_is_user_error
+from kd_jax.runtime.files import full_disk_is_user_error, system_errors_are_user_errors
 from kd_jax.runtime.paths import as_path
 from kd_jax.runtime.preemption import EXIT_CODE, Preempted, Preemption
 from kd_jax.trainer.run_directory import RunDirectory, run_once
@@ -208,7 +208,7 @@ def guarded(
         # Until the processes have met, SIGTERM ends this one at once: it has nothing to save.
         # Any library may be the one that runs out of space, so the error is translated here, once for all commands.
         disk = full_disk_is_user_error(workdir or "the temporary folder")
-        with distributed.joined(place, outcome), Preemption(), disk:
+        with distributed.joined(place, outcome), Preemption(), system_errors_are_user_errors(), disk:
             run(config, workdir)
     except (UserError, Preempted) as error:
         code, text = outcome(error)

@@ -18,7 +18,7 @@ from kd_jax.data.prepared import Prepared
 from kd_jax.evaluation.results import RECORDS, RESULTS, results
 from kd_jax.jobs import finetune, serving, trained
 from kd_jax.main import command
-from kd_jax.runtime.files import read_json, read_json_lines, write_json_lines
+from kd_jax.runtime.files import read_json_lines, read_json_object, write_json_lines
 from kd_jax.runtime.paths import as_path
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.trainer.run_directory import RunDirectory
@@ -65,7 +65,7 @@ def show(config: ConfigDict, workdir: pathlib.Path) -> None:
 def lineage(checkpoint: str) -> dict:
     """Whose results these are, read from the configs of the runs that the finetuned model came from."""
     if serving.is_served(checkpoint):
-        record = read_json(as_path(checkpoint) / serving.RECORD)
+        record = read_json_object(as_path(checkpoint) / serving.RECORD)
         return lineage(record["config"]["export"]["checkpoint"])
     config = trained.run_config(checkpoint, "evaluate.checkpoint")
     start = config.finetune.init_from

@@ -33,7 +33,7 @@ from kd_jax.models.functional import Functional, parameter_count
 from kd_jax.models.huggingface.checkpoint import exported, tokenizer_ids
 from kd_jax.models.huggingface.config import CONFIG
 from kd_jax.models.huggingface.files import SINGLE
-from kd_jax.runtime.files import read_json, write_json
+from kd_jax.runtime.files import read_json, read_json_object, write_json, write_sealed
 from kd_jax.runtime.paths import as_path, need_local
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.trainer.run_directory import provenance
@@ -90,7 +90,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             length, form = one.prepared.settings.rows.length, {"int8": settings.int8, "program": settings.stablehlo}
             serving.write(folder, model, params, one.classes, length=length, seen=one.seen, **form)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        write_json(folder / RECORD, {**record, **provenance()})
+        write_sealed(folder / RECORD, {**record, **provenance()})
         for file in folder.glob("*.safetensors"):  # safetensors makes them readable by their owner only
             shutil.copymode(folder / RECORD, file)
     print(f"{workdir} is written; its README.md says what it is and how to load it.")
@@ -123,7 +123,7 @@ def is_exported(workdir: pathlib.Path, record: dict[str, Any]) -> bool:
     if not workdir.exists() or not any(workdir.iterdir()):
         return False
     if (workdir / RECORD).is_file():
-        old = read_json(workdir / RECORD)
+        old = read_json_object(workdir / RECORD)
         if all(old[key] == value for key, value in record.items()):
             return True
     raise UserError(f"{workdir}: holds something other than this export; choose a new --workdir")

@@ -34,7 +34,7 @@ from kd_jax.runtime.files import write_json
 from kd_jax.trainer.checkpoint import FOLDER, Checkpoints
 from kd_jax.trainer.mesh import make_mesh, row_multiple
 from kd_jax.trainer.run_directory import RunDirectory, run_once
-from kd_jax.trainer.state import params_fingerprint
+from kd_jax.trainer.state import params_notes
 from kd_jax.types import UserError
 
 KEY = "import_model.path"
@@ -94,7 +94,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             rows = masked_lm.heldout_rows(measured, params, prepared, masking, mesh, at_once, settings.evaluate_rows)
         if jax.process_index() == 0:
             write_json(workdir / masked_lm.HELDOUT, rows)
-        return {"parameters_fingerprint": params_fingerprint(params)}
+        return params_notes(params)
 
     with TensorFiles(folder) as files:
         # Before the directory is claimed, so that a model that is refused leaves nothing.

@@ -31,7 +31,7 @@ from kd_jax.runtime.files import write_json
 from kd_jax.trainer.checkpoint import FOLDER, Checkpoints
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.trainer.run_directory import RunDirectory
-from kd_jax.trainer.state import params_fingerprint
+from kd_jax.trainer.state import params_notes
 
 
 def keys(config: ConfigDict) -> tuple[str, ...]:
@@ -65,7 +65,7 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
             checkpoints.wait()
         if jax.process_index() == 0:
             write_json(directory.path / HELDOUT, [])  # its masked-LM head was not trained with this encoder
-        return {"parameters_fingerprint": params_fingerprint(params)}
+        return params_notes(params)
 
     return start
 

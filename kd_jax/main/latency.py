@@ -32,7 +32,7 @@ from kd_jax.jobs import finetune, masked_lm, serving
 from kd_jax.main import command
 from kd_jax.models.functional import Functional, parameter_count
 from kd_jax.models.int8 import weight_bytes
-from kd_jax.runtime.files import read_json, write_json
+from kd_jax.runtime.files import read_json_object, write_sealed
 from kd_jax.runtime.preemption import interruptible
 from kd_jax.trainer.run_directory import RunDirectory, run_once
 from kd_jax.types import Batch, Params, UserError
@@ -69,7 +69,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         directory.start()
         if jax.process_index() == 0:
             found = measure(encoders, settings, vocabulary, Prepared(config.prepared), dtype)
-            write_json(directory.path / LATENCY, found)
+            write_sealed(directory.path / LATENCY, found)
         return {}
 
     run_once(workdir, "latency", resolved(config, keys(config)), execution, work)
@@ -210,7 +210,7 @@ def run_and_print(config: ConfigDict, workdir: pathlib.Path) -> None:
     run(config, workdir)
     if jax.process_index() != 0:
         return
-    for one in read_json(workdir / LATENCY)["models"]:
+    for one in read_json_object(workdir / LATENCY)["models"]:
         times = ", ".join(
             f"{batch['utterances']} at a time {batch['p50_ms']:.2f} ms (p95 {batch['p95_ms']:.2f})"
             for batch in one["batches"]

@@ -43,7 +43,7 @@ from kd_jax.data.text.utterances import FIELDS, Utterance, split_words
 from kd_jax.evaluation.slots import repair_bio
 from kd_jax.jobs import finetune, serving, trained
 from kd_jax.main.command import MISTAKE, fail
-from kd_jax.runtime.files import full_disk_is_user_error, read_json
+from kd_jax.runtime.files import full_disk_is_user_error, read_json, system_errors_are_user_errors, whole_text_file
 from kd_jax.runtime.paths import as_path
 from kd_jax.runtime.progress import Count
 from kd_jax.study.plan import MODELS
@@ -297,7 +297,7 @@ def run(options: argparse.Namespace) -> None:
         output: TextIO = sys.stdout
         if options.output:
             pathlib.Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-            output = stack.enter_context(open(options.output, "w", encoding="utf-8"))
+            output = stack.enter_context(whole_text_file(pathlib.Path(options.output)))
         form = options.format or ("json" if options.input else "text")
         rows = ROWS if options.input else 1
         done, texts = 0, iter(texts)
@@ -317,7 +317,10 @@ def _runs(name: str) -> list[str]:
     folder = as_path(name)
     if not (folder / MODELS).is_file():
         return [name]
-    return [str(folder / one) for one in read_json(folder / MODELS)]
+    names = read_json(folder / MODELS)
+    if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+        raise UserError(f"{folder / MODELS}: is no list of folders; start the study again, which writes it anew")
+    return [str(folder / one) for one in names]
 
 
 def _threshold(given: str) -> float | str:
@@ -362,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError("give texts, or --input with a file of them, and not both")
         if options.probabilities and options.format == "massive":
             raise UserError("--probabilities: the massive format has no field for them; use --format=json")
-        with full_disk_is_user_error(options.output or "standard output"):
+        with system_errors_are_user_errors(), full_disk_is_user_error(options.output or "standard output"):
             run(options)
     except UserError as error:
         print(f"error: {str(error).replace('config.model:', '--model:')}", file=sys.stderr)

@@ -16,6 +16,9 @@ Pooling = Literal["first", "mean", "max"]  # how the vector of a text is read fr
 _AT_LEAST_1 = (
     *("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions", "global_every"),
 )
+_MAY_BE_0 = ("initializer_range", "dropout", "attention_dropout")
+_MOST = 2**31 - 1  # of any number: XLA indexes with 32 bits
+_MOST_LAYERS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,12 @@ class EncoderConfig:
                 raise UserError(f"encoder.{field.name}: {value!r} is not known; choose one of {known}")
             if field.name in _AT_LEAST_1 and value < 1:
                 raise UserError(f"encoder.{field.name}: {value} is too small; give at least 1")
+            most = _MOST_LAYERS if field.name == "num_layers" else _MOST
+            if isinstance(value, int) and value > most:
+                raise UserError(f"encoder.{field.name}: {value} is too large; give at most {most}")
+            least = 0 if field.name in _MAY_BE_0 else 1e-30
+            if isinstance(value, float) and not least <= value < math.inf:
+                raise UserError(f"encoder.{field.name}: {value} is out of range; give a positive number")
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"encoder.num_heads: {self.num_heads} does not divide hidden_size {self.hidden_size}; change one"
@@ -95,18 +104,21 @@ class EncoderConfig:
         return layer % self.global_every == 0
 
 
-def encoder_config(values: Any, vocab_size: int) -> EncoderConfig:
+def encoder_config(values: Any, vocab_size: int, key: str = "encoder") -> EncoderConfig:
     """From the keys of `config.teacher` or `config.student`; the tokenizer's `vocab_size` replaces a 0. Raises
-    UserError.
+    UserError, which names config.<key>.
     """
     values = dict(values)
     values["vocab_size"] = values["vocab_size"] or vocab_size
     if values["vocab_size"] < vocab_size:
         raise UserError(
-            f"encoder.vocab_size: {values['vocab_size']} is less than the tokenizer's {vocab_size}; "
+            f"{key}.vocab_size: {values['vocab_size']} is less than the tokenizer's {vocab_size}; "
             f"set it to 0 to take the tokenizer's"
         )
-    return EncoderConfig(**values)
+    try:
+        return EncoderConfig(**values)
+    except UserError as error:
+        raise UserError(f"{key}.{str(error).removeprefix('encoder.')}") from None
 
 
 # BERT as in `transformers`, as plain values; the other families are changes to it.

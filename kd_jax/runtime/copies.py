@@ -60,6 +60,30 @@ def describe(folder: pathlib.Path, names: Iterable[str]) -> dict[str, dict[str, 
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names}
 
 
+_verified: dict[str, tuple[int, ...]] = {}  # path -> size, time and number of the file whose checksum was right
+
+
+def verify(folder: pathlib.Path, files: Files, remedy: str) -> None:
+    """Raises UserError unless local files are as `describe` found them; each is read once in a process."""
+
+    def check(name: str) -> None:
+        path = folder / name
+        try:
+            found = os.stat(path)
+            state = (found.st_size, found.st_mtime_ns, found.st_ino)
+            if _verified.get(os.fspath(path)) == state:
+                return
+            good = found.st_size == files[name]["bytes"] and sha256_of(path) == files[name]["sha256"]
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from None
+        if not good:
+            raise UserError(f"{path}: was changed or damaged since it was written, its checksum differs; {remedy}")
+        _verified[os.fspath(path)] = state
+
+    with ThreadPoolExecutor(_STREAMS) as pool:  # hashing releases Python's lock
+        list(pool.map(check, files))
+
+
 def sha256_of(path: pathlib.Path) -> str:
     """SHA-256 (hex) of a local file."""
     with open(path, "rb") as file:

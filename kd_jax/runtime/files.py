@@ -2,19 +2,26 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import pathlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TextIO
 
-from kd_jax.runtime.paths import as_path, is_remote, reaching
+from kd_jax.runtime.paths import as_path, digest, is_remote, reaching
 from kd_jax.types import UserError
+
+# What to do about a file that kd_jax wrote and that was damaged since.
+RESTORE = "restore it from a copy, or remove its folder and run the command again that wrote it"
 
 # orbax and tensorstore wrap the system's error in their own exceptions, so its message is searched for as well.
 _FULL = tuple(os.strerror(number).lower() for number in (errno.ENOSPC, errno.EDQUOT))
+
+# In a file of `write_sealed`: the digest of everything else in it.
+_CHECKSUM = "checksum"
 
 # Object stores refuse more than about one put of the same object per second.
 _SECONDS_BETWEEN_PUTS = 10.0
@@ -35,6 +42,26 @@ def full_disk_is_user_error(path: str | os.PathLike, remedy: str = "or choose an
                 "same command again"
             ) from error
         raise
+
+
+@contextlib.contextmanager
+def system_errors_are_user_errors() -> Iterator[None]:
+    """Turns what the system says of a file that it names, such as one that is missing, and too little memory, for NumPy
+    or for jax, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        name, reason = os.fsdecode(error.filename), error.strerror or type(error).__name__
+        raise UserError(f"{name}: cannot be read or written ({reason}); check the path and its rights") from error
+    except Exception as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        raise UserError(
+            f"there is not enough memory ({reason[:200]}); choose smaller batches, rows or models"
+        ) from error
 
 
 def write_atomically(path: pathlib.Path, data: bytes | str) -> None:
@@ -70,11 +97,85 @@ def write_json(path: pathlib.Path, values: Any) -> None:
     write_atomically(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: pathlib.Path) -> Any:
-    """The value of a JSON file; FileNotFoundError if it is missing, UserError if the store cannot be reached."""
+@contextlib.contextmanager
+def whole_text_file(path: pathlib.Path) -> Iterator[TextIO]:
+    """A local text file that is written in the block, and appears under its name when the block ends well."""
+    if path.exists() and not path.is_file():  # a pipe or a device, which nothing replaces
+        with open(path, "w", encoding="utf-8") as file:
+            yield file
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sealed(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A JSON object with the checksum of its values and its file's name, which `unsealed` verifies and takes out."""
+    plain = json.loads(json.dumps(values))
+    return {**plain, _CHECKSUM: digest([name, plain])}
+
+
+def unsealed(values: Any, path: pathlib.Path, remedy: str = RESTORE) -> Any:
+    """The inverse of `sealed`; values without a checksum are taken as they are. UserError where they were changed."""
+    if not isinstance(values, dict) or _CHECKSUM not in values:
+        return values
+    plain = {key: value for key, value in values.items() if key != _CHECKSUM}
+    if values[_CHECKSUM] != digest([path.name, plain]):
+        raise UserError(f"{path}: was changed or damaged since it was written; {remedy}")
+    return plain
+
+
+def write_sealed(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+    """`write_json` of an object with its own checksum, for files that only kd_jax writes and people do not edit."""
+    write_json(path, sealed(values, path.name))
+
+
+class _Object(dict[str, Any]):
+    """The object of a JSON file, which says so where a key is missing."""
+
+    def __init__(self, values: dict[str, Any], path: pathlib.Path, remedy: str):
+        super().__init__(values)
+        self._path, self._remedy = path, remedy
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self._path}: lacks {key!r}; {self._remedy}")
+
+
+def read_json(path: pathlib.Path, remedy: str = RESTORE) -> Any:
+    """The value of a JSON file; FileNotFoundError if it is missing. A key that its object lacks is a UserError.
+
+    Raises UserError for a file that cannot be read, is no JSON or was changed since `write_sealed`, and for a store
+    that cannot be reached.
+    """
+    try:
+        with reaching(path):
+            text = path.read_bytes()
+        values = unsealed(json.loads(text), path, remedy)
+        return _Object(values, path, remedy) if isinstance(values, dict) else values
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path and its rights") from None
+    except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError
+        raise UserError(f"{path}: broken JSON ({error}); {remedy}") from None
+
+
+def digest_of(path: pathlib.Path) -> str:
+    """SHA-256 (hex) of a small file, local or remote."""
     with reaching(path):
-        text = path.read_text(encoding="utf-8")
-    return json.loads(text)
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_json_object(path: pathlib.Path, remedy: str = RESTORE) -> dict[str, Any]:
+    """`read_json` of a file that must hold an object."""
+    values = read_json(path, remedy)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: is no JSON object; {remedy}")
+    return values
 
 
 def write_json_lines(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
@@ -102,7 +203,7 @@ def read_json_lines(path: str | os.PathLike, *, growing: bool = False) -> list[d
     for number, line in enumerate(content.splitlines(), 1):
         try:
             row = json.loads(line)
-        except ValueError as error:  # a UnicodeDecodeError is one, too
+        except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError
             raise UserError(f"{path}:{number}: broken JSON ({error}); write one JSON object on the line") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: holds a JSON {type(row).__name__}; write one JSON object on the line")

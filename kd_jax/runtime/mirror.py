@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import jax
 
 from kd_jax.runtime.copies import LocalCopy, describe, outgoing, put
-from kd_jax.runtime.files import full_disk_is_user_error, read_json, write_json
+from kd_jax.runtime.files import full_disk_is_user_error, read_json, write_sealed
 from kd_jax.runtime.paths import make_folder, names_in, reaching
 from kd_jax.types import UserError
 
@@ -70,7 +70,7 @@ class Mirror:
         found = (file for file in (self.folder / str(step)).rglob("*") if file.is_file())
         files = describe(self.folder, sorted(file.relative_to(self.folder).as_posix() for file in found))
         put(self.folder, self._remote, files)
-        write_json(self._remote / f"{step}.json", {"step": step, "files": files})
+        write_sealed(self._remote / f"{step}.json", {"step": step, "files": files})
         for old in set(steps_in(self._remote)).difference(kept()):
             with reaching(self._remote), contextlib.suppress(FileNotFoundError):
                 # The manifest first: a checkpoint that is removed halfway must not look complete.

@@ -90,7 +90,7 @@ def read_attempt(workdir: pathlib.Path, stage: str) -> Attempt | None:
             values = json.loads(file.read())
             found = Attempt(**{field.name: values[field.name] for field in fields(Attempt)})
             gone = found.outcome == RUNNING and found.host == socket.gethostname() and is_free(file.fileno())
-    except (FileNotFoundError, json.JSONDecodeError):  # no note, or one that is being written
+    except (FileNotFoundError, ValueError, LookupError, TypeError):  # no note, or one that is being written
         return None
     lost = {"outcome": STOPPED, "ended": path.stat().st_mtime, "message": "its process is gone"}
     return replace(found, **lost) if gone else found

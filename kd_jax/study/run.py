@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from kd_jax.runtime.files import read_json, write_json
+from kd_jax.jobs.trained import whole
+from kd_jax.runtime.files import read_json, read_json_object, write_json
 from kd_jax.runtime.preemption import interruptible
 from kd_jax.study.attempts import attempt, path_of
 from kd_jax.study.plan import FITTED, PHASES, REPORT, STAGE, Keys, Planner, Recipe, Stage, Student
@@ -184,7 +185,7 @@ class Study:
 
     def heldout(self, stage: Stage) -> list[dict[str, Any]]:
         """The held-out masked-LM losses of a stage; none where its head was never trained."""
-        return read_json(self.folder(stage) / "heldout.json")
+        return read_json(whole(self.folder(stage) / "heldout.json"))
 
     def choose(self) -> None:
         """Fills `chosen` with the recipe of the best dev score, the first of equals, wherever the search is finished;
@@ -210,7 +211,7 @@ class Study:
         search = self.planner.search(student, task)
         if not all(self.done(stage) for stage in search):
             return None
-        return [read_json(self.folder(stage) / "dev.json")["score"] for stage in search] or [None]
+        return [read_json_object(self.folder(stage) / "dev.json")["score"] for stage in search] or [None]
 
 
 class _Output:
@@ -277,12 +278,13 @@ def resolve_stages(value: Any, stages: pathlib.Path) -> Any:
 def _steps_seconds(folder: pathlib.Path) -> float:
     """The seconds that a training stage's steps took, by its DONE; 0 for other stages."""
     try:
-        return read_json(folder / "DONE").get("steps_seconds", 0.0)
-    except ValueError:  # an older study's, which may be empty
+        return read_json_object(folder / "DONE").get("steps_seconds", 0.0)
+    except UserError:  # an older study's, which may be empty
         return 0.0
 
 
 def read_seconds(folder: pathlib.Path) -> float:
     """A stage's wall time; NaN if its process was killed between the stage's end and the note of its time."""
     file = folder / "seconds.json"
-    return read_json(file) if file.exists() else float("nan")
+    seconds = read_json(file) if file.exists() else None
+    return float(seconds) if isinstance(seconds, int | float) else float("nan")

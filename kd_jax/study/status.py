@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kd_jax.config.training import Finetune
-from kd_jax.runtime.files import read_json, read_json_lines
+from kd_jax.runtime.files import read_json_lines, read_json_object
 from kd_jax.runtime.paths import need_local
 from kd_jax.study.attempts import FAILED, RUNNING, STOPPED, Attempt, read_attempt
 from kd_jax.study.plan import PHASES, REPORT, Stage
@@ -128,7 +128,7 @@ def _steps(folder: pathlib.Path, stage: Stage) -> int:
         return job.steps if job else 0
     run = folder / "run.json"
     # The key is missing where each domain has a model of its own.
-    count = read_json(run).get("train_utterances", 0) if run.is_file() else 0
+    count = read_json_object(run).get("train_utterances", 0) if run.is_file() else 0
     return math.ceil(job.epochs * count / job.batch_size)
 
 

@@ -1,9 +1,11 @@
 """Asynchronous checkpoints with orbax: a run's own, to resume it, and another run's, to start from its parameters."""
 
 import contextlib
+import functools
 import json
 import logging
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,13 +13,16 @@ import jax
 import orbax.checkpoint as ocp
 
 from kd_jax.config import differences
-from kd_jax.runtime.files import full_disk_is_user_error
+from kd_jax.runtime.files import full_disk_is_user_error, sealed, unsealed
 from kd_jax.runtime.mirror import Mirror, fetch_newest
 from kd_jax.runtime.paths import as_path, is_remote, reaching, scheme_of
-from kd_jax.trainer.state import State, from_plain, to_plain
+from kd_jax.trainer.state import State, from_plain, params_fingerprint, to_plain
 from kd_jax.types import Params, UserError
 
 FOLDER = "checkpoints"  # inside a run's directory
+_STATE = "state_fingerprint"  # of what a checkpoint holds, in its "meta"
+_OWN = "remove that folder, and the run goes on from the checkpoint before it or from its start"
+_OTHERS = "restore it from a copy, or run its command again in another directory"
 BEST = "best"  # part of a run's state: the parameters of its best evaluation so far, where it stops early
 
 
@@ -59,7 +64,9 @@ class Checkpoints:
         """
         if self.latest_step() == step:
             return
-        items = ocp.args.Composite(state=ocp.args.StandardSave(to_plain(state)), meta=ocp.args.JsonSave(meta))
+        plain = to_plain(state)
+        noted = sealed({**meta, _STATE: params_fingerprint(plain)}, "meta")
+        items = ocp.args.Composite(state=ocp.args.StandardSave(plain), meta=ocp.args.JsonSave(noted))
         with self._writing():
             if self._mirror is not None:
                 self._mirror.wait()
@@ -78,8 +85,9 @@ class Checkpoints:
         step = self.latest_step()
         if step is None:
             return
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        changed = differences(meta["identity"], json.loads(json.dumps(identity)))
+        with reading(self._folder / str(step), _OWN):
+            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            changed = differences(self._meta(step, meta)["identity"], json.loads(json.dumps(identity)))
         if changed:
             lines = "".join(f"\n  {line}" for line in changed)
             raise UserError(
@@ -93,8 +101,15 @@ class Checkpoints:
         if step is None:
             return None
         items = ocp.args.Composite(state=ocp.args.StandardRestore(to_plain(abstract)), meta=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=items)
-        return from_plain(restored["state"], abstract), restored["meta"]
+        with reading(self._folder / str(step), _OWN):
+            restored = self._manager.restore(step, args=items)
+            state, meta = restored["state"], self._meta(step, restored["meta"])
+            if meta.pop(_STATE, None) not in (None, params_fingerprint(state)):
+                raise _damaged(self._folder / str(step), "its arrays are not those that were saved", _OWN)
+            return from_plain(state, abstract), meta
+
+    def _meta(self, step: int, meta: dict[str, Any]) -> dict[str, Any]:
+        return unsealed(meta, self._folder / str(step) / "meta", _OWN)
 
     def wait(self) -> None:
         """Blocks until everything saved is on the disk or the store."""
@@ -135,19 +150,52 @@ def load_params(workdir: str | pathlib.Path, abstract: Params, best_step: int | 
         step = manager.latest_step()
         if step is None:
             raise none
-        # The last checkpoint is older than an evaluation of it that was made up for after a preemption.
-        part = "params" if best_step in (None, step) else BEST
-        saved = manager.item_metadata(step)["state"].tree[part]
-        for problem in _mismatches({name: saved[name] for name in abstract if name in saved}, abstract):
-            raise UserError(
-                f"{folder / str(step)}: a checkpoint of another model: {problem}; give the workdir of a run of this "
-                "model, or change the model's config to that run's"
+        with reading(folder / str(step), _OTHERS):
+            # The last checkpoint is older than an evaluation of it that was made up for after a preemption.
+            part = "params" if best_step in (None, step) else BEST
+            saved = manager.item_metadata(step)["state"].tree[part]
+            for problem in _mismatches({name: saved[name] for name in abstract if name in saved}, abstract):
+                raise UserError(
+                    f"{folder / str(step)}: a checkpoint of another model: {problem}; give the workdir of a run of "
+                    "this model, or change the model's config to that run's"
+                )
+            item = {part: abstract}
+            arguments = ocp.args.PyTreeRestore(
+                item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
             )
-        item = {part: abstract}
-        arguments = ocp.args.PyTreeRestore(
-            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-        )
-        return manager.restore(step, args=ocp.args.Composite(state=arguments))["state"][part]
+            return manager.restore(step, args=ocp.args.Composite(state=arguments))["state"][part]
+
+
+@contextlib.contextmanager
+def reading(checkpoint: pathlib.Path, remedy: str) -> Iterator[None]:
+    """Turns what orbax and tensorstore raise for a damaged checkpoint into a UserError; too little memory is none."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # whatever part of them noticed it
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        _hide_late_callbacks()
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        raise _damaged(checkpoint, f"{type(error).__name__}: {reason[:200]}", remedy) from error
+
+
+@functools.cache
+def _hide_late_callbacks() -> None:
+    """After one array failed, tensorstore reports the others to orbax's event loop, which is closed by then: Python
+    would print a traceback for each."""
+    own = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if not (isinstance(found.exc_value, RuntimeError) and "Event loop is closed" in str(found.exc_value)):
+            own(found)
+
+    sys.unraisablehook = hook
+
+
+def _damaged(checkpoint: pathlib.Path, reason: str, remedy: str) -> UserError:
+    return UserError(f"{checkpoint}: the checkpoint was damaged and cannot be read ({reason}); {remedy}")
 
 
 def absolute(folder: pathlib.Path) -> pathlib.Path:

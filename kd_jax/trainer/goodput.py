@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from kd_jax.runtime.files import read_json, write_json
+from kd_jax.runtime.files import read_json_object, write_sealed
 from kd_jax.runtime.paths import as_path, make_folder
 from kd_jax.trainer.metrics import TIME
 
@@ -32,7 +32,7 @@ class Goodput:
         self.skipped: list[int] = []  # steps whose update was skipped because their loss was not finite
         before: dict[str, Any] = {"first_start": time.time(), "starts": 0, "lost_steps": 0}
         if self._file is not None and self._file.exists():
-            before = read_json(self._file)
+            before = read_json_object(self._file)
         self._began, self._starts, self._lost = before["first_start"], before["starts"], before["lost_steps"]
 
     def start(self, saved: Mapping[str, Any] | None, lost_steps: int) -> None:
@@ -45,7 +45,7 @@ class Goodput:
         if self._file is not None and jax.process_index() == 0:
             make_folder(self._file.parent)
             state = {"first_start": self._began, "starts": self._starts, "lost_steps": self._lost}
-            write_json(self._file, state)
+            write_sealed(self._file, state)
 
     @contextlib.contextmanager
     def spent(self, kind: str) -> Iterator[None]:

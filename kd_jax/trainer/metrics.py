@@ -13,7 +13,7 @@ from kd_jax.runtime.copies import on_this_host, put
 from kd_jax.runtime.files import GrowingFile, full_disk_is_user_error, read_json_lines, write_json_lines
 from kd_jax.runtime.paths import as_path, is_remote, make_folder, names_in
 from kd_jax.trainer.weights_and_biases import Tracker
-from kd_jax.types import Array
+from kd_jax.types import Array, UserError
 
 FILE = "metrics.jsonl"
 
@@ -71,6 +71,9 @@ class MetricsWriter:
         self.close()
         make_folder(self._path.parent)
         found = read_json_lines(self._path, growing=True)
+        for number, row in enumerate(found, 1):
+            if not isinstance(row.get("step"), int):
+                raise UserError(f"{self._path}:{number}: has no step; remove the line, or restore the file from a copy")
         kept = [row for row in found[:rows] if row["step"] <= step]
         self.rows = len(kept)
         write_json_lines(self._path, kept)

@@ -18,7 +18,7 @@ from kd_jax.config import differences, identity
 from kd_jax.config.execution import Execution
 from kd_jax.runtime import distributed
 from kd_jax.runtime.cluster import cores
-from kd_jax.runtime.files import read_json, write_json
+from kd_jax.runtime.files import digest_of, read_json, read_json_object, write_sealed
 from kd_jax.runtime.lock import owned
 from kd_jax.runtime.paths import as_path, make_folder, reaching
 from kd_jax.runtime.watchdog import Watchdog
@@ -27,6 +27,12 @@ from kd_jax.types import UserError
 CONFIG = "config.json"
 RUN = "run.json"
 DONE = "DONE"
+SUMS = "sha256"  # in DONE: of these files
+# What later commands read of a finished run and has no checksum in itself, as lists and lines have not.
+RESULT_FILES = (
+    "heldout.json",
+    *(f"{task}{name}" for task in ("", "dc/", "icner/") for name in ("records.jsonl", "results.jsonl")),
+)
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
 
@@ -52,7 +58,7 @@ class RunDirectory:
     def _claim(self, values: dict[str, Any]) -> None:
         file = self.path / CONFIG
         if _exists(file):
-            old = read_json(file)
+            old = read_json(file, "remove the folder, or choose a new --workdir")
             changed = differences(identity(old), identity(values))
             if changed:
                 lines = "".join(f"\n  {line}" for line in changed)
@@ -63,7 +69,7 @@ class RunDirectory:
             if old == values or is_done(self.path):
                 return
         make_folder(self.path)
-        write_json(file, values)
+        write_sealed(file, values)
 
     @property
     def done(self) -> bool:
@@ -75,8 +81,8 @@ class RunDirectory:
         if jax.process_index() != 0:
             return
         file = self.path / RUN
-        starts = read_json(file)["starts"] if _exists(file) else []
-        write_json(file, {**provenance(), **notes, "starts": [*starts, _now()]})
+        starts = read_json_object(file).get("starts", []) if _exists(file) else []
+        write_sealed(file, {**provenance(), **notes, "starts": [*starts, _now()]})
 
 
 def run_once(
@@ -106,10 +112,13 @@ def run_once(
 
 
 def mark_done(workdir: str | pathlib.Path, **notes: Any) -> None:
-    """Writes the DONE marker (JSON: the time and the notes) into a directory once all processes get here."""
+    """Writes the DONE marker (JSON: the time, the notes, and checksums of RESULT_FILES) into a directory once all
+    processes get here."""
     distributed.barrier()
     if jax.process_index() == 0:
-        write_json(as_path(workdir) / DONE, {"finished": _now(), **notes})
+        folder = as_path(workdir)
+        sums = {name: digest_of(folder / name) for name in RESULT_FILES if _exists(folder / name)}
+        write_sealed(folder / DONE, {"finished": _now(), **notes, **({SUMS: sums} if sums else {})})
     distributed.barrier()
 
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from kd_jax.trainer.mesh import replicated
-from kd_jax.types import Params
+from kd_jax.types import Params, UserError
 
 State = dict[str, Any]
 
@@ -49,8 +51,31 @@ def with_shardings(abstract: Any, layout: Any) -> Any:
 
 def params_fingerprint(params: Params) -> str:
     """Hex digest of all names and values of a tree, computed on the devices; the same for any sharding."""
-    sums = jax.device_get(_checksums(params))
-    return hashlib.sha256(json.dumps(jax.tree.map(int, sums), sort_keys=True).encode()).hexdigest()
+    return params_notes(params)["parameters_fingerprint"]
+
+
+def params_notes(params: Params) -> dict[str, Any]:
+    """What DONE says of a run's parameters: "parameters_fingerprint" of all, and "parts", that of each top-level entry,
+    since a reader may want some of them alone."""
+    sums = jax.tree.map(int, jax.device_get(_checksums(params)))
+    return {"parameters_fingerprint": _hex(sums), "parts": {name: _hex(part) for name, part in sums.items()}}
+
+
+def check_parts(params: Params, parts: Mapping[str, str], where: str | os.PathLike) -> None:
+    """Raises UserError where parameters that were read are not those that a run noted at its end."""
+    if not params.keys() <= parts.keys():  # an older run, which noted none
+        return
+    found = params_notes(params)["parts"]
+    for name in params:
+        if found[name] != parts[name]:
+            raise UserError(
+                f"{os.fspath(where)}: its checkpoint was changed or damaged since the run has finished ({name} has "
+                "other values); restore it from a copy, or run its command again in another directory"
+            )
+
+
+def _hex(sums: Any) -> str:
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
 @jax.jit

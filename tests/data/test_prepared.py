@@ -405,3 +405,49 @@ def test_massive_and_generic_text(config, data_dir, tmp_path):
     assert len(prepared.utterances) == 300 + 2033 + 2974
     stores = prepared.manifest["stores"]
     assert all(store["packing_efficiency"] > 0.93 for store in stores if store["rows"] > 50), stores
+
+
+@pytest.mark.parametrize("damaged", ["rows/train/web-en/tokens.npy", "rows/heldout/web-en/piece_counts.npy"])
+def test_a_flipped_bit_in_the_rows_is_refused_by_name(config, tmp_path, damaged):
+    prepare(config, tmp_path / "p")
+    data = bytearray((tmp_path / "p" / damaged).read_bytes())
+    data[-5] ^= 1
+    (tmp_path / "p" / damaged).write_bytes(data)
+    with pytest.raises(
+        UserError, match=rf"{damaged}: was changed or damaged .*; remove the folder and run prepare again"
+    ):
+        _ = [Prepared(tmp_path / "p").stores(split) for split in ("train", "heldout")]
+
+
+def test_what_was_built_from_other_texts_is_not_kept(config, texts, tmp_path, monkeypatch):
+    path = tmp_path / "en.txt"
+    path.write_text("\n".join(texts[1][:1000]) + "\n")
+    config.sources.web.path = str(path)
+    config.tokenizer.kind = "train"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="stop"):
+        patch.setattr(prepared_module, "write_manifest", lambda *_: (_ for _ in ()).throw(UserError("stop")))
+        prepare(config, tmp_path / "p")
+    path.write_text("\n".join(texts[1]) + "\n")
+    prepare(config, tmp_path / "p")
+    prepare(config, tmp_path / "once")
+    one, other = (Prepared(tmp_path / name).manifest for name in ("p", "once"))
+    assert one == other and one["fingerprint"]
+    assert sorted(file.name for file in (tmp_path / "p").iterdir()) == [
+        "manifest.json",
+        "rows",
+        "tokenizer",
+        "utterances",
+    ]
+
+
+def test_a_store_that_was_damaged_before_a_restart_is_built_again(config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="stop"):
+        patch.setattr(prepared_module, "write_manifest", lambda *_: (_ for _ in ()).throw(UserError("stop")))
+        prepare(config, tmp_path / "p")
+    for name in ("rows/train/web-en/segments.npy", "tokenizer/tokenizer.json"):
+        data = bytearray((tmp_path / "p" / name).read_bytes())
+        data[-60] ^= 2
+        (tmp_path / "p" / name).write_bytes(data)
+    prepare(config, tmp_path / "p")
+    prepare(config, tmp_path / "once")
+    assert Prepared(tmp_path / "p").manifest == Prepared(tmp_path / "once").manifest

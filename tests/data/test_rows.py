@@ -1,5 +1,4 @@
 import errno
-import json
 import types
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 from kd_jax.data import rows as rows_module
 from kd_jax.data.packing import pack_stream
 from kd_jax.data.rows import RowStore, StoreWriter, new_folder
+from kd_jax.runtime.files import read_json
 from kd_jax.types import UserError
 
 TOKENIZER = types.SimpleNamespace(
@@ -131,4 +131,4 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
 
 def test_manifest_is_plain_json(tmp_path):
     manifest = write_store(tmp_path / "s", [random_texts(50, 20)])
-    assert json.loads((tmp_path / "s" / "manifest.json").read_text()) == manifest
+    assert read_json(tmp_path / "s" / "manifest.json") == manifest

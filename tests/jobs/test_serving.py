@@ -21,6 +21,7 @@ from kd_jax.evaluation.records import read_records
 from kd_jax.jobs import finetune, serving
 from kd_jax.main import evaluate, export, predict, prepare
 from kd_jax.models.int8 import quantized
+from kd_jax.runtime.files import read_json, write_json
 from kd_jax.types import UserError
 from tests.support.finished_runs import small_config, smoke_config, write_finetuned, write_student
 
@@ -149,7 +150,7 @@ def test_an_export_keeps_what_the_run_saw(data, runs, tmp_path):
     prepared, source = data[1], runs[0]
     shutil.copytree(source, tmp_path / "runs")
     file = tmp_path / "runs" / "dc" / finetune.DEV
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"threshold": 0.25}))
+    write_json(file, read_json(file) | {"threshold": 0.25})
     out = {task: exported(data, tmp_path / "runs" / task, tmp_path / task, int8=True) for task in ("dc", "icner")}
     train = [one for one in prepared.utterances if one.partition == "train"]
     for task, threshold in (("dc", 0.25), ("icner", None)):
@@ -160,9 +161,9 @@ def test_an_export_keeps_what_the_run_saw(data, runs, tmp_path):
     assert found[0][2:5] == found[1][2:5]
     assert {(one.domain, one.intent) for one in found} <= {(one.domain, one.intent) for one in train}
     for task in out:  # as an older version wrote it
-        about = json.loads((out[task] / serving.ABOUT).read_text())
+        about = read_json(out[task] / serving.ABOUT)
         assert about.pop("seen")
-        (out[task] / serving.ABOUT).write_text(json.dumps(about))
+        write_json(out[task] / serving.ABOUT, about)
     old = predict.Predictor([str(out[task]) for task in ("dc", "icner")]).predict(texts)
     alone = [predict.Predictor([str(out[task])]).predict(texts) for task in ("dc", "icner")]
     assert [(one.domain, one.intent) for one in old] == [(dc.domain, icner.intent) for dc, icner in zip(*alone)]
@@ -281,12 +282,12 @@ def test_mistakes_are_one_sentence(data, runs, tmp_path):
     with pytest.raises(UserError, match="a model for `transformers` only; name the run"):
         predict.Predictor([str(plain)])
     out = exported(data, runs[0] / "dc", tmp_path / "int8", int8=True)
-    about = json.loads((out / serving.ABOUT).read_text())
-    (out / serving.ABOUT).write_text(json.dumps(about | {"domains": about["domains"][1:]}))
+    about = read_json(out / serving.ABOUT)
+    write_json(out / serving.ABOUT, about | {"domains": about["domains"][1:]})
     with pytest.raises(UserError, match=r"domain_head\.classifier\.bias does not match predictor\.json"):
         predict.Predictor([str(out)])
     (out / serving.WEIGHTS).write_bytes(b"no weights")
-    with pytest.raises(UserError, match=r"predictor\.safetensors: cannot be read"):
+    with pytest.raises(UserError, match=r"predictor\.safetensors: was changed or damaged"):
         predict.Predictor([str(out)])
     (out / serving.WEIGHTS).unlink()
     with pytest.raises(UserError, match=r"holds predictor\.json without predictor\.safetensors"):

@@ -23,7 +23,7 @@ from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.jobs import serving, trained
 from kd_jax.main import evaluate, export, import_model, predict
 from kd_jax.models.huggingface.files import TensorFiles
-from kd_jax.runtime.files import read_json_lines
+from kd_jax.runtime.files import read_json, read_json_lines, write_json
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.types import UserError
 from tests.support import hub_cache
@@ -208,10 +208,10 @@ def test_labels_and_heads(data, runs, tmp_path):
 def test_a_run_of_a_version_without_pooling_reads_the_first_token(data, runs, tmp_path):
     shutil.copytree(runs[0] / "dc", tmp_path / "dc")
     file = tmp_path / "dc" / "config.json"
-    values = json.loads(file.read_text())
+    values = read_json(file)
     for key in ("pooling", "patience", "encoder_rate", "max_dev"):
         del values["config"]["finetune"][key]
-    file.write_text(json.dumps(values))
+    write_json(file, values)
     one = export.read_run(tmp_path / "dc", make_mesh(Mesh()))
     assert one.model == runs[1]["dc"][0] and one.model.pooling == "first"
 

@@ -15,6 +15,7 @@ from kd_jax.config.execution import Mesh
 from kd_jax.data.text.utterances import read_massive, split_words
 from kd_jax.jobs import finetune
 from kd_jax.main import predict
+from kd_jax.runtime.files import read_json, write_json
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.types import UserError
 from tests.support.finished_runs import smoke_config, write_finetuned
@@ -169,9 +170,9 @@ def test_a_run_that_does_not_say_what_it_saw_is_looked_up_in_its_data(data, runs
     shutil.copytree(runs, tmp_path / "old")
     for task in ("dc", "icner"):
         file = tmp_path / "old" / task / "run.json"
-        values = json.loads(file.read_text())
+        values = read_json(file)
         assert values.pop("seen")["form"] == {"lower": True, "punctuation": "absent"}
-        file.write_text(json.dumps(values))
+        write_json(file, values)
     old = predict.Predictor([str(tmp_path / "old" / task) for task in ("dc", "icner")])
     texts = ["Wake me up at seven, please!", "play some jazz"]
     assert old.predict(texts, probabilities=True) == predictor.predict(texts, probabilities=True)
@@ -236,7 +237,7 @@ def test_threshold(runs, predictor, capsys, tmp_path):
         assert code == 2 and words in printed.err and len(printed.err.splitlines()) == 1
     shutil.copytree(runs, tmp_path / "runs")
     file = tmp_path / "runs" / "dc" / finetune.DEV
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"threshold": 1.0}))
+    write_json(file, read_json(file) | {"threshold": 1.0})
     code, printed = run(capsys, f"--model={tmp_path / 'runs' / 'dc'}", "--threshold=auto", texts[0])
     assert code == 0 and "domain: none" in printed.out
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from kd_jax.runtime import copies
-from kd_jax.runtime.copies import LocalCopy, describe, fetch, on_this_host, outgoing, put
+from kd_jax.runtime.copies import LocalCopy, describe, fetch, on_this_host, outgoing, put, sha256_of, verify
 from kd_jax.runtime.files import write_atomically
 from kd_jax.runtime.paths import as_path
 from kd_jax.types import UserError
@@ -183,3 +183,22 @@ def test_the_folder_of_this_host(tmp_path, monkeypatch):
     assert on_this_host(as_path("gs://bucket/a")).parent == tmp_path / "chosen/outgoing"
     assert on_this_host(tmp_path) == tmp_path
     assert outgoing(as_path("gs://bucket/a")) != outgoing(as_path("gs://bucket/b"))
+
+
+def test_local_files_are_verified_once_and_again_when_they_change(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(copies, "sha256_of", lambda path: read.append(path.name) or sha256_of(path))
+    (tmp_path / "a").write_bytes(b"abc")
+    (tmp_path / "b").write_bytes(b"def")
+    files = describe(tmp_path, ("a", "b"))
+    read.clear()
+    verify(tmp_path, files, "write it again")
+    verify(tmp_path, files, "write it again")
+    assert sorted(read) == ["a", "b"]
+    (tmp_path / "b").unlink()
+    (tmp_path / "b").write_bytes(b"deg")
+    with pytest.raises(UserError, match=r"b: was changed or damaged .*; write it again"):
+        verify(tmp_path, files, "write it again")
+    (tmp_path / "b").unlink()
+    with pytest.raises(UserError, match=r"b: cannot be read \(No such file"):
+        verify(tmp_path, files, "write it again")

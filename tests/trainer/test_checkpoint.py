@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from kd_jax.config.execution import Mesh
+from kd_jax.trainer import checkpoint
 from kd_jax.trainer.checkpoint import FOLDER, Checkpoints, load_params
 from kd_jax.trainer.mesh import make_mesh, shardings
 from kd_jax.trainer.optimizer import make_optimizer
@@ -180,3 +181,42 @@ def test_orbax_says_nothing_below_an_error(tmp_path, caplog):
     with caplog.at_level(logging.DEBUG, logger="absl"):
         load_params(tmp_path, wanted(params))
     assert [record for record in caplog.records if record.levelno < logging.ERROR and record.name == "absl"] == []
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
+    state, abstract = parts(1, 1, 1)
+    with Checkpoints(tmp_path / FOLDER, keep=1) as checkpoints:
+        checkpoints.save(3, state, {"identity": {"data": "abc"}})
+        checkpoints.wait()
+    folder = tmp_path / FOLDER / "3"
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.stat().st_size)
+    refused = set()
+    for file in files:
+        data = file.read_bytes()
+        for damaged in (b"", data[: len(data) // 2], data[:-3] + bytes([data[-3] ^ 4]) + data[-2:]):
+            file.write_bytes(damaged)
+            with Checkpoints(tmp_path / FOLDER, keep=1) as checkpoints:
+                try:
+                    checkpoints.check({"data": "abc"})
+                    restored, meta = checkpoints.restore(abstract)
+                except UserError as error:
+                    assert str(folder) in str(error) and "damaged" in str(error)
+                    refused.add(file.name)
+                    continue
+            assert meta == {"identity": {"data": "abc"}}
+            assert_equal(restored, state)
+        file.write_bytes(data)
+    assert {"manifest.ocdbt", "_METADATA", "metadata"} <= refused
+
+
+def test_other_values_than_those_that_were_saved_are_refused(tmp_path, monkeypatch):
+    state, abstract = parts(1, 1, 1)
+    with monkeypatch.context() as patch, Checkpoints(tmp_path / FOLDER, keep=1) as checkpoints:
+        patch.setattr(checkpoint, "params_fingerprint", lambda state: "another")
+        checkpoints.save(3, state, {"identity": {}})
+        checkpoints.wait()
+    with (
+        Checkpoints(tmp_path / FOLDER, keep=1) as checkpoints,
+        pytest.raises(UserError, match="are not those that were"),
+    ):
+        checkpoints.restore(abstract)

@@ -8,6 +8,8 @@ import jax
 import pytest
 
 from kd_jax.config.execution import Execution
+from kd_jax.jobs import trained
+from kd_jax.runtime.files import read_json
 from kd_jax.trainer.run_directory import RunDirectory, is_done, mark_done, provenance, run_once
 from kd_jax.types import UserError
 
@@ -15,7 +17,7 @@ CONFIG = {"seed": 0, "distill": {"temperature": 2.0, "log_every": 20}, "mesh": {
 
 
 def read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def test_a_command_is_told_as_it_can_be_given_again(monkeypatch):
@@ -97,3 +99,18 @@ def test_a_directory_that_only_process_0_sees_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with pytest.raises(UserError, match=r"process 1 does not see .* on storage that all hosts share"):
         RunDirectory(tmp_path, "distill", CONFIG)
+
+
+@pytest.mark.parametrize("name", ["heldout.json", "icner/results.jsonl"])
+def test_results_are_as_they_were_when_the_run_finished(tmp_path, name):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text('[{"loss": 2.5}]\n')
+    assert trained.whole(file) == file  # not finished yet
+    mark_done(tmp_path, note=1)
+    assert trained.whole(file) == file
+    file.write_text('[{"loss": 1.5}]\n')
+    with pytest.raises(UserError, match=rf"{name}: was changed or damaged since it was written"):
+        trained.whole(file)
+    (tmp_path / "DONE").write_text("{}")  # as an older version wrote it
+    assert trained.whole(file) == file

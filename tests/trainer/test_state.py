@@ -8,7 +8,17 @@ from jax.sharding import PartitionSpec
 from kd_jax.config.execution import Mesh
 from kd_jax.trainer.mesh import make_mesh, shardings
 from kd_jax.trainer.optimizer import make_optimizer
-from kd_jax.trainer.state import abstract_state, from_plain, new_state, state_shardings, to_plain
+from kd_jax.trainer.state import (
+    abstract_state,
+    check_parts,
+    from_plain,
+    new_state,
+    params_fingerprint,
+    params_notes,
+    state_shardings,
+    to_plain,
+)
+from kd_jax.types import UserError
 from tests.support.toy_training import ABSTRACT, AXES, create_state, init_params, toy_job
 
 
@@ -86,3 +96,16 @@ def test_plain_and_back_for_states_with_tuples_lists_and_masks():
 def test_a_missing_leaf_is_an_error():
     with pytest.raises(KeyError):
         from_plain({"a": 1}, {"a": 1, "b": 2})
+
+
+def test_parameters_are_compared_with_what_a_run_noted_part_by_part():
+    params = {"encoder": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "head": {"bias": jnp.ones(3)}}
+    notes = params_notes(params)
+    assert notes["parameters_fingerprint"] == params_fingerprint(params)
+    check_parts(params, notes["parts"], "run")
+    check_parts({"encoder": params["encoder"]}, notes["parts"], "run")
+    check_parts(params, {}, "run")  # an older run notes none
+    other = {**params, "head": {"bias": jnp.ones(3).at[1].set(1.0000001)}}
+    check_parts({"encoder": other["encoder"]}, notes["parts"], "run")
+    with pytest.raises(UserError, match=r"^run: its checkpoint was changed or damaged .*\(head has other values\)"):
+        check_parts(other, notes["parts"], "run")

@@ -56,6 +56,20 @@ def find_files(path: str, suffixes: tuple[str, ...], *, key: str = "path") -> li
     return found
 
 
+def states_of(path: str) -> list[tuple[str, int, int]]:
+    """(name, bytes, time in ns) of the files that `path` means, sorted: a file, all of a folder, or a glob's."""
+    named = Path(path)
+    found = (
+        [named]
+        if named.is_file()
+        else named.rglob("*")
+        if named.is_dir()
+        else map(Path, glob.glob(path, recursive=True))
+    )
+    states = [(str(file), file.stat()) for file in found if file.is_file()]
+    return sorted((name, state.st_size, state.st_mtime_ns) for name, state in states)
+
+
 def decode_lines(lines: Iterable[bytes], name: str, report: Report = raise_error) -> Iterator[tuple[int, str]]:
     """(line number from 1, text without its line end); for bytes that are not UTF-8 a UserError with `name:line`."""
     for number, raw in enumerate(lines, 1):  # line by line: a text reader would also break lines at U+2028

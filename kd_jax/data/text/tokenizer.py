@@ -18,7 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from kd_jax.config import require
 from kd_jax.data.embedded.teacher import EMBEDDED_MODEL, embedded_model
-from kd_jax.runtime.files import write_atomically
+from kd_jax.runtime.files import read_json_object, write_atomically
 from kd_jax.types import UserError
 
 # Ids 0 to 4 of a tokenizer trained here: the first four as XLM-R has them. XLM-R's <mask> comes last in the vocabulary;
@@ -223,14 +223,11 @@ def _declared_names(folder: Path) -> dict[str, str]:
     """The special tokens, by role, that the files next to a tokenizer.json declare."""
     found: dict[str, str] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):  # the second is the newer place
-        try:
-            values = json.loads((folder / file).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not (folder / file).exists():
             continue
-        except ValueError as error:
-            raise UserError(f"{folder / file}: broken JSON ({error}); download it again") from None
+        values = read_json_object(folder / file, "download it again")
         for role in _USUAL_NAMES:
-            value = values.get(f"{role}_token") if isinstance(values, dict) else None
+            value = values.get(f"{role}_token")
             name = value.get("content") if isinstance(value, dict) else value
             if isinstance(name, str) and name:
                 found[role] = name
@@ -240,8 +237,12 @@ def _declared_names(folder: Path) -> dict[str, str]:
 def _read_json(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path}: is no tokenizer that the tokenizers library reads ({error})") from error
+    except BaseException as error:  # the library raises bare Exception, and panics are not even that
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise UserError(
+            f"{path}: is no tokenizer that the tokenizers library reads ({error}); download or copy it again"
+        ) from error
 
 
 def _read_wordpiece(file: Path) -> tuple[tokenizers.Tokenizer, str, dict[str, str]]:
@@ -259,13 +260,17 @@ def _read_wordpiece(file: Path) -> tuple[tokenizers.Tokenizer, str, dict[str, st
     with tempfile.TemporaryDirectory() as folder:  # under the name that the library wants, also for another name
         shutil.copy(file, Path(folder, "vocab.txt"))
         settings = file.parent / "tokenizer_config.json"
-        declared = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        declared = read_json_object(settings, "download it again") if settings.exists() else {}
         is_cased = any(token != token.lower() for token in tokens if not re.fullmatch(r"\[.*\]", token))
         options: dict[str, Any] = {
             "do_lower_case": not is_cased,
             **{key: declared[key] for key in _WORDPIECE if key in declared},
         }
-        theirs = BertTokenizer.from_pretrained(folder, **options)
+        try:
+            theirs = BertTokenizer.from_pretrained(folder, **options)
+        except Exception as error:  # a setting of another type, say
+            problem = f"is no vocabulary that `transformers` reads with {settings.name} ({error})"
+            raise UserError(f"{file}: {problem}; download both again") from error
     names = {role: str(getattr(theirs, f"{role}_token")) for role in _USUAL_NAMES}
     for role, name in names.items():
         if name not in tokens:  # the library would add it after the last token

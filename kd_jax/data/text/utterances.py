@@ -260,6 +260,8 @@ def _read_tarball(
                 if locale in locales:
                     records = files.json_records(files.decode_lines(lines, name, report), name, report)
                     found[locale] = _utterances(records, name, locale, locale in characters, report)
+            while archive.fileobj.read(2**20):  # the checksum comes last
+                pass
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise UserError(f"{tarball}: is not a whole tar archive ({error}); download it again") from None
     for locale in locales:

@@ -112,11 +112,19 @@ def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder}: holds no {CONFIG}; name a folder that `save_pretrained` wrote") from None
-    except ValueError as error:
-        raise UserError(f"{file}: broken JSON ({error}); download it again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read as JSON ({error}); download it again") from None
     if not isinstance(values, dict):
         raise UserError(f"{file}: is no JSON object; download it again")
-    return encoder_values(values, str(file))
+    try:
+        found = encoder_values(values, str(file))
+        EncoderConfig(**found)
+        return found
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(str(file)) else f"{file}: {error}") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # A value of a type or size that the classes of `transformers` let pass.
+        raise UserError(f"{file}: describes no encoder ({error}); fix the file, or download it again") from None
 
 
 def encoder_values(values: Mapping[str, Any], file: str) -> dict[str, Any]:

@@ -74,8 +74,9 @@ class TensorFiles(contextlib.AbstractContextManager["TensorFiles"]):
         try:
             by_file: dict[str, set[str]] = defaultdict(set)
             for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+                pathlib.PurePath(file)  # a TypeError where it is no string
                 by_file[file].add(name)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{index}: is no index of safetensors files ({error!r}); download it again") from None
         for file, names in sorted(by_file.items()):
             if pathlib.PurePath(file).name != file:
@@ -87,7 +88,7 @@ class TensorFiles(contextlib.AbstractContextManager["TensorFiles"]):
             opened = stack.enter_context(safe_open(file, "numpy"))
         except FileNotFoundError:
             raise UserError(f"{file}: is missing, and {INDEX} names it; download the model again") from None
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{file}: is no complete safetensors file ({error}); download it again") from None
         held = set(opened.keys())
         for name in sorted(names or held):
@@ -124,6 +125,8 @@ class TensorFiles(contextlib.AbstractContextManager["TensorFiles"]):
         for start in range(first, last, step):
             rows = slice(start, min(start + step, last))
             values[start - first : rows.stop - first] = part[(rows, *(slice(*pair) for pair in others))]
+        if not np.isfinite(values).all():
+            raise UserError(f"{self._files[name]}: {name} holds values that are not finite; download the model again")
         return values
 
     def equal(self, name: str, other: str) -> bool:
@@ -141,6 +144,14 @@ def check_files(files: TensorFiles, config: EncoderConfig, *, stored_vocab_size:
 
     Raises UserError naming the tensor that is missing, unknown, of another shape, or untied.
     """
+    try:
+        return _checked(files, config, stored_vocab_size)
+    except UserError as error:
+        named = str(error).startswith(str(files.folder))
+        raise UserError(str(error) if named else f"{files.folder}: {error}") from None
+
+
+def _checked(files: TensorFiles, config: EncoderConfig, stored_vocab_size: int) -> bool:
     names = canonical_names(files.names(), config)
     has_head = check_names(names, config)
     shapes = _by_path(Functional("mlm", config).abstract())

@@ -7,7 +7,8 @@ from kd_jax.config import fingerprint, identity
 from kd_jax.evaluation.records import read_records
 from kd_jax.evaluation.results import IDENTITY, RECORDS, RESULTS
 from kd_jax.jobs.baseline import ABOUT
-from kd_jax.runtime.files import read_json, read_json_lines, write_json_lines
+from kd_jax.jobs.trained import whole
+from kd_jax.runtime.files import read_json, read_json_lines, read_json_object, write_json_lines
 from kd_jax.study.plan import FITTED, Student, task_shares
 from kd_jax.study.report.numbers import TASK_NAMES, ReportInputs
 from kd_jax.study.run import Study
@@ -33,13 +34,13 @@ def collect(study: Study, similarity: list[dict[str, Any]], provenance: dict[str
                 objects += heldout_results(study.heldout(encoder), who)
                 curves[f"{student.name}, seed {seed}"] = read_curve(study.folder(encoder))
                 if student.transfer_set:
-                    realized[student.transfer_set] = read_json(study.folder(encoder) / "run.json")["realized"]
+                    realized[student.transfer_set] = read_json_object(study.folder(encoder) / "run.json")["realized"]
             for task in settings.tasks:
                 scored = scored_folder(study, student, seed, task)
-                objects += [{**row, **who} for row in read_json_lines(scored / RESULTS)]
-                records[*named, task] = read_records(scored / RECORDS)
+                objects += [{**row, **who} for row in read_json_lines(whole(scored / RESULTS))]
+                records[*named, task] = read_records(whole(scored / RECORDS))
                 if student.kind in FITTED:
-                    about = read_json(scored.parent / ABOUT)[task]
+                    about = read_json_object(scored.parent / ABOUT)[task]
                     recipes += [{"student": student.name, "task": task, **trial} for trial in about["trials"]]
                     remarks += [f"{student.name}, {TASK_NAMES[task]}: {note}." for note in about["notes"]]
     write_json_lines(study.workdir / RESULTS, objects)
