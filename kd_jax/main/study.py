@@ -41,6 +41,7 @@ from kd_jax.main import (
 from kd_jax.models.encoder_config import encoder_config
 from kd_jax.runtime import distributed
 from kd_jax.runtime.files import write_json
+from kd_jax.runtime.lock import tidy
 from kd_jax.study import overview
 from kd_jax.study.plan import MODELS, REPORT
 from kd_jax.study.report import facts
@@ -95,6 +96,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, key: str | None = None) -> No
     """Runs or resumes all stages, or the one with that key; then writes the report unless the key is another's."""
     started = time.monotonic()
     study = open_study(config, workdir, writes=jax.process_index() == 0, agree=distributed.from_first)
+    if jax.process_index() == 0:
+        tidy(workdir)
     if key is None:
         study.run(lambda: overview.flops_of(study), quiet=logging.get_verbosity() <= logging.WARNING)
     else:

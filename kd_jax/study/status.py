@@ -85,7 +85,7 @@ def status_of(study: Study, now: float | None = None) -> Status:
         state = attempt.outcome if attempt and attempt.outcome in STATES else LEFT
         counts[stage.phase][state] += 1
         if attempt and state == RUNNING:
-            spent += now - attempt.started
+            spent += max(now - attempt.started, 0.0)  # clocks jump
             running[stage.key] = _running(study.folder(stage), stage, attempt)
         elif attempt and state == FAILED:
             failed.append((stage, attempt))
