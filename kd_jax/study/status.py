@@ -146,7 +146,7 @@ def _seconds_left(
         if known is None:
             unknown += 1
             continue
-        total += max(known - (now - here.attempt.started), 0.0) if here is not None else known
+        total += max(known - max(now - here.attempt.started, 0.0), 0.0) if here is not None else known
     return (None if unfinished and unknown == len(unfinished) else total), unknown
 
 

@@ -177,12 +177,13 @@ def start(
     *,
     tell_at: int = 0,
     die_at: int = 0,
+    die_by: signal.Signals = signal.SIGKILL,
     before: Callable[[], None] = lambda: None,
 ) -> Start:
     """Starts `python -m MODULE ARGUMENTS` in `folder`.
 
     tell_at: the number of the write whose begin is told on the pipe. die_at: the number of the change of the file
-    system before which the child kills itself. before: called in the child first.
+    system before which the child sends itself the signal die_by. before: called in the child first.
     """
     board.clear()
     reading, writing = os.pipe()
@@ -203,7 +204,7 @@ def start(
         temporary.mkdir(exist_ok=True)
         tempfile.tempdir = str(temporary)
         before()
-        _watch(board, folder, writing, tell_at, die_at)
+        _watch(board, folder, writing, tell_at, die_at, die_by)
         code = _run(arguments)
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -229,7 +230,7 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _watch(board: Board, folder: pathlib.Path, pipe: int, tell_at: int, die_at: int) -> None:
+def _watch(board: Board, folder: pathlib.Path, pipe: int, tell_at: int, die_at: int, die_by: signal.Signals) -> None:
     """Notes on the board what this process does from now on."""
 
     def begin(name: str) -> None:
@@ -306,7 +307,7 @@ def _watch(board: Board, folder: pathlib.Path, pipe: int, tell_at: int, die_at: 
         if not os.path.abspath(place).startswith(f"{folder}{os.sep}"):
             return
         if board.operate() == die_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), die_by)
 
     sys.addaudithook(looks)
 
