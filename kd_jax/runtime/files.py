@@ -41,7 +41,8 @@ def full_disk_is_user_error(path: str | os.PathLike, remedy: str = "or choose an
 def write_atomically(path: pathlib.Path, data: bytes | str) -> None:
     """Replaces a file so that a reader finds the old content or the new, never a part.
 
-    What a killed process leaves beside it, `kd_jax.runtime.lock.tidy` removes. Raises UserError when the disk is full, the folder cannot be written to, or the store cannot be reached.
+    What a killed process leaves beside it, `kd_jax.runtime.lock.tidy` removes. Raises UserError when the disk is full,
+    the folder cannot be written to, or the store cannot be reached.
     """
     data = data.encode() if isinstance(data, str) else data
     if is_remote(path):  # a single put is atomic
@@ -51,13 +52,12 @@ def write_atomically(path: pathlib.Path, data: bytes | str) -> None:
     # The process id keeps two processes that write the same file apart.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with full_disk_is_user_error(path):
-            with _opened(temporary) as file:
-                file.write(data)
-                file.flush()
-                # Without fsync, a power cut after the rename can leave an empty file under the final name.
-                os.fsync(file.fileno())
-                os.replace(temporary, path)
+        with full_disk_is_user_error(path), _opened(temporary) as file:
+            file.write(data)
+            file.flush()
+            # Without fsync, a power cut after the rename can leave an empty file under the final name.
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{path}: cannot be written ({reason}); free space or choose another folder") from error

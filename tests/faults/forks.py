@@ -61,7 +61,8 @@ TIMES = {
     "baseline.json": ("seconds",),
 }
 TIME_TABLE = b"Wall time of all stages"  # in a report; the numbers behind it are left out
-ONLY_THERE = ("seconds.json", "attempts/*.log", "commit_success.txt")  # a duration, what a stage printed, a time
+# A duration; what a stage printed; a path; checksums of a checkpoint's files, on a store.
+ONLY_THERE = ("seconds.json", "attempts/*.log", "commit_success.txt", "checkpoints/*.json")
 
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -163,6 +164,12 @@ class Start:
             os.close(descriptor)
         os.close(self.signals)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def catches(self, number: signal.Signals) -> bool:
+        """Whether it has a handler for the signal now."""
+        status = pathlib.Path(f"/proc/{self.pid}/status").read_text()
+        caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+        return bool(int(caught, 16) >> (number - 1) & 1)
 
     def write_begins(self, seconds: float) -> bool:
         """Whether the chosen write begins before the child ends, and within that time."""

@@ -1,6 +1,7 @@
 """The smallest data and config with which every command runs: a config file, and the text that it reads.
 
-The config's paths are given on the command line: --config.nlu.path=FOLDER --config.sources.generic.path=FOLDER/{language}.txt
+The config's paths are given on the command line:
+--config.nlu.path=FOLDER --config.sources.generic.path=FOLDER/{language}.txt
 """
 
 import json
@@ -42,21 +43,20 @@ def get_config() -> ConfigDict:
     return config
 
 
-def write_data(folder: pathlib.Path, texts: int = 150, utterances: int = 40, seed: int = 0) -> list[str]:
-    """Writes generic text and labeled utterances, and returns the flags that name them.
+def write_data(folder: pathlib.Path, texts: int = 150, utterances: int = 40, held_out: int = 12, seed: int = 0) -> None:
+    """Writes generic text and labeled utterances.
 
-    texts: of each language. utterances: of each locale's train partition; dev and test have 12 each.
+    texts: of each language. utterances: of each locale's train partition. held_out: of dev, and of test.
     """
     chance = random.Random(seed)
     folder.mkdir(parents=True)
     for language, locale in LANGUAGES.items():
         lines = [" ".join(_word(chance, language) for _ in range(chance.randint(4, 12))) for _ in range(texts)]
         (folder / f"{language}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        partitions = ["train"] * utterances + ["dev"] * 12 + ["test"] * 12
+        partitions = ["train"] * utterances + ["dev"] * held_out + ["test"] * held_out
         with open(folder / f"{locale}.jsonl", "w", encoding="utf-8") as file:
             for number, partition in enumerate(partitions):
                 file.write(json.dumps(_utterance(chance, language, locale, number, partition)) + "\n")
-    return [f"--config.nlu.path={folder}", f"--config.sources.generic.path={folder}/{{language}}.txt"]
 
 
 def _word(chance: random.Random, language: str) -> str:
