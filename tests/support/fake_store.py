@@ -110,8 +110,11 @@ class _Upload(io.FileIO):
 
 
 @contextlib.contextmanager
-def serving(root: pathlib.Path) -> Iterator[None]:
-    """Answers tensorstore's requests for gs:// on the folder of `install`; orbax's own client has a stand-in."""
+def serving(root: pathlib.Path, refuses: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Answers tensorstore's requests for gs:// on the folder of `install`; orbax's own client has a stand-in.
+
+    refuses(): asked for each request; True answers it with 503, which asks to try again.
+    """
     buckets, lock, generations = root / "buckets", threading.Lock(), {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -141,6 +144,14 @@ def serving(root: pathlib.Path) -> Iterator[None]:
         def _about(self, bucket: pathlib.Path, name: str) -> dict[str, str]:
             file = bucket / name
             return {"name": name, "generation": self._generation(file), "size": str(file.stat().st_size)}
+
+        def parse_request(self):
+            parsed = super().parse_request()
+            if parsed and refuses():
+                self.rfile.read(int(self.headers.get("content-length", 0)))
+                self._answer(503)
+                return False
+            return parsed
 
         def do_GET(self):
             bucket, name, query = self._asked()
