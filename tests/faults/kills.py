@@ -9,8 +9,8 @@ python -m tests.faults.kills --count=1000 --workdir=DIR [--seed=0] [--workers=2]
                     clock   the wall clock jumps by a day, forward or back, up to three times
                     store   the workdir lies on a store where one operation in ten fails and one in ten is slow
 
-A case is one command in a fresh folder: it is started and disturbed until a start gets to its end (after at most 4
-kills, 30 of a study). What it leaves must then be, file by file, what an undisturbed run leaves, and none of its
+A case is one command in a fresh folder: it is started and disturbed until a start gets to its end (after at most 6
+kills, 40 of a study). What it leaves must then be, file by file, what an undisturbed run leaves, and none of its
 processes may live. The same command again goes on where DIR/FAULT.jsonl ends. A kill comes
     at a time       after a random share of the time that an undisturbed run takes,
     in a write      0 to 5 ms after a random one of the writes begins,
@@ -52,7 +52,7 @@ class Command:
     name: str
     flags: tuple[str, ...] = ()
     weight: int = 2
-    most_kills: int = 4
+    most_kills: int = 6
     share: float = 1.0
 
 
@@ -68,7 +68,7 @@ COMMANDS = (
     Command("finetune_icner", (PREPARED, STUDENT, "--config.finetune.domain=each")),
     Command("evaluate", (PREPARED, "--config.evaluate.checkpoint={finetune_dc}")),
     Command("export", ("--config.export.checkpoint={finetune_dc}", "--config.export.stablehlo=True")),
-    Command("study", weight=1, most_kills=30, share=0.25),
+    Command("study", weight=1, most_kills=40, share=0.25),
 )
 NAMES = tuple(one.name for one in COMMANDS)
 NOT_ON_A_STORE = ("finetune_icner", "export", "study")
@@ -226,7 +226,7 @@ class Case:
     def _planned(self) -> dict:
         """When the next kill comes."""
         share = self.command.share
-        kind = self.chance.choices(("time", "write", "change"), (45, 35, 20))[0]
+        kind = self.chance.choices(("time", "write", "change"), (35, 40, 25))[0]
         if kind == "time":
             return {"kind": kind, "after": self.chance.uniform(0.0, share * self.reference["seconds"])}
         counted = {"write": self.reference["writes"], "change": self.reference["operations"]}[kind]

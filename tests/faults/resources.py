@@ -81,7 +81,7 @@ def compare(workdir: pathlib.Path, texts: int, utterances: int) -> list[tuple[st
             print(f"{size} {name}: {peak:.0f} MiB", file=sys.stderr, flush=True)
             if size != "once":
                 peaks[name].append(peak)
-    return [(name, *peaks[name]) for name in peaks]
+    return [(name, one, ten) for name, (one, ten) in peaks.items()]
 
 
 def held() -> dict[str, float]:
@@ -109,8 +109,8 @@ def study(workdir: pathlib.Path, seeds: int) -> dict:
 
         run_one = Study.run_one
 
-        def noting(self: Study, stage, *more):
-            ran = run_one(self, stage, *more)
+        def noting(self, stage, title, outputs=None):
+            ran = run_one(self, stage, title, outputs)
             with open(notes, "a") as file:
                 file.write(json.dumps({"stage": stage.name, **held()}) + "\n")
             return ran

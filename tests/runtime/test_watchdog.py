@@ -87,7 +87,7 @@ def test_the_time_in_which_the_process_was_stopped_does_not_count(tmp_path, monk
     for seconds, stalls in (((5, 120, 5, 5), False), ((5, 5, 5, 5, 5), True), ((5, 120, 5, 5, 5, 5), True)):
         one = Watchdog(20.0, tmp_path, exits=False)
         with monkeypatch.context() as patch:
-            one._stop = Pauses(patch, seconds)
+            patch.setattr(one, "_stop", Pauses(patch, seconds))
             one._doing, one._since, one._reported = "the start", 0.0, False
             one._watch()
         assert file.exists() == stalls, seconds
