@@ -53,6 +53,13 @@ def install(root: pathlib.Path, faults: Callable[[], None] = lambda: None) -> li
                 return {"name": name, "size": 0, "type": "directory"}
             raise FileNotFoundError(path)
 
+        def exists(self, path, **options):
+            try:  # as in s3fs and gcsfs; fsspec's own takes every error for an answer
+                self.info(path)
+                return True
+            except FileNotFoundError:
+                return False
+
         def ls(self, path, detail=True, **options):
             found = [self.info(path)]
             if found[0]["type"] == "directory":
