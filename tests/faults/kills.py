@@ -319,8 +319,8 @@ class Case:
         self.problems += impossible_times(self.folder)
 
     def _store(self) -> None:
-        # s3fs and gcsfs try again by themselves; here every failure reaches us. Ever fewer, so that a start gets further
-        # than the one before, and one to the end.
+        # s3fs and gcsfs try again by themselves; here every failure reaches us. Ever fewer, so that in the end a start
+        # gets through.
         for attempt in range(40):
             chance, share = random.Random(f"{self.options.seed} {self.number} {attempt}"), 0.1 * 0.75**attempt
 
