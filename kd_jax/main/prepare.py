@@ -19,7 +19,7 @@ from kd_jax.data.prepared import PARTS, prepare
 from kd_jax.data.rows import read_manifest
 from kd_jax.data.text.check import check
 from kd_jax.main import command
-from kd_jax.runtime.lock import owned
+from kd_jax.runtime.lock import owned, tidy
 from kd_jax.runtime.preemption import Item, interruptible
 from kd_jax.runtime.progress import counted
 from kd_jax.trainer.run_directory import mark_done
@@ -40,6 +40,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         return counted(interruptible(texts, doing, alone=True), doing, unit="texts", shown=config.progress)
 
     if jax.process_index() == 0:
+        tidy(workdir)
         finished = read_manifest(workdir) is not None  # which is only read, and may lie on a read-only disk
         with contextlib.nullcontext() if finished else owned(workdir):
             prepare(settings, to_dict(config), workdir, watch=watch)

@@ -45,6 +45,7 @@ from kd_jax.models.encoder_config import encoder_config
 from kd_jax.runtime import distributed
 from kd_jax.runtime.copies import keep_copies_in
 from kd_jax.runtime.files import write_json
+from kd_jax.runtime.lock import tidy
 from kd_jax.runtime.paths import as_path
 from kd_jax.study import overview
 from kd_jax.study.plan import MODELS, REPORT
@@ -105,6 +106,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, key: str | None = None) -> No
     started = time.monotonic()
     together = {"writes": jax.process_index() == 0, "agree": distributed.from_first}
     study = open_study(config, workdir, workers=workers_of(config, workdir), **together)
+    if jax.process_index() == 0:
+        tidy(workdir)
     if key is None:
         study.run(lambda: overview.flops_of(study), quiet=logging.get_verbosity() <= logging.WARNING)
     else:

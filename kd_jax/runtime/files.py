@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ import pathlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from kd_jax.runtime.paths import as_path, digest, is_remote, reaching
 from kd_jax.types import UserError
@@ -67,7 +68,8 @@ def system_errors_are_user_errors() -> Iterator[None]:
 def write_atomically(path: pathlib.Path, data: bytes | str) -> None:
     """Replaces a file so that a reader finds the old content or the new, never a part.
 
-    Raises UserError when the disk is full, the folder cannot be written to, or the store cannot be reached.
+    What a killed process leaves beside it, `kd_jax.runtime.lock.tidy` removes. Raises UserError when the disk is full,
+    the folder cannot be written to, or the store cannot be reached.
     """
     data = data.encode() if isinstance(data, str) else data
     if is_remote(path):  # a single put is atomic
@@ -77,12 +79,11 @@ def write_atomically(path: pathlib.Path, data: bytes | str) -> None:
     # The process id keeps two processes that write the same file apart.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with full_disk_is_user_error(path):
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                # Without fsync, a power cut after the rename can leave an empty file under the final name.
-                os.fsync(file.fileno())
+        with full_disk_is_user_error(path), _opened(temporary) as file:
+            file.write(data)
+            file.flush()
+            # Without fsync, a power cut after the rename can leave an empty file under the final name.
+            os.fsync(file.fileno())
             os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror or error
@@ -90,6 +91,17 @@ def write_atomically(path: pathlib.Path, data: bytes | str) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _opened(temporary: pathlib.Path) -> BinaryIO:
+    """The file, new, and locked while it is open: so that `tidy` can tell it from one whose process is gone."""
+    while True:
+        file = open(temporary, "wb")  # noqa: SIM115  closed by the caller
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # removed between the two calls
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:

@@ -1,4 +1,5 @@
-"""Locks that the kernel releases however their process ends, and the one owner of a folder that a command writes.
+"""Locks that the kernel releases however their process ends: the one owner of a folder that a command writes, and what
+a killed process leaves.
 
 They hold between the processes of one host, and between hosts where the file system passes flock on (NFS 4, Lustre
 mounted with flock, GPFS). Where a file system has no locks, and between hosts on gs:// and s3://, two owners go
@@ -48,6 +49,24 @@ def owned(folder: pathlib.Path, part: str = "") -> Iterator[None]:
         os.close(descriptor)
 
 
+def tidy(folder: pathlib.Path) -> None:
+    """Removes what killed processes left below a folder: unfinished small files, and the names of former owners.
+
+    The lock on each tells whether its process lives, so this is safe while others write there.
+    """
+    folder = on_this_host(folder)
+    for pattern in (".*.tmp", ".owner*"):
+        for path in folder.rglob(pattern):
+            with contextlib.suppress(OSError):  # it is gone, or lies on a disk that is only read
+                descriptor = os.open(path, os.O_RDWR)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                        path.unlink()
+                finally:
+                    os.close(descriptor)
+
+
 def _locked(path: pathlib.Path) -> int:
     """The descriptor of the file at `path`, locked."""
     while True:
@@ -64,7 +83,7 @@ def _locked(path: pathlib.Path) -> int:
 def _owner(path: pathlib.Path) -> str:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        minutes = (time.time() - values["started"]) / 60
+        minutes = max(time.time() - values["started"], 0.0) / 60  # clocks jump
         return f"process {values['pid']} on {values['host']} has been writing here for {minutes:.0f} minutes"
     except (OSError, ValueError, KeyError):  # it is gone, or has not said yet who it is
         return "another process is writing here"

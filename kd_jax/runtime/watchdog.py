@@ -40,8 +40,14 @@ class Watchdog:
         self._doing, self._since, self._reported = doing, time.monotonic(), False
 
     def _watch(self) -> None:
-        while not self._stop.wait(min(self._seconds / 4, 5.0)):
-            waited = time.monotonic() - self._since
+        pause, looked = min(self._seconds / 4, 5.0), time.monotonic()
+        while not self._stop.wait(pause):
+            now = time.monotonic()
+            # A pause of several times its length: the whole process was stopped (SIGSTOP, a suspended machine), and
+            # could not work either.
+            if now - looked > 3 * pause:
+                self._since = min(self._since + (now - looked), now)
+            looked, waited = now, now - self._since
             if waited > self._seconds and not self._reported:
                 self._reported = True
                 self._report(waited)

@@ -2,12 +2,13 @@
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 import pathlib
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -54,20 +55,13 @@ def attempt(workdir: pathlib.Path, stage: str, *, writes: bool = True) -> Iterat
     path = path_of(workdir, stage)
     path.parent.mkdir(parents=True, exist_ok=True)
     # flock and not a marker file: the kernel releases it however the process ends, so no stale lock blocks a resume.
-    with open(path, "a+", encoding="utf-8") as file:
-        if not take(file.fileno()):
+    with _opened(path) as file:
+        if not take(file):
             other = read_attempt(workdir, stage)
             who = f"process {other.pid} on {other.host}" if other else "another process"
             raise UserError(f"stage {stage}: {who} is running it; wait until it ends, or stop it first")
         here = Attempt(RUNNING, socket.gethostname(), os.getpid(), time.time())
-
-        def note(one: Attempt) -> None:
-            # In place, since replacing the file would leave the lock on the old one.
-            file.seek(0)
-            file.truncate()
-            file.write(json.dumps(one.describe(), indent=2) + "\n")
-            file.flush()
-
+        note = functools.partial(_note, file)
         note(here)
         try:
             yield
@@ -77,6 +71,38 @@ def attempt(workdir: pathlib.Path, stage: str, *, writes: bool = True) -> Iterat
             note(replace(here, outcome=outcome, ended=time.time(), message=message))
             raise
         note(replace(here, outcome=FINISHED, ended=time.time()))
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _note(descriptor: int, one: Attempt) -> None:
+    # In place, since replacing the file would leave the lock on the old one; and in one write that covers the old note,
+    # so that a kill leaves one of the two.
+    text = (json.dumps(one.describe(), indent=2) + "\n").encode()
+    os.pwrite(descriptor, text.ljust(os.fstat(descriptor).st_size), 0)
+    os.ftruncate(descriptor, len(text))
+
+
+def make_up(workdir: pathlib.Path, stage: str, ended: Callable[[], float]) -> float | None:
+    """Notes as finished an attempt that was killed after the end of its stage; returns the seconds that it took.
+
+    None where there is no such attempt. ended(): when the stage ended, in seconds since the epoch.
+    """
+    found = read_attempt(workdir, stage)
+    if found is None or found.outcome != STOPPED:
+        return None
+    with _opened(path_of(workdir, stage)) as file:
+        finished = replace(found, outcome=FINISHED, ended=ended(), message="")
+        if take(file):
+            _note(file, finished)
+    return max(finished.ended - found.started, 0.0)
 
 
 def read_attempt(workdir: pathlib.Path, stage: str) -> Attempt | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import itertools
 import math
 import pathlib
@@ -13,11 +14,13 @@ from typing import Any
 from kd_jax.jobs.trained import whole
 from kd_jax.runtime.files import read_json, read_json_object, write_json
 from kd_jax.runtime.preemption import interruptible
-from kd_jax.study.attempts import attempt, path_of
+from kd_jax.study.attempts import attempt, make_up, path_of
 from kd_jax.study.plan import FITTED, PHASES, REPORT, STAGE, Keys, Planner, Recipe, Stage, Student
 from kd_jax.study.timing import Timing, duration
 from kd_jax.study.workers import Workers
 from kd_jax.types import UserError
+
+SECONDS = "seconds.json"  # of a stage: its wall time
 
 # Runs one command: (its name, its config as plain values, its directory).
 RunStage = Callable[[str, dict[str, Any], pathlib.Path], None]
@@ -141,6 +144,8 @@ class Study:
         """
         folder = self.folder(stage)
         if self._agree(self.done(stage)):
+            if self._writes:
+                self._make_up(stage)
             return False
         with attempt(self.workdir, stage.folder, writes=self._writes):
             if self._agree(self.done(stage)):  # finished by the process that had the lock until now
@@ -153,8 +158,19 @@ class Study:
                     raise UserError(
                         f"stage {stage.name}: {folder} has no DONE marker; start the study again to resume it"
                     )
-                write_json(folder / "seconds.json", round(time.monotonic() - started, 2))
+                write_json(folder / SECONDS, round(time.monotonic() - started, 2))
         return True
+
+    def _make_up(self, stage: Stage) -> None:
+        """The notes about a finished stage that a kill between its end and its notes has left out."""
+        folder = self.folder(stage)
+
+        def ended() -> float:
+            return datetime.datetime.fromisoformat(read_json(folder / "DONE")["finished"]).timestamp()
+
+        seconds = make_up(self.workdir, stage.folder, ended)
+        if seconds is not None and not (folder / SECONDS).exists():
+            write_json(folder / SECONDS, round(seconds, 2))
 
     def check_teachers(self) -> None:
         """Refuses a finished generic teacher whose loss on task text is no better than a unigram's; notes an adapted
@@ -285,6 +301,6 @@ def _steps_seconds(folder: pathlib.Path) -> float:
 
 def read_seconds(folder: pathlib.Path) -> float:
     """A stage's wall time; NaN if its process was killed between the stage's end and the note of its time."""
-    file = folder / "seconds.json"
+    file = folder / SECONDS
     seconds = read_json(file) if file.exists() else None
     return float(seconds) if isinstance(seconds, int | float) else float("nan")

@@ -85,7 +85,7 @@ def status_of(study: Study, now: float | None = None) -> Status:
         state = attempt.outcome if attempt and attempt.outcome in STATES else LEFT
         counts[stage.phase][state] += 1
         if attempt and state == RUNNING:
-            spent += now - attempt.started
+            spent += max(now - attempt.started, 0.0)  # clocks jump
             running[stage.key] = _running(study.folder(stage), stage, attempt)
         elif attempt and state == FAILED:
             failed.append((stage, attempt))
@@ -146,7 +146,7 @@ def _seconds_left(
         if known is None:
             unknown += 1
             continue
-        total += max(known - (now - here.attempt.started), 0.0) if here is not None else known
+        total += max(known - max(now - here.attempt.started, 0.0), 0.0) if here is not None else known
     return (None if unfinished and unknown == len(unfinished) else total), unknown
 
 

@@ -51,6 +51,8 @@ class Checkpoints:
             self._mirror = Mirror(self._folder) if needs_mirror(self._folder) else None
             folder = self._mirror.folder if self._mirror else self._folder
             self._manager = ocp.CheckpointManager(folder, options=options, item_names=("state", "meta"))
+            for step in sorted(self._manager.all_steps())[:-keep]:  # a kill may have left a part of one it was removing
+                self._manager.delete(step)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -19,7 +19,7 @@ from kd_jax.config.execution import Execution
 from kd_jax.runtime import distributed
 from kd_jax.runtime.cluster import cores
 from kd_jax.runtime.files import digest_of, read_json, read_json_object, write_sealed
-from kd_jax.runtime.lock import owned
+from kd_jax.runtime.lock import owned, tidy
 from kd_jax.runtime.paths import as_path, make_folder, reaching
 from kd_jax.runtime.watchdog import Watchdog
 from kd_jax.types import UserError
@@ -98,10 +98,12 @@ def run_once(
     UserError where another process runs in the directory.
     """
     with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0 and not is_done(workdir):
-            # Several machines may write one cache, each its own part.
-            part = f"-{execution.cache_part}" if execution.cache_parts > 1 else ""
-            stack.enter_context(owned(as_path(workdir), part))
+        if jax.process_index() == 0:
+            tidy(as_path(workdir))
+            if not is_done(workdir):
+                # Several machines may write one cache, each its own part.
+                part = f"-{execution.cache_part}" if execution.cache_parts > 1 else ""
+                stack.enter_context(owned(as_path(workdir), part))
         directory = RunDirectory(workdir, command, config)
         if directory.done:
             return

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from kd_jax.runtime.lock import owned
+from kd_jax.runtime.files import write_atomically
+from kd_jax.runtime.lock import owned, tidy
 from kd_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -80,3 +81,25 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"file: cannot be written \(.*\); "), owned(tmp_path / "file"):
         pytest.fail("no folder")
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path, other, monkeypatch):
+    left, kept = tmp_path / "run/deep/.report.md.4711.tmp", tmp_path / "run/report.tmp"
+    left.parent.mkdir()
+    for file in (left, kept, tmp_path / "run/.owner-3"):
+        file.write_text("half")
+    replace = os.replace
+
+    def watched(source, target):
+        tidy(tmp_path / "run")
+        assert source.exists()  # it is locked while it is written
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    write_atomically(tmp_path / "run/file", b"whole")
+    assert sorted(os.listdir(tmp_path / "run")) == [".owner", "deep", "file", "report.tmp"]
+    assert not left.exists() and (tmp_path / "run/file").read_bytes() == b"whole"
+    other.kill()
+    other.wait()
+    tidy(tmp_path / "run")
+    assert not (tmp_path / "run/.owner").exists()

@@ -1,6 +1,7 @@
 """Every command with everything on a store: prepared rows, teacher, cache, checkpoints, metrics and results."""
 
 import contextlib
+import random
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from kd_jax.runtime.files import read_json, read_json_lines, write_atomically
 from kd_jax.runtime.paths import as_path, names_in
 from kd_jax.trainer.checkpoint import Checkpoints
 from kd_jax.trainer.metrics import TIME
+from kd_jax.trainer.state import params_fingerprint
 from kd_jax.types import UserError
 from tests.support import fake_store, toy_training
 from tests.support.finished_runs import small_config
@@ -128,6 +130,29 @@ def test_the_rows_that_a_checkpoint_counts_are_on_the_store_before_it(store, sch
         toy_training.train(workdir, checkpoints=checkpoints, tensorboard=True)
     assert len(found) == 3 and all(counted == there for counted, there in found)
     assert found[-1][0] == 3 and len(names_in(workdir / "tensorboard")) == 1
+
+
+@pytest.mark.long
+def test_checkpoints_on_a_store_that_refuses_one_request_in_four(tmp_path, monkeypatch):
+    """Tensorstore, which writes their arrays, tries again; the run and its resume are as on a disk."""
+    monkeypatch.setattr(copies, "_chosen_root", str(tmp_path / "local"))
+    fake_store.install(tmp_path)
+    chance, refused = random.Random(0), []
+
+    def refuses():
+        refused.append(chance.random() < 0.25)
+        return refused[-1]
+
+    def job(steps):
+        return toy_training.toy_job(steps=steps, checkpoint_every=3, schedule="constant", warmup_steps=0)
+
+    for until in (6, 9):
+        with fake_store.serving(tmp_path, refuses):
+            state = toy_training.train(as_path("gs://bucket/toy"), job(until))
+    straight = toy_training.train(tmp_path / "toy", job(9))
+    assert params_fingerprint(state["params"]) == params_fingerprint(straight["params"])
+    assert any(refused)
+    assert names_in(as_path("gs://bucket/toy/checkpoints")) == ["6", "9"]
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@ import subprocess
 import sys
 import time
 
+from kd_jax.runtime import watchdog
 from kd_jax.runtime.watchdog import Watchdog, alive
 
 
@@ -58,6 +59,7 @@ def test_outside_of_one_and_at_zero_nothing_is_watched(tmp_path):
 def test_it_may_end_the_process_with_the_code_for_another_start(tmp_path):
     program = f"""
 import time
+from kd_jax.runtime import watchdog
 from kd_jax.runtime.watchdog import Watchdog
 with Watchdog(0.2, {str(tmp_path)!r}, exits=True):
     time.sleep(60)
@@ -65,3 +67,28 @@ with Watchdog(0.2, {str(tmp_path)!r}, exits=True):
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
     assert ended.returncode == 75
     assert "process 0 of 1: the start has taken" in ended.stderr
+
+
+class Pauses:
+    """Stands for the watchdog's event: each wait moves the clock by the next number of seconds."""
+
+    def __init__(self, monkeypatch, seconds):
+        self._now, self._seconds = 0.0, iter(seconds)
+        monkeypatch.setattr(watchdog.time, "monotonic", lambda: self._now)
+
+    def wait(self, _):
+        pause = next(self._seconds, None)
+        self._now += pause or 0.0
+        return pause is None
+
+
+def test_the_time_in_which_the_process_was_stopped_does_not_count(tmp_path, monkeypatch):
+    file = tmp_path / "stalled-0.txt"
+    for seconds, stalls in (((5, 120, 5, 5), False), ((5, 5, 5, 5, 5), True), ((5, 120, 5, 5, 5, 5), True)):
+        one = Watchdog(20.0, tmp_path, exits=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(one, "_stop", Pauses(patch, seconds))
+            one._doing, one._since, one._reported = "the start", 0.0, False
+            one._watch()
+        assert file.exists() == stalls, seconds
+        file.unlink(missing_ok=True)

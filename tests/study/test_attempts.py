@@ -15,6 +15,7 @@ from kd_jax.study.attempts import (
     RUNNING,
     STOPPED,
     attempt,
+    make_up,
     path_of,
     read_attempt,
 )
@@ -82,6 +83,25 @@ def test_a_stage_that_another_process_runs_is_refused_and_free_when_it_was_kille
     assert (gone.outcome, gone.message) == (STOPPED, "its process is gone")
     with attempt(tmp_path, "prepare-1"):
         assert read_attempt(tmp_path, "prepare-1").pid == os.getpid()
+
+
+def test_an_attempt_that_was_killed_after_the_end_of_its_stage_is_made_up_for(tmp_path, other_process):
+    assert make_up(tmp_path, "prepare-1", lambda: 0.0) is None  # it runs
+    started = read_attempt(tmp_path, "prepare-1").started
+    other_process.kill()
+    other_process.wait()
+    assert make_up(tmp_path, "prepare-1", lambda: started + 5) == pytest.approx(5)
+    found = read_attempt(tmp_path, "prepare-1")
+    assert (found.outcome, found.ended, found.message) == (FINISHED, started + 5, "")
+    assert make_up(tmp_path, "prepare-1", lambda: 0.0) is None  # once
+
+
+def test_a_note_that_is_shorter_than_the_one_before_leaves_nothing_of_it(tmp_path):
+    with pytest.raises(ValueError), attempt(tmp_path, "prepare-1"):
+        raise ValueError("a long message " * 20)
+    with attempt(tmp_path, "prepare-1"):
+        assert read_attempt(tmp_path, "prepare-1").outcome == RUNNING
+    assert json.loads(path_of(tmp_path, "prepare-1").read_text())["message"] == ""
 
 
 def test_another_machines_note_is_believed(tmp_path):

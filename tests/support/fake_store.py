@@ -17,14 +17,17 @@ import threading
 import types
 import urllib.parse
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import fsspec
 from etils.epath import backend
 
 
-def install(root: pathlib.Path) -> list[str]:
-    """Buckets are folders of `root`/buckets from now on. Returns the list that each name opened for reading joins."""
+def install(root: pathlib.Path, faults: Callable[[], None] = lambda: None) -> list[str]:
+    """Buckets are folders of `root`/buckets from now on. Returns the list that each name opened for reading joins.
+
+    faults: called before each operation, which it may slow down, or fail by raising.
+    """
     read: list[str] = []
     (root / "uploads").mkdir(parents=True, exist_ok=True)
 
@@ -42,12 +45,20 @@ def install(root: pathlib.Path) -> list[str]:
             return root / "buckets" / self._strip_protocol(path)
 
         def info(self, path, **options):
+            faults()
             place, name = self._place(path), self._strip_protocol(path)
             if place.is_file():
                 return {"name": name, "size": place.stat().st_size, "type": "file"}
             if any(file.is_file() for file in place.rglob("*")):
                 return {"name": name, "size": 0, "type": "directory"}
             raise FileNotFoundError(path)
+
+        def exists(self, path, **options):
+            try:  # as in s3fs and gcsfs; fsspec's own takes every error for an answer
+                self.info(path)
+                return True
+            except FileNotFoundError:
+                return False
 
         def ls(self, path, detail=True, **options):
             found = [self.info(path)]
@@ -59,15 +70,18 @@ def install(root: pathlib.Path) -> list[str]:
             return found if detail else [entry["name"] for entry in found]
 
         def _open(self, path, mode="rb", **options):
+            faults()
             if mode == "rb":
                 read.append(self._strip_protocol(path))
                 return open(self._place(path), "rb")
-            return _Upload(root / "uploads" / uuid.uuid4().hex, self._place(path))
+            return _Upload(root / "uploads" / uuid.uuid4().hex, self._place(path), faults)
 
         def _rm(self, path):
+            faults()
             self._place(path).unlink()
 
         def rm(self, path, recursive=False, maxdepth=None):
+            faults()
             place = self._place(path)
             if recursive and not place.is_file():
                 self.info(path)
@@ -90,20 +104,24 @@ def install(root: pathlib.Path) -> list[str]:
 class _Upload(io.FileIO):
     """A file that takes its name when it is closed."""
 
-    def __init__(self, hidden: pathlib.Path, target: pathlib.Path):
+    def __init__(self, hidden: pathlib.Path, target: pathlib.Path, faults: Callable[[], None]):
         super().__init__(hidden, "wb")
-        self._hidden, self._target = hidden, target
+        self._hidden, self._target, self._faults = hidden, target, faults
 
     def close(self):
         if not self.closed:
             super().close()
+            self._faults()
             self._target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(self._hidden, self._target)
 
 
 @contextlib.contextmanager
-def serving(root: pathlib.Path) -> Iterator[None]:
-    """Answers tensorstore's requests for gs:// on the folder of `install`; orbax's own client has a stand-in."""
+def serving(root: pathlib.Path, refuses: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Answers tensorstore's requests for gs:// on the folder of `install`; orbax's own client has a stand-in.
+
+    refuses(): asked for each request; True answers it with 503, which asks to try again.
+    """
     buckets, lock, generations = root / "buckets", threading.Lock(), {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -133,6 +151,14 @@ def serving(root: pathlib.Path) -> Iterator[None]:
         def _about(self, bucket: pathlib.Path, name: str) -> dict[str, str]:
             file = bucket / name
             return {"name": name, "generation": self._generation(file), "size": str(file.stat().st_size)}
+
+        def parse_request(self):
+            parsed = super().parse_request()
+            if parsed and refuses():
+                self.rfile.read(int(self.headers.get("content-length", 0)))
+                self._answer(503)
+                return False
+            return parsed
 
         def do_GET(self):
             bucket, name, query = self._asked()

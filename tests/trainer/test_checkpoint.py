@@ -1,5 +1,6 @@
 import errno
 import logging
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,17 @@ def test_a_half_written_checkpoint_is_never_read_and_is_cleared_away(tmp_path):
     with Checkpoints(tmp_path / FOLDER, keep=2) as checkpoints:
         assert checkpoints.restore(abstract)[1] == {"step": 1}
     assert not torn.exists()
+
+
+def test_an_old_checkpoint_that_a_kill_left_half_removed_is_cleared_away(tmp_path):
+    state, abstract = parts(1, 1, 1)
+    with Checkpoints(tmp_path / FOLDER, keep=2) as checkpoints:
+        for step in (2, 4):
+            checkpoints.save(step, state, {"step": step})
+    shutil.rmtree(tmp_path / FOLDER / "2" / "state")
+    with Checkpoints(tmp_path / FOLDER, keep=1) as checkpoints:
+        assert checkpoints.restore(abstract)[1] == {"step": 4}
+    assert [one.name for one in (tmp_path / FOLDER).iterdir()] == ["4"]
 
 
 def test_another_identity_is_refused_with_the_differences(tmp_path):
