@@ -76,6 +76,21 @@ def test_bfloat16(kernel):
     check(kernel, inputs, given, segment_ids, 20, 2e-2)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size", [32, 64, 80, 128])
+@pytest.mark.parametrize("length", [64, 512, 2048])
+def test_the_kernel_compiled_for_a_gpu(length, size, dtype):
+    if jax.default_backend() != "gpu":
+        pytest.skip("there is no GPU; launch/gpu_check.sh runs this test where one is")
+    third = length // 3
+    inputs, given, segment_ids = arrays(2, size, [[length], [third, third], []], length, dtype)
+    with jax.default_matmul_precision("highest"):
+        for window in (None, 20):
+            # Products in the kernel round to TF32 or bfloat16.
+            check(Kernel("triton", True), inputs, given, segment_ids, window, 2e-2)
+
+
 def test_heads_of_a_size_that_is_no_power_of_two_and_an_odd_number_of_blocks():
     inputs, given, segment_ids = arrays(1, 20, [[100, 70], [192]], 192)
     check(TRITON, inputs, given, segment_ids, 70, 1e-5)
