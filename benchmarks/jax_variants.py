@@ -1,6 +1,6 @@
 """What is measured of kd_jax: distillation in several layouts and sizes, finetuning, prediction, and the GEMM peak.
 
-Each variant is a function of the spec (see worker.Variant). Models compute in float32, which is fastest on a CPU.
+Each variant is a function of the spec (see worker.Variant). Models compute in the spec's dtype.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from benchmarks.workloads import read_arrays, read_batches, read_tree
 from kd_jax.config.execution import Mesh
 from kd_jax.config.training import KL, Term
 from kd_jax.losses.logits import kl_divergence, masked_cross_entropy
+from kd_jax.models.attention_kernels import find_kernel
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.flops import cached_flops, distill_flops
 from kd_jax.models.functional import Functional, flops_per_row
@@ -67,7 +68,8 @@ def training(
 
 def model(spec: Spec, name: str) -> Functional:
     """The masked LM that the spec describes under a name."""
-    return Functional("mlm", EncoderConfig(**spec["models"][name]), compute_dtype="float32")
+    kernel = find_kernel("auto", make_mesh(Mesh(), jax.devices()[:1]))
+    return Functional("mlm", EncoderConfig(**spec["models"][name]), compute_dtype=spec["dtype"], attention=kernel)
 
 
 def weights(spec: Spec, name: str) -> Any:
@@ -251,9 +253,9 @@ def predict(spec: Spec) -> Built:
 
 
 def gemm(spec: Spec) -> Built:
-    """The machine's peak: a step is one product of two large square float32 matrices."""
+    """The machine's peak: a step is one product of two large square matrices."""
     size = spec["gemm_size"]
-    left = jax.random.normal(jax.random.key(0), (size, size), jnp.float32)
+    left = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(spec["dtype"]))
     right = left / size**0.5
     multiply = jax.jit(jnp.matmul)
 

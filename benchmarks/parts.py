@@ -53,9 +53,10 @@ def steps(vocabulary: int) -> dict[str, Callable[[], Step]]:
     rows, length, slots = 64, 64, 10
     rng = np.random.default_rng(0)
 
-    def model(kind: str, preset: str, **more: Any) -> Functional:
+    def model(kind: Any, preset: str, **more: Any) -> Functional:
         shape = encoder_config(base.encoder(preset).to_dict(), vocabulary)
-        return Functional(kind, dataclasses.replace(shape, dropout=0.0, attention_dropout=0.0), "float32", **more)
+        plain = dataclasses.replace(shape, dropout=0.0, attention_dropout=0.0)
+        return Functional(kind, plain, compute_dtype="float32", **more)
 
     student, teacher = model("mlm", "student_small"), model("mlm", "teacher_small")
     masked = synthetic_batch(rows, length, slots, vocabulary)

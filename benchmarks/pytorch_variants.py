@@ -35,6 +35,7 @@ class UsualLoop:
     def __init__(self, spec: Spec, *, compiled: bool, fused: bool):
         torch.set_num_threads(spec["threads"] or torch.get_num_threads())
         self.spec, self.compiled, self.fused = spec, compiled, fused
+        self.device = torch.device("cpu" if spec["device"] == "cpu" else "cuda")
         self.shapes = {name: EncoderConfig(**values) for name, values in spec["models"].items()}
 
     def prepare(self) -> dict[str, Any]:
@@ -46,7 +47,9 @@ class UsualLoop:
         self.optimizer = self._optimizer()
         packed = read_batches(self.spec["batches"])
         batches = self.layout(packed)
-        self.batches = [{name: torch.from_numpy(values) for name, values in batch.items()} for batch in batches]
+        self.batches = [
+            {name: torch.from_numpy(values).to(self.device) for name, values in batch.items()} for batch in batches
+        ]
         self.build()
         return {
             "framework": f"torch {torch.__version__}, transformers {transformers.__version__}",
@@ -63,7 +66,8 @@ class UsualLoop:
         """One update; the two losses before it."""
         job = self.spec["job"]
         self.optimizer.zero_grad(set_to_none=True)
-        kl, mlm = self.losses(batch)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec["dtype"] == "bfloat16"):
+            kl, mlm = self.losses(batch)
         (self.spec["kl_weight"] * kl + self.spec["mlm_weight"] * mlm).backward()
         if job["clip_norm"] > 0:
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), job["clip_norm"])
@@ -114,7 +118,7 @@ class UsualLoop:
         if unexpected or any("decoder.weight" not in key for key in missing):
             raise ValueError(f"{name}: the weights do not fit ModernBertForMaskedLM: {missing}, {unexpected}")
         model.tie_weights()
-        return model
+        return model.to(self.device)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         job = self.spec["job"]
@@ -177,7 +181,7 @@ class BestLoop(UsualLoop):
     def _masks(shape: EncoderConfig, segment_ids) -> dict[str, torch.Tensor]:
         """What may see what, bool [R, 1, L, L] by kind of layer."""
         whole = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-        columns = torch.arange(segment_ids.shape[1])
+        columns = torch.arange(segment_ids.shape[1], device=segment_ids.device)
         distance = (columns[:, None] - columns[None, :]).abs()
         near = whole & (distance <= shape.local_window // 2)[None, None]
         return {"full_attention": whole, "sliding_attention": near}
@@ -209,7 +213,7 @@ class NarrowLoop(BestLoop):
         for layer in layers:
             kind = layer.attention_type
             states = layer(states, attention_mask=masks[kind], position_embeddings=angles[kind])
-        row = torch.arange(len(tokens))[:, None]
+        row = torch.arange(len(tokens), device=tokens.device)[:, None]
         normed, attention = last.attn_norm(states), last.attn
         if attention.Wqkv.bias is not None:
             raise ValueError("a last layer with biases is not written")
@@ -245,7 +249,8 @@ def gemm(spec: Spec) -> tuple[dict[str, Any], Run]:
     """The machine's peak by PyTorch; see jax_variants.gemm."""
     torch.set_num_threads(spec["threads"] or torch.get_num_threads())
     size = spec["gemm_size"]
-    left = torch.randn(size, size)
+    device = torch.device("cpu" if spec["device"] == "cpu" else "cuda")
+    left = torch.randn(size, size, dtype=getattr(torch, spec["dtype"]), device=device)
     right = left / size**0.5
 
     def run(first: int, steps: int) -> list[dict[str, float]]:
@@ -253,6 +258,8 @@ def gemm(spec: Spec) -> tuple[dict[str, Any], Run]:
         product = left
         for _ in range(steps):
             product = product @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         return [{} for _ in range(steps)]
 
     return {"framework": f"torch {torch.__version__}", "flops": 2.0 * size**3 * spec["gemm_steps"]}, run

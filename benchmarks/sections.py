@@ -78,6 +78,8 @@ def distill_spec(config: ConfigDict, shapes: Mapping[str, EncoderConfig]) -> dic
         "mlm_weight": config.distill.mlm.weight,
         "block": config.distill.block_positions,
         "threads": config.benchmark.threads,
+        "device": config.benchmark.device,
+        "dtype": config.compute_dtype,
     }
 
 
@@ -109,6 +111,7 @@ def measure_step(config: ConfigDict, prepared: Prepared, folder: pathlib.Path, s
         "vocabulary": prepared.tokenizer.vocab_size,
         "labels": {name: LABELS[name] for name in variants()},
         "gemm_peak": max(text["gemm_peak"] for text in texts.values()),
+        "dtype": config.compute_dtype,
         "texts": with_shares(texts),
     }
 

@@ -32,7 +32,7 @@ def spread(values: Mapping[str, float], unit: float = 1.0) -> str:
 
 def step_tables(result: Mapping[str, Any]) -> str:
     """A table for each text, and one of the ratios."""
-    parts = [f"Measured GEMM peak: {result['gemm_peak'] / 1e9:.0f} GFLOP/s (float32)."]
+    parts = [f"Measured GEMM peak: {result['gemm_peak'] / 1e9:.0f} GFLOP/s ({result.get('dtype', 'float32')})."]
     for name, text in result["texts"].items():
         held = text["held"]
         per_step = {key: held[key] / held["batches"] for key in ("texts", "tokens", "masked")}

@@ -57,7 +57,9 @@ class Worker:
         command = [sys.executable, "-m", "benchmarks.worker", variant, str(spec_file)]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         with open(self.log, "w", encoding="utf-8") as log:
-            self._process = subprocess.Popen(command, stderr=log, env=environment(devices), **pipes)
+            self._process = subprocess.Popen(
+                command, stderr=log, env=environment(devices, spec.get("device", "cpu")), **pipes
+            )
 
     def ask(self, do: str, **values: Any) -> dict[str, Any]:
         """Sends one request and waits for its answer. Raises UserError when the worker failed."""
@@ -85,8 +87,8 @@ class Worker:
             self._process.wait()
 
 
-def environment(devices: int) -> dict[str, str]:
-    """This process's environment for a worker: on the CPU, with so many jax devices and no network."""
+def environment(devices: int, device: str) -> dict[str, str]:
+    """This process's environment for a worker: on the CPU with so many jax devices, or on a GPU; and no network."""
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
     if devices > 1:
         flags += f" --xla_force_host_platform_device_count={devices}"
@@ -94,7 +96,8 @@ def environment(devices: int) -> dict[str, str]:
     return {
         **os.environ,
         "XLA_FLAGS": flags.strip(),
-        "JAX_PLATFORMS": "cpu",
+        "JAX_PLATFORMS": "cpu" if device == "cpu" else "cuda,cpu",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the workers share one GPU's memory
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),  # large pages: fewer faults

@@ -46,6 +46,7 @@ def get_config(argument: str = "") -> ConfigDict:
             "texts": ConfigDict({"utterances": 1.0, "mixed": 0.7, "generic": 0.0}),  # name -> share of task tokens
             "batches": 4,  # distinct batches, one step each; a pass runs them all
             "rounds": 5,  # measured passes of each variant, in alternation
+            "device": "cpu",  # cpu | gpu, of the section "step"; with gpu set compute_dtype=bfloat16
             "threads": 2,  # cores of each worker; 0 leaves it to the frameworks
             "check_steps": 3,  # first steps whose losses must agree
             "tolerance": 1e-3,  # largest relative difference between the losses of two variants

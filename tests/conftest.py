@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("KD_JAX_TEST_PLATFORMS", "cpu")  # cuda,cpu for tests marked gpu
 # Without optimizing compiled code, since tests compile far longer than they compute: half the CPU time.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 "

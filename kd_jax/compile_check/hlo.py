@@ -24,6 +24,8 @@ _SENT = {
 COLLECTIVES = tuple(_SENT)
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_BROKEN = re.compile(r'\n(?="|}})')  # inside a kernel's metadata, which XLA writes over several lines
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([\d,]*)(?::T\(([\d,]+)\))?)?")
 _CALLS = re.compile(r"(calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
 
 
@@ -69,7 +71,7 @@ class Program:
         self.computations: dict[str, list[Instruction]] = {}
         self.fused: set[str] = set()
         name = entry = ""
-        for line in text.splitlines():
+        for line in _BROKEN.sub(" ", text).splitlines():
             if line.endswith("{") and not line.startswith(" ") and "->" in line:
                 head = line.split(" ", 2)
                 name = (head[1] if head[0] == "ENTRY" else head[0]).lstrip("%").split("(")[0]
@@ -144,14 +146,25 @@ def _end(text: str, letter: str, depth: int) -> int:
     return len(text)
 
 
-def arrays_of(shape: str) -> list[int]:
-    """The bytes of each array of a shape, as HLO writes it."""
+def arrays_of(shape: str, *, stored: bool = False) -> list[int]:
+    """The bytes of each array of a shape, as HLO writes it. stored: with what fills its tiles on a TPU.
+
+    bf16[512,64]{1,0:T(8,128)(2,1)} is stored as 512 x 128 values: tiles are those of its most minor dimensions.
+    """
     sizes: list[int] = []
-    for kind, dimensions in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", shape):
+    for kind, dimensions, order, tile in _ARRAY.findall(shape):
         digits = re.search(r"\d+", kind)
         width = _WIDTH.get(kind) or (max(int(digits.group()) // 8, 1) if digits else 0)
-        sizes.append(width * math.prod(int(size) for size in dimensions.split(",") if size))
+        lengths = _numbers(dimensions)
+        if stored:
+            for dimension, side in zip(_numbers(order), reversed(_numbers(tile))):
+                lengths[dimension] = math.ceil(lengths[dimension] / side) * side
+        sizes.append(width * math.prod(lengths))
     return sizes
+
+
+def _numbers(written: str) -> list[int]:
+    return [int(number) for number in written.split(",") if number]
 
 
 def _collective(kind: str, one: Instruction, lines: list[Instruction], runs: int) -> Collective:

@@ -2,7 +2,7 @@
 
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax
 from kd_jax.compile_check.hlo import Collective, Program
 from kd_jax.compile_check.roofline import GIB, Roofline, roofline
 from kd_jax.compile_check.topology import Topology
+from kd_jax.compile_check.traffic import kernel_traffic
 from kd_jax.types import UserError
 
 # How compilers report the memory that a program would need, if they do.
@@ -20,7 +21,10 @@ _UNITS = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30}
 
 @dataclass(frozen=True)
 class Measurement:
-    """A step compiled for a topology, in bytes per device; outputs that reuse the memory of arguments count nothing."""
+    """A step compiled for a topology, in bytes per device; outputs that reuse the memory of arguments count nothing.
+
+    kernels: name -> (runs in a step, bytes that they read and write).
+    """
 
     rows: int
     seconds: float  # of compilation
@@ -30,6 +34,7 @@ class Measurement:
     code: int
     fits: bool
     collectives: tuple[Collective, ...] = ()
+    kernels: dict[str, tuple[int, float]] = field(default_factory=dict)
     roofline: Roofline | None = None
 
     @property
@@ -74,6 +79,7 @@ def measure(lowered: jax.stages.Lowered, rows: int, flops: float, topology: Topo
         *sizes,
         fits=sum(sizes) <= topology.chip.usable,
         collectives=tuple(program.collectives()),
+        kernels=kernel_traffic(program),
         roofline=roofline(program, flops, topology.chip, slice_size),
     )
 
@@ -91,6 +97,9 @@ def lines_of(one: Measurement, topology: Topology, length: int, price: float) ->
         "collectives, bytes that a device sends per step:",
     ]
     found += [f"  {line}" for line in collective_lines(one.collectives)] or ["  none"]
+    if one.kernels:
+        found.append("kernels, bytes that they read and write per step:")
+        found += [f"  {name:<40} {runs:>4} x  {size / 1e9:>9.3f} GB" for name, (runs, size) in one.kernels.items()]
     roof = one.roofline
     tokens = one.rows * length / roof.step
     hours = 1e11 / tokens / 3600 * devices

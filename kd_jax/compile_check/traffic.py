@@ -20,7 +20,8 @@ _ON_CHIP = re.compile(r"\b[a-z]+\d*\w*\[[\d,]*\]\{[^{}]*S\([1-46-9]\)[^{}]*\}")
 def memory_traffic(program: Program) -> float:
     """Bytes read and written in a step: operands and results of all that is not inside a fusion, as often as it runs.
 
-    Of what is sliced only the slice counts, and of what is updated in place only the update.
+    Of what is sliced only the slice counts, and of what is updated in place only the update. A kernel counts like any
+    other operation, each operand once: what it reads again is not known here. Arrays on a TPU count as stored.
     """
     total = 0.0
     for name, lines in program.computations.items():
@@ -30,9 +31,33 @@ def memory_traffic(program: Program) -> float:
     return total
 
 
+# Custom calls whose work is not an operation of XLA: Pallas on TPUs and GPUs, Triton of later jax, cuDNN's attention.
+_KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call", "mosaic_gpu", "__cudnn$fmha")
+
+
+def kernel_traffic(program: Program) -> dict[str, tuple[int, float]]:
+    """The kernels of a program: name -> (runs in a step, bytes that all of them read and write)."""
+    found: dict[str, tuple[int, float]] = {}
+    for computation, lines in program.computations.items():
+        runs, near = program.runs[computation], {one.name: one for one in lines}
+        for one in lines:
+            target = re.search(r'custom_call_target="([^"]*)"', one.line)
+            if runs and one.opcode == "custom-call" and target and target.group(1).startswith(_KERNELS):
+                count, size = found.get(name := _kernel_name(one), (0, 0.0))
+                found[name] = count + runs, size + runs * _moved(one, near, program)
+    return found
+
+
+def _kernel_name(one: Instruction) -> str:
+    """As the code names the kernel: where XLA does not, from the path of functions that called it."""
+    name = re.sub(r"[.\d]*$", "", one.name)
+    path = re.search(r'op_name="([^"]*)/pallas_call', one.line)
+    return re.findall(r"\w+", path.group(1))[-1] if name == "pallas_call" and path else name
+
+
 def _main(*lines: Instruction) -> float:
     """The bytes of results that are in main memory."""
-    return float(sum(sum(arrays_of(_ON_CHIP.sub("", line.shape))) for line in lines))
+    return float(sum(sum(arrays_of(_ON_CHIP.sub("", line.shape), stored=True)) for line in lines))
 
 
 def _moved(one: Instruction, near: dict[str, Instruction], program: Program) -> float:
@@ -69,14 +94,14 @@ def _fusion(one: Instruction, operands: list[Instruction], inside: list[Instruct
                 yield position, line
 
     def update_of(line: Instruction) -> int:
-        return sum(arrays_of(by_name[line.operands[1]].shape))
+        return sum(arrays_of(by_name[line.operands[1]].shape, stored=True))
 
     total = 0.0
     for number, operand in enumerate(operands):
         using = list(users_of(parameters[number])) if number in parameters else []
         opcodes = {line.opcode if position == 0 else "" for position, line in using}
         if using and opcodes <= _SLICES:
-            total += min(float(sum(sum(arrays_of(line.shape)) for _, line in using)), _main(operand))
+            total += min(float(sum(sum(arrays_of(line.shape, stored=True)) for _, line in using)), _main(operand))
         elif opcodes == {"dynamic-update-slice"}:
             total += sum(update_of(line) for _, line in using)
         elif using or not inside[:-1]:

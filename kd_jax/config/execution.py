@@ -96,6 +96,9 @@ class Wandb:
 class Execution:
     """What every command reads at the top level of the config, apart from what it computes.
 
+    attention: fused (kernels that keep scores out of main memory: TPUs and GPUs; elsewhere interpreted, to try it),
+        plain, or auto: fused where a kernel computes it (rows of a multiple of 128 tokens on TPUs, 64 on GPUs, without
+        attention_dropout), else plain. Results differ by rounding. Training and caches of teachers read it.
     progress: progress bars on a terminal.
     tensorboard: write TensorBoard events.
     watchdog_seconds: a step, an evaluation's batch or a wait for other processes that takes longer is reported with
@@ -110,6 +113,7 @@ class Execution:
     sharding: Sharding = field(default_factory=Sharding)
     storage: Storage = field(default_factory=Storage)
     wandb: Wandb = field(default_factory=Wandb)
+    attention: str = "auto"
     progress: bool = True
     tensorboard: bool = True
     watchdog_seconds: float = 1800.0
@@ -118,6 +122,7 @@ class Execution:
     cache_parts: int = 1
 
     def __post_init__(self):
+        one_of(self.attention, ("auto", "plain", "fused"), "attention")
         seconds = self.watchdog_seconds
         check(seconds >= 0, "watchdog_seconds", f"{seconds} is negative", "1800 is usual, 0 turns it off")
         part, parts = self.cache_part, self.cache_parts

@@ -31,6 +31,7 @@ from kd_jax.jobs.teachers import (
     teacher_form,
     teacher_tables,
 )
+from kd_jax.models.attention_kernels import find_kernel
 from kd_jax.models.functional import Functional, flops_per_row
 from kd_jax.steps.distill import MEANS, RELATIONS, STATES, make_distill_objective, text_slots
 from kd_jax.steps.pretrain import make_pretrain_objective
@@ -79,12 +80,13 @@ def abstract_job(config: ConfigDict, mesh: jax.sharding.Mesh) -> AbstractJob:
     prepared = _prepared(config, "teacher" if distill else which, vocabulary)
     length = prepared.settings.rows.length
     slots = num_slots(length, masking.rate)
+    kernel = find_kernel(execution.attention, mesh)
     fields: dict[str, Any] = dict.fromkeys(("tokens", "segment_ids", "positions"), ((length,), jnp.int32))
     fields |= dict.fromkeys(("masked_positions", "masked_targets"), ((slots,), jnp.int32))
     fields["masked_weights"] = ((slots,), jnp.float32)
 
     def model_of(name: str) -> Functional:
-        return encoder_model(config[name], prepared, config.compute_dtype, name)
+        return encoder_model(config[name], prepared, config.compute_dtype, name, kernel)
 
     student = model_of(which)
     whole = {"seed": jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh))}

@@ -27,7 +27,7 @@ from kd_jax.runtime.files import write_sealed
 from kd_jax.runtime.preemption import interruptible
 from kd_jax.runtime.progress import Count
 from kd_jax.steps.teacher_predictions import make_prediction_step
-from kd_jax.trainer.mesh import gathered, global_batch, placed, process_share, row_multiple
+from kd_jax.trainer.mesh import gathered, global_batch, on_mesh, placed, process_share, row_multiple
 from kd_jax.trainer.run_directory import RunDirectory
 
 SUMMARY = "cache.json"
@@ -230,7 +230,7 @@ class _Predictor:
         self._constants = teacher.constants()
         multiple = row_multiple(mesh)
         self._batch_rows = -(-cache.batch_rows // multiple) * multiple
-        self._step = compiled_prediction_step(teacher.model, form, tuple(sorted(settings.items())))
+        self._step = compiled_prediction_step(teacher.model, form, tuple(sorted(settings.items())), mesh)
 
     def part(
         self, store: int, rows: np.ndarray, epochs: np.ndarray, done: Count
@@ -266,9 +266,9 @@ class _Predictor:
 
 
 @functools.cache
-def compiled_prediction_step(model, form, settings: tuple):
+def compiled_prediction_step(model, form, settings: tuple, mesh: jax.sharding.Mesh):
     """The same jitted function for all parts and runs with equal settings."""
-    return jax.jit(make_prediction_step(model, form, dict(settings)))
+    return jax.jit(on_mesh(make_prediction_step(model, form, dict(settings)), mesh))
 
 
 def summary(manifest: dict[str, Any], layout: Layout, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

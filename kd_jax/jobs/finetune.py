@@ -30,6 +30,7 @@ from kd_jax.jobs import serving, trained
 from kd_jax.jobs.job import Job, Phase
 from kd_jax.jobs.job import train as train_job
 from kd_jax.jobs.masked_lm import encoder_model, resolve_dtype
+from kd_jax.models.attention_kernels import PLAIN, Kernel, find_kernel
 from kd_jax.models.encoder_config import Pooling
 from kd_jax.models.functional import Functional
 from kd_jax.runtime import distributed
@@ -210,11 +211,12 @@ def classifier(
     compute_dtype: str,
     task: Task,
     sizes: Mapping,
+    attention: Kernel = PLAIN,
 ) -> Functional:
     """The finetuned model's shape: the encoder with the dropout of finetuning, and the task's head."""
-    masked = encoder_model(encoder, prepared, compute_dtype, "student")
+    masked = encoder_model(encoder, prepared, compute_dtype, "student", attention)
     shape = dataclasses.replace(masked.config, dropout=dropout)
-    return Functional(task, shape, compute_dtype=masked.compute_dtype, pooling=pooling, **sizes)
+    return Functional(task, shape, compute_dtype=masked.compute_dtype, pooling=pooling, attention=attention, **sizes)
 
 
 def finetune(
@@ -241,9 +243,10 @@ def finetune(
     maps = LabelMaps.from_train(given)
     padded = {**class_counts(task, maps), **sizes}
     pooling = cast(Pooling, settings.pooling)
-    model = classifier(encoder, prepared, settings.dropout, pooling, values["compute_dtype"], task, padded)
-    masks = class_masks(class_counts(task, maps), padded)
     mesh = make_mesh(execution.mesh)
+    kernel = find_kernel(execution.attention, mesh)
+    model = classifier(encoder, prepared, settings.dropout, pooling, values["compute_dtype"], task, padded, kernel)
+    masks = class_masks(class_counts(task, maps), padded)
     length = prepared.settings.rows.length
     rows = math.lcm(row_multiple(mesh) * settings.accumulation, 4)
     labeled = LabeledSet(train, prepared.tokenizer, maps, task, length)

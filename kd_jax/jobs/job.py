@@ -20,7 +20,7 @@ from kd_jax.trainer.best import Best
 from kd_jax.trainer.checkpoint import FOLDER, Checkpoints
 from kd_jax.trainer.goodput import Goodput
 from kd_jax.trainer.loop import fit
-from kd_jax.trainer.mesh import DEFAULT, batch_sharding, describe_shardings, process_share, shardings
+from kd_jax.trainer.mesh import DEFAULT, batch_sharding, describe_shardings, on_mesh, process_share, shardings
 from kd_jax.trainer.metrics import MetricsWriter
 from kd_jax.trainer.optimizer import after_skipped, make_optimizer, make_schedule
 from kd_jax.trainer.run_directory import RunDirectory
@@ -137,13 +137,8 @@ def compiled_step(objective: Objective, model: Model, settings: Training, mesh: 
     )
     layout = state_layout(model, settings, mesh, rules)
 
-    def on_mesh(state, constants, batch):
-        # The losses ask for the mesh, to keep what they sum over rows on its devices until the end.
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return step(state, constants, batch)
-
     inputs = (layout, None, batch_sharding(mesh))  # the constants keep the sharding that they come with
-    return jax.jit(on_mesh, donate_argnums=0, in_shardings=inputs, out_shardings=(layout, None))
+    return jax.jit(on_mesh(step, mesh), donate_argnums=0, in_shardings=inputs, out_shardings=(layout, None))
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from kd_jax.config.training import Training
 from kd_jax.data.batches import heldout_batches, process_slice
 from kd_jax.data.prepared import Prepared
 from kd_jax.data.transfer_set import TransferSet
+from kd_jax.models.attention_kernels import PLAIN, Kernel
 from kd_jax.models.encoder_config import encoder_config
 from kd_jax.models.functional import Functional
 from kd_jax.models.projection import WithProjections
@@ -26,8 +27,13 @@ from kd_jax.types import Params
 HELDOUT = "heldout.json"
 
 
-def encoder_model(encoder: Mapping[str, Any], prepared: Prepared, compute_dtype: str, key: str) -> Functional:
-    """The masked LM of one encoder block of the config (config.<key>), with the tokenizer's vocabulary filled in."""
+def encoder_model(
+    encoder: Mapping[str, Any], prepared: Prepared, compute_dtype: str, key: str, attention: Kernel = PLAIN
+) -> Functional:
+    """The masked LM of one encoder block of the config (config.<key>), with the tokenizer's vocabulary filled in.
+
+    attention: other than plain only for steps that state their mesh.
+    """
     values = encoder_config(dict(encoder), prepared.tokenizer.vocab_size, f"config.{key}")
     length = prepared.settings.rows.length
     require(
@@ -36,7 +42,7 @@ def encoder_model(encoder: Mapping[str, Any], prepared: Prepared, compute_dtype:
         f"rows of {length} tokens do not fit config.{key}.max_positions = {values.max_positions}",
         "shorten the rows and prepare again, or choose a model with more positions",
     )
-    return Functional("mlm", values, compute_dtype=resolve_dtype(compute_dtype))
+    return Functional("mlm", values, compute_dtype=resolve_dtype(compute_dtype), attention=attention)
 
 
 def resolve_dtype(name: str) -> Any:

@@ -28,6 +28,7 @@ from kd_jax.jobs import trained
 from kd_jax.jobs.cache import finished, write_parts
 from kd_jax.jobs.masked_lm import encoder_model
 from kd_jax.jobs.teachers import KEY, Teacher, TeacherSide, layers_of, teacher_form
+from kd_jax.models.attention_kernels import Kernel
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
 from kd_jax.models.heads import pooled
@@ -38,7 +39,7 @@ from kd_jax.runtime.preemption import interruptible
 from kd_jax.runtime.progress import Count
 from kd_jax.steps.distill import MEANS, RELATIONS, STATES
 from kd_jax.steps.teacher_states import make_states_step
-from kd_jax.trainer.mesh import gathered, global_batch, process_share, row_multiple
+from kd_jax.trainer.mesh import gathered, global_batch, on_mesh, process_share, row_multiple
 from kd_jax.trainer.run_directory import RunDirectory
 from kd_jax.types import Batch, Params
 
@@ -48,7 +49,7 @@ EXPLAINED = "explained"  # array next to the parts: the share of the variance th
 
 
 def find_teacher(
-    workdir: str, prepared: Prepared, states: States, compute_dtype: str, rules: Rules
+    workdir: str, prepared: Prepared, states: States, compute_dtype: str, rules: Rules, attention: Kernel
 ) -> tuple[Teacher, Prepared]:
     """The teacher of config.teacher_checkpoint, and the prepared folder in the ids that it reads: the tokenizer's, or
     those of its own trimmed vocabulary. No student's vocabulary plays a part.
@@ -65,7 +66,7 @@ def find_teacher(
         if states.layers == states.relations == "none" and recorded != seen.tokenizer.fingerprint:
             seen = trained.own_prepared(workdir, KEY)
         trained.check_tokenizer(workdir, seen, KEY)
-    model = encoder_model(block, seen, compute_dtype, "teacher")
+    model = encoder_model(block, seen, compute_dtype, "teacher", attention)
     return Teacher(workdir, model, rules, None), seen
 
 
@@ -158,7 +159,9 @@ class _Reader:
         self._batch_rows = -(-states.batch_rows // multiple) * multiple
         # Projected in float32, and only then rounded.
         self._dtype = "float32" if states.components else states.dtype
-        self._step = compiled_states_step(teacher.model, writer.layers, writer.texts, self._dtype, writer.relations)
+        self._step = compiled_states_step(
+            teacher.model, writer.layers, writer.texts, self._dtype, mesh, writer.relations
+        )
 
     def part(self, store: int, rows: np.ndarray, done: Count) -> tuple[np.ndarray, dict[str, float]] | None:
         """(vectors of rows of one store, sums for the report) on process 0, None on the others. Raises Preempted."""
@@ -287,10 +290,15 @@ def compiled_means(model: Functional) -> Callable[[Params, Batch], jax.Array]:
 
 @functools.cache
 def compiled_states_step(
-    model: Functional, layers: tuple[int, ...], texts: int, dtype: str, relations: tuple[int, ...] = ()
+    model: Functional,
+    layers: tuple[int, ...],
+    texts: int,
+    dtype: str,
+    mesh: jax.sharding.Mesh,
+    relations: tuple[int, ...] = (),
 ):
     """The same jitted function for all parts and runs with equal settings."""
-    return jax.jit(make_states_step(model, layers, texts, dtype, relations))
+    return jax.jit(on_mesh(make_states_step(model, layers, texts, dtype, relations), mesh))
 
 
 def summary(manifest: dict[str, Any], explained: Sequence[float]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from kd_jax.jobs import trained
 from kd_jax.jobs.job import model_layout, sharding_lines
 from kd_jax.jobs.masked_lm import encoder_model
 from kd_jax.losses.features import check_relation_heads
+from kd_jax.models.attention_kernels import PLAIN, Kernel
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.functional import Functional
 from kd_jax.models.initialization import check_shapes, check_table, from_teacher, principal_table, remarks
@@ -93,7 +94,12 @@ def _mean_states(model: Functional, params: Params, batch: Batch) -> jax.Array:
 
 
 def find_teachers(
-    names: str, prepared: Prepared, compute_dtype: str, rules: Rules, any_tokenizer: bool = False
+    names: str,
+    prepared: Prepared,
+    compute_dtype: str,
+    rules: Rules,
+    any_tokenizer: bool = False,
+    attention: Kernel = PLAIN,
 ) -> list[Teacher]:
     """The teachers of config.teacher_checkpoint, joined by commas; their tokenizers are compared with the student's,
     unless any will do, since only cached means of their states are used. Raises UserError."""
@@ -108,7 +114,7 @@ def find_teachers(
         if not same and any_tokenizer and trained.tokenizer_fingerprint(workdir) != full.tokenizer.fingerprint:
             same, seen = True, trained.own_prepared(workdir, KEY)
         trained.check_tokenizer(workdir, seen, KEY)
-        model = encoder_model(block, seen, compute_dtype, "teacher")
+        model = encoder_model(block, seen, compute_dtype, "teacher", attention)
         teachers.append(Teacher(workdir, model, rules, None if same else kept_ids(prepared)))
     mixed = len({teacher.kept is None for teacher in teachers}) > 1
     require(not mixed, KEY, "some teachers have the trimmed vocabulary and some the full one", "use one or the other")

@@ -18,6 +18,7 @@ from kd_jax.jobs import states
 from kd_jax.jobs.cache import SUMMARY
 from kd_jax.jobs.teachers import KEY
 from kd_jax.main import command
+from kd_jax.models.attention_kernels import find_kernel
 from kd_jax.runtime.files import read_json_object
 from kd_jax.trainer.mesh import make_mesh
 
@@ -31,16 +32,15 @@ def keys(config: ConfigDict) -> tuple[str, ...]:
 def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
     """Writes the parts that are missing, and DONE when every part is there."""
     execution, settings = read_execution(config), read(States, config.states, "states")
-    rules = execution.sharding.teacher
-    prepared = Prepared(config.prepared)
-    teacher, seen = states.find_teacher(config[KEY], prepared, settings, config.compute_dtype, rules)
+    rules, mesh = execution.sharding.teacher, make_mesh(execution.mesh)
+    prepared, kernel = Prepared(config.prepared), find_kernel(execution.attention, mesh)
+    teacher, seen = states.find_teacher(config[KEY], prepared, settings, config.compute_dtype, rules, kernel)
     width = teacher.model.config.hidden_size
     problem = f"{settings.components} of states that are {width} wide"
     require(settings.components <= width, "states.components", problem, f"give 0 to {width}")
     states.kept_layers(settings, teacher.model.config)
     states.stores_of(settings, prepared)
     states.check_part(settings, execution, workdir)
-    mesh = make_mesh(execution.mesh)
     return lambda directory: states.write_states(directory, settings, teacher, prepared, seen, mesh, execution)
 
 

@@ -20,6 +20,7 @@ from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.jobs import cache as caches
 from kd_jax.jobs.teachers import KEY, check_heads, find_teachers
 from kd_jax.main import command
+from kd_jax.models.attention_kernels import find_kernel
 from kd_jax.runtime.files import read_json_object
 from kd_jax.trainer.mesh import make_mesh
 
@@ -55,11 +56,12 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
     vocabulary, cache = read(Vocabulary, config.vocabulary, "vocabulary"), read(Cache, config.cache, "cache")
     prepared = seen_by_student(Prepared(config.prepared), vocabulary)
     caches.check_tokens(cache, prepared.tokenizer.vocab_size)
-    teachers = find_teachers(config[KEY], prepared, config.compute_dtype, execution.sharding.teacher)
+    rules, mesh = execution.sharding.teacher, make_mesh(execution.mesh)
+    kernel = find_kernel(execution.attention, mesh)
+    teachers = find_teachers(config[KEY], prepared, config.compute_dtype, rules, attention=kernel)
     check_heads(teachers, KEY)
     require(len(teachers) == 1, KEY, f"a cache holds one teacher's predictions, not {len(teachers)}", "name one")
     transfer, masking = read(Transfer, config.transfer, "transfer"), read(Masking, config.masking, "masking")
-    mesh = make_mesh(execution.mesh)
     return lambda directory: caches.write_cache(
         directory,
         cache,

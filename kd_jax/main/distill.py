@@ -20,6 +20,7 @@ from kd_jax.jobs import cache, states, teachers
 from kd_jax.jobs.job import Job, Phase, train
 from kd_jax.jobs.masked_lm import encoder_model, heldout_evaluation, transfer_set_of
 from kd_jax.main import command
+from kd_jax.models.attention_kernels import find_kernel
 from kd_jax.models.projection import WithProjections
 from kd_jax.steps.distill import make_distill_objective
 from kd_jax.trainer.mesh import make_mesh
@@ -47,7 +48,8 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
 
     prepared = seen_by_student(Prepared(config.prepared), vocabulary)
     mesh = make_mesh(execution.mesh)
-    student = encoder_model(config.student, prepared, config.compute_dtype, "student")
+    kernel = find_kernel(execution.attention, mesh)
+    student = encoder_model(config.student, prepared, config.compute_dtype, "student", kernel)
     # The mean state of a text says nothing about its tokens, so their ids need not be the student's.
     sentences = distill.features == ("sentence",) and not distill.trains_head and distill.init != "teacher"
     rules = execution.sharding.teacher
@@ -57,6 +59,7 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
         config.compute_dtype,
         rules,
         sentences and distill.clean and bool(config.teacher_cache),
+        kernel,
     )
     if distill.kl.used:
         teachers.check_heads(found, "distill.kl.weight")

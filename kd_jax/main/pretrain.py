@@ -22,6 +22,7 @@ from kd_jax.jobs import trained
 from kd_jax.jobs.job import Job, Phase, train
 from kd_jax.jobs.masked_lm import encoder_model, heldout_evaluation, transfer_set_of
 from kd_jax.main import command
+from kd_jax.models.attention_kernels import find_kernel
 from kd_jax.models.encoder_config import EncoderConfig, encoder_config
 from kd_jax.models.functional import Functional
 from kd_jax.steps.objective import Objective
@@ -49,7 +50,8 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
     if which == "student":
         prepared = seen_by_student(prepared, read(Vocabulary, config.vocabulary, "vocabulary"))
     mesh = make_mesh(execution.mesh)
-    model = encoder_model(config[which], prepared, config.compute_dtype, which)
+    kernel = find_kernel(execution.attention, mesh)
+    model = encoder_model(config[which], prepared, config.compute_dtype, which, kernel)
     if start:
         trained.check_tokenizer(start, prepared, "pretrain.init_from")
         check_shape(model.config, start, prepared, which)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from kd_jax.models.attention import Attention, Projections, at_columns, rotary_tables
+from kd_jax.models.attention import Attention, Projections, Sight, at_columns, rotary_tables
+from kd_jax.models.attention_kernels import PLAIN, Kernel, computes
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, drop, token_table
 from kd_jax.types import Array, Batch, UserError, row_axes
@@ -34,8 +35,9 @@ def by_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
-# What a layer's tokens attend to: a mask [R, L, L], and the rotary tables or None. By whether the layer is global.
-Views = dict[bool, tuple[jax.Array, jax.Array | None]]
+# What layers attend to: segment ids [R, L], and by whether a layer is global its mask [R, L, L], None where a kernel
+# makes its own, and its rotary tables or None.
+Views = tuple[jax.Array, dict[bool, tuple[jax.Array | None, jax.Array | None]]]
 
 # The states after the last layer, after the captured layers, and the captured projections.
 _Outcome = tuple[jax.Array, dict[int, jax.Array], dict[int, Projections]]
@@ -75,7 +77,7 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x_TxH: jax.Array,
-        view: tuple[jax.Array, jax.Array | None],
+        sight: Sight,
         skip_norm: jax.Array | bool,
         dropout_key: jax.Array | None,
         at_RxK: jax.Array | None,
@@ -92,7 +94,7 @@ class Layer(nnx.Module):
             normed = self.attention_norm(x_TxH)
             # Traced in a scan, whose layers share one program: compute the norm, then choose.
             normed = normed if isinstance(skip_norm, bool) else jnp.where(skip_norm, x_TxH, normed)
-        mixed, projected = self.attention(normed, *view, dropout_key, at_RxK)
+        mixed, projected = self.attention(normed, sight, dropout_key, at_RxK)
         x_TxH = x_TxH if at_RxK is None else at_columns(x_TxH, at_RxK)
         x_TxH = x_TxH + drop(mixed, rate, dropout_key, 1)
         if post:
@@ -150,6 +152,7 @@ class Encoder(nnx.Module):
         batch: Batch,
         compute_dtype: Any,
         dropout_key: jax.Array | None = None,
+        attention: Kernel = PLAIN,
         *,
         layers: tuple[int, ...] = (),
         projections: tuple[int, ...] = (),
@@ -177,23 +180,29 @@ class Encoder(nnx.Module):
         for layer in (*layers, *projections):
             if not 0 <= layer < config.num_layers:
                 raise ValueError(f"layer {layer} is not one of the {config.num_layers} layers")
-        # Padding is a segment of its own, so every token attends at least to itself and no softmax is empty.
-        whole = segment_ids_RxL[:, :, None] == segment_ids_RxL[:, None, :]
-        columns = jnp.arange(length)
-        near = jnp.abs(columns[:, None] - columns[None, :]) <= config.local_window // 2
-        views: Views = {True: (whole, None), False: (whole & near[None], None)}
+        drops = config.attention_dropout > 0 and dropout_key is not None
+        kernel = attention if computes(attention, length, drops) else PLAIN
+        masks: dict[bool, jax.Array | None] = {True: None, False: None}
+        if kernel == PLAIN:
+            # Padding is a segment of its own, so every token attends at least to itself and no softmax is empty.
+            whole = segment_ids_RxL[:, :, None] == segment_ids_RxL[:, None, :]
+            columns = jnp.arange(length)
+            near = jnp.abs(columns[:, None] - columns[None, :]) <= config.local_window // 2
+            masks = {True: whole, False: whole & near[None]}
+        tables: dict[bool, jax.Array | None] = {True: None, False: None}
         if config.positions == "rotary":
             # A program exported for any length only knows that the length is at most max_positions.
             longest = config.max_positions if jax.export.is_symbolic_dim(length) else length
             for kind, theta in ((True, config.global_theta), (False, config.local_theta)):
-                views[kind] = views[kind][0], rotary_tables(positions_RxL, longest, config.head_dim, theta)
+                tables[kind] = rotary_tables(positions_RxL, longest, config.head_dim, theta)
+        views: Views = segment_ids_RxL, {kind: (masks[kind], tables[kind]) for kind in masks}
         first_TxH = self.embeddings(tokens_RxL, positions_RxL, compute_dtype, dropout_key)
         wanted = sorted(set(layers)), sorted(set(projections))
         narrow = at_RxK if config.scan == "unroll" and config.num_layers - 1 not in (*layers, *projections) else None
         if config.scan == "scan":
-            x_TxH, after, projected = self._scanned(first_TxH, views, dropout_key, *wanted)
+            x_TxH, after, projected = self._scanned(first_TxH, views, kernel, dropout_key, *wanted)
         else:
-            x_TxH, after, projected = self._unrolled(first_TxH, views, dropout_key, *wanted, narrow)
+            x_TxH, after, projected = self._unrolled(first_TxH, views, kernel, dropout_key, *wanted, narrow)
         if at_RxK is not None and narrow is None:
             x_TxH = at_columns(x_TxH, at_RxK)
         if self.final_norm is not None:
@@ -211,6 +220,7 @@ class Encoder(nnx.Module):
         self,
         x_TxH: jax.Array,
         views: Views,
+        kernel: Kernel,
         key: jax.Array | None,
         layers: list[int],
         projections: list[int],
@@ -225,8 +235,9 @@ class Encoder(nnx.Module):
             x_TxH = by_rows(x_TxH)
             skip_norm = config.skip_first_attention_norm and layer == 0
             layer_key = None if key is None else jax.random.fold_in(key, layer + 1)
-            view = views[config.is_global(layer)]
-            x_TxH, projected = nnx.merge(graph, parameters)(x_TxH, view, skip_norm, layer_key, at_RxK)
+            segment_ids, by_kind = views
+            sight = Sight(segment_ids, *by_kind[config.is_global(layer)], not config.is_global(layer), kernel)
+            x_TxH, projected = nnx.merge(graph, parameters)(x_TxH, sight, skip_norm, layer_key, at_RxK)
             return x_TxH, projected if layer in projections else None
 
         if config.remat:
@@ -241,22 +252,31 @@ class Encoder(nnx.Module):
         return x_TxH, {layer: after[layer] for layer in layers}, {layer: projected[layer] for layer in projections}
 
     def _scanned(
-        self, x_TxH: jax.Array, views: Views, key: jax.Array | None, layers: list[int], projections: list[int]
+        self,
+        x_TxH: jax.Array,
+        views: Views,
+        kernel: Kernel,
+        key: jax.Array | None,
+        layers: list[int],
+        projections: list[int],
     ) -> _Outcome:
         """One compiled layer in a loop; captured states are written to buffers that the loop carries."""
         config = self.config
         graph, stacked = nnx.split(self.layers)
         has_local = config.global_every > 1 and config.num_layers > 1
+        segment_ids_RxL, by_kind = views
 
         def apply(x_TxH: jax.Array, layer: jax.Array, parameters: Any) -> Any:
             x_TxH = by_rows(x_TxH)
-            view = views[True]
+            view, local = by_kind[True], False
             if has_local:
                 is_global = layer % config.global_every == 0
-                view = jax.tree.map(lambda a, b: jnp.where(is_global, a, b), views[True], views[False])
+                view = jax.tree.map(lambda a, b: jnp.where(is_global, a, b), by_kind[True], by_kind[False])
+                local = ~is_global
+            sight = Sight(segment_ids_RxL, *view, local, kernel)
             skip_norm = layer == 0 if config.skip_first_attention_norm else False
             layer_key = None if key is None else jax.random.fold_in(key, layer + 1)
-            x_TxH, projected = nnx.merge(graph, parameters)(x_TxH, view, skip_norm, layer_key, None)
+            x_TxH, projected = nnx.merge(graph, parameters)(x_TxH, sight, skip_norm, layer_key, None)
             return x_TxH, projected if projections else None
 
         if config.remat:
@@ -270,8 +290,7 @@ class Encoder(nnx.Module):
             after = _put(after, layers, layer, x_TxH)
             return (x_TxH, after, _put(projected, projections, layer, projections_here)), None
 
-        rows, length, _ = views[True][0].shape
-        heads = (rows, length, config.num_heads, config.head_dim)
+        heads = (*segment_ids_RxL.shape, config.num_heads, config.head_dim)
         after = _buffer(layers, config.num_layers, x_TxH.shape, x_TxH.dtype)
         projected = (_buffer(projections, config.num_layers, heads, x_TxH.dtype),) * 3
         carry = (x_TxH, after, projected)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from kd_jax.models.attention_kernels import PLAIN, Kernel
 from kd_jax.models.encoder import Captured, Encoder
 from kd_jax.models.encoder_config import EncoderConfig, Pooling
 from kd_jax.models.heads import MaskedHead, SequenceHead, TokenHead, pooled
@@ -22,8 +23,8 @@ class Functional:
 
     Hashable, so a jitted function may close over it. Parameters are nested dicts of float32 arrays with string keys;
     those of all layers are stacked on axis 0 under params["encoder"]["layers"]. `compute_dtype` is the dtype of
-    activations and logits. `pooling` says how DC and the intent head read a text. Without a `dropout_key` everything is
-    deterministic.
+    activations and logits, `attention` how attention is computed. `pooling` says how DC and the intent head read a
+    text. Without a `dropout_key` everything is deterministic.
     """
 
     kind: Literal["mlm", "dc", "icner"]
@@ -33,6 +34,7 @@ class Functional:
     tags: int = 0
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     pooling: Pooling = "first"
+    attention: Kernel = PLAIN
 
     def _merge(self, params: Params) -> Any:
         return nnx.merge(_graph_and_state(self)[0], params)
@@ -84,7 +86,7 @@ class Functional:
         `columns_RxK` the hidden states are those of `hidden_at`.
         """
         wanted = {"layers": layers, "projections": projections, "embeddings": embeddings, "at_RxK": columns_RxK}
-        return self._merge(params).encoder(batch, jnp.dtype(self.compute_dtype), dropout_key, **wanted)
+        return self._merge(params).encoder(batch, jnp.dtype(self.compute_dtype), dropout_key, self.attention, **wanted)
 
     def mlm_logits(self, params: Params, hidden_RxKxH: jax.Array) -> jax.Array:
         """Masked-LM logits [R, K, V] of hidden states gathered at the wanted positions."""

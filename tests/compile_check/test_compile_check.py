@@ -1,6 +1,5 @@
 """compile_check on CPU devices, on every command; and on a TPU slice where libtpu is installed."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -108,15 +107,29 @@ def test_rows_that_the_mesh_does_not_divide_and_an_unknown_vocabulary_are_refuse
         compile_check.check(config, "cpu:8")
 
 
-@pytest.mark.long
-def test_the_command_ends_with_a_report_for_a_tpu_slice(tmp_path):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed, so nothing can be compiled for a TPU; pip install 'jax[tpu]' brings it")
-    words = ["--config=tests/support/pretrained.py:smoke", "--topology=v5e:2x2", f"--workdir={tmp_path}"]
-    words += ["--config.teacher.vocab_size=64", "--config.student.vocab_size=64", "--config.compile_check.tries=0"]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+TINY = ["--config.rows.length=128", "--config.teacher.vocab_size=64", "--config.student.vocab_size=64"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "module", "kernels"),
+    [
+        ("v5e:2x2", "libtpu", {"splash_mha_fwd_segmented_residuals", "splash_mha_dkv_segmented_no_residuals"}),
+        ("h100:4", "jax_plugins.xla_cuda13", {"attention_forward", "attention_backward"}),
+    ],
+)
+def test_a_program_with_fused_attention_is_compiled_ahead_of_time(name, module, kernels, tmp_path):
+    if not topology._installed(module):
+        extra = "tpu" if name.startswith("v") else "cuda13"
+        pytest.skip(f"{module} is not installed, so nothing compiles for {name}; pip install 'jax[{extra}]' brings it")
+    words = ["--config=tests/support/pretrained.py:smoke", f"--topology={name}", f"--workdir={tmp_path}", *TINY]
+    words += ["--config.compile_check.tries=0", "--config.attention=fused"]
+    # XLA finds no tiling for a product as small as this one's.
+    environment = {**os.environ, "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false"}
     command = [sys.executable, "-m", "kd_jax.main.compile_check", *words]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-2000:]
     values = json.loads((tmp_path / compile_check.RESULT).read_text(encoding="utf-8"))
-    assert values["devices"] == 4 and values["measurements"][0]["fits"]
+    measurement = one(values)
+    assert values["devices"] == 4 and measurement["fits"]
+    assert kernels <= set(measurement["kernels"])

@@ -121,3 +121,11 @@ def test_a_program_of_jax_has_the_collectives_that_it_was_told_to_have():
     (one,) = Program(jax.jit(total).lower(shape).compile().as_text()).collectives()
     assert (one.kind, one.count, one.size, one.group) == ("all-reduce", 6, 4096, 8)
     assert one.sent == 6 * 4096 * 2 * 7 / 8
+
+
+def test_arrays_as_a_tpu_stores_them():
+    shape = (
+        "(bf16[512,64]{1,0:T(8,128)(2,1)S(1)}, bf16[64,512]{0,1:T(8,128)(2,1)}, f32[3,100]{1,0}, s32[100]{0:T(128)})"
+    )
+    assert arrays_of(shape) == [65536, 65536, 1200, 400]
+    assert arrays_of(shape, stored=True) == [131072, 65536 * 2, 1200, 512]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd_jax.compile_check.hlo import Program
-from kd_jax.compile_check.traffic import memory_traffic
+from kd_jax.compile_check.traffic import kernel_traffic, memory_traffic
 
 ON_CHIP = """HloModule step
 
@@ -60,3 +60,26 @@ def test_a_loop_over_layers_reads_a_layer_at_a_time():
 
     counted, layer_bytes = traffic(run, layers, x), 300 * 300 * 4
     assert 50 * layer_bytes <= counted <= 4 * 50 * layer_bytes  # reading all layers every time would be 50 times that
+
+
+# XLA writes a kernel's metadata over several lines.
+KERNELS = """HloModule step
+
+ENTRY %main (x: f32[10,100]) -> f32[10,100] {
+  %x = f32[10,100]{1,0} parameter(0)
+  %attention_forward.1 = (f32[10,100]{1,0}, f32[10]{0}) custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(step)/attention_forward/pallas_call"}
+  %mixed = f32[10,100]{1,0} get-tuple-element(%attention_forward.1), index=0, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}
+  %pallas_call.3 = f32[10,100]{1,0} custom-call(%x, %mixed), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(step)/transpose(jvp(attention_backward))/pallas_call"}
+  ROOT %other = f32[10,100]{1,0} custom-call(%pallas_call.3), custom_call_target="Sharding"
+}
+"""  # noqa: E501
+
+
+def test_a_kernel_reads_its_operands_and_writes_its_results():
+    program = Program(KERNELS)
+    assert kernel_traffic(program) == {"attention_forward": (1, 8040.0), "attention_backward": (1, 12_000.0)}
+    assert memory_traffic(program) == 8040 + 12_000 + 8000
