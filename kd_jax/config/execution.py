@@ -96,6 +96,8 @@ class Wandb:
 class Execution:
     """What every command reads at the top level of the config, apart from what it computes.
 
+    logits: fused (kernels that keep logits out of main memory: TPUs and NVIDIA GPUs; elsewhere interpreted, to try it),
+        plain (in blocks), or auto: fused where there is a kernel (docs/performance.md). Results differ by rounding.
     progress: progress bars on a terminal.
     tensorboard: write TensorBoard events.
     watchdog_seconds: a step, an evaluation's batch or a wait for other processes that takes longer is reported with
@@ -110,6 +112,7 @@ class Execution:
     sharding: Sharding = field(default_factory=Sharding)
     storage: Storage = field(default_factory=Storage)
     wandb: Wandb = field(default_factory=Wandb)
+    logits: str = "auto"
     progress: bool = True
     tensorboard: bool = True
     watchdog_seconds: float = 1800.0
@@ -118,6 +121,9 @@ class Execution:
     cache_parts: int = 1
 
     def __post_init__(self):
+        one_of(self.logits, ("auto", "plain", "fused"), "logits")
+        problem = f"fused logits are not split along tensor = {self.mesh.tensor}"
+        check(self.logits != "fused" or self.mesh.tensor == 1, "logits", problem, "use auto, or config.mesh.tensor=1")
         seconds = self.watchdog_seconds
         check(seconds >= 0, "watchdog_seconds", f"{seconds} is negative", "1800 is usual, 0 turns it off")
         part, parts = self.cache_part, self.cache_parts

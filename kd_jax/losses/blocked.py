@@ -58,11 +58,11 @@ def blocked_losses(
     return _blocked(loss_of_logits, layout, (features_RxKxH, table_VxH, bias_V, per_position, constants))
 
 
-def _each_on_its_rows(
-    local: Callable[..., Any], axes: tuple[str, ...], by_row: tuple[bool, ...], outputs: Any
+def on_own_rows(
+    local: Callable[..., Any], axes: tuple[str, ...], by_row: tuple[Any, ...], outputs: Any
 ) -> Callable[..., Any]:
-    """`local` on each device's own rows. by_row: which arguments have rows; outputs: a prefix of the result, True where
-    it has rows.
+    """`local` on each device's own rows. by_row, outputs: prefixes of the arguments and the result, True where they
+    have rows.
     """
     # Without shard_map XLA would sum the table's gradient over all devices after every block.
     if not axes:
@@ -71,11 +71,13 @@ def _each_on_its_rows(
     def spec(has_rows: bool) -> PartitionSpec:
         return PartitionSpec(axes) if has_rows else PartitionSpec()
 
-    specs = tuple(map(spec, by_row)), jax.tree.map(spec, outputs)
-    return jax.shard_map(local, in_specs=specs[0], out_specs=specs[1], axis_names=set(axes), check_vma=False)
+    specs = jax.tree.map(spec, by_row), jax.tree.map(spec, outputs)
+    # Axes of size 1 too: Pallas kernels are compiled only where XLA has nothing left to partition.
+    names = {*axes, *(name for name, size in jax.sharding.get_abstract_mesh().shape.items() if size == 1)}
+    return jax.shard_map(local, in_specs=specs[0], out_specs=specs[1], axis_names=names, check_vma=False)
 
 
-def _total(tree: Any, axes: tuple[str, ...]) -> Any:
+def sum_over_devices(tree: Any, axes: tuple[str, ...]) -> Any:
     """The sum over the devices that share out the rows."""
     return jax.lax.psum(tree, axes) if axes else tree
 
@@ -184,16 +186,16 @@ def _blocked(loss_of_logits: Loss, layout: Layout, operands: _Operands) -> tuple
             return loss_of_logits(logits_of(features_BxI, table_VxI, bias_V), per_position_B, constants), None
 
         blocks = jax.tree.map(lambda leaf: _split(leaf, layout.parts), (features_RxKxI, per_position))
-        return _total(_sum_over_blocks(of_block, blocks)[0], layout.axes)
+        return sum_over_devices(_sum_over_blocks(of_block, blocks)[0], layout.axes)
 
-    return _each_on_its_rows(local, layout.axes, _BY_ROW, False)(*_narrow(operands))
+    return on_own_rows(local, layout.axes, _BY_ROW, False)(*_narrow(operands))
 
 
 def _blocked_forward(loss_of_logits: Loss, layout: Layout, operands: _Operands):
     def local(*operands: Any) -> Any:
         return _values_and_gradients(loss_of_logits, layout, *operands)
 
-    run = _each_on_its_rows(local, layout.axes, _BY_ROW, (False, (True, False, False)))
+    run = on_own_rows(local, layout.axes, _BY_ROW, (False, (True, False, False)))
     value, (by_features, by_table_VxH, by_bias_V) = run(*_narrow(operands))
     _, table_VxH, bias_V, _, _ = operands
     if bias_V is not None:
@@ -229,7 +231,7 @@ def _values_and_gradients(
 
     blocks = jax.tree.map(lambda leaf: _split(leaf, parts), (features_RxKxI, per_position))
     sums, by_features = _sum_over_blocks(of_block, blocks)
-    value, by_table_IxV, by_bias_V = _total(sums, layout.axes)
+    value, by_table_IxV, by_bias_V = sum_over_devices(sums, layout.axes)
     if bias_V is not None and by_bias_V is None:
         by_bias_V = by_table_IxV[hidden]
     return value, (_join(by_features, parts, *features_RxKxH.shape[:2]), by_table_IxV[:hidden].T, by_bias_V)
