@@ -127,6 +127,7 @@ def compiled_step(objective: Objective, model: Model, settings: Training, mesh: 
 
     Equal arguments give the same function: a study asks for the same few again and again, and compiles each once.
     """
+    layout = state_layout(model, settings, mesh, rules)
     step = make_train_step(
         objective,
         make_optimizer(settings),
@@ -134,8 +135,8 @@ def compiled_step(objective: Objective, model: Model, settings: Training, mesh: 
         steps=settings.steps,
         accumulation=settings.accumulation,
         skipped=after_skipped if settings.skip_non_finite else None,
+        own_tables=layout["params"]["encoder"]["embeddings"]["tokens"].is_fully_replicated,
     )
-    layout = state_layout(model, settings, mesh, rules)
 
     def on_mesh(state, constants, batch):
         # The losses ask for the mesh, to keep what they sum over rows on its devices until the end.

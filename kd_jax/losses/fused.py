@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kd_jax.losses.blocked import on_own_rows, sum_over_devices
+from kd_jax.losses.blocked import on_own_rows, own_table, sum_over_devices
 from kd_jax.losses.tiling import GPU, TPU, Decoder, Tiling
 from kd_jax.types import Array, row_axes
 
@@ -38,7 +38,8 @@ def fused_losses(
 
     tiling: None takes that of the platform that is compiled for, and runs the TPU's kernels in Pallas' interpreter
     where it is neither a TPU nor an NVIDIA GPU, which is slow. On a mesh (see `row_axes`) every device takes its own
-    rows; all of its axes but those of rows must have size 1 (`serves_mesh`).
+    rows; all of its axes but those of rows must have size 1 (`serves_mesh`). The student's table may be one for each of
+    these devices, [D, V, H], and then so is its gradient.
     """
     axes, _ = row_axes(student.features.shape[0])
     names = tuple(name for name in ("kl", "mlm") if name in scales)
@@ -83,7 +84,7 @@ def _run(static: _Static, student: Decoder, fixed: Any, differentiated: bool) ->
 
     def of_rows(student: Decoder, teacher: Decoder | None, targets: Any, weights: Any, numbers: Any) -> Any:
         size = student.features.shape[2]
-        flat = student._replace(features=student.features.reshape(-1, size))
+        flat = student._replace(features=student.features.reshape(-1, size), table=own_table(student.table))
         if teacher is not None:
             teacher = teacher._replace(features=teacher.features.reshape(-1, teacher.features.shape[2]))
         operands = flat, teacher, targets.reshape(-1), weights.reshape(-1), numbers
@@ -103,6 +104,9 @@ def _run(static: _Static, student: Decoder, fixed: Any, differentiated: bool) ->
         if not differentiated:
             return sum_over_devices(value, axes), None
         own = gradients.features.reshape(student.features.shape)
+        if student.table.ndim == 3:
+            value, bias = sum_over_devices((value, gradients.bias), axes)
+            return value, Decoder(own, gradients.table[None], bias)
         value, table, bias = sum_over_devices((value, gradients.table, gradients.bias), axes)
         return value, Decoder(own, table, bias)
 
@@ -111,7 +115,7 @@ def _run(static: _Static, student: Decoder, fixed: Any, differentiated: bool) ->
         return None if one is None else one._replace(table=one.table.astype(one.features.dtype))
 
     teacher, targets, weights, numbers = fixed
-    rows = Decoder(True, False, False)
-    outputs = (False, rows if differentiated else False)
-    run = on_own_rows(of_rows, axes, (rows, rows if teacher else False, True, True, False), outputs)
+    theirs, mine = Decoder(True, False, False), Decoder(True, student.table.ndim == 3, False)
+    outputs = (False, mine if differentiated else False)
+    run = on_own_rows(of_rows, axes, (mine, theirs if teacher else False, True, True, False), outputs)
     return run(narrow(student), narrow(teacher), targets, weights, numbers)

@@ -21,8 +21,8 @@ from kd_jax.losses.tiling import Decoder, Tiling
 _ABSENT = -1e30
 
 
-# Of about 128 MiB on most TPUs.
-_TPU_MEMORY = 64 * 2**20
+_TPU_MEMORY = 64 * 2**20  # bytes, of about 128 MiB on most TPUs
+_TPU_TILE = 4 * 2**20  # most bytes of a tile of the features, or of the tables, of both models
 
 
 def values_and_gradients(
@@ -38,7 +38,7 @@ def values_and_gradients(
     """((loss, sums), gradients) of positions on one device: features [P, H], table and bias float32, None without."""
     count, (size, width) = targets_P.shape[0], student.table.shape
     models = [student] if teacher is None else [student, teacher]
-    plan = _plan(names, tiling, count, size, width, student.features.dtype.itemsize)
+    plan = _plan(names, tiling, count, size, [one.table.shape[1] for one in models], student.features.dtype.itemsize)
     models = [_padded(model, weights_P, plan) for model in models]
     weights_P = _extended(weights_P.astype(jnp.float32), plan.positions, 0)
     targets_P = _extended(targets_P, plan.positions, 0)
@@ -109,7 +109,9 @@ def _up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-def _plan(names: tuple[str, ...], tiling: Tiling, positions: int, classes: int, width: int, itemsize: int) -> _Plan:
+def _plan(
+    names: tuple[str, ...], tiling: Tiling, positions: int, classes: int, widths: list[int], itemsize: int
+) -> _Plan:
     if tiling.gpu:
         positions, classes = _up(positions, tiling.positions), max(classes, tiling.vocabulary)
         parts = -(-positions * classes * itemsize // tiling.resident)
@@ -118,7 +120,12 @@ def _plan(names: tuple[str, ...], tiling: Tiling, positions: int, classes: int, 
         size, rows = _up(-(-classes // parts), tiling.vocabulary), tiling.positions
         parts = -(-classes // size)
     else:
-        most = max(1, tiling.resident // (4 * _up(width, 128) * tiling.positions))  # tiles of positions in a part
+        # Wide models have smaller tiles, since those of both features and both tables are in memory twice.
+        most = max(128, _TPU_TILE // (sum(widths) * itemsize) // 128 * 128)
+        tiling = dataclasses.replace(
+            tiling, positions=min(tiling.positions, most), vocabulary=min(tiling.vocabulary, most)
+        )
+        most = max(1, tiling.resident // (4 * _up(widths[0], 128) * tiling.positions))  # tiles of positions in a part
         tiles = -(-positions // tiling.positions)
         parts = -(-tiles // most)
         tiles = _up(tiles, parts)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from kd_jax.models.attention import Attention, Projections, at_columns, rotary_tables
 from kd_jax.models.encoder_config import EncoderConfig
 from kd_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, drop, truncated_normal
+from kd_jax.models.token_table import look_up
 from kd_jax.types import Array, Batch, UserError, row_axes
 
 
@@ -121,7 +122,7 @@ class Embeddings(nnx.Module):
         self, tokens_RxL: jax.Array, positions_RxL: jax.Array, compute_dtype: Any, dropout_key: jax.Array | None
     ) -> jax.Array:
         """Embeddings [R * L, H] in the compute dtype."""
-        x = jnp.take(self.tokens[...], tokens_RxL.reshape(-1), axis=0)
+        x = look_up(self.tokens[...], tokens_RxL)
         if self.positions is not None:
             x = x + jnp.take(self.positions[...], positions_RxL.reshape(-1) + self.config.position_offset, axis=0)
         if self.types is not None:

@@ -96,7 +96,7 @@ class Functional:
         return self._merge(params).mlm_head.transform(hidden_RxKxH)
 
     def decoder(self, params: Params) -> tuple[jax.Array, jax.Array | None]:
-        """(table [V, H], bias [V] or None): logits are features @ table.T + bias."""
+        """(table [V, H], bias [V] or None): logits are features @ table.T + bias; see token_table for [D, V, H]."""
         bias = params["mlm_head"]["bias"] if self.config.decoder_bias else None
         return params["encoder"]["embeddings"]["tokens"], bias
 

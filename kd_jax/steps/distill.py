@@ -265,7 +265,7 @@ def _logit_terms(
         def of_block(logits: jax.Array, per_position_B: Any, constants: Any) -> Any:
             return term_sums(logits, per_position_B, constants, settings.form)
 
-        block = settings.block_positions or block_for(table.shape[0])
+        block = settings.block_positions or block_for(table.shape[-2])
         total, sums = blocked_losses(of_block, features, table, bias, per_position, here, block=block)
         return total, {name: (value, count) for name, value in sums.items()}
 

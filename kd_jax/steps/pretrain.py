@@ -43,7 +43,7 @@ def make_pretrain_objective(model: Functional, fused: bool = False) -> Objective
         if fused and serves_mesh(targets.shape[0]):
             total, sums = fused_losses(Decoder(features, table, bias), None, targets, weights, 1.0, scales)
         else:
-            masked, block = {"targets": targets, "weights": weights}, block_for(table.shape[0])
+            masked, block = {"targets": targets, "weights": weights}, block_for(table.shape[-2])
             total, sums = blocked_losses(of_block, features, table, bias, masked, dict(scales), block=block)
         count = jnp.sum(weights)
         return total, {name: (value, count) for name, value in sums.items()}
