@@ -32,6 +32,8 @@ _API = {
     "relation_divergence": "losses.features",
     "text_means": "losses.features",
     "blocked_losses": "losses.blocked",
+    "fused_losses": "losses.fused",
+    "Decoder": "losses.tiling",
     # Steps: an objective, and the pure function (state, frozen, batch) -> (state, metrics) that minimizes it
     "DistillSettings": "steps.distill",
     "make_distill_objective": "steps.distill",

@@ -55,7 +55,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 # Top-level keys that every command reads and that change only how a run is executed and watched.
 EXECUTION_KEYS = (
-    *("mesh", "sharding", "storage", "attention", "progress", "tensorboard", "wandb"),
+    *("mesh", "sharding", "storage", "attention", "logits", "progress", "tensorboard", "wandb"),
     *("watchdog_seconds", "watchdog_exit", "cache_part", "cache_parts"),
 )
 

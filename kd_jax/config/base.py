@@ -45,7 +45,7 @@ def encoder(preset: str, **changes: Any) -> ConfigDict:
 
 def get_config() -> ConfigDict:
     """Every key with its default."""
-    config = block(Execution)  # mesh, sharding, attention, storage, watchdog, ...: how a run is executed
+    config = block(Execution)  # mesh, sharding, storage, attention, logits, watchdog, ...: how a run is executed
     config.seed = 0  # student init, data order, dropout and finetuning
     config.compute_dtype = "auto"  # auto (float32 on CPU, bfloat16 elsewhere) | float32 | bfloat16
 

@@ -99,6 +99,8 @@ class Execution:
     attention: fused (kernels that keep scores out of main memory: TPUs and GPUs; elsewhere interpreted, to try it),
         plain, or auto: fused where a kernel computes it (rows of a multiple of 128 tokens on TPUs, 64 on GPUs, without
         attention_dropout), else plain. Results differ by rounding. Training and caches of teachers read it.
+    logits: fused (kernels that keep logits out of main memory: TPUs and NVIDIA GPUs; elsewhere interpreted, to try it),
+        plain (in blocks), or auto: fused where there is a kernel (docs/performance.md). Results differ by rounding.
     progress: progress bars on a terminal.
     tensorboard: write TensorBoard events.
     watchdog_seconds: a step, an evaluation's batch or a wait for other processes that takes longer is reported with
@@ -114,6 +116,7 @@ class Execution:
     storage: Storage = field(default_factory=Storage)
     wandb: Wandb = field(default_factory=Wandb)
     attention: str = "auto"
+    logits: str = "auto"
     progress: bool = True
     tensorboard: bool = True
     watchdog_seconds: float = 1800.0
@@ -123,6 +126,9 @@ class Execution:
 
     def __post_init__(self):
         one_of(self.attention, ("auto", "plain", "fused"), "attention")
+        one_of(self.logits, ("auto", "plain", "fused"), "logits")
+        problem = f"fused logits are not split along tensor = {self.mesh.tensor}"
+        check(self.logits != "fused" or self.mesh.tensor == 1, "logits", problem, "use auto, or config.mesh.tensor=1")
         seconds = self.watchdog_seconds
         check(seconds >= 0, "watchdog_seconds", f"{seconds} is negative", "1800 is usual, 0 turns it off")
         part, parts = self.cache_part, self.cache_parts

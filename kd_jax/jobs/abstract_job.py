@@ -31,6 +31,7 @@ from kd_jax.jobs.teachers import (
     teacher_form,
     teacher_tables,
 )
+from kd_jax.losses.tiling import has_kernels
 from kd_jax.models.attention_kernels import find_kernel
 from kd_jax.models.functional import Functional, flops_per_row
 from kd_jax.steps.distill import MEANS, RELATIONS, STATES, make_distill_objective, text_slots
@@ -81,6 +82,7 @@ def abstract_job(config: ConfigDict, mesh: jax.sharding.Mesh) -> AbstractJob:
     length = prepared.settings.rows.length
     slots = num_slots(length, masking.rate)
     kernel = find_kernel(execution.attention, mesh)
+    fused = has_kernels(execution.logits, mesh)
     fields: dict[str, Any] = dict.fromkeys(("tokens", "segment_ids", "positions"), ((length,), jnp.int32))
     fields |= dict.fromkeys(("masked_positions", "masked_targets"), ((slots,), jnp.int32))
     fields["masked_weights"] = ((slots,), jnp.float32)
@@ -95,7 +97,7 @@ def abstract_job(config: ConfigDict, mesh: jax.sharding.Mesh) -> AbstractJob:
     tables: list[str] = []
     model, teacher, cache = student, None, None
     if distill is None:
-        objective = make_pretrain_objective(student)
+        objective = make_pretrain_objective(student, fused)
     else:
         kept = kept_ids(prepared) if isinstance(prepared, TrimmedPrepared) else None
         teacher = Teacher("", model_of("teacher"), execution.sharding.teacher, kept)
@@ -135,7 +137,7 @@ def abstract_job(config: ConfigDict, mesh: jax.sharding.Mesh) -> AbstractJob:
                 constants["decoder"] = teacher.model.decoder(placed_shapes(teacher, mesh))
                 tables = sharding_lines(constants["decoder"], "teacher's decoder, frozen:")
             fields |= _cached_fields(cache, teacher.model, slots)
-        step, model = step_settings(distill, student, shape, form, once, width)
+        step, model = step_settings(distill, student, shape, form, once, width, fused)
         objective = make_distill_objective(model, models, step)
     training = settings or distill
     assert training is not None

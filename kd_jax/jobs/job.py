@@ -127,6 +127,7 @@ def compiled_step(objective: Objective, model: Model, settings: Training, mesh: 
 
     Equal arguments give the same function: a study asks for the same few again and again, and compiles each once.
     """
+    layout = state_layout(model, settings, mesh, rules)
     step = make_train_step(
         objective,
         make_optimizer(settings),
@@ -134,8 +135,8 @@ def compiled_step(objective: Objective, model: Model, settings: Training, mesh: 
         steps=settings.steps,
         accumulation=settings.accumulation,
         skipped=after_skipped if settings.skip_non_finite else None,
+        own_tables=layout["params"]["encoder"]["embeddings"]["tokens"].is_fully_replicated,
     )
-    layout = state_layout(model, settings, mesh, rules)
 
     inputs = (layout, None, batch_sharding(mesh))  # the constants keep the sharding that they come with
     return jax.jit(on_mesh(step, mesh), donate_argnums=0, in_shardings=inputs, out_shardings=(layout, None))

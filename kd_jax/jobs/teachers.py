@@ -229,12 +229,13 @@ def step_settings(
     form: TeacherForm,
     once: bool = False,
     width: int = 0,
+    fused: bool = False,
 ) -> tuple[DistillSettings, WithProjections]:
     """The loss as the step computes it, and the student with the projections that its terms need.
 
     teacher: the shape of the (first) teacher; None where only the terms on logits are used. width: of the teacher's
-    states where a cache has reduced them; 0 is the shape's. Raises UserError for layer maps, relation heads and
-    projections that the two shapes do not allow.
+    states where a cache has reduced them; 0 is the shape's. fused: as in DistillSettings. Raises UserError for layer
+    maps, relation heads and projections that the two shapes do not allow.
     """
     shape = student.config
     layers: dict[str, Any] = {}
@@ -256,7 +257,7 @@ def step_settings(
         if sentence.used and needs_projection(sentence.projection, *widths, "distill.sentence.projection"):
             projections.append(("sentence", *widths))
     loss = {one.name: getattr(distill, one.name) for one in fields(Loss)}
-    settings = DistillSettings(**loss, **layers, once=once and distill.kl.used, form=form)
+    settings = DistillSettings(**loss, **layers, once=once and distill.kl.used, fused=fused, form=form)
     moving = distill.kl.temperature != distill.kl.last_temperature
     fixed = not (form.cached and moving and form.kind != "hidden")
     remedy = "set it to 0, or write the cache with cache.format=hidden"

@@ -48,7 +48,7 @@ def blocked_losses(
     kept: memory does not grow with the number of positions times the vocabulary.
 
     On a mesh (see `row_axes`) every device takes blocks of its own rows, `block` positions each, and sums are reduced
-    over the devices once, at the end.
+    over the devices once, at the end. A table [D, V, H] is one for each of these devices, and so is its gradient.
     """
     features_RxKxH, table_VxH = jnp.asarray(features_RxKxH), jnp.asarray(table_VxH)
     rows, slots, _ = features_RxKxH.shape
@@ -58,11 +58,11 @@ def blocked_losses(
     return _blocked(loss_of_logits, layout, (features_RxKxH, table_VxH, bias_V, per_position, constants))
 
 
-def _each_on_its_rows(
-    local: Callable[..., Any], axes: tuple[str, ...], by_row: tuple[bool, ...], outputs: Any
+def on_own_rows(
+    local: Callable[..., Any], axes: tuple[str, ...], by_row: tuple[Any, ...], outputs: Any
 ) -> Callable[..., Any]:
-    """`local` on each device's own rows. by_row: which arguments have rows; outputs: a prefix of the result, True where
-    it has rows.
+    """`local` on each device's own rows. by_row, outputs: prefixes of the arguments and the result, True where they
+    have rows.
     """
     # Without shard_map XLA would sum the table's gradient over all devices after every block.
     if not axes:
@@ -71,11 +71,13 @@ def _each_on_its_rows(
     def spec(has_rows: bool) -> PartitionSpec:
         return PartitionSpec(axes) if has_rows else PartitionSpec()
 
-    specs = tuple(map(spec, by_row)), jax.tree.map(spec, outputs)
-    return jax.shard_map(local, in_specs=specs[0], out_specs=specs[1], axis_names=set(axes), check_vma=False)
+    specs = jax.tree.map(spec, by_row), jax.tree.map(spec, outputs)
+    # Axes of size 1 too: Pallas kernels are compiled only where XLA has nothing left to partition.
+    names = {*axes, *(name for name, size in jax.sharding.get_abstract_mesh().shape.items() if size == 1)}
+    return jax.shard_map(local, in_specs=specs[0], out_specs=specs[1], axis_names=names, check_vma=False)
 
 
-def _total(tree: Any, axes: tuple[str, ...]) -> Any:
+def sum_over_devices(tree: Any, axes: tuple[str, ...]) -> Any:
     """The sum over the devices that share out the rows."""
     return jax.lax.psum(tree, axes) if axes else tree
 
@@ -162,9 +164,18 @@ def _sum_over_blocks(of_block: Callable[[Any], tuple[Any, Any]], blocks: Any) ->
     return jax.lax.scan(body, zeros, blocks)
 
 
-# Features [R, K, H], table [V, H], bias [V] or None, per position, constants; and which of them have rows.
+# Features [R, K, H], table [V, H] or [D, V, H], bias [V] or None, per position, constants.
 _Operands = tuple[jax.Array, jax.Array, Array | None, Any, Any]
-_BY_ROW = (True, False, False, True, False)
+
+
+def _by_row(operands: _Operands) -> tuple[bool, ...]:
+    """Which operands each device has its own of."""
+    return True, operands[1].ndim == 3, False, True, False
+
+
+def own_table(table: jax.Array) -> jax.Array:
+    """The table [V, H] of one device, from its part of [D, V, H] or the table that all share."""
+    return table[0] if table.ndim == 3 else table
 
 
 def _narrow(operands: _Operands) -> _Operands:
@@ -176,24 +187,25 @@ def _narrow(operands: _Operands) -> _Operands:
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _blocked(loss_of_logits: Loss, layout: Layout, operands: _Operands) -> tuple[jax.Array, Any]:
     def local(*operands: Any) -> Any:
-        features_RxKxH, table_VxH, bias_V, per_position, constants = operands
-        features_RxKxI, table_VxI, bias_V = with_bias_inside(features_RxKxH, table_VxH, bias_V)
+        features_RxKxH, table, bias_V, per_position, constants = operands
+        features_RxKxI, table_VxI, bias_V = with_bias_inside(features_RxKxH, own_table(table), bias_V)
 
         def of_block(block: Any) -> tuple[Any, None]:
             features_BxI, per_position_B = block
             return loss_of_logits(logits_of(features_BxI, table_VxI, bias_V), per_position_B, constants), None
 
         blocks = jax.tree.map(lambda leaf: _split(leaf, layout.parts), (features_RxKxI, per_position))
-        return _total(_sum_over_blocks(of_block, blocks)[0], layout.axes)
+        return sum_over_devices(_sum_over_blocks(of_block, blocks)[0], layout.axes)
 
-    return _each_on_its_rows(local, layout.axes, _BY_ROW, False)(*_narrow(operands))
+    return on_own_rows(local, layout.axes, _by_row(operands), False)(*_narrow(operands))
 
 
 def _blocked_forward(loss_of_logits: Loss, layout: Layout, operands: _Operands):
     def local(*operands: Any) -> Any:
         return _values_and_gradients(loss_of_logits, layout, *operands)
 
-    run = _each_on_its_rows(local, layout.axes, _BY_ROW, (False, (True, False, False)))
+    by_row = _by_row(operands)
+    run = on_own_rows(local, layout.axes, by_row, (False, by_row[:3]))
     value, (by_features, by_table_VxH, by_bias_V) = run(*_narrow(operands))
     _, table_VxH, bias_V, _, _ = operands
     if bias_V is not None:
@@ -205,13 +217,14 @@ def _values_and_gradients(
     loss_of_logits: Loss,
     layout: Layout,
     features_RxKxH: Any,
-    table_VxH: Any,
+    table: Any,
     bias_V: Any,
     per_position: Any,
     constants: Any,
 ) -> tuple[Any, tuple[Any, ...]]:
-    """(losses, gradients by features, table and bias), the latter two float32, all summed over the devices."""
-    parts = layout.parts
+    """(losses, gradients by features, table and bias), the latter two float32, all summed over the devices, but for
+    that of a table that is the device's own."""
+    parts, table_VxH = layout.parts, own_table(table)
     hidden, dtype = features_RxKxH.shape[2], features_RxKxH.dtype
     features_RxKxI, table_VxI, outer_bias_V = with_bias_inside(features_RxKxH, table_VxH, bias_V)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -229,10 +242,15 @@ def _values_and_gradients(
 
     blocks = jax.tree.map(lambda leaf: _split(leaf, parts), (features_RxKxI, per_position))
     sums, by_features = _sum_over_blocks(of_block, blocks)
-    value, by_table_IxV, by_bias_V = _total(sums, layout.axes)
+    if table.ndim == 2:
+        sums = sum_over_devices(sums, layout.axes)
+    value, by_table_IxV, by_bias_V = sums
     if bias_V is not None and by_bias_V is None:
         by_bias_V = by_table_IxV[hidden]
-    return value, (_join(by_features, parts, *features_RxKxH.shape[:2]), by_table_IxV[:hidden].T, by_bias_V)
+    by_table = by_table_IxV[:hidden].T
+    if table.ndim == 3:
+        by_table, (value, by_bias_V) = by_table[None], sum_over_devices((value, by_bias_V), layout.axes)
+    return value, (_join(by_features, parts, *features_RxKxH.shape[:2]), by_table, by_bias_V)
 
 
 def _blocked_backward(loss_of_logits: Loss, layout: Layout, gradients: Any, cotangents: Any):

@@ -19,6 +19,7 @@ from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.jobs import cache, states, teachers
 from kd_jax.jobs.job import Job, Phase, train
 from kd_jax.jobs.masked_lm import encoder_model, heldout_evaluation, transfer_set_of
+from kd_jax.losses.tiling import has_kernels
 from kd_jax.main import command
 from kd_jax.models.attention_kernels import find_kernel
 from kd_jax.models.projection import WithProjections
@@ -71,12 +72,13 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
             return cache.cached_side(folder, found[0], part, masking, vocabulary, prepared, mesh)
         return teachers.in_the_loop(found, part, masking, teachers.teacher_form(vocabulary, prepared), prepared, mesh)
 
+    fused = has_kernels(execution.logits, mesh)
     transfer_set, phases, readers, tables = transfer_set_of(transfer, prepared, config.seed), [], [], []
     model = WithProjections(student)
     for (progress, part), folder in sources:
         side, first = side_of(part, folder), round(progress * distill.steps)
         once = execution.sharding.teacher_once and not side.form.cached
-        settings, own = teachers.step_settings(part, student, side.shape, side.form, once, side.width)
+        settings, own = teachers.step_settings(part, student, side.shape, side.form, once, side.width, fused)
         if own.projections:  # which only the terms on inner states have
             model = own
         for start, models, constants in side.phases:

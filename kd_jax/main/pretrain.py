@@ -21,6 +21,7 @@ from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.jobs import trained
 from kd_jax.jobs.job import Job, Phase, train
 from kd_jax.jobs.masked_lm import encoder_model, heldout_evaluation, transfer_set_of
+from kd_jax.losses.tiling import has_kernels
 from kd_jax.main import command
 from kd_jax.models.attention_kernels import find_kernel
 from kd_jax.models.encoder_config import EncoderConfig, encoder_config
@@ -56,9 +57,10 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
         trained.check_tokenizer(start, prepared, "pretrain.init_from")
         check_shape(model.config, start, prepared, which)
     rules = getattr(execution.sharding, which)
-    objective = make_pretrain_objective(model)
+    fused = has_kernels(execution.logits, mesh)
+    objective = make_pretrain_objective(model, fused)
     if not config.train_body:
-        objective = make_head_objective(model)
+        objective = make_head_objective(model, fused)
         pretrain = dataclasses.replace(pretrain, weight_decay=0.0)  # decay would move the frozen encoder
     transfer_set = transfer_set_of(transfer, prepared, config.seed)
     job = Job(
@@ -92,9 +94,9 @@ def check_shape(shape: EncoderConfig, start: str, prepared: Prepared, which: str
 
 
 @functools.cache
-def make_head_objective(model: Functional) -> Objective:
+def make_head_objective(model: Functional, fused: bool = False) -> Objective:
     """The masked-LM objective as a function of the head alone; a frozen encoder has no dropout."""
-    whole = make_pretrain_objective(model)
+    whole = make_pretrain_objective(model, fused)
 
     def loss(params, frozen, batch, key, scales, progress):
         del key

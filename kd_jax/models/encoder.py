@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec
 from kd_jax.models.attention import Attention, Projections, Sight, at_columns, rotary_tables
 from kd_jax.models.attention_kernels import PLAIN, Kernel, computes
 from kd_jax.models.encoder_config import EncoderConfig
-from kd_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, drop, token_table
+from kd_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, drop, random_table
+from kd_jax.models.token_table import look_up
 from kd_jax.types import Array, Batch, UserError, row_axes
 
 
@@ -109,16 +110,16 @@ class Embeddings(nnx.Module):
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         longest = config.max_positions + config.position_offset if config.positions == "learned" else 0
-        self.tokens = token_table(config, config.vocab_size, "vocab", rngs)
-        self.positions = token_table(config, longest, "positions", rngs) if longest else None
-        self.types = token_table(config, config.type_vocab_size, None, rngs) if config.type_vocab_size else None
+        self.tokens = random_table(config, config.vocab_size, "vocab", rngs)
+        self.positions = random_table(config, longest, "positions", rngs) if longest else None
+        self.types = random_table(config, config.type_vocab_size, None, rngs) if config.type_vocab_size else None
         self.norm = LayerNorm(config) if config.embedding_norm else None
 
     def __call__(
         self, tokens_RxL: jax.Array, positions_RxL: jax.Array, compute_dtype: Any, dropout_key: jax.Array | None
     ) -> jax.Array:
         """Embeddings [R * L, H] in the compute dtype."""
-        x = jnp.take(self.tokens[...], tokens_RxL.reshape(-1), axis=0)
+        x = look_up(self.tokens[...], tokens_RxL)
         if self.positions is not None:
             x = x + jnp.take(self.positions[...], positions_RxL.reshape(-1) + self.config.position_offset, axis=0)
         if self.types is not None:

@@ -98,7 +98,7 @@ class Functional:
         return self._merge(params).mlm_head.transform(hidden_RxKxH)
 
     def decoder(self, params: Params) -> tuple[jax.Array, jax.Array | None]:
-        """(table [V, H], bias [V] or None): logits are features @ table.T + bias."""
+        """(table [V, H], bias [V] or None): logits are features @ table.T + bias; see token_table for [D, V, H]."""
         head = params["mlm_head"]
         table = params["encoder"]["embeddings"]["tokens"] if self.config.tied_decoder else head["decoder"]
         return table, head["bias"] if self.config.decoder_bias else None

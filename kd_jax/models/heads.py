@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kd_jax.models.encoder_config import EncoderConfig, Pooling
-from kd_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, drop, token_table
+from kd_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, drop, random_table
 
 
 def gather_positions(hidden_RxLxH: jax.Array, positions_RxK: jax.Array) -> jax.Array:
@@ -65,7 +65,7 @@ class MaskedHead(nnx.Module):
         self.norm = LayerNorm(config)
         bias = jnp.zeros(config.vocab_size, jnp.float32)
         self.bias = nnx.Param(bias, axes=("vocab",)) if config.decoder_bias else None
-        self.decoder = None if config.tied_decoder else token_table(config, config.vocab_size, "vocab", rngs)
+        self.decoder = None if config.tied_decoder else random_table(config, config.vocab_size, "vocab", rngs)
 
     def transform(self, hidden_RxKxH: jax.Array) -> jax.Array:
         """The features [R, K, H] that the token table turns into logits, in the dtype of the hidden states."""

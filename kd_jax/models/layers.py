@@ -116,7 +116,7 @@ class Linear(nnx.Module):
         return y
 
 
-def token_table(config: EncoderConfig, rows: int, axis: str | None, rngs: nnx.Rngs) -> nnx.Param[jax.Array]:
+def random_table(config: EncoderConfig, rows: int, axis: str | None, rngs: nnx.Rngs) -> nnx.Param[jax.Array]:
     """A table [rows, H], drawn like all tables and matrices; `axis` names its rows for sharding."""
     shape = (rows, config.hidden_size)
     return nnx.Param(truncated_normal(rngs.params(), shape, config.initializer_range), axes=(axis, "embed"))

@@ -12,11 +12,13 @@ from kd_jax.config import training
 from kd_jax.config.training import RELATION_PARTS
 from kd_jax.losses.blocked import block_for, blocked_losses
 from kd_jax.losses.features import hidden_distance, relation_divergence, text_means
+from kd_jax.losses.fused import fused_losses, serves_mesh
+from kd_jax.losses.tiling import Decoder
 from kd_jax.models.functional import Captured, Functional
 from kd_jax.models.heads import gather_positions
 from kd_jax.models.projection import WithProjections
 from kd_jax.steps.objective import Frozen, Key, Loss, Objective, Scales, linear
-from kd_jax.steps.teacher_logits import TeacherForm, term_sums
+from kd_jax.steps.teacher_logits import TeacherForm, fused_decoder, term_sums
 from kd_jax.types import Array, Batch, Params, Term
 
 LOGIT_TERMS = ("kl", "mlm")
@@ -34,12 +36,15 @@ class DistillSettings(training.Loss):
     """The loss as the step computes it: hashable, with layers resolved to pairs (student's, teacher's).
 
     once: the teacher predicts a step's whole batch before it is split into micro-batches.
+    fused: logits stay in kernels where those compute the terms: not those of teachers that are averaged, top-k or
+        sampled, nor where the unknown token gets the probability of others.
     """
 
     hidden_layers: tuple[tuple[int, int], ...] = ()
     relation_layers: tuple[tuple[int, int], ...] = ()
     relation_heads: int = 1
     once: bool = False
+    fused: bool = False
     form: TeacherForm = field(default_factory=TeacherForm)
 
     def __post_init__(self):
@@ -259,14 +264,18 @@ def _logit_terms(
         if "kl" in names:
             per_position |= predictions()
         here = {**constants, "scales": {name: scales[name] for name in names}}
+        features, count = student.mlm_features(params, states), jnp.sum(weights)
+        teacher = fused_decoder(per_position, constants, settings.form) if "kl" in names else None
+        if settings.fused and (teacher or "kl" not in names) and serves_mesh(states.shape[0]):
+            own, temperature = Decoder(features, table, bias), constants["temperature"]
+            total, sums = fused_losses(own, teacher, targets, weights, temperature, here["scales"])
+            return total, {name: (value, count) for name, value in sums.items()}
 
         def of_block(logits: jax.Array, per_position_B: Any, constants: Any) -> Any:
             return term_sums(logits, per_position_B, constants, settings.form)
 
-        block = settings.block_positions or block_for(table.shape[0])
-        features = student.mlm_features(params, states)
+        block = settings.block_positions or block_for(table.shape[-2])
         total, sums = blocked_losses(of_block, features, table, bias, per_position, here, block=block)
-        count = jnp.sum(weights)
         return total, {name: (value, count) for name, value in sums.items()}
 
     weights = jnp.asarray(batch["masked_weights"])

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax.losses.blocked import block_for, blocked_losses
+from kd_jax.losses.fused import fused_losses, serves_mesh
 from kd_jax.losses.logits import distill_loss, masked_cross_entropy
+from kd_jax.losses.tiling import Decoder
 from kd_jax.models.functional import Functional
 from kd_jax.steps.objective import Frozen, Key, Loss, Objective, Scales
 from kd_jax.types import Array, Batch, Params, Term
@@ -26,8 +28,8 @@ def masked_logits(model: Functional, params: Params, batch: Batch, key: Key = No
 
 
 @functools.cache
-def make_pretrain_objective(model: Functional) -> Objective:
-    """Cross entropy at the masked positions, whose logits are formed in blocks."""
+def make_pretrain_objective(model: Functional, fused: bool = False) -> Objective:
+    """Cross entropy at the masked positions, whose logits are formed in blocks, or stay in kernels (fused)."""
 
     def of_block(logits_BxV: jax.Array, per_position: Any, constants: Any) -> Any:
         targets, weights = per_position["targets"], per_position["weights"]
@@ -37,10 +39,12 @@ def make_pretrain_objective(model: Functional) -> Objective:
         del frozen, progress
         features = model.mlm_features(params, model.hidden_at(params, batch, batch["masked_positions"], key))
         table, bias = model.decoder(params)
-        weights = jnp.asarray(batch["masked_weights"])
-        masked = {"targets": jnp.asarray(batch["masked_targets"]), "weights": weights}
-        block = block_for(table.shape[0])
-        total, sums = blocked_losses(of_block, features, table, bias, masked, dict(scales), block=block)
+        targets, weights = jnp.asarray(batch["masked_targets"]), jnp.asarray(batch["masked_weights"])
+        if fused and serves_mesh(targets.shape[0]):
+            total, sums = fused_losses(Decoder(features, table, bias), None, targets, weights, 1.0, scales)
+        else:
+            masked, block = {"targets": targets, "weights": weights}, block_for(table.shape[-2])
+            total, sums = blocked_losses(of_block, features, table, bias, masked, dict(scales), block=block)
         count = jnp.sum(weights)
         return total, {name: (value, count) for name, value in sums.items()}
 

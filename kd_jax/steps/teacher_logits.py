@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from kd_jax.losses.blocked import with_bias_inside
 from kd_jax.losses.logits import distill_loss
 from kd_jax.losses.sparse import Tail, sampled_divergence, top_k_divergence
+from kd_jax.losses.tiling import Decoder
 from kd_jax.types import Array
 
 
@@ -74,6 +75,18 @@ def teacher_logits(
             logits = on_kept(logits, constants["kept"], temperature, form)
         every.append(logits)
     return jax.lax.stop_gradient(tuple(every))
+
+
+def fused_decoder(per_position: dict[str, Any], constants: dict[str, Any], form: TeacherForm) -> Decoder | None:
+    """The teacher of `fused_losses`, over the student's tokens; None where its logits are more than one product."""
+    features = per_position.get("teacher_features", ())
+    if len(features) != 1 or ("kept" in constants and form.dropped != "renormalize"):
+        return None
+    ((table, bias),) = constants["decoders"]
+    if "kept" in constants:
+        table = jnp.take(table, constants["kept"], axis=0)
+        bias = None if bias is None else jnp.take(bias, constants["kept"])
+    return Decoder(features[0], table, bias)
 
 
 def term_sums(

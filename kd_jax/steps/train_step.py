@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kd_jax.models.token_table import on_each_device, summed
 from kd_jax.steps.objective import Objective
 from kd_jax.types import Array, Batch, Params, Term
 
@@ -35,6 +36,7 @@ def make_train_step(
     steps: int,
     accumulation: int = 1,
     skipped: Callable[[Any, Any], Any] | None = None,
+    own_tables: bool = False,
 ) -> TrainStep:
     """A pure function (state, frozen, batch) -> (state, metrics); metrics are (sum, weight) pairs.
 
@@ -42,7 +44,8 @@ def make_train_step(
     The rest of `frozen` (a teacher, label masks) is handed to the objective and never differentiated.
 
     skipped(opt_state before, after): given, a step whose loss, terms or gradient norm are not finite changes no
-    parameter, leaves this as the optimizer's state, and counts 1 in metrics["skipped_steps"].
+    parameter, leaves this as the optimizer's state, and counts 1 in metrics["skipped_steps"]. own_tables: each device
+    adds up the token table's gradients before they are summed over devices (models.token_table).
     """
 
     def train_step(state: State, frozen: Any, batch: Batch) -> tuple[State, Mapping[str, Term]]:
@@ -60,23 +63,26 @@ def make_train_step(
         def loss_of(params: Params, micro: Batch, micro_key: jax.Array):
             return objective.loss(params, frozen, micro, micro_key, scales, progress)
 
+        rows = jax.tree.leaves(batch)[0].shape[0] // accumulation
+        given = on_each_device(state["params"], rows) if own_tables else state["params"]
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
         if accumulation == 1:
-            (loss, terms), gradients = gradient_of(state["params"], batch, key)
+            (loss, terms), gradients = gradient_of(given, batch, key)
         else:
 
             def body(total: Any, indexed: tuple[Array, Batch]) -> tuple[Any, None]:
                 index, micro = indexed
-                value = gradient_of(state["params"], micro, jax.random.fold_in(key, index))
+                value = gradient_of(given, micro, jax.random.fold_in(key, index))
                 return jax.tree.map(jnp.add, total, value), None
 
             micro_batches = split_micro_batches(batch, accumulation)
             first = {name: values[0] for name, values in micro_batches.items()}
-            shapes = jax.eval_shape(gradient_of, state["params"], first, key)
+            shapes = jax.eval_shape(gradient_of, given, first, key)
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
             indexed = (jnp.arange(accumulation), micro_batches)
             ((loss, terms), gradients), _ = jax.lax.scan(body, zeros, indexed)
 
+        gradients = summed(gradients) if own_tables else gradients
         updates, opt_state = optimizer.update(gradients, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         one = jnp.float32(1.0)

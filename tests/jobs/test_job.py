@@ -1,6 +1,8 @@
 """The real steps give the same losses and parameters on 8 devices, however they are arranged, as on one."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import numpy as np
@@ -106,6 +108,22 @@ def test_the_printed_table_has_the_teacher_as_well():
     assert lines[0] == "teacher, frozen:"
     assert any(line.split()[:4] == ["encoder/embeddings/tokens", "61", "x", "32/fsdp"] for line in lines)
     assert any(line.split()[0] == "encoder/layers/mlp/output/kernel" and "/tensor" not in line for line in lines)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_gradient_of_the_token_table_crosses_the_network_once(accumulation):
+    student, teacher = tiny(), Teacher("", tiny(num_layers=1), WHOLE, None)
+    mesh = make_mesh(Mesh(2, 2, 1), devices=jax.devices()[:4])
+    objective = make_distill_objective(WithProjections(student, ()), (teacher.model,), SETTINGS)
+    settings = Training(accumulation=accumulation, batch_size=accumulation).of_step
+    state = state_functions(student, settings, mesh, WHOLE)[2]
+    constants = {"teachers": (placed_shapes(teacher, mesh),), "seed": jax.ShapeDtypeStruct((), np.int32)}
+    batch = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in uneven_batch().items()}
+    text = compiled_step(objective, student, settings, mesh, WHOLE).lower(state, constants, batch).compile().as_text()
+    lines = [line.split(" all-reduce(")[0] for line in text.splitlines() if " all-reduce(" in line]
+    sizes = [math.prod(map(int, shape.split(","))) for line in lines for shape in re.findall(r"f32\[([\d,]+)\]", line)]
+    # No other parameter has as many numbers, and the loss's table may have a column for the bias.
+    assert sum(61 * 32 <= size <= 61 * 33 for size in sizes) == 1
 
 
 def test_jobs_that_differ_in_logging_alone_share_one_compiled_step():

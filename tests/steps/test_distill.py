@@ -286,6 +286,50 @@ def test_a_trimmed_student_sees_the_teacher_on_its_own_pieces(models, dropped):
     np.testing.assert_allclose(metrics["kl"][0], 4 * kl_of(p, q, batch["masked_weights"]), rtol=1e-4)
 
 
+@pytest.mark.parametrize("where, trimmed", [("masked", False), ("all", True)])
+def test_fused_logits_give_the_same_step(models, where, trimmed):
+    student, params, teacher, theirs, batch = models
+    frozen = {"teachers": (theirs,)}
+    if trimmed:
+        student = tiny(vocab_size=40, initializer_range=0.3)
+        params, kept = student.init(jax.random.key(0)), np.arange(0, 2 * 40, 2) % VOCABULARY
+        frozen["kept"] = np.sort(kept).astype(np.int32)
+        small = {name: np.minimum(batch[name], 39) for name in ("tokens", "masked_targets")}
+        batch = {**batch, **small, "teacher_tokens": batch["tokens"]}
+    plain = DistillSettings(kd_positions=where)
+    expected, terms = one_step(distillation(student, teacher, plain), params, frozen, batch)
+    fused = dataclasses.replace(plain, fused=True)
+    state, metrics = one_step(distillation(student, teacher, fused), params, frozen, batch)
+    for name in ("loss", "kl", "mlm", "accuracy", "grad_norm"):
+        np.testing.assert_allclose(metrics[name][0], terms[name][0], rtol=2e-5, err_msg=name)
+    for one, other in zip(jax.tree.leaves(state["params"]), jax.tree.leaves(expected["params"]), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+def test_logits_are_in_kernels_where_those_compute_the_terms(models):
+    student, params, teacher, theirs, batch = models
+    other = teacher.init(jax.random.key(2))
+    scales = {"kl": jnp.float32(1.0), "mlm": jnp.float32(1.0)}
+
+    def kernels(batch=batch, frozen=None, teachers=(teacher,), **changes):
+        objective = make_distill_objective(WithProjections(student, ()), teachers, DistillSettings(**changes))
+        frozen = frozen or {"teachers": (theirs, other)[: len(teachers)]}
+        of = jax.make_jaxpr(lambda p: objective.loss(p, frozen, batch, None, scales, jnp.float32(0.0))[0])
+        return "pallas_call[" in str(of(params))
+
+    assert kernels(fused=True)
+    assert not kernels()
+    assert not kernels(teachers=(teacher, teacher), fused=True)
+    with_hidden, _ = cached(teacher, theirs, batch, format="hidden")
+    decoder = {"decoder": teacher.decoder(theirs)}
+    assert kernels(with_hidden, decoder, (), fused=True, form=TeacherForm(cached=True))
+    with_values, _ = cached(teacher, theirs, batch, format="top_k", k=4)
+    assert not kernels(with_values, {"none": ()}, (), fused=True, form=TeacherForm("top_k", cached=True))
+    unknown = {"teachers": (theirs,), "kept": np.arange(VOCABULARY, dtype=np.int32)}
+    form = TeacherForm(dropped="unknown")
+    assert not kernels({**batch, "teacher_tokens": batch["tokens"]}, unknown, fused=True, form=form)
+
+
 def cached(teacher, theirs, batch, **settings):
     """The batch with the teacher's values beside it, and the frozen part, as the cache gives them."""
     values = {"dtype": "float32", "temperature": 2.0, **settings}

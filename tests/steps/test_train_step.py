@@ -93,6 +93,15 @@ def test_loss_is_each_sum_over_its_own_global_weight():
     np.testing.assert_allclose(metrics["loss"][0], total / weight, rtol=1e-6)
 
 
+def test_fused_logits_give_the_same_loss_and_gradient():
+    model, batch = tiny(), uneven_batch()
+    params = model.init(jax.random.key(0))
+    _, expected = one_step(make_pretrain_objective(model), params, {}, batch)
+    _, found = one_step(make_pretrain_objective(model, fused=True), params, {}, batch)
+    for name in ("loss", "accuracy", "grad_norm"):
+        np.testing.assert_allclose(found[name][0], expected[name][0], rtol=1e-5, err_msg=name)
+
+
 def test_batch_without_masked_tokens_changes_nothing():
     student, teacher = tiny(), tiny(num_layers=1)
     params = student.init(jax.random.key(0))
