@@ -36,6 +36,7 @@ from kd_jax.runtime.preemption import interruptible
 from kd_jax.study import advice, overview
 from kd_jax.study.advise import (
     MOST_SEEDS,
+    Belief,
     Candidate,
     Evidence,
     Outcome,
@@ -317,9 +318,10 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     with pilots.quiet():
         evidence = search(settings, steps, seeds, lambda: pilots.adaptable(first), pilots)
     if jax.process_index() == 0:
-        full = full_config(config, settings, evidence, steps)
+        belief = believe(compared(evidence.outcomes), steps)
+        full = full_config(config, settings, evidence, belief)
         where = f"--config={shlex.quote(str(workdir / STUDY))} --workdir={shlex.quote(str(workdir))}"
-        values = {**advise(settings, steps, pilots, evidence, pilots.left(full)), "command": f"kd-jax study {where}"}
+        values = {**advise(settings, pilots, evidence, belief, pilots.left(full)), "command": f"kd-jax study {where}"}
         ratios, metrics = swarm(pilots.outcomes, pilots.realized)
         written = {"ratios.csv": ratios, "metrics.csv": metrics, STUDY: config_file(full, values["command"])}
         for name, text in {**written, "advice.md": advice.markdown(values)}.items():
@@ -328,10 +330,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         print(f"\n{advice.terminal(values)}")
 
 
-def advise(settings: Advise, steps: int, pilots: Pilots, evidence: Evidence, full_seconds: float) -> dict[str, Any]:
+def advise(settings: Advise, pilots: Pilots, evidence: Evidence, belief: Belief, full_seconds: float) -> dict[str, Any]:
     """advice.json: the recommendation, what it rests on, and what it and the full study cost."""
-    outcomes = compared(evidence.outcomes)
-    belief, choice = believe(outcomes, steps), decide(settings, outcomes, steps)
+    choice = decide(settings, belief)
     one = next(iter(evidence.outcomes))
     less = curve_points(evidence)
     texts = {pilot.candidate.amount: pilots.texts(pilot) for pilot in less}
@@ -346,13 +347,13 @@ def advise(settings: Advise, steps: int, pilots: Pilots, evidence: Evidence, ful
         "its masked-LM head is not trained, and masked LM is how it would be adapted (study.train_head trains one)"
     )
     no_adapted = "advise.adapt is False" if not settings.adapt else budget if pilots.adaptable(one) else no_head
-    adapted = adapting(settings, evidence, steps)
+    adapted = adapting(settings, belief)
     of = choice.candidate
     named = {"set": of.set_name, "share": of.share, "text": of.text, "verdict": choice.verdict}
     return {
         "choice": {**named, "best": choice.best, "within": choice.within, "regret": choice.regret},
         "margin": settings.margin,
-        "sets": table(settings, evidence, steps),
+        "sets": table(settings, evidence, belief),
         "adapting": adapted or {"why": no_adapted},
         "task_text": {**curve._asdict(), "of": evidence.of and evidence.of.text} if curve else {"why": no_curve},
         "cost": {
@@ -386,17 +387,16 @@ def data(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def full_config(config: ConfigDict, settings: Advise, evidence: Evidence, steps: int) -> ConfigDict:
+def full_config(config: ConfigDict, settings: Advise, evidence: Evidence, belief: Belief) -> ConfigDict:
     """The full study: the recommended transfer set, those that may still be better, generic and task text alone."""
     new = config.copy_and_resolve_references()
-    rows = table(settings, evidence, steps)
-    chosen = decide(settings, evidence.outcomes, steps).candidate
+    rows, chosen = table(settings, evidence, belief), decide(settings, belief).candidate
     kept = {chosen.share, 0.0, 1.0} | {row["share"] for row in rows if row["best"] >= settings.drop_below}
     new.study.transfer_sets = ConfigDict({Candidate(share).set_name: float(share) for share in sorted(kept)})
     new.study.mlm_sets = (chosen.set_name,)
     for name in ("adapted_sets", "schedule_sets", "average_sets", "chain_sets"):
         new.study[name] = ()
-    adapted = adapting(settings, evidence, steps)
+    adapted = adapting(settings, belief)
     if adapted and adapted["pays"] >= 0.5:
         new.study.adapted_sets = (chosen.set_name,)
     given = tuple(new.study.seeds)

@@ -3,9 +3,10 @@
 A pilot is a student distilled for some steps on one candidate with one seed, finetuned by a fixed recipe, and scored on
 the dev partition. Its error is the mean of the tasks' headline errors, in points. One Gaussian model explains it:
 
-    error = level of its steps + effect of its candidate + drift + luck of its seed + luck of the utterances drawn
+    error = level of its steps and seed + effect of its candidate + drift + its own luck + luck of the utterances drawn
 
-All pilots answer the same utterances, whose covariance is measured, so what all find hard cancels. Drift is how far a
+All pilots answer the same utterances, whose covariance is measured, so what all find hard cancels; so does what pilots
+of one seed share, such as the order of the labels. Drift is how far a
 candidate's effect moves from few steps to all of them, a random walk over halvings of the steps. The standard
 deviations of effects (which shrinks them), drift and luck are unknown: the posterior is the mixture over a grid of them
 with the priors of `SPREADS`. Everything here is a function of the pilots' records, and draws with a fixed seed.
@@ -34,6 +35,7 @@ _DRAWS = 4000
 SURE = 0.95  # probability from which on something is said to be so
 INTERVAL = (0.05, 0.95)  # quantiles
 MOST_SEEDS = 10  # of a pilot
+EXTRA_SEEDS = 3  # of the curve and the adapted teacher, if they fit
 BETTER, ENOUGH, OPEN = "better", "enough", "open"
 
 
@@ -123,8 +125,8 @@ def believe(outcomes: Outcomes, full_steps: int) -> Belief:
     candidates = tuple(sorted({one.candidate for one in pilots}))
     errors = np.array([outcomes[one].error for one in pilots])
     sampling = _sampling([outcomes[one] for one in pilots])
-    levels = _members([one.steps for one in pilots], sorted({one.steps for one in pilots}))
-    of = _members([one.candidate for one in pilots], candidates)
+    levels = _members([(one.steps, one.seed) for one in pilots])
+    of = _members([one.candidate for one in pilots])
     halvings = np.array([max(math.log2(full_steps / one.steps), 0.0) for one in pilots])
     walk = (of @ of.T) * np.minimum.outer(halvings, halvings)
     scale = max(float(errors.mean()), 1.0)
@@ -160,9 +162,9 @@ def _sampling(outcomes: Sequence[Outcome]) -> np.ndarray:
     return parts @ parts.T * (parts.shape[1] / max(parts.shape[1] - 3, 1))
 
 
-def _members(values: Sequence[Any], groups: Sequence[Any]) -> np.ndarray:
-    """1 where the value is the group: float [values, groups]."""
-    return np.array([[float(value == group) for group in groups] for value in values])
+def _members(values: Sequence[Any]) -> np.ndarray:
+    """1 where the value is one of the different values in their order: float [values, different values]."""
+    return np.array([[float(value == group) for group in sorted(set(values))] for value in values])
 
 
 class Choice(NamedTuple):
@@ -232,50 +234,46 @@ def search(
     tried: dict[Pilot, Outcome] = {}
     alive = sorted((Candidate(share) for share in settings.shares), key=simplest)
     rungs = [(max(round(share * full_steps), 1), count) for share, count in zip(settings.steps, settings.seeds)]
+    belief: Belief | None = None
 
     def go_on(steps: int, count: int) -> bool:
         """Runs a rung; False if it does not fit."""
-        nonlocal alive
-        while True:
-            found = run([Pilot(one, steps, seed) for seed in seeds[:count] for one in alive])
-            if found is not None:
-                tried.update(found)
-                alive = [one for one in alive if any(pilot.candidate == one for pilot in tried)]
-                alive = survivors(believe(compared(tried), full_steps), alive, settings.drop_below)
-                return True
-            if not tried or len(alive) <= 2:
-                return False
-            fewer = _better_half(believe(compared(tried), full_steps), alive)
+        nonlocal alive, belief
+        while (found := run([Pilot(one, steps, seed) for seed in seeds[:count] for one in alive])) is None:
+            fewer = _better_half(belief, alive) if belief else alive
             if len(fewer) == len(alive):
                 return False
             alive = fewer
+        tried.update(found)
+        belief = believe(tried, full_steps)
+        alive = survivors(belief, [one for one in alive if one in belief.candidates], settings.drop_below)
+        return True
 
     def sure() -> bool:
-        return decide(settings, tried, full_steps).verdict != OPEN
+        # With drop_below 0 the whole grid is run, for those who evaluate the advice.
+        return belief is not None and settings.drop_below > 0 and decide(settings, belief).verdict != OPEN
 
     fits = True
     for steps, count in rungs:
         fits = go_on(steps, count)
-        # With drop_below 0 the whole grid is run, to evaluate the advice.
-        if not fits or (settings.drop_below > 0 and sure()):
+        if not fits or sure():
             break
-    of = decide(settings, tried, full_steps).candidate
-    done = [one for one in tried if one.candidate == of]
-    steps = max(one.steps for one in done)
-    used = [one.seed for one in done if one.steps == steps]
-    extra = [[of._replace(amount=amount) for amount in settings.amounts]] if settings.amounts and of.share > 0 else []
+    assert belief is not None, "the first rung runs, or raises"
+    of, more = decide(settings, belief).candidate, dict[Pilot, Outcome]()
+    steps = max(one.steps for one in tried if one.candidate == of)
+    extra = [[of._replace(amount=amount) for amount in settings.amounts]] if of.share > 0 and settings.amounts else []
     extra += [[of._replace(teacher="adapted")]] if settings.adapt and adaptable() else []
     for candidates in extra:
-        for some in (used, used[:1]):
-            found = run([Pilot(one, steps, seed) for seed in some for one in candidates])
+        for some in (seeds[:EXTRA_SEEDS], seeds[:1]):
+            found = run([Pilot(one, steps, seed) for seed in some for one in (of, *candidates)])
             if found is not None:
-                tried.update(found)
+                more.update(found)
                 break
     steps, count = rungs[-1]
-    while fits and not sure() and settings.drop_below > 0 and count < min(MOST_SEEDS, len(seeds)):
+    while fits and settings.drop_below > 0 and not sure() and count < min(MOST_SEEDS, len(seeds)):
         count += 1
         fits = go_on(steps, count)
-    return Evidence(tried, alive, of if extra else None, not fits and not sure())
+    return Evidence({**tried, **more}, alive, of if extra else None, not fits and not sure())
 
 
 def compared(outcomes: Outcomes) -> dict[Pilot, Outcome]:
@@ -283,10 +281,9 @@ def compared(outcomes: Outcomes) -> dict[Pilot, Outcome]:
     return {pilot: found for pilot, found in outcomes.items() if pilot.candidate.amount == 1}
 
 
-def decide(settings: Advise, outcomes: Outcomes, full_steps: int) -> Choice:
+def decide(settings: Advise, belief: Belief) -> Choice:
     """The choice among all transfer sets that have pilots."""
-    sets = sorted({one.candidate for one in compared(outcomes) if one.candidate.teacher == "generic"})
-    return choose(believe(compared(outcomes), full_steps), sets, settings.margin)
+    return choose(belief, [one for one in belief.candidates if one.teacher == "generic"], settings.margin)
 
 
 class Curve(NamedTuple):
@@ -303,10 +300,11 @@ class Curve(NamedTuple):
 
 
 def learning_curve(outcomes: Outcomes, texts: Mapping[float, int], margin: float, luck: float) -> Curve | None:
-    """A power law that never rises, error = a + b (n / N) ** -c, over the amounts of task text of one candidate.
+    """A power law that never rises, error = level of the seed + b (n / N) ** -c, over amounts n of N task texts.
 
-    texts: amount -> number of texts. None for fewer than three different numbers of texts. c has equal weight between
-    0.1 and 1.5, b >= 0 a half-normal prior as wide as the mean error.
+    outcomes: of one candidate but for its amount. texts: amount -> number of texts. None for fewer than three different
+    numbers. c has equal weight on a log scale from 0.1 to 1.5; the rise from all texts to the fewest has a half-normal
+    prior as wide as the mean error.
     """
     pilots = sorted(outcomes)
     counts = np.array([texts[one.candidate.amount] for one in pilots], np.float64)
@@ -316,15 +314,19 @@ def learning_curve(outcomes: Outcomes, texts: Mapping[float, int], margin: float
     errors = np.array([outcomes[one].error for one in pilots])
     inverse = np.linalg.inv(_sampling([outcomes[one] for one in pilots]) + luck**2 * np.eye(len(pilots)))
     wide, rng = max(float(errors.mean()), 1.0), np.random.default_rng(0)
-    powers, logs, found = np.geomspace(0.1, 1.5, 12), [], []
+    levels = _members([one.seed for one in pilots])
+    powers, logs, found = np.geomspace(0.1, 1.5, 40), [], []
     for power in powers:
-        design = np.stack([np.ones(len(pilots)), (counts / sizes[-1]) ** -power - 1], axis=1)
-        precision = design.T @ inverse @ design + np.diag([0.0, wide**-2])
+        rise = (counts / sizes[-1]) ** -power - 1
+        design = np.column_stack([levels, rise])
+        precision = design.T @ inverse @ design
+        precision[-1, -1] += (rise.max() / wide) ** 2
         spread = np.linalg.inv(precision)
         mean = spread @ design.T @ inverse @ errors
-        b, deviation = mean[1], spread[1, 1] ** 0.5
+        b, deviation = mean[-1], spread[-1, -1] ** 0.5
         fit = errors @ inverse @ errors - mean @ precision @ mean
-        logs.append(float(0.5 * (np.linalg.slogdet(spread)[1] - fit) + special.log_ndtr(b / deviation)))
+        likelihood = 0.5 * (np.linalg.slogdet(spread)[1] - fit) + special.log_ndtr(b / deviation)
+        logs.append(float(likelihood + np.log(rise.max())))
         found.append((b, deviation))
     falls, exponents = [], []
     for (b, deviation), power, count in zip(found, powers, rng.multinomial(_DRAWS, special.softmax(logs))):
@@ -354,10 +356,9 @@ def _summary(draws: np.ndarray) -> tuple[float, float, float]:
     return middle, low, high
 
 
-def table(settings: Advise, evidence: Evidence, full_steps: int) -> list[dict[str, Any]]:
+def table(settings: Advise, evidence: Evidence, belief: Belief) -> list[dict[str, Any]]:
     """The evidence on every transfer set: its last rung, and its difference from the chosen one with all steps."""
-    outcomes = compared(evidence.outcomes)
-    belief, choice = believe(outcomes, full_steps), decide(settings, outcomes, full_steps)
+    outcomes, choice = compared(evidence.outcomes), decide(settings, belief)
     sets = [one for one in belief.candidates if one.teacher == "generic"]
     chances, rows = belief.best(sets), []
     for one in sets:
@@ -373,13 +374,12 @@ def table(settings: Advise, evidence: Evidence, full_steps: int) -> list[dict[st
     return rows
 
 
-def adapting(settings: Advise, evidence: Evidence, full_steps: int) -> dict[str, Any] | None:
+def adapting(settings: Advise, belief: Belief) -> dict[str, Any] | None:
     """What the adapted teacher saves on the same text, in points; None without a pilot of it."""
-    outcomes = compared(evidence.outcomes)
-    adapted = next((one.candidate for one in outcomes if one.candidate.teacher == "adapted"), None)
+    adapted = next((one for one in belief.candidates if one.teacher == "adapted"), None)
     if adapted is None:
         return None
-    gain = believe(outcomes, full_steps).of([adapted._replace(teacher="generic"), adapted]) @ np.array([1.0, -1.0])
+    gain = belief.of([adapted._replace(teacher="generic"), adapted]) @ np.array([1.0, -1.0])
     worth = float((gain > settings.margin).mean())
     verdict = BETTER if worth >= SURE else ENOUGH if worth <= 1 - SURE else OPEN
     middle, low, high = _summary(gain)

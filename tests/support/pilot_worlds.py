@@ -11,8 +11,8 @@ FULL = 800  # steps
 
 
 class World:
-    """rate(candidate): true error in points with all steps. luck: of a seed, drift: of a candidate for each halving of
-    the steps, both in points. Few steps make all candidates equally worse."""
+    """rate(candidate): true error in points with all steps. Standard deviations in points: luck of a pilot, shared by
+    the pilots of a seed, drift of a candidate for each halving of the steps. Few steps make all equally worse."""
 
     def __init__(
         self,
@@ -21,12 +21,14 @@ class World:
         seed: int = 0,
         utterances: int = 800,
         luck: float = 0.5,
+        shared: float = 1.0,
         drift: float = 0.0,
     ):
-        self.rate, self.luck, self.drift = rate, luck, drift
+        self.rate, self.luck, self.shared, self.drift = rate, luck, shared, drift
         self._rng = np.random.default_rng(seed)
         self._difficulty = self._rng.standard_normal(utterances)
         self._drifts: dict[tuple, float] = {}
+        self._shared: dict[tuple, float] = {}
         self.runs: list[Pilot] = []
         self.outcomes: dict[Pilot, Outcome] = {}
 
@@ -35,6 +37,7 @@ class World:
         self.runs.append(pilot)
         halvings = np.log2(FULL / pilot.steps)
         rate = self.rate(pilot.candidate) + 3 * halvings + self.luck * self._rng.standard_normal()
+        rate += self._shared.setdefault((pilot.steps, pilot.seed), self.shared * self._rng.standard_normal())
         for step in range(round(halvings)):
             key = (pilot.candidate, step)
             rate += self._drifts.setdefault(key, self.drift * self._rng.standard_normal())
