@@ -15,6 +15,7 @@ MISTAKE = 2  # exit code of a user's mistake; kd_jax.main.command has the same, 
 # One line on each, written here so that --help imports no command. First the study, then its parts in their order.
 COMMANDS = {
     "init": "Writes DIR/config.py, a commented config for a study of your own data.",
+    "advise": "Recommends a transfer set from small pilots, within minutes that you set.",
     "study": "Runs the whole comparison of transfer sets, from text to report.",
     "prepare": "Reads, tokenizes and packs all text once; --check only looks for errors in it.",
     "import_model": "Reads a masked LM of `transformers` as a teacher.",

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
-from kd_jax.config.commands import Baseline, CompileCheck, Evaluate, Export, ImportModel, Latency, Study
+from kd_jax.config.commands import Advise, Baseline, CompileCheck, Evaluate, Export, ImportModel, Latency, Study
 from kd_jax.config.data import (
     Cache,
     Masking,
@@ -84,6 +84,7 @@ def get_config() -> ConfigDict:
     config.latency = block(Latency)
     config.compile_check = block(CompileCheck)
     config.study = block(Study)
+    config.advise = block(Advise)
     return config
 
 

@@ -1,4 +1,4 @@
-"""Settings of the remaining commands: import, baselines, evaluation, export, latency, compile check, and the study."""
+"""Settings of the remaining commands: import, baselines, evaluation, export, latency, compile check, study, advice."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -242,3 +242,47 @@ class Study:
         check(self.teacher_epochs >= 0, "teacher_epochs", "it is negative", "0 uses config.finetune.steps")
         labels = self.finetune_teacher or not self.label_unlabeled
         check(labels, "label_unlabeled", "no teacher is finetuned that could label", "set finetune_teacher to True too")
+
+
+@dataclass(frozen=True)
+class Advise:
+    """Which pilots `advise` runs, and when their differences count: `config.advise`.
+
+    budget_minutes: > 0, of all stages that the advice rests on, also those of earlier starts; a rung of pilots starts
+        only if it is expected to fit.
+    shares: of task text, in [0, 1]: the transfer sets that are compared, at least two.
+    steps: of the pilots of each rung, as shares of distill.steps, ascending in (0, 1].
+    seeds: pilots of a transfer set in each rung, one number for each of `steps`.
+    drop_below: probability of being the best, in [0, 1), below which a transfer set of the worse half is dropped after
+        a rung; 0 drops none.
+    margin: >= 0, error points; a smaller difference does not matter.
+    amounts: shares of the task text, in (0, 1), that the best transfer set is also tried with, for the learning curve;
+        () draws none.
+    adapt: try the best transfer set with the adapted teacher too, where the teacher can be adapted.
+    """
+
+    budget_minutes: float = 30.0
+    shares: tuple[float, ...] = (0.0, 0.5, 1.0)
+    steps: tuple[float, ...] = (0.25, 0.5, 1.0)
+    seeds: tuple[int, ...] = (1, 2, 3)
+    drop_below: float = 0.1
+    margin: float = 0.5
+    amounts: tuple[float, ...] = (0.1, 0.3)
+    adapt: bool = True
+
+    def __post_init__(self):
+        check(self.budget_minutes > 0, "budget_minutes", f"{self.budget_minutes} is not above 0", "30 is usual")
+        for share in self.shares:
+            check(0 <= share <= 1, "shares", f"{share} is no share", "give numbers from 0 to 1")
+        two = len(self.shares) == len(set(self.shares)) >= 2
+        check(two, "shares", f"{self.shares} is no choice", "give at least two different shares of task text")
+        rising = len(self.steps) > 0 and list(self.steps) == sorted(set(self.steps))
+        within = rising and self.steps[0] > 0 and self.steps[-1] <= 1
+        check(within, "steps", f"{self.steps} does not rise from above 0 to at most 1", "(0.25, 0.5, 1.0) is usual")
+        matched = len(self.seeds) == len(self.steps) and min(self.seeds) >= 1
+        check(matched, "seeds", f"{self.seeds} for {self.steps}", "give a number of at least 1 for each of steps")
+        below = self.drop_below
+        check(0 <= below < 1, "drop_below", f"{below} is outside [0, 1)", "0.1 is usual, 0 drops none")
+        check(self.margin >= 0, "margin", f"{self.margin} is negative", "0.5 is usual")
+        for amount in self.amounts:
+            check(0 < amount < 1, "amounts", f"{amount} is outside (0, 1)", "give shares of the task text")

@@ -66,8 +66,6 @@ KEYS = {name: lambda values, of=module.keys: of(from_dict(values)) for name, mod
 # Runs `work_for_study` with this interpreter.
 WORKER = (sys.executable, "-c", "from kd_jax.main.study import work_for_study; raise SystemExit(work_for_study())")
 
-_STAGE = flags.DEFINE_string("stage", None, "Runs one stage of the plan, by its key in plan.json, instead of all.")
-
 
 def check(study: Study) -> None:
     """Refuses what some stage would refuse, before the first one is run."""
@@ -175,8 +173,10 @@ INSTEAD: dict[str, tuple[command.Instead, str]] = {
 }
 
 if __name__ == "__main__":
+    # Here, since `advise` imports this module and has no such flag.
+    stage = flags.DEFINE_string("stage", None, "Runs one stage of the plan, by its key in plan.json, instead of all.")
     command.main(
-        lambda config, workdir: run(config, workdir, _STAGE.value),
+        lambda config, workdir: run(config, workdir, stage.value),
         description="Compares transfer sets from start to report.",
         instead=INSTEAD,
     )

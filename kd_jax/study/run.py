@@ -79,7 +79,7 @@ class Study:
         def ended(stage: Stage, ran: bool = True) -> None:
             seconds = self.seconds[stage.folder] = read_seconds(self.folder(stage))
             if not math.isnan(seconds):
-                timing.note(stage, seconds, _steps_seconds(self.folder(stage)))
+                timing.note(stage, seconds, steps_seconds(self.folder(stage)))
             if ran and self._writes:
                 if not timing.flops:
                     timing.flops = flops()
@@ -137,7 +137,7 @@ class Study:
             print(title, flush=True)
         self.run_one(stage, title)
 
-    def run_one(self, stage: Stage, title: str, outputs: "tuple[_Output, ...] | None" = None) -> bool:
+    def run_one(self, stage: Stage, title: str, outputs: "tuple[Output, ...] | None" = None) -> bool:
         """Runs one stage, unless it is finished; whether it ran. Raises UserError when another process runs it.
 
         outputs: standard output and error, which a log takes while the stage runs.
@@ -230,7 +230,7 @@ class Study:
         return [read_json_object(self.folder(stage) / "dev.json")["score"] for stage in search] or [None]
 
 
-class _Output:
+class Output:
     """Standard output or error, or a file in its place; whoever keeps it, like a handler of `logging`, may go on."""
 
     def __init__(self, stream: Any):
@@ -247,15 +247,15 @@ class _Output:
 
 
 @contextlib.contextmanager
-def switched() -> Iterator[tuple[_Output, ...]]:
+def switched() -> Iterator[tuple[Output, ...]]:
     """Standard output and error as outputs that can be turned to a file."""
-    outputs = _Output(sys.stdout), _Output(sys.stderr)
+    outputs = Output(sys.stdout), Output(sys.stderr)
     with contextlib.redirect_stdout(outputs[0]), contextlib.redirect_stderr(outputs[1]):
         yield outputs
 
 
 @contextlib.contextmanager
-def _logged(file: pathlib.Path, title: str, outputs: tuple[_Output, ...] | None) -> Iterator[None]:
+def _logged(file: pathlib.Path, title: str, outputs: tuple[Output, ...] | None) -> Iterator[None]:
     """The outputs go to the end of the file; on a terminal a line says so meanwhile, and everywhere if it fails."""
     if outputs is None:
         yield
@@ -291,7 +291,7 @@ def resolve_stages(value: Any, stages: pathlib.Path) -> Any:
     return value
 
 
-def _steps_seconds(folder: pathlib.Path) -> float:
+def steps_seconds(folder: pathlib.Path) -> float:
     """The seconds that a training stage's steps took, by its DONE; 0 for other stages."""
     try:
         return read_json_object(folder / "DONE").get("steps_seconds", 0.0)
