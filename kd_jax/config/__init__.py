@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from kd_jax.config.settings import check_numbers
 from kd_jax.types import UserError
 
 
@@ -75,7 +76,9 @@ def identity(values: Any) -> Any:
 def resolved(config: ConfigDict, keys: Iterable[str]) -> dict[str, Any]:
     """The part of a config that a command reads, as plain values: what its config.json holds."""
     values = to_dict(config)
-    return {key: values[key] for key in (*keys, *EXECUTION_KEYS)}
+    found = {key: values[key] for key in (*keys, *EXECUTION_KEYS)}
+    check_numbers(found, "config")
+    return found
 
 
 def require(condition: bool, key: str, problem: str, remedy: str) -> None:

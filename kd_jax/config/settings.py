@@ -54,10 +54,9 @@ def read(kind: type[Settings], block: ConfigDict | Mapping[str, Any], key: str) 
             value = tuple(value)
         elif isinstance(value, ConfigDict):  # names of the user's own choice, such as transfer sets
             value = value.to_dict()
-        elif field.type is float:
+        check_numbers(value, f"config.{name}")
+        if field.type is float:
             value = float(value)
-        if not _finite(value):
-            raise UserError(f"config.{name}: {value} is not finite; give a number")
         values[field.name] = value
     try:
         return kind(**values)
@@ -66,10 +65,22 @@ def read(kind: type[Settings], block: ConfigDict | Mapping[str, Any], key: str) 
         raise UserError(f"{name}: {error.problem}; {error.remedy}") from None
 
 
-def _finite(value: Any) -> bool:
-    """Whether a value, or all of a tuple's, is no NaN and no infinity, with which nothing is compared as expected."""
-    values = value if isinstance(value, tuple) else (value,)
-    return all(math.isfinite(one) for one in values if isinstance(one, float))
+def check_numbers(value: Any, key: str) -> None:
+    """Raises UserError, which names the key, for NaN, infinity and integers of more than 64 bits in a config's values:
+    nothing is compared with them as expected, and no array holds them."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            check_numbers(item, f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_numbers(item, key)
+    elif isinstance(value, int | float):
+        # jax draws random numbers from 32 bits.
+        most = 2**31 if key == "config.seed" else 2**63
+        good = math.isfinite(value) if isinstance(value, float) else -most <= value < most
+        if not good:
+            shown = str(value) if isinstance(value, float) else f"{value:.3e}" if abs(value) < 1e300 else "it"
+            raise UserError(f"{key}: {shown} is not finite or too large; give another number")
 
 
 def block(kind: Any, /, **changes: Any) -> ConfigDict:

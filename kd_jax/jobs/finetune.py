@@ -455,7 +455,7 @@ def seen_by(folder: pathlib.Path, config: ConfigDict, run: Mapping[str, Any], pr
         domain = config.finetune.domain if "intents" in run["classes"] else ""
         train = labeled_train(prepared, config.finetune.max_train, domain)
         seen = serving.Seen.of(train, prepared.settings.nlu.character_locales)
-    dev = read_json_object(folder / DEV) if (folder / DEV).is_file() else {}
+    dev = read_json_object(folder / DEV) if trained.whole(folder / DEV).is_file() else {}
     return seen._replace(threshold=dev.get(THRESHOLD))
 
 

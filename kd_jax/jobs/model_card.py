@@ -324,13 +324,13 @@ def _metrics(workdir: pathlib.Path, settings: Export) -> Iterator[str]:
             if row["scope"] == "all" and row["value"] is not None
         ]
         yield f"On the {partition} partition (`{folder.name}`{weights}):\n\n{results_table(rows)}"
-    if (workdir / DEV).is_file():
+    if trained.whole(workdir / DEV).is_file():
         values = read_json_object(workdir / DEV)
         shown = {SHOWN[name]: _percent(values[name]) for name in SHOWN if values.get(name) is not None}
         title = f"On the {values['count']} dev utterances, in %:"
-    elif (workdir / HELDOUT).is_file():
+    elif trained.whole(workdir / HELDOUT).is_file():
         shown, title = {}, "On held-out text:"
-        for name, value in summarize(read_json(trained.whole(workdir / HELDOUT))).items():
+        for name, value in summarize(read_json(workdir / HELDOUT)).items():
             kind, _, metric = name.removeprefix("heldout_").partition("/")
             if metric == "loss":
                 shown[f"masked-LM loss on {kind} text, nats per masked token"] = f"{value:.2f}"

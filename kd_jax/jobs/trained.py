@@ -114,11 +114,11 @@ def run_prepared(workdir: str | pathlib.Path, prepared: Prepared, key: str) -> P
 
 
 def whole(file: pathlib.Path) -> pathlib.Path:
-    """One of RESULT_FILES of a run; UserError where it was changed since the run has finished."""
+    """One of RESULT_FILES of a run; UserError where it was changed or removed since the run has finished."""
     for folder in (file.parent, file.parent.parent):  # a baseline has one folder for each task
         noted = ended(folder).get(SUMS, {}).get(file.relative_to(folder).as_posix())
-        if noted is not None and file.is_file() and digest_of(file) != noted:
-            raise UserError(f"{file}: was changed or damaged since it was written; {RESTORE}")
+        if noted is not None and not (file.is_file() and digest_of(file) == noted):
+            raise UserError(f"{file}: is missing, or was changed or damaged since it was written; {RESTORE}")
     return file
 
 

@@ -16,7 +16,6 @@ Pooling = Literal["first", "mean", "max"]  # how the vector of a text is read fr
 _AT_LEAST_1 = (
     *("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions", "global_every"),
 )
-_MAY_BE_0 = ("initializer_range", "dropout", "attention_dropout")
 _MOST = 2**31 - 1  # of any number: XLA indexes with 32 bits
 _MOST_LAYERS = 10_000
 
@@ -69,9 +68,11 @@ class EncoderConfig:
             most = _MOST_LAYERS if field.name == "num_layers" else _MOST
             if isinstance(value, int) and value > most:
                 raise UserError(f"encoder.{field.name}: {value} is too large; give at most {most}")
-            least = 0 if field.name in _MAY_BE_0 else 1e-30
-            if isinstance(value, float) and not least <= value < math.inf:
-                raise UserError(f"encoder.{field.name}: {value} is out of range; give a positive number")
+            share = field.name.endswith("dropout")
+            least = 0 if share or field.name == "initializer_range" else 1e-30
+            if isinstance(value, float) and not least <= value < (1 if share else math.inf):
+                remedy = "give a share from 0 to less than 1" if share else "give a positive number"
+                raise UserError(f"encoder.{field.name}: {value} is out of range; {remedy}")
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"encoder.num_heads: {self.num_heads} does not divide hidden_size {self.hidden_size}; change one"

@@ -28,9 +28,11 @@ CONFIG = "config.json"
 RUN = "run.json"
 DONE = "DONE"
 SUMS = "sha256"  # in DONE: of these files
-# What later commands read of a finished run and has no checksum in itself, as lists and lines have not.
+# What later commands read of a finished run: lists and lines, which have no checksum in themselves, and what may be
+# missing where nothing was measured.
 RESULT_FILES = (
     "heldout.json",
+    "dev.json",
     *(f"{task}{name}" for task in ("", "dc/", "icner/") for name in ("records.jsonl", "results.jsonl")),
 )
 

@@ -2,8 +2,8 @@ import pytest
 
 from kd_jax import config as config_module
 from kd_jax.config import base
-from kd_jax.config.data import Nlu, Source
-from kd_jax.config.settings import Invalid
+from kd_jax.config.data import Masking, Nlu, Source
+from kd_jax.config.settings import Invalid, read
 from kd_jax.types import UserError
 
 
@@ -63,3 +63,16 @@ def test_an_unknown_key_is_refused_by_the_locked_config():
     config.lock()
     with pytest.raises((AttributeError, KeyError)):
         config.distill.temprature = 3.0
+
+
+@pytest.mark.parametrize("key, value", [("seed", 2**31), ("seed", 10**400), ("watchdog_seconds", float("nan"))])
+def test_numbers_that_no_array_holds_are_refused_by_their_key(key, value):
+    config = base.get_config()
+    config[key] = value
+    with pytest.raises(UserError, match=rf"^config\.{key}: .* is not finite or too large; give another number"):
+        config_module.resolved(config, ("seed",))
+    config = base.get_config()
+    config.masking.rate = float("nan")
+    with pytest.raises(UserError, match=r"^config\.masking\.rate: nan is not finite"):
+        read(Masking, config.masking, "masking")
+    assert config_module.resolved(base.get_config(), ("seed",))["seed"] == 0

@@ -67,6 +67,7 @@ class Worker:
                 "JAX_PLATFORMS": "cpu",
                 "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
                 "HF_HUB_OFFLINE": "1",
+                "PATH": "",  # without git, which every run asks for the commit
                 "JAX_COMPILATION_CACHE_DIR": str(self._compiled),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
                 "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -157,6 +158,7 @@ def serve() -> None:
             os.close(descriptor)
         code = _run(job["name"], job["arguments"])
         gc.collect()  # what is complained about when an object is removed belongs to this command
+        gc.freeze()  # what is left is looked at no more, as it is mostly modules and compiled steps
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(nothing, 1)

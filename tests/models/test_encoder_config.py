@@ -6,6 +6,7 @@ import pytest
 
 from kd_jax.models.encoder_config import PRESETS, EncoderConfig, encoder_config
 from kd_jax.models.functional import Functional, parameter_count
+from kd_jax.types import UserError
 
 # Of the `transformers` masked-LM classes with tied embeddings, counted from their definitions: body, tables and head.
 PUBLISHED = {
@@ -39,3 +40,19 @@ def test_public_sizes(name):
 def test_sizes_without_embeddings(name, millions):
     count = parameter_count(Functional("mlm", encoder_config(PRESETS[name], 8000)).abstract())["without_embeddings"]
     assert count == pytest.approx(millions * 1e6, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"dropout": 7.0}, r"^config\.student\.dropout: 7\.0 is out of range"),
+        ({"local_theta": 0.0}, r"^config\.student\.local_theta: 0\.0 is out of range"),
+        ({"norm_epsilon": float("nan")}, r"^config\.student\.norm_epsilon: nan is out of range"),
+        ({"hidden_size": 2**31}, r"^config\.student\.hidden_size: 2147483648 is too large"),
+        ({"num_layers": 10**12}, r"^config\.student\.num_layers: 1000000000000 is too large"),
+        ({"activation": "none"}, r"^config\.student\.activation: 'none' is not known"),
+    ],
+)
+def test_what_no_encoder_computes_is_refused_by_its_key(changes, message):
+    with pytest.raises(UserError, match=message):
+        encoder_config(PRESETS["tiny"] | changes, 100, "config.student")

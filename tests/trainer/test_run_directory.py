@@ -110,7 +110,10 @@ def test_results_are_as_they_were_when_the_run_finished(tmp_path, name):
     mark_done(tmp_path, note=1)
     assert trained.whole(file) == file
     file.write_text('[{"loss": 1.5}]\n')
-    with pytest.raises(UserError, match=rf"{name}: was changed or damaged since it was written"):
+    with pytest.raises(UserError, match=rf"{name}: is missing, or was changed or damaged since"):
+        trained.whole(file)
+    file.unlink()
+    with pytest.raises(UserError, match=rf"{name}: is missing"):
         trained.whole(file)
     (tmp_path / "DONE").write_text("{}")  # as an older version wrote it
     assert trained.whole(file) == file

@@ -113,7 +113,7 @@ def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{folder}: holds no {CONFIG}; name a folder that `save_pretrained` wrote") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read as JSON ({error}); download it again") from None
+        raise UserError(f"{file}: broken JSON ({error}); download it again") from None
     if not isinstance(values, dict):
         raise UserError(f"{file}: is no JSON object; download it again")
     try:
