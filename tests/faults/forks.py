@@ -76,6 +76,8 @@ def keep_programs_in(folder: pathlib.Path) -> None:
     """Lets all forks share what they compile. JAX writes the files of its cache in place, so a kill would leave a part
     of one; here they are renamed.
     """
+    # An exported program names the lines that it comes from, those of this folder included.
+    jax.config.update("jax_include_full_tracebacks_in_locations", False)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
