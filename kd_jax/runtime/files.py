@@ -28,6 +28,12 @@ _CHECKSUM = "checksum"
 _SECONDS_BETWEEN_PUTS = 10.0
 
 
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error of the system or of a storage library says "no space left" or "quota exceeded"."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or any(message in str(error).lower() for message in _FULL)
+
+
 @contextlib.contextmanager
 def full_disk_is_user_error(path: str | os.PathLike, remedy: str = "or choose another folder") -> Iterator[None]:
     """Turns "no space left" and "quota exceeded", from the system or from a storage library, into a UserError."""
@@ -36,8 +42,7 @@ def full_disk_is_user_error(path: str | os.PathLike, remedy: str = "or choose an
     except UserError:
         raise
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or any(message in str(error).lower() for message in _FULL):
+        if is_full_disk(error):
             raise UserError(
                 f"{os.fspath(path)}: the disk is full or over its quota; free some space, {remedy}, and start the "
                 "same command again"

@@ -13,7 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from kd_jax.config import differences
-from kd_jax.runtime.files import full_disk_is_user_error, sealed, unsealed
+from kd_jax.runtime.files import full_disk_is_user_error, is_full_disk, sealed, unsealed
 from kd_jax.runtime.mirror import Mirror, fetch_newest
 from kd_jax.runtime.paths import as_path, is_remote, reaching, scheme_of
 from kd_jax.trainer.state import State, from_plain, params_fingerprint, to_plain
@@ -27,10 +27,13 @@ BEST = "best"  # part of a run's state: the parameters of its best evaluation so
 
 
 class _OrbaxNoise(logging.Filter):
-    """Hides what orbax logs through absl below the level of errors, which arrive as exceptions."""
+    """Hides what orbax logs through absl below the level of errors, and the tracebacks of each of its threads when the
+    disk is full, which arrives as an exception."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR or "orbax" not in record.pathname
+        error = record.exc_info[1] if record.exc_info else None
+        known = record.levelno < logging.ERROR or (error is not None and is_full_disk(error))
+        return not known or "orbax" not in record.pathname
 
 
 logging.getLogger("absl").addFilter(_OrbaxNoise())

@@ -206,6 +206,11 @@ def test_a_temperature_schedule_is_refused_with_a_top_k_cache_and_served_by_hidd
                 distill.run(config, tmp_path / "student")
         else:
             distill.run(config, tmp_path / "student")
+            moved = [row["kl"] for row in metrics_of(tmp_path / "student") if "kl" in row]
+            config.distill.kl.final_temperature = 0.0
+            distill.run(config, tmp_path / "constant")
+            constant = [row["kl"] for row in metrics_of(tmp_path / "constant") if "kl" in row]
+            assert moved[0] == constant[0] and all(a != b for a, b in zip(moved[1:], constant[1:], strict=True))
 
 
 def test_hidden_states_and_relations_refuse_a_cache(made, tmp_path):
@@ -276,6 +281,10 @@ def test_a_schedule_of_teachers_resumes_in_its_second_phase_and_an_average_diffe
     jax.tree.map(np.testing.assert_array_equal, one, other)
     config.distill.teacher_steps = ()
     distill.run(config, tmp_path / "average")
+    (first, *_), (one, *_) = (
+        [row["kl"] for row in metrics_of(tmp_path / name) if "kl" in row] for name in ("average", "alone")
+    )
+    assert first != one
     config.distill.teacher_steps = (0,)
     with pytest.raises(UserError, match=r"config\.distill\.teacher_steps: 1 steps for 2 teachers"):
         distill.run(config, tmp_path / "x")
@@ -288,7 +297,10 @@ def test_a_chain_distills_from_a_distilled_student(made, tmp_path):
     config.teacher_checkpoint = str(tmp_path / "intermediate")
     config.student.num_layers = 1
     distill.run(config, tmp_path / "student")
-    assert (tmp_path / "student" / "DONE").is_file()
+    config.teacher_checkpoint = str(made / "teacher")
+    distill.run(config, tmp_path / "without")
+    (row, *_), (other, *_) = (metrics_of(tmp_path / name) for name in ("student", "without"))
+    assert row["mlm"] == other["mlm"] and row["kl"] != other["kl"]  # the same student, another teacher
 
 
 def test_a_teacher_with_another_tokenizer_is_refused_with_the_first_piece_that_differs(made, tmp_path):

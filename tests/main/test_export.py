@@ -1,5 +1,6 @@
 """An exported folder: it imports again as it was, `transformers` loads it, and its card's example runs."""
 
+import errno
 import json
 import os
 import pathlib
@@ -22,12 +23,15 @@ from kd_jax.data.text.tokenizer import Tokenizer
 from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.jobs import serving, trained
 from kd_jax.main import evaluate, export, import_model, predict
+from kd_jax.models.functional import Functional
 from kd_jax.models.huggingface.files import TensorFiles
 from kd_jax.runtime.files import read_json, read_json_lines, write_json
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.types import UserError
 from tests.support import hub_cache
-from tests.support.finished_runs import smoke_config, write_finetuned, write_student
+from tests.support.finished_runs import random_params, smoke_config, write_finetuned, write_student
+from tests.support.small_disk import grow, small_disk
+from tests.support.small_models import small_config
 
 SHAPES = {"modernbert": "tiny", "bert": "mbert", "roberta": "xlmr_base"}
 # Runs whose text head reads more than the first token: (family, pooling).
@@ -83,6 +87,55 @@ def test_import_of_an_export_is_the_run(data, runs, family, tmp_path):
         folder / family, "x"
     )
     assert Tokenizer.load(tmp_path / "out").fingerprint == data[1].tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("name", ["bert", "dc"])
+def test_a_full_disk_leaves_nothing_of_an_export(data, runs, name, tmp_path):
+    """On disks that hold the first file at most, half of the weights, and all but the last file."""
+    source, config = runs[0] / name, data[0].copy_and_resolve_references()
+    config.export.update({"checkpoint": str(source), "int8": name == "dc"})
+    export.run(config, tmp_path / "whole")
+    size = sum(-(-file.stat().st_size // 4096) for file in (tmp_path / "whole").iterdir()) * 4096
+    for room in (4096, 65536, size // 2, size - 4096):
+        with small_disk(tmp_path / f"disk{room}", room) as disk:
+            with pytest.raises(
+                UserError, match=r"/out(\.partial/\S+)?: the disk is full or over its quota; free some space"
+            ):
+                export.run(config, disk / "out")
+            assert list(disk.iterdir()) == []
+            if room == size - 4096:
+                grow(disk, size + 8192)
+                export.run(config, disk / "out")
+                assert {file.name for file in (disk / "out").iterdir()} == {
+                    file.name for file in (tmp_path / "whole").iterdir()
+                }
+
+
+@pytest.mark.parametrize("fails", ["save_file", "write_json", "write_text", "copymode"])
+def test_an_export_that_fails_at_any_write_leaves_nothing(data, runs, fails, tmp_path, monkeypatch):
+    """As the test before it, where no small disk can be had: the write happens, and then there is no space."""
+    holder = {"write_text": pathlib.Path, "copymode": shutil}.get(fails, export)
+    write = getattr(holder, fails)
+
+    def full(*arguments, **options):
+        write(*arguments, **options)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(holder, fails, full)
+    with pytest.raises(UserError, match=r"/out(\.partial/\S+)?: the disk is full or over its quota; free some space"):
+        written(data, runs[0] / "bert", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tokens_that_help_the_tokenizer_are_predicted_like_the_unknown_one():
+    model = Functional("mlm", small_config("bert", tied_decoder=False))
+    params = random_params(model)
+    wide, widened = export.with_helpers(model, params, 3, unknown=1)
+    shapes = jax.tree.map(np.shape, widened), jax.tree.map(lambda leaf: leaf.shape, wide.abstract())
+    assert shapes[0] == shapes[1] and wide.config.vocab_size == model.config.vocab_size + 3
+    for before, after in zip(model.decoder(params), wide.decoder(widened), strict=True):
+        np.testing.assert_array_equal(after[:-3], before)
+        np.testing.assert_array_equal(after[-3:], np.stack([before[1]] * 3))
 
 
 def test_card_says_what_it_is_and_where_it_comes_from(data, runs, tmp_path):

@@ -14,6 +14,7 @@ from kd_jax.trainer.mesh import make_mesh, shardings
 from kd_jax.trainer.optimizer import make_optimizer
 from kd_jax.trainer.state import abstract_state, state_shardings, with_shardings
 from kd_jax.types import UserError
+from tests.support.small_disk import grow, small_disk
 from tests.support.toy_training import ABSTRACT, AXES, create_state, toy_job
 
 
@@ -186,6 +187,29 @@ def test_a_full_disk_is_the_users_to_mend(tmp_path, monkeypatch, error):
     monkeypatch.setattr(checkpoints._manager, "save", full)
     with pytest.raises(UserError, match="the disk is full or over its quota; free some space"):
         checkpoints.save(1, state, {})
+
+
+def test_a_disk_that_is_full_has_no_half_checkpoint_and_goes_on_with_more_room(tmp_path, caplog):
+    state, abstract = parts(1, 1, 1)
+    ballast = jnp.asarray(np.random.default_rng(0).normal(size=2**18), jnp.float32)  # 1 MiB, which compresses badly
+    state = {**state, "ballast": ballast}
+    abstract = {**abstract, "ballast": jax.ShapeDtypeStruct((2**18,), jnp.float32)}
+    with small_disk(tmp_path / "disk", 2**18) as disk:
+        full = pytest.raises(UserError, match=r"checkpoints: the disk is full or over its quota; free some space")
+        with full, Checkpoints(disk / FOLDER, keep=1) as checkpoints:
+            checkpoints.save(1, state, {})
+        assert not [record for record in caplog.records if record.name == "absl"], "one sentence, not the threads' too"
+        with pytest.raises(UserError, match="holds no checkpoint"):
+            load_params(disk, {})
+        grow(disk, 2**24)
+        with Checkpoints(disk / FOLDER, keep=1) as checkpoints:
+            assert checkpoints.restore(abstract) is None
+            checkpoints.save(1, state, {})
+            checkpoints.wait()
+            found = checkpoints.restore(abstract)
+            assert found is not None
+            np.testing.assert_array_equal(found[0]["ballast"], state["ballast"])
+        assert [one.name for one in (disk / FOLDER).iterdir()] == ["1"]
 
 
 def test_orbax_says_nothing_below_an_error(tmp_path, caplog):
