@@ -105,7 +105,7 @@ def drawn(shapes: Any) -> Any:
 def texts(job: AbstractJob, rows: int) -> dict[str, Any]:
     """A batch of random texts of 5 to 100 tokens, several per row, with padding behind the last."""
     rng, length = np.random.default_rng(0), job.length
-    batch = {name: np.zeros((rows, *shape), dtype) for name, (shape, dtype) in job.fields.items()}
+    batch: dict[str, Any] = {name: np.zeros((rows, *shape), dtype) for name, (shape, dtype) in job.fields.items()}
     most = max(min(100, length // 2), 6)
     for row in range(rows):
         start, segment = 0, 1
@@ -145,7 +145,7 @@ def table(result: Mapping[str, Any]) -> str:
         (
             *(name, f"{one['tokens_per_second']:,.0f}", f"{1e3 * one['seconds']:.1f}", f"{100 * one['share']:.1f}"),
             *(f"{one['bytes'] / 2**30:.2f}", f"{one['compile_seconds']:.1f}"),
-            ", ".join(f"{kernel} {runs}" for kernel, (runs, _) in one["kernels"].items()) or "none",
+            ", ".join(f"{kernel} {runs:g}" for kernel, (runs, _) in one["kernels"].items()) or "none",
         )
         for name, one in result["variants"].items()
     ]

@@ -26,7 +26,9 @@ COLLECTIVES = tuple(_SENT)
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _BROKEN = re.compile(r'\n(?="|}})')  # inside a kernel's metadata, which XLA writes over several lines
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([\d,]*)(?::T\(([\d,]+)\))?)?")
-_CALLS = re.compile(r"(calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
+_CALLS = re.compile(
+    r"(calls|to_apply|body|condition|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%[\w.\-]+)"
+)
 
 
 class Instruction(NamedTuple):
@@ -53,7 +55,7 @@ class Collective:
 
     kind: str
     size: int
-    count: int
+    count: float
     group: int
     members: tuple[int, ...]
     sent: float
@@ -82,14 +84,19 @@ class Program:
                 name = ""
             elif name and (found := _INSTRUCTION.match(line)):
                 self.computations[name].append(_instruction(found.group(1), found.group(2)))
-        self.runs = dict.fromkeys(self.computations, 0)
+        self.runs: dict[str, float] = dict.fromkeys(self.computations, 0)
         self._count(entry, 1)
 
-    def _count(self, name: str, times: int) -> None:
-        """Adds the runs of a computation and of those it calls. XLA has no recursion."""
+    def _count(self, name: str, times: float) -> None:
+        """Adds the runs of a computation and of those it calls. XLA has no recursion.
+
+        One branch of a conditional runs each time; which, the program does not say, so each counts its share.
+        """
         self.runs[name] += times
         for one in self.computations[name]:
-            trips = self._trip_count(one) if one.opcode == "while" else 1
+            trips: float = self._trip_count(one) if one.opcode == "while" else 1
+            if one.opcode == "conditional":
+                trips = 1 / len(one.called)
             for role, inside in one.called:
                 if one.opcode == "fusion":
                     self.fused.add(inside)
@@ -167,7 +174,7 @@ def _numbers(written: str) -> list[int]:
     return [int(number) for number in written.split(",") if number]
 
 
-def _collective(kind: str, one: Instruction, lines: list[Instruction], runs: int) -> Collective:
+def _collective(kind: str, one: Instruction, lines: list[Instruction], runs: float) -> Collective:
     shapes = {line.name: line.shape for line in lines}
     read = sum(sum(arrays_of(shapes[name])) for name in one.operands if name in shapes)
     given = sum(arrays_of(one.shape))

@@ -34,7 +34,7 @@ class Measurement:
     code: int
     fits: bool
     collectives: tuple[Collective, ...] = ()
-    kernels: dict[str, tuple[int, float]] = field(default_factory=dict)
+    kernels: dict[str, tuple[float, float]] = field(default_factory=dict)
     roofline: Roofline | None = None
 
     @property
@@ -99,7 +99,7 @@ def lines_of(one: Measurement, topology: Topology, length: int, price: float) ->
     found += [f"  {line}" for line in collective_lines(one.collectives)] or ["  none"]
     if one.kernels:
         found.append("kernels, bytes that they read and write per step:")
-        found += [f"  {name:<40} {runs:>4} x  {size / 1e9:>9.3f} GB" for name, (runs, size) in one.kernels.items()]
+        found += [f"  {name:<40} {runs:>4g} x  {size / 1e9:>9.3f} GB" for name, (runs, size) in one.kernels.items()]
     roof = one.roofline
     tokens = one.rows * length / roof.step
     hours = 1e11 / tokens / 3600 * devices
@@ -122,11 +122,11 @@ def collective_lines(collectives: tuple[Collective, ...], most: int = 8) -> list
     for kind in sorted({one.kind for one in collectives}):
         count = sum(one.count for one in collectives if one.kind == kind)
         sent = sum(one.sent for one in collectives if one.kind == kind)
-        lines.append(f"{kind:<20} {count:>6} x  {sent / 1e9:>9.3f} GB")
+        lines.append(f"{kind:<20} {count:>6g} x  {sent / 1e9:>9.3f} GB")
     for one in collectives[:most]:
         source = re.sub(r"^jit\(\w+\)/|jvp\(\)/|closed_call/|body/", "", one.source.split(":")[0])
         lines.append(
-            f"  {one.kind} of {one.size / 1e6:.1f} MB over {one.group} devices, {one.count} x: {one.sent / 1e9:.3f} GB"
-            f"{f' ({source})' if source else ''}"
+            f"  {one.kind} of {one.size / 1e6:.1f} MB over {one.group} devices, {one.count:g} x: "
+            f"{one.sent / 1e9:.3f} GB{f' ({source})' if source else ''}"
         )
     return lines

@@ -35,9 +35,9 @@ def memory_traffic(program: Program) -> float:
 _KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call", "mosaic_gpu", "__cudnn$fmha")
 
 
-def kernel_traffic(program: Program) -> dict[str, tuple[int, float]]:
+def kernel_traffic(program: Program) -> dict[str, tuple[float, float]]:
     """The kernels of a program: name -> (runs in a step, bytes that all of them read and write)."""
-    found: dict[str, tuple[int, float]] = {}
+    found: dict[str, tuple[float, float]] = {}
     for computation, lines in program.computations.items():
         runs, near = program.runs[computation], {one.name: one for one in lines}
         for one in lines:

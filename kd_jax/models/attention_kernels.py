@@ -75,15 +75,16 @@ def fused_attention(
 
     On a mesh every device attends in its own rows, and in its own heads if they divide along `tensor`.
     """
-    run = {"splash": _splash, "triton": _triton}[kernel.name]
+    run: Any = {"splash": _splash, "triton": _triton}[kernel.name]
 
-    def on_device(*arrays: jax.Array) -> jax.Array:
+    def on_device(query: Any, key: Any, value: Any, segments: Any, traced: Any = None) -> jax.Array:
+        def within(window: int | None) -> Callable[..., jax.Array]:
+            return lambda *given: run(*given, window, kernel.interpret)
+
+        given = query, key, value, segments
         if isinstance(local, bool):
-            return run(*arrays[:4], half_window if local else None, kernel.interpret)
-        near, far = (
-            lambda *given, window=window: run(*given, window, kernel.interpret) for window in (half_window, None)
-        )
-        return jax.lax.cond(arrays[4], near, far, *arrays[:4])
+            return within(half_window if local else None)(*given)
+        return jax.lax.cond(traced, within(half_window), within(None), *given)
 
     arrays = [query_RxLxNxD, key_RxLxNxD, value_RxLxNxD, segment_ids_RxL]
     if not isinstance(local, bool):
@@ -124,7 +125,7 @@ def _splash(
     # Arrays are stored in tiles 128 wide, which smaller heads would not fill.
     layout = splash.QKVLayout.SEQ_MINOR if size % 128 else splash.QKVLayout.HEAD_DIM_MINOR
     layouts = dict.fromkeys(("q_layout", "k_layout", "v_layout"), layout)
-    attention = splash.make_splash_mha_single_device(
+    attention: Any = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([mask] * heads),
         block_sizes=splash.BlockSizes(**forward, **backward, **layouts),
         interpret=interpret,
@@ -133,8 +134,8 @@ def _splash(
     def row(query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array) -> jax.Array:
         return attention(query, key, value, splash.SegmentIds(ids, ids))
 
-    by_head = (jnp.swapaxes(array, 1, 2) for array in (query, key, value))
-    return jnp.swapaxes(jax.vmap(row)(*by_head, segments), 1, 2)
+    query, key, value = (jnp.swapaxes(array, 1, 2) for array in (query, key, value))
+    return jnp.swapaxes(jax.vmap(row)(query, key, value, segments), 1, 2)
 
 
 # The GPU's kernel. Scores are in base 2, in which exponentials are fastest.
@@ -164,7 +165,19 @@ def _blocks_near(first: Any, block: int, other: int, length: int, window: int | 
     return lowest // other, jnp.minimum((first + block + window + other - 1) // other, length // other)
 
 
-def _forward_kernel(query, key, value, segments, mixed, log_sums, *, other: int, head: int, window: int | None) -> None:
+def _forward_kernel(
+    query: Any,
+    key: Any,
+    value: Any,
+    segments: Any,
+    mixed: Any,
+    log_sums: Any,
+    *,
+    other: int,
+    head: int,
+    window: int | None,
+) -> None:
+    """The mixed values of one block of queries, and the logarithms of the sums of its exponentials."""
     language = _triton_language()
     block, length = query.shape[0], key.shape[0]
     first = pl.program_id(0) * block
@@ -191,7 +204,19 @@ def _forward_kernel(query, key, value, segments, mixed, log_sums, *, other: int,
 
 
 def _backward_kernel(
-    query, key, value, segments, given, log_sums, products, d_query, d_key, d_value, *, head: int, window: int | None
+    query: Any,
+    key: Any,
+    value: Any,
+    segments: Any,
+    given: Any,
+    log_sums: Any,
+    products: Any,
+    d_query: Any,
+    d_key: Any,
+    d_value: Any,
+    *,
+    head: int,
+    window: int | None,
 ) -> None:
     """Gradients of one block's queries, and of its keys and values. products: sums over D of output times gradient."""
     language = _triton_language()
@@ -205,7 +230,14 @@ def _backward_kernel(
     def load(array: Any, columns: Any) -> jax.Array:
         return language.load(array.at[columns, :], mask=inside, other=0.0)
 
-    def shares_and_slopes(query_QxD, key_KxD, value_KxD, given_QxD, first_query, first_key):
+    def shares_and_slopes(
+        query_QxD: jax.Array,
+        key_KxD: jax.Array,
+        value_KxD: jax.Array,
+        given_QxD: jax.Array,
+        first_query: Any,
+        first_key: Any,
+    ) -> tuple[jax.Array, jax.Array]:
         columns = pl.ds(first_query, block)
         scores = _scores(query_QxD, key_KxD, segments, first_query, first_key, window)
         shares = jnp.exp2(scores - log_sums[columns][:, None])
@@ -242,7 +274,9 @@ def _triton(
     return _triton_forward(query, key, value, segments, window, interpret)[0]
 
 
-def _triton_forward(query, key, value, segments, window, interpret):
+def _triton_forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, window: int | None, interpret: bool
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     rows, length, heads, size = query.shape
     padded = max(pl.next_power_of_2(size), 16)
     block = 128 if length % 128 == 0 and padded <= 64 else 64
@@ -265,7 +299,9 @@ def _triton_forward(query, key, value, segments, window, interpret):
     return mixed, (query, key, value, segments, mixed, log_sums)
 
 
-def _triton_backward(window, interpret, kept, given):
+def _triton_backward(
+    window: int | None, interpret: bool, kept: tuple[jax.Array, ...], given: jax.Array
+) -> tuple[jax.Array | None, ...]:
     query, key, value, segments, mixed, log_sums = kept
     rows, length, heads, size = query.shape
     padded, block = max(pl.next_power_of_2(size), 16), 64

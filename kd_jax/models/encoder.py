@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from kd_jax.models.attention import Attention, Projections, Sight, at_columns, rotary_tables
 from kd_jax.models.attention_kernels import PLAIN, Kernel, computes
 from kd_jax.models.encoder_config import EncoderConfig
-from kd_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, drop, random_table
+from kd_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, drop, random_table, recomputed
 from kd_jax.models.token_table import look_up
 from kd_jax.types import Array, Batch, UserError, row_axes
 
@@ -57,12 +57,14 @@ class MLP(nnx.Module):
         self.output = Linear((inner,), (hidden,), ("mlp", "embed"), bias=bias, std=config.output_std, rngs=rngs)
 
     def __call__(self, x_TxH: jax.Array) -> jax.Array:
+        return self.output(recomputed(self._activated)(self.input(x_TxH)))
+
+    def _activated(self, inner: jax.Array) -> jax.Array:
         activation = ACTIVATIONS[self.config.activation]
-        inner = self.input(x_TxH)
         if not self.config.gated:
-            return self.output(activation(inner))
+            return activation(inner)
         activated, gate = jnp.split(inner, 2, axis=1)
-        return self.output((activation(activated) * gate)[:, 0])
+        return (activation(activated) * gate)[:, 0]
 
 
 class Layer(nnx.Module):
@@ -236,8 +238,9 @@ class Encoder(nnx.Module):
             x_TxH = by_rows(x_TxH)
             skip_norm = config.skip_first_attention_norm and layer == 0
             layer_key = None if key is None else jax.random.fold_in(key, layer + 1)
-            segment_ids, by_kind = views
-            sight = Sight(segment_ids, *by_kind[config.is_global(layer)], not config.is_global(layer), kernel)
+            segment_ids_RxL, by_kind = views
+            mask_RxLxL, tables = by_kind[config.is_global(layer)]
+            sight = Sight(segment_ids_RxL, mask_RxLxL, tables, not config.is_global(layer), kernel)
             x_TxH, projected = nnx.merge(graph, parameters)(x_TxH, sight, skip_norm, layer_key, at_RxK)
             return x_TxH, projected if layer in projections else None
 
@@ -274,7 +277,8 @@ class Encoder(nnx.Module):
                 is_global = layer % config.global_every == 0
                 view = jax.tree.map(lambda a, b: jnp.where(is_global, a, b), by_kind[True], by_kind[False])
                 local = ~is_global
-            sight = Sight(segment_ids_RxL, *view, local, kernel)
+            mask_RxLxL, tables = view
+            sight = Sight(segment_ids_RxL, mask_RxLxL, tables, local, kernel)
             skip_norm = layer == 0 if config.skip_first_attention_norm else False
             layer_key = None if key is None else jax.random.fold_in(key, layer + 1)
             x_TxH, projected = nnx.merge(graph, parameters)(x_TxH, sight, skip_norm, layer_key, None)

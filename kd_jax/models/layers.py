@@ -53,6 +53,21 @@ def drop(x: jax.Array, rate: float, key: jax.Array | None, site: int) -> jax.Arr
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
+def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The function, whose gradient in bfloat16 keeps its arguments alone and computes the rest again.
+
+    What is computed in float32 on the way would otherwise be kept, twice or more the size of the arguments. In float32
+    nothing is saved so, and computing it again costs a CPU more than reading it.
+    """
+    narrow = jax.custom_vjp(function)
+    narrow.defvjp(lambda *given: (function(*given), given), lambda given, slope: jax.vjp(function, *given)[1](slope))
+
+    def chosen(x: jax.Array, *others: Any) -> jax.Array:
+        return (narrow if x.dtype == jnp.bfloat16 else function)(x, *others)
+
+    return chosen
+
+
 def gelu(x: jax.Array) -> jax.Array:
     """x times the normal distribution function (Hendrycks and Gimpel, arXiv 1606.08415), by erf as in PyTorch.
 
@@ -131,11 +146,14 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(config.hidden_size, jnp.float32), axes=(None,)) if config.norm_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        return recomputed(self._normed)(x, self.scale[...], None if self.bias is None else self.bias[...])
+
+    def _normed(self, x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
         wide = x.astype(jnp.float32)
         centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
         leading = range(x.ndim - 1)
-        y = centered * jax.lax.rsqrt(variance + self.epsilon) * jnp.expand_dims(self.scale[...], leading)
-        if self.bias is not None:
-            y = y + jnp.expand_dims(self.bias[...], leading)
+        y = centered * jax.lax.rsqrt(variance + self.epsilon) * jnp.expand_dims(scale, leading)
+        if bias is not None:
+            y = y + jnp.expand_dims(bias, leading)
         return y.astype(x.dtype)

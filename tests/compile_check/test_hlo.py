@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kd_jax.compile_check.hlo import Program, arrays_of, replica_groups
+from kd_jax.compile_check.traffic import memory_traffic
 
 # A loop of 5 that gathers; a scatter as TPUs write it; one collective spread over a fusion and its end.
 TEXT = """HloModule step, is_scheduled=true
@@ -129,3 +130,36 @@ def test_arrays_as_a_tpu_stores_them():
     )
     assert arrays_of(shape) == [65536, 65536, 1200, 400]
     assert arrays_of(shape, stored=True) == [131072, 65536 * 2, 1200, 512]
+
+
+BRANCHES = """HloModule step
+
+%near (x: f32[10]) -> f32[10] {
+  %x = f32[10]{0} parameter(0)
+  ROOT %sum = f32[10]{0} add(%x, %x)
+}
+
+%far (x: f32[10]) -> f32[10] {
+  %x = f32[10]{0} parameter(0)
+  ROOT %product = f32[10]{0} multiply(%x, %x)
+}
+
+%other (x: f32[10]) -> f32[10] {
+  %x = f32[10]{0} parameter(0)
+  ROOT %copy = f32[10]{0} copy(%x)
+}
+
+ENTRY %main (which: pred[], number: s32[], x: f32[10]) -> f32[10] {
+  %which = pred[] parameter(0)
+  %number = s32[] parameter(1)
+  %x = f32[10]{0} parameter(2)
+  %first = f32[10]{0} conditional(%which, %x, %x), true_computation=%near, false_computation=%far
+  ROOT %second = f32[10]{0} conditional(%number, %first, %first), branch_computations={%near, %other}
+}
+"""
+
+
+def test_of_a_conditionals_branches_each_runs_its_share():
+    program = Program(BRANCHES)
+    assert [program.runs[name] for name in ("near", "far", "other")] == [1, 0.5, 0.5]
+    assert memory_traffic(program) == 120 + 60 + 40

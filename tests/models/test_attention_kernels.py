@@ -15,7 +15,7 @@ from kd_jax.config.execution import Mesh
 from kd_jax.models.attention import mask_at, plain_attention
 from kd_jax.models.attention_kernels import PLAIN, Kernel, computes, find_kernel, fused_attention
 from kd_jax.models.functional import Functional
-from kd_jax.trainer.mesh import make_mesh
+from kd_jax.trainer.mesh import make_mesh, on_mesh
 from kd_jax.types import UserError
 from tests.support.small_models import packed_batch, parameters, small_config
 
@@ -46,7 +46,8 @@ def with_gradients(attend, inputs, given):
     return [np.asarray(one, np.float32) for one in compiled(attend, inputs, given)(inputs, given)]
 
 
-def plainly(query, key, value, segment_ids, window):
+def plainly(inputs, segment_ids, window):
+    query, key, value = inputs
     columns = jnp.broadcast_to(jnp.arange(segment_ids.shape[1])[None], segment_ids.shape)
     return plain_attention(query, key, value, mask_at(jnp.asarray(segment_ids), columns, window))
 
@@ -54,11 +55,11 @@ def plainly(query, key, value, segment_ids, window):
 def check(kernel, inputs, given, segment_ids, window, tolerance):
     local = window is not None
 
-    def fused(*inputs):
-        return fused_attention(kernel, *inputs, jnp.asarray(segment_ids), local, window or 0)
+    def fused(query, key, value):
+        return fused_attention(kernel, query, key, value, jnp.asarray(segment_ids), local, window or 0)
 
     wide = [one.astype(jnp.float32) for one in inputs]
-    wanted = with_gradients(lambda *inputs: plainly(*inputs, segment_ids, window), wide, given)
+    wanted = with_gradients(lambda *inputs: plainly(inputs, segment_ids, window), wide, given)
     for name, one, other in zip("oqkv", with_gradients(fused, inputs, given), wanted, strict=True):
         np.testing.assert_allclose(one, other, atol=tolerance * np.abs(other).max(), rtol=0, err_msg=name)
 
@@ -108,17 +109,14 @@ def test_several_blocks_of_a_long_row(kernel, size):
 @pytest.mark.parametrize("kernel", [SPLASH, TRITON], ids=lambda one: one.name)
 def test_on_a_mesh_each_device_attends_in_its_rows_and_heads(kernel):
     inputs, given, segment_ids = arrays(2, 32, [[128], [50, 30], [70, 58], []])
-    alone = with_gradients(
-        lambda *inputs: fused_attention(kernel, *inputs, jnp.asarray(segment_ids), True, 20), inputs, given
-    )
+
+    def attend(query, key, value):
+        return fused_attention(kernel, query, key, value, jnp.asarray(segment_ids), True, 20)
+
+    alone = with_gradients(attend, inputs, given)
     mesh = make_mesh(Mesh(data=2, fsdp=2, tensor=2))
-
-    def on_mesh(*inputs):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return fused_attention(kernel, *inputs, jnp.asarray(segment_ids), True, 20)
-
     placed = jax.device_put((inputs, given), NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor")))
-    program = compiled(on_mesh, *placed)
+    program = compiled(on_mesh(attend, mesh), *placed)
     assert Program(program.as_text() or "").collectives() == []
     for one, other in zip(program(*placed), alone, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)

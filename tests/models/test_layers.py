@@ -7,7 +7,16 @@ import pytest
 import scipy.stats
 from flax import nnx
 
-from kd_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, drop, product, random_bits, truncated_normal
+from kd_jax.models.layers import (
+    ACTIVATIONS,
+    LayerNorm,
+    Linear,
+    drop,
+    product,
+    random_bits,
+    recomputed,
+    truncated_normal,
+)
 from tests.support.small_models import small_config
 
 
@@ -132,3 +141,25 @@ def test_numbers_do_not_depend_on_the_sharding():
     split = jax.jit(sample, out_shardings=sharding)(key)
     assert len(split.sharding.device_set) == 8
     np.testing.assert_array_equal(split, jax.jit(sample)(key))
+
+
+def test_what_is_recomputed_keeps_its_arguments_alone_in_bfloat16():
+    def function(x, scale):
+        wide = x.astype(jnp.float32)
+        return (jnp.tanh(wide) * jnp.sin(wide) * scale[None]).astype(x.dtype)
+
+    x = jnp.linspace(-2, 2, 600).reshape(20, 30)
+    scale = jnp.linspace(0.5, 1.5, 30)
+
+    def kept_and_gradients(function, x):
+        y, pull = jax.vjp(function, x, scale)
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(pull)), pull(jnp.ones_like(y))
+
+    narrow = x.astype(jnp.bfloat16)
+    kept, gradients = kept_and_gradients(recomputed(function), narrow)
+    assert kept == narrow.nbytes + scale.nbytes
+    more, wanted = kept_and_gradients(function, narrow)
+    assert more > 3 * kept
+    for one, other in zip(gradients, wanted, strict=True):
+        np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
+    assert kept_and_gradients(recomputed(function), x)[0] == kept_and_gradients(function, x)[0]
