@@ -57,7 +57,7 @@ from kd_jax.study.estimate import product_rate
 from kd_jax.study.plan import REPORT, Stage, Student
 from kd_jax.study.report.facts import domains_against_generic
 from kd_jax.study.run import Study, read_seconds, steps_seconds, switched
-from kd_jax.study.timing import Timing, duration, kinds
+from kd_jax.study.timing import duration, kinds
 from kd_jax.types import UserError
 
 FEWEST = 4  # dev utterances, below which their covariance says nothing
@@ -74,10 +74,13 @@ class Pilots:
         self.used: dict[str, float] = {}  # folder -> seconds of the stages that the advice rests on
         self.stages: dict[Pilot, list[Stage]] = {}
         self.outcomes: dict[Pilot, Outcome] = {}
-        self._studies: dict[str, Study] = {}
+        self._studies: dict[Pilot, Study] = {}
+        self._opened: dict[str, Study] = {}  # by the hash of its config, since pilots share studies
         self._texts: dict[str, int] = {}  # source -> task texts of its largest language
-        self._finished: list[tuple[Stage, float, float]] = []  # seconds in all, and of their training steps
-        self._timing, self._rate, self._outputs = Timing(), 0.0, None
+        self._finished: list[tuple[Stage, tuple, float, float]] = []  # with kind, seconds, and those of its steps
+        self._flops: dict[int, dict[str, float]] = {}
+        self._rate = 0.0  # FLOPs per second: of matrix products, and then of the first pilot
+        self._outputs = None
         self._writes = jax.process_index() == 0
 
     @property
@@ -92,13 +95,15 @@ class Pilots:
 
     def study(self, pilot: Pilot) -> Study:
         """The study that a pilot is a part of: the same text, teacher, cache and recipe for all of the same steps."""
-        config = pilot_config(self.config, self.settings, pilot, self._texts)
-        key = fingerprint(to_dict(config))
-        if key not in self._studies:
-            together = {"writes": self._writes, "agree": distributed.from_first}
-            found = self._studies[key] = open_study(config, self.workdir, **together)
-            found.choose()
-        return self._studies[key]
+        if pilot not in self._studies:
+            config = pilot_config(self.config, self.settings, pilot, self._texts)
+            key = fingerprint(to_dict(config))
+            if key not in self._opened:
+                together = {"writes": self._writes, "agree": distributed.from_first}
+                self._opened[key] = open_study(config, self.workdir, **together)
+                self._opened[key].choose()
+            self._studies[pilot] = self._opened[key]
+        return self._studies[pilot]
 
     def plan(self, pilot: Pilot) -> list[Stage]:
         """The stages of a pilot in their order; the scores come from those of `evaluate`."""
@@ -173,11 +178,11 @@ class Pilots:
         """Counts the time of a finished stage, once."""
         if stage.folder in self.used:
             return
-        seconds = read_seconds(study.folder(stage))
+        seconds, steps = read_seconds(study.folder(stage)), steps_seconds(study.folder(stage))
         self.used[stage.folder] = seconds = 0.0 if math.isnan(seconds) else seconds
-        steps = steps_seconds(study.folder(stage))
-        self._timing.note(stage, seconds, steps)
-        self._finished.append((stage, seconds, steps))
+        if stage.command == "distill" and steps and not any(one.command == "distill" for one, *_ in self._finished):
+            self._rate = self.flops(study, stage) / steps
+        self._finished.append((stage, kinds(stage), seconds, steps))
 
     def expected(self, pilots: Iterable[Pilot]) -> float:
         """Seconds of the stages of these pilots that are not finished yet."""
@@ -188,20 +193,26 @@ class Pilots:
         """How long a stage will take: 0 if it is done, else as long as others of its kind, else by its FLOPs."""
         if study.done(stage):
             return 0.0
-        near = [one for one in self._finished if kinds(one[0])[-1] == kinds(stage)[-1]]
-        same = any(kinds(one)[0] == kinds(stage)[0] for one, _, _ in near)
-        job = stage.job
-        if near and not same and job is not None and all(one.job for one, _, _ in near):
-            pace = max(steps / one.job.steps for one, _, steps in near if one.job)
-            return min(seconds - steps for _, seconds, steps in near) + pace * job.steps
-        prepared = study.done(study.planner.prepare())
-        if not near and prepared and stage.folder not in self._timing.flops:
-            self._timing.flops = {**self._timing.flops, **overview.flops_of(study)}
-        known = self._timing.expected(stage)
-        if known is None and stage.folder in self._timing.flops and jax.default_backend() == "cpu":
-            self._rate = self._rate or product_rate()
-            return self._timing.flops[stage.folder] / self._rate
-        return known or 0.0
+        exact, loose = kinds(stage)[0], kinds(stage)[-1]
+        same = sorted(seconds for _, kind, seconds, _ in self._finished if kind[0] == exact)
+        if same:
+            others = same[:-1] or same  # the slowest also compiled
+            return sum(others) / len(others)
+        near = [(one.job, seconds, steps) for one, kind, seconds, steps in self._finished if kind[-1] == loose]
+        paces = [steps / job.steps for job, _, steps in near if job]
+        if stage.job and paces:  # of another length
+            return min(seconds - steps for _, seconds, steps in near) + max(paces) * stage.job.steps
+        if not study.done(study.planner.prepare()):
+            return 0.0
+        if not self._rate and jax.default_backend() == "cpu":
+            self._rate = product_rate()
+        return self.flops(study, stage) / self._rate if self._rate else 0.0
+
+    def flops(self, study: Study, stage: Stage) -> float:
+        """The FLOPs of a stage; 0 where none are counted."""
+        if id(study) not in self._flops:
+            self._flops[id(study)] = overview.flops_of(study)
+        return self._flops[id(study)].get(stage.folder, 0.0)
 
     def left(self, full: ConfigDict) -> float:
         """Seconds that the stages of the full study take that are not finished."""
@@ -253,15 +264,16 @@ class Pilots:
         return sum(store.texts for store in self.prepared(pilot).stores("train") if store.kind == "task")
 
     def lines(self) -> list[dict[str, Any]]:
-        """pilots.jsonl: each pilot with its errors in points, the stages it was scored in, and its own seconds."""
-        rows, counted = [], set[str]()
+        """pilots.jsonl: each pilot with its errors in points, the stages with its records, and the seconds of those
+        that are its own."""
+        rows = []
         for pilot, found in self.outcomes.items():
-            own = [one.folder for one in self.plan(pilot) if one.folder not in counted]
-            counted |= set(own)
-            scored = [one.folder for one in self.plan(pilot) if one.command == "evaluate"]
+            own = [one for one in self.plan(pilot) if one.command not in SHARED]
+            scored = [one.folder for one in own if one.command == "evaluate"]
+            who = {**pilot.candidate._asdict(), "steps": pilot.steps, "seed": pilot.seed}
             numbers = {"error": found.error, "tasks": dict(found.tasks), "utterances": len(found.ids)}
-            where = {"scored": dict(zip(self.tasks(pilot), scored)), "seconds": sum(self.used[one] for one in own)}
-            rows.append({**pilot.candidate._asdict(), "steps": pilot.steps, "seed": pilot.seed, **numbers, **where})
+            where = {"scored": dict(zip(self.tasks(pilot), scored)), "seconds": sum(self.used[o.folder] for o in own)}
+            rows.append({**who, "full_steps": self.config.distill.steps, **numbers, **where})
         return rows
 
     @contextlib.contextmanager
@@ -361,6 +373,7 @@ def advise(settings: Advise, pilots: Pilots, evidence: Evidence, belief: Belief,
             "minutes": round(pilots.spent / 60, 2),
             "budget_minutes": settings.budget_minutes,
             "stopped": evidence.stopped,
+            "untried": [one.set_name for one in map(Candidate, settings.shares) if one not in belief.candidates],
             "full_minutes": round(full_seconds / 60, 2),
         },
         "data": data(pilots.prepared(one)),

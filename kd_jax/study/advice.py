@@ -96,6 +96,7 @@ def _cost(values: Mapping[str, Any]) -> str:
     cost = values["cost"]
     spent = f"{plural(cost['pilots'], 'pilot')} took {duration(60 * cost['minutes'])} of {cost['budget_minutes']:g} min"
     more = ", which ended the search; a larger budget goes on from here" if cost["stopped"] else ""
+    more += f". Not tried, since nothing more fitted: {', '.join(cost['untried'])}" if cost["untried"] else ""
     return f"Cost: {spent}{more}. The full study takes about {duration(60 * cost['full_minutes'])} more."
 
 

@@ -208,19 +208,20 @@ def test_adapting_and_less_text_are_tried_on_the_chosen_set_and_pay_or_do_not():
     def rate(one):
         return (19.0 if one.teacher == "adapted" else 22.0) + 4 * ((one.amount / 1.0) ** -0.5 - 1) + 2 * (1 - one.share)
 
-    evidence = searched(Advise(), World(rate, seed=8), adaptable=True)
+    evidence = searched(Advise(), World(rate, seed=8, luck=0.2, utterances=8000), adaptable=True)
     extra = {one.candidate for one in evidence.outcomes} - {GENERIC, HALF, TASK}
     assert extra == {TASK._replace(amount=0.1), TASK._replace(amount=0.3), TASK._replace(teacher="adapted")}
     found = adapting(Advise(), belief_of(evidence))
     assert found and found["verdict"] == BETTER and found["low"] < 3.0 < found["high"]
     assert {one.candidate.teacher for one in curve_points(evidence)} == {"generic"}
-    never = searched(Advise(), World(rate, seed=8), adaptable=False)
+    never = searched(Advise(), World(rate, seed=8, luck=0.2, utterances=8000), adaptable=False)
     assert adapting(Advise(), belief_of(never)) is None
 
     def worse(one):
         return 25.0 if one.teacher == "adapted" else 20.0 + 2 * (1 - one.share)
 
-    found = adapting(Advise(), belief_of(searched(Advise(), World(worse, seed=8), adaptable=True)))
+    evidence = searched(Advise(), World(worse, seed=8, luck=0.2, utterances=8000), adaptable=True)
+    found = adapting(Advise(), belief_of(evidence))
     assert found and found["verdict"] == ENOUGH and found["pays"] < 0.05
 
 
@@ -311,7 +312,14 @@ def values(settings, evidence):
         "sets": table(settings, evidence, belief_of(evidence)),
         "adapting": adapting(settings, belief_of(evidence)) or {"why": "its masked-LM head is not trained"},
         "task_text": {"why": "it did not fit into 6 minutes"},
-        "cost": {"pilots": 3, "minutes": 5.2, "budget_minutes": 6.0, "stopped": evidence.stopped, "full_minutes": 12.0},
+        "cost": {
+            "pilots": 3,
+            "minutes": 5.2,
+            "budget_minutes": 6.0,
+            "stopped": evidence.stopped,
+            "untried": [],
+            "full_minutes": 12.0,
+        },
         "data": {
             "texts": {"generic": 10, "task": 20},
             "tokens": {"generic": 100, "task": 200},
