@@ -211,8 +211,9 @@ def _selected_name(source: str, language: str) -> str:
 def _build(settings: Prepare, values: dict[str, Any], folder: pathlib.Path, watch: Watch) -> None:
     """Writes a prepared folder on a local disk, the manifest last."""
     with full_disk_is_user_error(folder):
-        _begin(folder, digest(_inputs(settings)))
+        inputs = digest(_inputs(settings))
         utterances = load_utterances(settings.nlu)
+        _begin(folder, inputs)
         with new_folder(folder / "utterances") as temporary:
             write_massive(utterances, temporary)
         builder = _Builder(settings, values, folder, utterances, watch)

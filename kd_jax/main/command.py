@@ -6,7 +6,7 @@ import pathlib
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -114,7 +114,7 @@ def main(
             rest = flags.FLAGS(argv)
         except (flags.Error, AttributeError, KeyError, ValueError, TypeError) as error:
             named = any(word.lstrip("-").partition("=")[0] == "config" for word in argv[1:])
-            fail(explain_flags(error) if named else NO_CONFIG)
+            fail(explain_flags(error, argv) if named else NO_CONFIG)
         if len(rest) > 1:
             meant = rest[1].partition(":")[0].endswith(".py")
             remedy = f"did you mean --config={rest[1]}?" if meant else "options have the form --config.key=value"
@@ -177,14 +177,20 @@ def on_storage(run: Callable[[ConfigDict, Any], Any]) -> Callable[[ConfigDict, A
     return run_there
 
 
-def explain_flags(error: Exception) -> str:
+def explain_flags(error: Exception, argv: Sequence[str] = ()) -> str:
     """One sentence for what went wrong while the flags and the config were read."""
     if isinstance(error, UserError):
         return str(error)
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error  # str() of a KeyError is a repr
+    text: Any = error
+    # str() of a KeyError is a repr, and ml_collections wraps one in another error.
+    while isinstance(text, AttributeError | KeyError) and text.args:
+        text = text.args[0]
     message = " ".join(str(text).split())
     if isinstance(error, AttributeError | KeyError) or "config." in message:
-        return f"{message}; kd_jax/config/base.py declares every key"
+        words = [word.lstrip("-").partition("=")[0] for word in argv]
+        keys = [word for word in words if word.startswith("config.") and f"'{word.rpartition('.')[2]}'" in message]
+        where = f"--{keys[0]}: " if keys and "config." not in message else ""
+        return f"{where}{message}; kd_jax/config/base.py declares every key"
     return message
 
 

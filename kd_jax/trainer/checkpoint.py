@@ -188,8 +188,8 @@ def reading(checkpoint: pathlib.Path, remedy: str) -> Iterator[None]:
 
 @functools.cache
 def _hide_late_callbacks() -> None:
-    """After one array failed, tensorstore reports the others to orbax's event loop, which is closed by then: Python
-    would print a traceback for each."""
+    """After one array failed, tensorstore reports the others to orbax's event loop, which is closed by then, and its
+    tasks are never asked for their errors: Python would print a traceback for each."""
     own = sys.unraisablehook
 
     def hook(found: Any) -> None:
@@ -197,6 +197,7 @@ def _hide_late_callbacks() -> None:
             own(found)
 
     sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(lambda record: "was never retrieved" not in record.getMessage())
 
 
 def _damaged(checkpoint: pathlib.Path, reason: str, remedy: str) -> UserError:

@@ -167,6 +167,11 @@ def tokenizer_of(unit: pathlib.Path) -> Any:
     }
 
 
+def checkpoint_files(step: int) -> tuple[str, ...]:
+    """The newest checkpoint's, and more often those that hold arrays."""
+    return (f"checkpoints/{step}/**/*", f"checkpoints/{step}/state/d/*", f"checkpoints/{step}/state/manifest.ocdbt")
+
+
 # What says that an output is whole.
 LAST: dict[Any, str] = {of_prepare: "manifest.json", of_export: "export.json", of_predict: "predictions.jsonl"}
 UTTERANCES = {"nlu__path": "{unit}"}
@@ -238,9 +243,9 @@ KINDS: dict[str, tuple[Target, ...]] = {
         Target("states", CACHE_FILES, from_states, of_training),
     ),
     "checkpoints": (
-        Target("teacher", ("checkpoints/**/*",), distill, of_training),
-        Target("stopped", ("checkpoints/**/*",), resume, of_training, in_place=True),
-        Target("dc", ("checkpoints/**/*",), evaluate, of_evaluate),
+        Target("teacher", checkpoint_files(3), distill, of_training),
+        Target("stopped", checkpoint_files(2), resume, of_training, in_place=True),
+        Target("dc", checkpoint_files(2), evaluate, of_evaluate),
     ),
     "run.json": (
         Target("teacher", RUN_FILES, distill, of_training),
