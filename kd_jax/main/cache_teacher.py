@@ -21,6 +21,7 @@ from kd_jax.jobs import cache as caches
 from kd_jax.jobs.teachers import KEY, find_teachers
 from kd_jax.main import command
 from kd_jax.runtime.files import read_json
+from kd_jax.runtime.paths import is_there
 from kd_jax.trainer.mesh import make_mesh
 
 
@@ -76,7 +77,7 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
 def show(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Prints what the cache holds."""
     del config
-    if jax.process_index() == 0 and (workdir / caches.SUMMARY).is_file():
+    if jax.process_index() == 0 and is_there(workdir / caches.SUMMARY):
         found = read_json(workdir / caches.SUMMARY)
         print(
             f"{found['rows']:,} rows, {found['positions']:,.0f} masked positions, {found['bytes'] / 2**20:.1f} MiB "

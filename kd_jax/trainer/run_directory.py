@@ -19,7 +19,7 @@ from kd_jax.config.execution import Execution
 from kd_jax.runtime import distributed
 from kd_jax.runtime.files import read_json, write_json
 from kd_jax.runtime.lock import owned, tidy
-from kd_jax.runtime.paths import as_path, make_folder, reaching
+from kd_jax.runtime.paths import as_path, is_there, make_folder
 from kd_jax.runtime.watchdog import Watchdog
 from kd_jax.types import UserError
 
@@ -42,7 +42,7 @@ class RunDirectory:
         if jax.process_index() == 0:
             self._claim(json.loads(json.dumps({"command": command, "config": config})))
         distributed.barrier()
-        if not _exists(self.path / CONFIG):
+        if not is_there(self.path / CONFIG):
             raise UserError(
                 f"{self.path}: process {jax.process_index()} does not see what process 0 wrote there; give a --workdir "
                 "on storage that all hosts share"
@@ -50,7 +50,7 @@ class RunDirectory:
 
     def _claim(self, values: dict[str, Any]) -> None:
         file = self.path / CONFIG
-        if _exists(file):
+        if is_there(file):
             old = read_json(file)
             changed = differences(identity(old), identity(values))
             if changed:
@@ -74,7 +74,7 @@ class RunDirectory:
         if jax.process_index() != 0:
             return
         file = self.path / RUN
-        starts = read_json(file)["starts"] if _exists(file) else []
+        starts = read_json(file)["starts"] if is_there(file) else []
         write_json(file, {**provenance(), **notes, "starts": [*starts, _now()]})
 
 
@@ -116,12 +116,7 @@ def mark_done(workdir: str | pathlib.Path, **notes: Any) -> None:
 
 def is_done(workdir: str | pathlib.Path) -> bool:
     """Whether a directory holds the DONE marker."""
-    return _exists(as_path(workdir) / DONE)
-
-
-def _exists(file: pathlib.Path) -> bool:
-    with reaching(file):
-        return file.exists()
+    return is_there(as_path(workdir) / DONE)
 
 
 def command_line() -> str:
