@@ -35,7 +35,7 @@ from kd_jax.models.encoder_config import Pooling
 from kd_jax.models.functional import Functional
 from kd_jax.runtime import distributed
 from kd_jax.runtime.files import read_json, read_json_object, write_sealed
-from kd_jax.runtime.paths import as_path, file_name, name_of_file
+from kd_jax.runtime.paths import as_path, file_name, is_there, name_of_file, names_in
 from kd_jax.runtime.progress import Count
 from kd_jax.steps.finetune import ABSENT, make_dc_objective, make_icner_objective
 from kd_jax.trainer.best import Best
@@ -59,7 +59,7 @@ def keys(config: ConfigDict) -> tuple[str, ...]:
 def domain_folders(workdir: pathlib.Path) -> dict[str, pathlib.Path]:
     """One folder for each domain's model of a finetune.domain='each' run; empty for a run with a single model."""
     folder = workdir / "domains"
-    return {name_of_file(entry.name): entry for entry in sorted(folder.iterdir())} if folder.is_dir() else {}
+    return {name_of_file(name): folder / name for name in names_in(folder)}
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, task: Task) -> None:
@@ -158,7 +158,7 @@ def predicted_labels(prepared: Prepared, settings: Finetune | Baseline, task: st
     if not settings.labels:
         return []
     key, file = f"config.{block}.labels", as_path(settings.labels) / RECORDS
-    if not file.is_file():
+    if not is_there(file):
         raise UserError(f"{key}: {file} does not exist; give the workdir of a finished evaluate run")
     found = {(record["locale"], record["id"]): record for record in read_records(trained.whole(file))}
     known = {(one.locale, one.id) for one in labeled_train(prepared, settings.max_train, "")}
@@ -455,7 +455,7 @@ def seen_by(folder: pathlib.Path, config: ConfigDict, run: Mapping[str, Any], pr
         domain = config.finetune.domain if "intents" in run["classes"] else ""
         train = labeled_train(prepared, config.finetune.max_train, domain)
         seen = serving.Seen.of(train, prepared.settings.nlu.character_locales)
-    dev = read_json_object(folder / DEV) if trained.whole(folder / DEV).is_file() else {}
+    dev = read_json_object(folder / DEV) if is_there(trained.whole(folder / DEV)) else {}
     return seen._replace(threshold=dev.get(THRESHOLD))
 
 

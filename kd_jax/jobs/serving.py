@@ -26,7 +26,7 @@ from kd_jax.models.functional import Functional
 from kd_jax.models.int8 import dequantized, flat_names, quantized
 from kd_jax.runtime.copies import describe, verify
 from kd_jax.runtime.files import read_json_object, write_sealed
-from kd_jax.runtime.paths import as_path, need_local
+from kd_jax.runtime.paths import as_path, is_there, need_local
 from kd_jax.types import Array, Params, UserError
 
 ABOUT = "predictor.json"
@@ -129,12 +129,12 @@ def write(
 def is_served(folder: str | pathlib.Path) -> bool:
     """Whether `write` wrote the folder. Raises UserError for an export for `transformers` only."""
     folder = as_path(folder)
-    if (folder / RECORD).is_file() and not (folder / ABOUT).is_file():
+    if is_there(folder / RECORD) and not is_there(folder / ABOUT):
         raise UserError(
             f"{folder}: holds a model for `transformers` only; name the run that it was exported from, or export it "
             "again with --config.export.int8=True or --config.export.stablehlo=True"
         )
-    return (folder / ABOUT).is_file()
+    return is_there(folder / ABOUT)
 
 
 def read(folder: pathlib.Path) -> Served:

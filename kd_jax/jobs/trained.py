@@ -16,7 +16,7 @@ from kd_jax.data.vocabulary import seen_by_student
 from kd_jax.jobs.job import BEST_STEP
 from kd_jax.models.functional import Functional
 from kd_jax.runtime.files import RESTORE, digest_of, read_json_object
-from kd_jax.runtime.paths import as_path
+from kd_jax.runtime.paths import as_path, is_there
 from kd_jax.trainer.checkpoint import load_params
 from kd_jax.trainer.mesh import DEFAULT, Rules, shardings
 from kd_jax.trainer.run_directory import CONFIG, DONE, RUN, SUMS
@@ -79,7 +79,7 @@ def check_tokenizer(workdir: str | pathlib.Path, prepared: Prepared, key: str) -
 def _first_difference(workdir: str | pathlib.Path, prepared: Prepared, key: str) -> str:
     """Where the two token maps part, as far as the run's own prepared folder is still there to be read."""
     folder = as_path(run_config(workdir, key).prepared)
-    return first_difference(Prepared(folder).tokenizer, prepared.tokenizer) if (folder / MANIFEST).is_file() else ""
+    return first_difference(Prepared(folder).tokenizer, prepared.tokenizer) if is_there(folder / MANIFEST) else ""
 
 
 def first_difference(theirs: Tokenizer, ours: Tokenizer) -> str:
@@ -95,7 +95,7 @@ def first_difference(theirs: Tokenizer, ours: Tokenizer) -> str:
 def own_prepared(workdir: str | pathlib.Path, key: str) -> Prepared:
     """The prepared folder that a run was made with, for its tokenizer. Raises UserError where it is gone."""
     folder = as_path(run_config(workdir, key).prepared)
-    if not (folder / MANIFEST).is_file():
+    if not is_there(folder / MANIFEST):
         raise UserError(
             f"config.{key}: {workdir} has another tokenizer than config.prepared, and {folder}, which has it, is gone; "
             "prepare it again"
@@ -135,7 +135,7 @@ def parameters_fingerprint(workdir: str | pathlib.Path, key: str) -> str:
     notes = ended(workdir)
     if notes:
         return notes["parameters_fingerprint"]
-    if not as_path(workdir).exists():
+    if not is_there(as_path(workdir)):
         raise UserError(f"config.{key}: {workdir} does not exist; name the workdir of a finished run")
     raise UserError(f"config.{key}: {workdir} is not finished; start its command again first")
 

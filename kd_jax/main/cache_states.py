@@ -20,6 +20,7 @@ from kd_jax.jobs.teachers import KEY
 from kd_jax.main import command
 from kd_jax.models.attention_kernels import find_kernel
 from kd_jax.runtime.files import read_json_object
+from kd_jax.runtime.paths import is_there
 from kd_jax.trainer.mesh import make_mesh
 
 
@@ -47,7 +48,7 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
 def show(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Prints what the cache holds."""
     del config
-    if jax.process_index() == 0 and (workdir / SUMMARY).is_file():
+    if jax.process_index() == 0 and is_there(workdir / SUMMARY):
         found = read_json_object(workdir / SUMMARY)
         kept = "".join(f", {share:.1%} of the variance of {name}" for name, share in found["explained"].items())
         print(

@@ -22,6 +22,7 @@ from kd_jax.jobs.teachers import KEY, check_heads, find_teachers
 from kd_jax.main import command
 from kd_jax.models.attention_kernels import find_kernel
 from kd_jax.runtime.files import read_json_object
+from kd_jax.runtime.paths import is_there
 from kd_jax.trainer.mesh import make_mesh
 
 
@@ -79,7 +80,7 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
 def show(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Prints what the cache holds."""
     del config
-    if jax.process_index() == 0 and (workdir / caches.SUMMARY).is_file():
+    if jax.process_index() == 0 and is_there(workdir / caches.SUMMARY):
         found = read_json_object(workdir / caches.SUMMARY)
         print(
             f"{found['rows']:,} rows, {found['positions']:,.0f} masked positions, {found['bytes'] / 2**20:.1f} MiB "

@@ -99,6 +99,12 @@ def make_folder(path: pathlib.Path) -> None:
             ) from error
 
 
+def is_there(path: pathlib.Path) -> bool:
+    """Whether a file or folder exists; UserError when its store cannot be reached."""
+    with reaching(path):
+        return path.exists()
+
+
 def names_in(folder: pathlib.Path) -> list[str]:
     """The sorted names in a folder, [] where it does not exist; one request on a remote store."""
     try:

@@ -13,6 +13,7 @@ from typing import Any
 
 from kd_jax.jobs.trained import whole
 from kd_jax.runtime.files import read_json, read_json_object, write_json
+from kd_jax.runtime.paths import is_there
 from kd_jax.runtime.preemption import interruptible
 from kd_jax.study.attempts import attempt, make_up, path_of
 from kd_jax.study.plan import FITTED, PHASES, REPORT, STAGE, Keys, Planner, Recipe, Stage, Student
@@ -58,7 +59,7 @@ class Study:
 
     def done(self, stage: Stage) -> bool:
         """Whether a stage is finished; the report never is, since it costs little and is written anew."""
-        return not stage.deferred and stage.command != REPORT and (self.folder(stage) / "DONE").is_file()
+        return not stage.deferred and stage.command != REPORT and is_there(self.folder(stage) / "DONE")
 
     def planned(self) -> list[Stage]:
         """All stages, with the recipes that can be chosen by now. Reads which stages are finished and dev scores."""
@@ -169,7 +170,7 @@ class Study:
             return datetime.datetime.fromisoformat(read_json(folder / "DONE")["finished"]).timestamp()
 
         seconds = make_up(self.workdir, stage.folder, ended)
-        if seconds is not None and not (folder / SECONDS).exists():
+        if seconds is not None and not is_there(folder / SECONDS):
             write_json(folder / SECONDS, round(seconds, 2))
 
     def check_teachers(self) -> None:
@@ -302,5 +303,5 @@ def steps_seconds(folder: pathlib.Path) -> float:
 def read_seconds(folder: pathlib.Path) -> float:
     """A stage's wall time; NaN if its process was killed between the stage's end and the note of its time."""
     file = folder / SECONDS
-    seconds = read_json(file) if file.exists() else None
+    seconds = read_json(file) if is_there(file) else None
     return float(seconds) if isinstance(seconds, int | float) else float("nan")

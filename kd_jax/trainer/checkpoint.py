@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from kd_jax.config import differences
 from kd_jax.runtime.files import full_disk_is_user_error, is_full_disk, sealed, unsealed
 from kd_jax.runtime.mirror import Mirror, fetch_newest
-from kd_jax.runtime.paths import as_path, is_remote, reaching, scheme_of
+from kd_jax.runtime.paths import as_path, is_remote, is_there, reaching, scheme_of
 from kd_jax.trainer.state import State, from_plain, params_fingerprint, to_plain
 from kd_jax.types import Params, UserError
 
@@ -147,7 +147,7 @@ def load_params(workdir: str | pathlib.Path, abstract: Params, best_step: int | 
     folder = absolute(as_path(workdir) / FOLDER)
     if needs_mirror(folder):
         folder = fetch_newest(folder)
-    if folder is None or not folder.is_dir():
+    if folder is None or not is_there(folder):
         raise none
     handlers = {"state": ocp.PyTreeCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(read_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from kd_jax.runtime.files import read_json_object, write_sealed
-from kd_jax.runtime.paths import as_path, make_folder
+from kd_jax.runtime.paths import as_path, is_there, make_folder
 from kd_jax.trainer.metrics import TIME
 
 FILE = "goodput.json"
@@ -31,7 +31,7 @@ class Goodput:
         self._since = time.monotonic()
         self.skipped: list[int] = []  # steps whose update was skipped because their loss was not finite
         before: dict[str, Any] = {"first_start": time.time(), "starts": 0, "lost_steps": 0}
-        if self._file is not None and self._file.exists():
+        if self._file is not None and is_there(self._file):
             before = read_json_object(self._file)
         self._began, self._starts, self._lost = before["first_start"], before["starts"], before["lost_steps"]
 

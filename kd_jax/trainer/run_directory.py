@@ -20,7 +20,7 @@ from kd_jax.runtime import distributed
 from kd_jax.runtime.cluster import cores
 from kd_jax.runtime.files import digest_of, read_json, read_json_object, write_sealed
 from kd_jax.runtime.lock import owned, tidy
-from kd_jax.runtime.paths import as_path, make_folder, reaching
+from kd_jax.runtime.paths import as_path, is_there, make_folder
 from kd_jax.runtime.watchdog import Watchdog
 from kd_jax.types import UserError
 
@@ -51,7 +51,7 @@ class RunDirectory:
         if jax.process_index() == 0:
             self._claim(json.loads(json.dumps({"command": command, "config": config})))
         distributed.barrier()
-        if not _exists(self.path / CONFIG):
+        if not is_there(self.path / CONFIG):
             raise UserError(
                 f"{self.path}: process {jax.process_index()} does not see what process 0 wrote there; give a --workdir "
                 "on storage that all hosts share"
@@ -59,7 +59,7 @@ class RunDirectory:
 
     def _claim(self, values: dict[str, Any]) -> None:
         file = self.path / CONFIG
-        if _exists(file):
+        if is_there(file):
             old = read_json(file, "remove the folder, or choose a new --workdir")
             changed = differences(identity(old), identity(values))
             if changed:
@@ -83,7 +83,7 @@ class RunDirectory:
         if jax.process_index() != 0:
             return
         file = self.path / RUN
-        starts = read_json_object(file).get("starts", []) if _exists(file) else []
+        starts = read_json_object(file).get("starts", []) if is_there(file) else []
         write_sealed(file, {**provenance(), **notes, "starts": [*starts, _now()]})
 
 
@@ -121,19 +121,14 @@ def mark_done(workdir: str | pathlib.Path, **notes: Any) -> None:
     distributed.barrier()
     if jax.process_index() == 0:
         folder = as_path(workdir)
-        sums = {name: digest_of(folder / name) for name in RESULT_FILES if _exists(folder / name)}
+        sums = {name: digest_of(folder / name) for name in RESULT_FILES if is_there(folder / name)}
         write_sealed(folder / DONE, {"finished": _now(), **notes, **({SUMS: sums} if sums else {})})
     distributed.barrier()
 
 
 def is_done(workdir: str | pathlib.Path) -> bool:
     """Whether a directory holds the DONE marker."""
-    return _exists(as_path(workdir) / DONE)
-
-
-def _exists(file: pathlib.Path) -> bool:
-    with reaching(file):
-        return file.exists()
+    return is_there(as_path(workdir) / DONE)
 
 
 def command_line() -> str:

@@ -222,6 +222,7 @@ class Case:
     def _wrong(self, code: int | None) -> None:
         lines = self.log.read_text(errors="replace").strip().splitlines() or ["no output"]
         self.problems.append(f"exit code {code} after {len(self.kills)} disturbances: {lines[-1][:300]}")
+        shutil.copy(self.log, self.log.with_name(f"{self.log.name}.{len(self.kills)}"))
 
     def _hit(self) -> dict:
         """Where a start was when it was disturbed."""
