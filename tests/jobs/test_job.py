@@ -120,6 +120,7 @@ def test_the_gradient_of_the_token_table_crosses_the_network_once(accumulation):
     constants = {"teachers": (placed_shapes(teacher, mesh),), "seed": jax.ShapeDtypeStruct((), np.int32)}
     batch = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in uneven_batch().items()}
     text = compiled_step(objective, student, settings, mesh, WHOLE).lower(state, constants, batch).compile().as_text()
+    assert text is not None
     lines = [line.split(" all-reduce(")[0] for line in text.splitlines() if " all-reduce(" in line]
     sizes = [math.prod(map(int, shape.split(","))) for line in lines for shape in re.findall(r"f32\[([\d,]+)\]", line)]
     # No other parameter has as many numbers, and the loss's table may have a column for the bias.

@@ -77,7 +77,8 @@ def blocked(values, names=EVERY, temperature=TEMPERATURE):
         "temperature": jnp.float32(temperature),
         "scales": {name: jnp.float32(SCALES[name]) for name in names},
     }
-    return blocked_losses(of_block, *student, per_position, constants, block=20)
+    features, table, bias = student
+    return blocked_losses(of_block, features, table, bias, per_position, constants, block=20)
 
 
 def differentiate(function, values):
@@ -134,7 +135,7 @@ def float64(values, temperature=TEMPERATURE):
     theirs = logits(teacher)[2]
     weights = np.asarray(values["weights"], np.float64)
     size = table.shape[0]
-    target = np.eye(size)[np.asarray(values["targets"])]
+    target = np.asarray(values["targets"])[..., None] == np.arange(size)
     p, q, plain = softmax64(theirs / temperature), softmax64(ours / temperature), softmax64(ours)
     kl = (temperature**2 * (p * np.log(p / q)).sum(-1) * weights).sum()
     mlm = (-(target * np.log(plain)).sum(-1) * weights).sum()
