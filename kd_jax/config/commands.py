@@ -208,7 +208,7 @@ class Study:
     finetune_teacher: bool = False
     teacher_learning_rate: float = 2e-3
     teacher_encoder_rate: float = 0.05
-    teacher_epochs: int = 5
+    teacher_epochs: int = 15
     teacher_pooling: str = "mean"
     label_unlabeled: bool = False
     seeds: tuple[int, ...] = (0, 1, 2)
