@@ -55,7 +55,7 @@ def read(kind: type[Settings], block: ConfigDict | Mapping[str, Any], key: str) 
         elif isinstance(value, ConfigDict):  # names of the user's own choice, such as transfer sets
             value = value.to_dict()
         check_numbers(value, f"config.{name}")
-        if field.type is float:
+        if field.type is float and not isinstance(value, tuple):
             value = float(value)
         values[field.name] = value
     try:

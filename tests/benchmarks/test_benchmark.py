@@ -118,8 +118,8 @@ def test_every_variant_can_be_named_in_a_worker():
 
 def test_workers_have_the_devices_that_they_are_given(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_cpu_use_xnnpack=false")
-    assert worker.environment(1)["XLA_FLAGS"] == "--xla_cpu_use_xnnpack=false"
-    assert worker.environment(4)["XLA_FLAGS"].endswith("device_count=4")
+    assert worker.environment(1, "cpu")["XLA_FLAGS"] == "--xla_cpu_use_xnnpack=false"
+    assert worker.environment(4, "cpu")["XLA_FLAGS"].endswith("device_count=4")
 
 
 def test_memory_sees_what_is_allocated_and_forgets_it():

@@ -234,7 +234,9 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
             with Checkpoints(tmp_path / FOLDER, keep=1) as checkpoints:
                 try:
                     checkpoints.check({"data": "abc"})
-                    restored, meta = checkpoints.restore(abstract)
+                    found = checkpoints.restore(abstract)
+                    assert found is not None
+                    restored, meta = found
                 except UserError as error:
                     assert str(folder) in str(error) and "damaged" in str(error)
                     refused.add(file.name)
