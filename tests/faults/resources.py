@@ -43,7 +43,7 @@ COMMANDS = (
 )
 CONFIG = (
     f"--config={pathlib.Path(tiny.__file__).resolve()}",
-    *("--config.rows.length=64", "--config.states.rows_per_part=512", "--config.cache.rows_per_part=512"),
+    *("--config.rows.length=64", "--config.states.rows_per_part=64", "--config.cache.rows_per_part=64"),
     "--config.nlu.path={data}",
     "--config.sources.generic.path={data}/{{language}}.txt",
 )

@@ -60,7 +60,7 @@ def test_a_time_below_zero_is_found(tmp_path):
 
 @pytest.mark.slow
 def test_ten_kills(tmp_path):
-    print(program("kills", "--count=10", f"--workdir={tmp_path}", "--commands=prepare,cache_states,distill"))
+    print(program("kills", "--count=10", f"--workdir={tmp_path}", "--commands=prepare,pretrain,cache_states"))
     found = kills.records(tmp_path / "kill.jsonl")
     assert sum(len(one["kills"]) for one in found) >= 10
 
