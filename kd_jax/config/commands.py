@@ -273,7 +273,7 @@ class Advise:
         two = len(self.shares) == len(set(self.shares)) >= 2
         check(two, "shares", f"{self.shares} is no choice", "give at least two different shares of task text")
         rising = len(self.steps) > 0 and list(self.steps) == sorted(set(self.steps))
-        within = rising and self.steps[0] > 0 and self.steps[-1] <= 1
+        within = rising and min(self.steps) > 0 and max(self.steps) <= 1
         check(within, "steps", f"{self.steps} does not rise from above 0 to at most 1", "(0.25, 0.5, 1.0) is usual")
         matched = len(self.seeds) == len(self.steps) and min(self.seeds) >= 1
         check(matched, "seeds", f"{self.seeds} for {self.steps}", "give a number of at least 1 for each of steps")
