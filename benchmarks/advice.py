@@ -16,6 +16,7 @@ import pathlib
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,15 +95,15 @@ def read_cells(pilots: pathlib.Path, study: pathlib.Path, scope: str, least: int
     advice = read_json(pilots / "advice.json") if (pilots / "advice.json").is_file() else {"data": {"domains": []}}
     divergence = {one["domain"]: one["jsd_matched"] for one in advice["data"]["domains"]}
     known = {row["share"] for row in rows}
-    records: dict[Pilot, dict[Place, dict[str, list]]] = {}
+    records: dict[Pilot, defaultdict[Place, defaultdict[str, list]]] = {}
     seconds = {}
     for row in rows:
         one = Pilot(Candidate(row["share"]), row["steps"], row["seed"])
         records[one], seconds[one] = defaultdict(lambda: defaultdict(list)), row["seconds"]
         for task, folder in row["scored"].items():
             for record in read_records(pilots / "stages" / folder / RECORDS):
-                place = tuple(record[name] if name in scope else "all" for name in ("locale", "domain"))
-                records[one][place][task].append(record)
+                locale, domain = (record[name] if name in scope else "all" for name in ("locale", "domain"))
+                records[one][locale, domain][task].append(record)
     cells = []
     for place, (errors, count) in sorted(truth.items()):
         shared = {share: error for share, error in errors.items() if share in known}
@@ -123,8 +124,9 @@ def replayed(cell: Cell, settings: Advise) -> tuple[dict[str, Any], list[Pilot]]
     seeds = sorted({one.seed for one in pilots})
     steps = sorted({one.steps for one in pilots})
     counts = tuple(len({one.seed for one in pilots if one.steps == level}) for level in steps)
-    grid = {"shares": tuple(sorted(cell.truth)), "steps": tuple(level / cell.full_steps for level in steps)}
-    own = Advise(**grid, seeds=counts, amounts=(), adapt=False, margin=settings.margin, drop_below=settings.drop_below)
+    rungs = tuple(level / cell.full_steps for level in steps)
+    grid = replace(settings, shares=tuple(sorted(cell.truth)), steps=rungs, seeds=counts)
+    own = replace(grid, amounts=(), adapt=False)
 
     def run(wanted: Sequence[Pilot]) -> dict[Pilot, Outcome] | None:
         new = [one for one in wanted if one not in ran]

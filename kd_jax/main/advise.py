@@ -82,11 +82,7 @@ class Pilots:
         self._rate = 0.0  # FLOPs per second: of matrix products, and then of the first pilot
         self._outputs = None
         self._writes = jax.process_index() == 0
-
-    @property
-    def budget(self) -> float:
-        """Seconds that may be spent."""
-        return 60 * self.settings.budget_minutes
+        self.budget = 60 * settings.budget_minutes
 
     @property
     def spent(self) -> float:
@@ -122,23 +118,18 @@ class Pilots:
     def __call__(self, pilots: Sequence[Pilot]) -> Outcomes | None:
         """The outcomes of the pilots; of the first ones those that fit, of later ones None unless all fit."""
         first = not self.outcomes
-        if not first and not distributed.from_first(self.spent + self.expected(pilots) <= self.budget):
+        if not first and not self.fit(pilots):
             return None
         for pilot in interruptible(pilots, "the pilots"):
-            if (
-                first
-                and self.outcomes
-                and not distributed.from_first(self.spent + self.expected([pilot]) <= self.budget)
-            ):
+            if first and self.outcomes and not self.fit([pilot]):
                 break
             if pilot not in self.outcomes:
                 self.run(pilot)
         tried = {one.candidate for one in self.outcomes}
         if len(tried) < 2:
             own = sum(self.used[one.folder] for one in self.plan(pilots[0]) if one.command not in SHARED)
-            raise self.too_small(
-                self.spent + own, f"two transfer sets cannot be compared; one pilot takes {duration(own)}"
-            )
+            problem = f"two transfer sets cannot be compared; one pilot takes {duration(own)}"
+            raise self.too_small(self.spent + own, problem)
         return {one: self.outcomes[one] for one in pilots if one in self.outcomes}
 
     def tasks(self, pilot: Pilot) -> tuple[str, ...]:
@@ -168,11 +159,9 @@ class Pilots:
         self.outcomes[pilot] = found
         if self._writes:
             write_json_lines(self.workdir / "pilots.jsonl", self.lines())
+            who = f"{pilot.candidate.label}, {pilot.steps} steps, seed {pilot.seed}"
             spent = f"{duration(self.spent)} of {duration(self.budget)}"
-            print(
-                f"{pilot.candidate.label}, {pilot.steps} steps, seed {pilot.seed}: error {found.error:.2f} · {spent}",
-                flush=True,
-            )
+            print(f"{who}: error {found.error:.2f} points · {spent}", flush=True)
 
     def note(self, study: Study, stage: Stage) -> None:
         """Counts the time of a finished stage, once."""
@@ -184,10 +173,11 @@ class Pilots:
             self._rate = self.flops(study, stage) / steps
         self._finished.append((stage, kinds(stage), seconds, steps))
 
-    def expected(self, pilots: Iterable[Pilot]) -> float:
-        """Seconds of the stages of these pilots that are not finished yet."""
+    def fit(self, pilots: Iterable[Pilot]) -> bool:
+        """Whether the stages of these pilots that are not finished yet are expected to fit into the budget."""
         left = {one.folder: (self.study(pilot), one) for pilot in pilots for one in self.plan(pilot)}
-        return sum(self.seconds(*one) for folder, one in left.items() if folder not in self.used)
+        expected = sum(self.seconds(*one) for folder, one in left.items() if folder not in self.used)
+        return distributed.from_first(self.spent + expected <= self.budget)
 
     def seconds(self, study: Study, stage: Stage) -> float:
         """How long a stage will take: 0 if it is done, else as long as others of its kind, else by its FLOPs."""
@@ -234,7 +224,7 @@ class Pilots:
                 self._texts[store.source] = max(self._texts.get(store.source, 0), store.texts)
         dev = sum(one.partition == "dev" for one in prepared.utterances)
         problem = (
-            f"there are {dev} dev utterances, and pilots are compared on them" if dev else "there is no dev partition"
+            f"there are {dev} dev utterances, too few to compare pilots on" if dev else "there is no dev partition"
         )
         remedy = f'give at least {FEWEST} utterances, better hundreds, the partition "dev"'
         require(dev >= FEWEST, "nlu", problem, remedy)

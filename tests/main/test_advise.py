@@ -42,7 +42,7 @@ class Stages:
             self.write(folder, "run.json", {"realized": {"kinds": {"task": task} if task["tokens_share"] else {}}})
         if name == "evaluate":
             seed = int(re.search(r"seed(\d+)", folder.name)[1])
-            rate = next(rate for name, rate in RATES.items() if f"distilled-{name}-" in folder.name)
+            rate = next(rate for text, rate in RATES.items() if f"distilled-{text}-" in folder.name)
             rate -= 0.08 * ("-adapted-" in folder.name)
             numbers = [(37 * n + 11 * seed) % 400 / 400 for n in range(400)]
             records = [dc_record(n, "en-US", "music", number > rate) for n, number in enumerate(numbers)]
@@ -92,7 +92,7 @@ def stand_in(monkeypatch):
 
         def kind(folder):
             first = folder.name.split("-")[0]
-            return {"distilled": "distill", "adapt": "pretrain"}.get(first, first)
+            return "distill" if first == "distilled" else "pretrain" if first == "adapt" else first
 
         monkeypatch.setattr(advise, "read_seconds", seconds)
         advise.run(config, workdir)

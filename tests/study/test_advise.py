@@ -154,6 +154,10 @@ def test_one_kind_of_text_is_preferred_within_the_margin_and_only_there():
     assert near.candidate == TASK and near.verdict == ENOUGH and near.best < 0.5
     far = choose(belief, sets, 0.05)
     assert far.candidate == HALF and far.regret < near.regret
+    found = World(rates(20.0, 19.8, 25.0), seed=4, luck=0.05, utterances=20_000).run(
+        [Pilot(one, FULL, seed) for one in (GENERIC, HALF, TASK) for seed in range(4)]
+    )
+    assert choose(believe(found, FULL), sets, 1.0).candidate == GENERIC
 
 
 class Stopped(Exception):
@@ -255,6 +259,8 @@ def test_the_curve_covers_the_truth():
 def test_the_curve_never_rises_and_a_flat_one_says_that_the_least_suffices():
     flat = curve(0.0, 0.5, 1, luck=0.01, utterances=20_000)
     assert flat and flat.doubling[1] >= 0 and flat.suffices[0] == 300 and flat.texts == (300, 1200, 3000, 6000)
+    noisy = curve(0.0, 0.5, 1)
+    assert noisy and noisy.doubling[1] > 1e-6, "the posterior is cut off at 0, it has no mass there"
     rising = curve(-0.5, 0.5, 1, luck=0.01, utterances=20_000)
     assert rising and 0 <= rising.doubling[1] < rising.doubling[2] < 0.1 and rising.suffices[2] == 300
     steep = curve(3.0, 0.5, 1)
