@@ -19,7 +19,8 @@ def searched(largest: int, first: int, multiple: int, tries: int, says: bool):
         asked.append(rows)
         fits = rows <= largest
         compiled = fits or says
-        return Measurement(rows, 0.0, 100, 0, 10 * rows if compiled else 0, 0, fits, (), ROOF if compiled else None)
+        roofline = ROOF if compiled else None
+        return Measurement(rows, 0.0, 100, 0, 10 * rows if compiled else 0, 0, fits, roofline=roofline)
 
     return largest_batch(measure(first), multiple, 100 + 10 * largest, measure, tries), asked
 

@@ -206,6 +206,7 @@ def test_a_locale_that_is_tagged_by_character(tmp_path):
         assert predict.Predictor([str(folder)]).predict([text], "en-US")[0].words == tuple(text.split())
     about = json.loads((out / serving.ABOUT).read_text())
     assert about["seen"].pop("character_locales") == ["th-TH"]
+    del about["checksum"]  # as in an export of an older version
     (out / serving.ABOUT).write_text(json.dumps(about))
     old = predict.Predictor([str(out)])
     assert [len(old.predict([text], locale)[0].words) for locale in ("th-TH", "zh-CN")] == [2, 8]
