@@ -430,14 +430,6 @@ def assignments(config: ConfigDict, defaults: ConfigDict, name: str) -> Iterator
                 yield f"{name}.{key} = {value!r}"
         elif set(value) == set(defaults[key]):
             yield from assignments(value, defaults[key], f"{name}.{key}")
-        elif key == "sources":
-            for source, block in value.items():
-                usual = base.source(block.kind, block.format, block.languages)
-                more = "".join(f", {k}={v!r}" for k, v in block.items() if v != usual[k])
-                yield (
-                    f"{name}.sources[{source!r}] = "
-                    f"base.source({block.kind!r}, {block.format!r}, {block.languages!r}{more})"
-                )
         else:
             yield f"{name}.{key} = ConfigDict({value.to_dict()!r})"
 
