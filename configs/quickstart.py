@@ -37,7 +37,6 @@ def get_config(argument: str = "") -> ConfigDict:
             "mlm_sets": ("task",),
             "mlm_random": False,  # from the teacher's table alone, as the distilled students start
             "seeds": (0, 1, 2),
-            "workers": 2,
             "recipe_epochs": (8,),
             "latency": False,
         }
