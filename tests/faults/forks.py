@@ -41,6 +41,7 @@ import kd_jax.main.export
 import kd_jax.main.study  # and with it all other commands
 from kd_jax.data import parts, rows
 from kd_jax.runtime import files, watchdog
+from kd_jax.runtime.files import unsealed
 
 # What a child is inside of, innermost last; a kill that finds one of them is a kill during a write.
 WRITES = ("checkpoint", "row store", "cache part", "folder put in place", "growing file", "small file", "removal")
@@ -385,7 +386,8 @@ def _without_times(file: pathlib.Path) -> bytes:
         return before + re.sub(rb"\d+", b"", times)
     for pattern, fields in TIMES.items():
         if fnmatch.fnmatch(name, f"*/{pattern}"):
-            values = json.loads(data)
+            # Its checksum covers the times too, so it is verified and then left out; that of "meta" names the folder.
+            values = unsealed(json.loads(data), file.parent if file.name == "metadata" else file)
             return json.dumps({key: one for key, one in values.items() if key not in fields}).encode()
     return data
 
