@@ -33,7 +33,7 @@ AGREE = 0.02  # largest relative difference between the losses of the variants
 
 
 def measure(config: ConfigDict, seconds: float) -> dict[str, Any]:
-    """The content of gpu.json: {"device", "jax", "dtype", "rows", "length", "gemm_peak", "variants": {attention: ...}}.
+    """The content of gpu.json: {"device", "jax", "dtype", "rows", "length", "gemm_peak", "variants": {kernels: ...}}.
 
     Of each variant "losses" of the first steps, "seconds" per step (median), "tokens_per_second", "share" of the peak,
     "bytes" of device memory, "compile_seconds" and "kernels". UserError if the losses disagree.
@@ -43,14 +43,14 @@ def measure(config: ConfigDict, seconds: float) -> dict[str, Any]:
     mesh, peak = make_mesh(Mesh(), [device]), gemm_peak(config.compute_dtype)
     variants: dict[str, Any] = {}
     rows = config.compile_check.rows or config.distill.batch_size
-    for attention in ("fused", "plain"):
-        config.attention = attention
+    for kernels in ("fused", "plain"):
+        config.attention = config.logits = kernels
         job = abstract_job(config, mesh)
-        variants[attention] = one = _variant(job, rows, seconds)
+        variants[kernels] = one = _variant(job, rows, seconds)
         one["share"] = job.flops(rows) / one["seconds"] / peak
     losses = [one["losses"] for one in variants.values()]
     agree = np.allclose(*losses, rtol=AGREE, atol=0)
-    require(agree, "attention", f"fused and plain give the losses {losses}", "report it, and use plain")
+    require(agree, "attention", f"fused and plain kernels give the losses {losses}", "report it, and use plain")
     about = {"device": device.device_kind, "jax": jax.__version__, "dtype": config.compute_dtype}
     return {**about, "rows": rows, "length": job.length, "gemm_peak": peak, "variants": variants}
 

@@ -1,6 +1,6 @@
 """Where a training step's time goes, in parts that add up, and how fast its matrix products run on their own.
 
-python -m benchmarks.parts [--cores=1] [--vocabulary=8000,21050] [--seconds=1.0] [--json=FILE]
+python -m benchmarks.parts [--cores=1] [--vocabulary=8000,21050] [--seconds=1.0] [--json=FILE]    # ten minutes
 
 Parts are programs of their own, measured in turn: "forward" is the loss alone, "backward" what its gradient takes more
 without the token table, "table" what the table's gradient adds, "optimizer" clipping and AdamW. "rest" is what the
@@ -243,8 +243,8 @@ def main() -> None:
     best, found = peak(options.seconds), []
     for vocabulary in map(int, options.vocabulary.split(",")):
         for name, make in steps(vocabulary).items():
-            print(f"{vocabulary:,} tokens: {name}", file=sys.stderr, flush=True)
             found.append({"step": name, "vocabulary": vocabulary, "ms": parts_of(make(), options.seconds)})
+            print(f"measured: {name}, {vocabulary:,} tokens", file=sys.stderr, flush=True)
     columns = ("forward", "backward", "table", "optimizer", "rest", "step", "products")
     rows = []
     for one in found:

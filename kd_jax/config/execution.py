@@ -98,9 +98,11 @@ class Execution:
 
     attention: fused (kernels that keep scores out of main memory: TPUs and GPUs; elsewhere interpreted, to try it),
         plain, or auto: fused where a kernel computes it (rows of a multiple of 128 tokens on TPUs, 64 on GPUs, without
-        attention_dropout), else plain. Results differ by rounding. Training and caches of teachers read it.
+        attention_dropout), else plain. Results differ by rounding. Training and caches of teachers read it. The default
+        is plain until the kernels have run on such devices.
     logits: fused (kernels that keep logits out of main memory: TPUs and NVIDIA GPUs; elsewhere interpreted, to try it),
-        plain (in blocks), or auto: fused where there is a kernel (docs/performance.md). Results differ by rounding.
+        plain (in blocks, the default for the same reason), or auto: fused where there is a kernel
+        (docs/performance.md). Results differ by rounding.
     progress: progress bars on a terminal.
     tensorboard: write TensorBoard events.
     watchdog_seconds: a step, an evaluation's batch or a wait for other processes that takes longer is reported with
@@ -115,8 +117,8 @@ class Execution:
     sharding: Sharding = field(default_factory=Sharding)
     storage: Storage = field(default_factory=Storage)
     wandb: Wandb = field(default_factory=Wandb)
-    attention: str = "auto"
-    logits: str = "auto"
+    attention: str = "plain"
+    logits: str = "plain"
     progress: bool = True
     tensorboard: bool = True
     watchdog_seconds: float = 1800.0

@@ -72,7 +72,7 @@ def check(study: Study) -> None:
     values, terms = study.values, study.planner.distill
     for _, part in terms.parts:
         teachers.check(part, read(Execution, values, ""), values["teacher_checkpoint"], values["teacher_cache"])
-    remedy = "set study.cache, and give no other terms than hidden and sentence a weight"
+    remedy = "set study.cache, and give only hidden, relations and sentence a weight"
     require(study.planner.caches or not terms.center, "distill.center", "the mean is that of a cache of states", remedy)
     # Their students have no cache, and a schedule changes the teacher, which may not coincide with other text.
     looped = [name for name in ("schedule", "average", "chain") if getattr(study.settings, f"{name}_sets")]

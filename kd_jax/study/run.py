@@ -98,11 +98,12 @@ class Study:
                 stages = [stage for stage in plan if stage.phase != REPORT]
                 mine = [stage for stage in stages if stage.phase == phase]
                 for stage in interruptible(mine, phase):
-                    # A stage on its own gets all cores, and latency is measured with nothing beside it.
-                    left = [one for one in mine if one.command != "latency" and not self.done(one)]
-                    waits = {one.key for one in left}
-                    if self._workers and sum(waits.isdisjoint(one.needs) for one in left) > 1:
-                        self._workers.run(left, ended)
+                    if self._workers:
+                        # A stage on its own gets all cores, and latency is measured with nothing beside it.
+                        left = [one for one in mine if one.command != "latency" and not self.done(one)]
+                        waits = {one.key for one in left}
+                        if sum(waits.isdisjoint(one.needs) for one in left) > 1:
+                            self._workers.run(left, ended)
                     if stage.folder not in self.seconds:
                         ended(stage, self.run_one(stage, title(stage), outputs))
                 if phase == "teachers":

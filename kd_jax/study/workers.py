@@ -133,10 +133,11 @@ def _check(worker: subprocess.Popen, stage: Stage) -> None:
 def serve(
     open_study: Callable[[Mapping[str, Any]], Any], switched: Callable[[], contextlib.AbstractContextManager]
 ) -> int:
-    """Runs the stages whose folders standard input names, one per line, and answers each on standard output with
-    (exit code, message) in JSON; the first line has what `Workers` is told about the study, and the cores to use.
+    """The worker's side: reads JSON lines from standard input until it ends. The first is `about` of `Workers` with the
+    cores to use; each other line is the folder of a stage, which is run and answered on standard output with
+    [exit code, message].
 
-    open_study(about) is called once. Ends with standard input. Returns the exit code.
+    open_study(about) is called once. Returns the exit code.
     """
     about = json.loads(sys.stdin.readline() or "null")
     if about is None:

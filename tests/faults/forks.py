@@ -192,8 +192,8 @@ def start(
 ) -> Start:
     """Starts `python -m MODULE ARGUMENTS` in `folder`.
 
-    tell_at: the number of the write whose begin is told on the pipe. die_at: the number of the change of the file
-    system before which the child sends itself the signal die_by. before: called in the child first.
+    tell_at: which write reports its start on the pipe, counted from the first. die_at: before which change to the file
+    system the child sends itself the signal die_by. before: called in the child first.
     """
     board.clear()
     reading, writing = os.pipe()

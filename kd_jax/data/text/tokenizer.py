@@ -237,8 +237,8 @@ def _declared_names(folder: Path) -> dict[str, str]:
 def _read_json(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(path))
-    except BaseException as error:  # the library raises bare Exception, and panics are not even that
-        if isinstance(error, KeyboardInterrupt):
+    except BaseException as error:  # the library raises bare Exception, and its panics are no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(
             f"{path}: is no tokenizer that the tokenizers library reads ({error}); download or copy it again"
