@@ -134,7 +134,8 @@ class Select:
     """Generic text chosen for its similarity to the task's train utterances (docs/selection.md): `config.select`.
 
     share: in [0, 1], of the texts of each generic source and language; 0 selects none.
-    target: language | all: similar to the utterances in the text's language, or to all of them.
+    target: language | all | random: similar to the utterances in the text's language, or to all of them; random draws
+        texts without looking at them, e.g. as many as there is task text.
     ngrams: longest n-gram of words that is counted, >= 1.
     buckets: n-grams are hashed into this many, >= 2.
     smoothing: > 0, weight of the uniform distribution added to the counted ones; 1 for few utterances.
@@ -151,8 +152,8 @@ class Select:
     def __post_init__(self):
         share = self.share
         check(0 <= share <= 1, "share", f"{share} is outside 0 to 1", "0.05 chooses a twentieth of the texts")
-        known = self.target in ("language", "all")
-        check(known, "target", f"{self.target!r} is unknown", "use 'language' or 'all'")
+        known = self.target in ("language", "all", "random")
+        check(known, "target", f"{self.target!r} is unknown", "use 'language', 'all' or 'random'")
         check(self.ngrams >= 1, "ngrams", f"{self.ngrams} is below 1", "2 counts words and pairs of words")
         check(self.buckets >= 2, "buckets", f"{self.buckets} is below 2", "10000 is usual")
         check(self.smoothing > 0, "smoothing", f"{self.smoothing} is not above 0", "0.1 is usual")

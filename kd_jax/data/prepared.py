@@ -200,7 +200,7 @@ def check_settings(settings: Prepare) -> None:
     for name, source in generic.items():
         unspoken = ", ".join(language for language in source.languages if language.split("-")[0] not in spoken)
         problem = f"{name} has text in {unspoken}, which no locale of config.nlu speaks"
-        compared = select.target == "all" or not unspoken
+        compared = select.target != "language" or not unspoken
         require(compared, "select.target", problem, "use 'all' or leave the language out")
 
 
@@ -308,9 +308,10 @@ class _Builder:
         )
 
     def _selected_store(self, name: str, language: str) -> list[dict[str, Any]]:
-        """The train store of the generic texts of one language that are like the task's train utterances."""
+        """The train store of the generic texts of one language that `config.select` chooses."""
         select, store = self.settings.select, _selected_name(name, language)
-        target = self.splits.task(language if select.target == "language" else "")
+        random = select.target == "random"
+        target = () if random else self.splits.task(language if select.target == "language" else "")
         removed: Counter[str] = Counter()
 
         def read(doing: str) -> Iterable[str]:

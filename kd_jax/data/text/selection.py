@@ -50,13 +50,16 @@ def choose(read: Callable[[], Iterable[str]], target: Iterable[str], select: Sel
     `read` gives the texts and is called twice, to count their n-grams and to weigh them. Memory is a chunk of texts
     and 32 bytes for each chosen one. A pure function of texts, target and settings: a text's noise is a hash of the
     text, so reading the texts in another order chooses the same (but for ties between equal texts).
-    Raises UserError where there is no target text.
+    With select.target=random all weights are equal. Raises UserError where a target is needed and has no text.
     """
-    target_counts, target_texts = ngram_counts(target, select)
-    if not target_texts:
-        raise UserError("config.select: there is no train utterance to be like; check config.nlu or set share to 0")
-    raw_counts, total = ngram_counts(read(), select)
-    ratios = log_ratios(target_counts, raw_counts, select.smoothing)
+    if select.target == "random":
+        ratios, total = np.zeros(select.buckets), sum(1 for _ in read())
+    else:
+        target_counts, target_texts = ngram_counts(target, select)
+        if not target_texts:
+            raise UserError("config.select: there is no train utterance to be like; check config.nlu or set share to 0")
+        raw_counts, total = ngram_counts(read(), select)
+        ratios = log_ratios(target_counts, raw_counts, select.smoothing)
     wanted = min(max(round(select.share * total), 1), total)
     scores, indices, seen = [np.empty(0)], [np.empty(0, np.int64)], 0
     for texts in _chunks(read()):

@@ -127,6 +127,18 @@ def test_choosing_is_a_pure_function_of_the_texts(monkeypatch):
     assert set(choose(lambda: texts, TASK, settings(share=0.05, seed=1)).indices) != set(chosen.indices)
 
 
+def test_a_random_choice_favors_neither_likeness_nor_length():
+    texts = generic(4000) + [f"play some jazz {i}" for i in range(1000)]
+    select = settings(target="random", share=0.4)
+    chosen = choose(lambda: texts, [], select)
+    assert len(chosen.indices) == 2000
+    assert abs((chosen.indices >= 4000).mean() - 0.2) < 0.03  # 2.5 standard deviations are 0.017
+    lengths = np.array([len(text.split()) for text in texts])
+    assert abs(lengths[chosen.indices].mean() / lengths.mean() - 1) < 0.04
+    again = choose(lambda: texts, TASK, select)
+    np.testing.assert_array_equal(again.indices, chosen.indices)  # whatever the task says
+
+
 def test_share_is_of_the_texts_and_equal_texts_are_chosen_from_the_first():
     texts = generic(101)
     for share, wanted in ((1e-6, 1), (0.1, 10), (0.5, 50), (1.0, 101)):
@@ -199,6 +211,7 @@ def test_a_selection_without_text_to_choose_from_or_to_be_like_is_refused():
     with pytest.raises(UserError, match=r"config\.select\.target: web has text in fr, it, which no locale"):
         check(settings())
     check(settings(target="all"))
+    check(settings(target="random"))
     with pytest.raises(UserError, match="no generic source to select from"):
         check(settings(target="all"), "task")
     check(settings(share=0.0), "task")
