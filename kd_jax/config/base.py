@@ -30,7 +30,7 @@ from kd_jax.models.encoder_config import PRESETS
 def source(kind: str, format: str, languages: tuple[str, ...] | FieldReference, **changes: Any) -> ConfigDict:
     """One source of text: a value of config.sources; see config.data.Source.
 
-    With config.nlu.get_oneway_ref("locales") as languages they follow config.nlu, also on the command line.
+    With config.nlu.get_oneway_ref("locales") as languages, they follow config.nlu.locales, also on the command line.
     """
     languages = languages if isinstance(languages, FieldReference) else tuple(languages)
     return block(Source, kind=kind, format=format, languages=languages, **changes)
@@ -94,19 +94,19 @@ def distill_states(config: ConfigDict, model: str, preset: str) -> None:
     model: of `transformers`, by its name on the hub or its folder, or "embedded". preset: its shape (PRESETS).
     """
     config.tokenizer.update({"kind": "load", "path": model})
-    config.vocabulary.update({"trim": True, "min_count": 2})  # its tokens are those of a hundred languages
+    config.vocabulary.update({"trim": True, "min_count": 2})  # it covers a hundred languages
     config.teacher = encoder(preset, vocab_size=0)
     config.study.update({"teacher_import": model, "train_head": False, "adapted_sets": ()})
-    # States of unmasked text, which the teacher computes once for all students, and a token table that starts as the
-    # principal components of the teacher's. The states are read by their mean, as such models were trained; those of
-    # e5 have a cosine of 0.84 with their common mean, and with it in them a student learned nothing else in 400 steps.
+    # States of unmasked text, which the teacher computes once for all students, and a token table that starts from the
+    # principal components of the teacher's. Heads read the mean of the states, as such models were trained. The states
+    # of e5 have a cosine of 0.84 with their common mean; uncentered, a student learned nothing else in 400 steps.
     config.distill.update({"clean": True, "center": True, "schedule": "cosine", "learning_rate": 3e-3})
     config.distill.update({"init": "teacher", "init_layers": "none", "table_rate": 1 / 3})
     config.distill.kl.weight = config.distill.mlm.weight = 0.0
     config.distill.hidden.weight = 1.0
     config.distill.hidden.layers = "last"
     config.finetune.update({"pooling": "mean", "learning_rate": 2e-3})
-    # Distilled students want a slow encoder, those from scratch do not, so both are searched.
+    # Distilled students finetune better with a slow encoder, students from scratch do not, so both rates are searched.
     config.study.update({"recipe_learning_rates": (2e-3,), "recipe_encoder_rates": (1.0, 0.3)})
 
 
@@ -114,7 +114,7 @@ JOBS = ("pretrain", "adapt", "distill", "chain", "finetune")
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
-    """The same experiment with two steps per job, one seed and tiny models but for an imported teacher: does it run?"""
+    """The same experiment with two steps per job, one seed and tiny models (but an imported teacher): does it run?"""
     config.nlu.max_train = 200
     for name in config.sources:
         config.sources[name].max_texts = 200

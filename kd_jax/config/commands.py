@@ -29,18 +29,18 @@ class ImportModel:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A classifier without a student, which students have to beat: `config.baseline`.
+    """A baseline that students have to beat: `config.baseline`.
 
     features: ngrams (TF-IDF of words 1-2 and of characters 2-5) | teacher (the frozen teacher_checkpoint: the mean of
         its last layer over the tokens of each utterance).
     tasks: dc, icner or both: ngrams predict intents and slots, the teacher intents only.
-    c_values: C of the logistic regression, the inverse of its L2 penalty, > 0; the first with the best dev score is
-        taken. The slots' CRF tries the same values.
+    c_values: values of C, the inverse L2 penalty of the logistic regression, > 0; the first with the best dev score
+        is used. The CRF for slots tries the same values.
     c_without_dev: C where there is no dev partition.
-    max_train, max_dev: labeled train and dev utterances per locale, the same as a student's; 0 takes all, -1 as many
-        as finetune says.
-    labels: workdir of an evaluate run of the partition "unlabeled", whose predictions are used as further labels; for
-        one task.
+    max_train, max_dev: labeled train and dev utterances per locale, the same as a student's; 0 takes all, -1 the value
+        in config.finetune.
+    labels: workdir of an evaluate run of the partition "unlabeled", whose predictions are used as further labels; only
+        with a single task.
     """
 
     features: str = "ngrams"
@@ -97,7 +97,7 @@ class Export:
     int8: DC and ICNER: weights in int8 for `predict` and the program, not those for transformers.
     stablehlo: DC and ICNER: the compiled program too, which runs without kd_jax (needs flatbuffers).
     results: workdir of the `evaluate` run whose test results the model card states; empty looks for one next to it.
-    license: that the model card states, e.g. apache-2.0; empty takes that of the imported models it descends from.
+    license: stated in the model card, e.g. apache-2.0; empty takes that of the imported models it descends from.
     """
 
     checkpoint: str = ""
@@ -169,23 +169,24 @@ class Study:
     chain_sets: from config.intermediate, itself distilled from the generic teacher (config.chain).
     schedule_switch: progress, in (0, 1).
     cache: students that share a teacher read its cached predictions, where the terms allow it.
-    mlm_sets: transfer sets also learned by MLM alone, without a teacher, from the start of the distilled students.
-    mlm_random: where these start from the teacher, MLM alone from random parameters too.
+    mlm_sets: transfer sets also learned by MLM alone, without a teacher, from the initialization of the distilled
+        students.
+    mlm_random: if that is the teacher, also MLM alone from random parameters.
     ngrams: also TF-IDF of n-grams with logistic regression and a CRF, on the students' labels (config.baseline).
     probe: also logistic regression on the frozen generic teacher's states.
-    finetune_teacher: also the generic teacher finetuned, with the first seed and one recipe, as an upper bound.
+    finetune_teacher: also finetune the generic teacher, with the first seed and one recipe, as an upper bound.
     teacher_learning_rate, teacher_encoder_rate, teacher_epochs, teacher_pooling: that recipe. New heads need a far
         higher rate than a pretrained encoder.
-    label_unlabeled: also n-grams and a student from scratch trained on the labels that the finetuned teacher gives to
-        the train utterances which finetune.max_train left out, next to the given labels.
+    label_unlabeled: also train n-grams and a student from scratch on the given labels plus those that the finetuned
+        teacher gives to the train utterances left out by finetune.max_train.
     seeds: of the students.
-    workers: processes that run stages at the same time, each on its share of the cores; on CPUs alone. A stage computes
-        what it would on a machine with so many cores: sums in another order, so the last bits differ.
+    workers: processes that run stages at the same time, each on its share of the cores; on CPUs only. Sums are taken
+        in the order of a machine with that many cores, so the last bits differ.
     tasks: dc, icner or both.
     latency: measure size and latency of teacher and students, with config.latency.
     recipe_learning_rates, recipe_epochs, recipe_poolings, recipe_encoder_rates: finetuning recipes, all combinations,
-        searched on dev for each student with the first seed; where the last two are empty, all have finetune.pooling
-        and finetune.encoder_rate.
+        searched on dev for each student with the first seed; if the last two are empty, all use finetune.pooling and
+        finetune.encoder_rate.
     require_teacher_better_than_unigram: stop before distilling from a teacher whose loss on task text is no better
         than a unigram's.
     """
@@ -224,7 +225,7 @@ class Study:
     def __post_init__(self):
         for key in ("transfer_sets", "selected_sets"):
             for name, share in getattr(self, key).items():
-                check(0.0 <= share <= 1.0, f"{key}.{name}", f"{share} is no share", "give a number from 0 to 1")
+                check(0.0 <= share <= 1.0, f"{key}.{name}", f"{share} is outside [0, 1]", "give a number from 0 to 1")
         twice = sorted(set(self.transfer_sets) & set(self.selected_sets))
         check(not twice, "selected_sets", f"{', '.join(twice)} is a transfer set too", "choose another name")
         switch = self.schedule_switch
@@ -248,16 +249,16 @@ class Study:
 class Advise:
     """Which pilots `advise` runs, and when their differences count: `config.advise`.
 
-    budget_minutes: > 0, of all stages that the advice rests on, also those of earlier starts; a rung of pilots starts
+    budget_minutes: > 0, for all stages that the advice is based on, including earlier starts; a rung of pilots starts
         only if it is expected to fit.
     shares: of task text, in [0, 1]: the transfer sets that are compared, at least two.
     steps: of the pilots of each rung, as shares of distill.steps, ascending in (0, 1].
-    seeds: pilots of a transfer set in each rung, one number for each of `steps`.
+    seeds: number of pilots of a transfer set in each rung, one for each of `steps`.
     drop_below: probability of being the best, in [0, 1), below which a transfer set of the worse half is dropped after
         a rung; 0 drops none.
     margin: >= 0, error points; a smaller difference does not matter.
-    amounts: shares of the task text, in (0, 1), that the best transfer set is also tried with, for the learning curve;
-        () draws none.
+    amounts: shares of the task text, in (0, 1), with which the best transfer set is also tried, for the learning curve;
+        () fits none.
     adapt: try the best transfer set with the adapted teacher too, where the teacher can be adapted.
     """
 
@@ -273,9 +274,9 @@ class Advise:
     def __post_init__(self):
         check(self.budget_minutes > 0, "budget_minutes", f"{self.budget_minutes} is not above 0", "30 is usual")
         for share in self.shares:
-            check(0 <= share <= 1, "shares", f"{share} is no share", "give numbers from 0 to 1")
+            check(0 <= share <= 1, "shares", f"{share} is outside [0, 1]", "give numbers from 0 to 1")
         two = len(self.shares) == len(set(self.shares)) >= 2
-        check(two, "shares", f"{self.shares} is no choice", "give at least two different shares of task text")
+        check(two, "shares", f"{self.shares} leaves nothing to compare", "give two or more shares of task text")
         rising = list(self.steps) == sorted(set(self.steps))
         within = bool(self.steps) and rising and min(self.steps) > 0 and max(self.steps) <= 1
         check(within, "steps", f"{self.steps} does not rise from above 0 to at most 1", "(0.25, 0.5, 1.0) is usual")

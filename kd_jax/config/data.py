@@ -135,7 +135,7 @@ class Select:
 
     share: in [0, 1], of the texts of each generic source and language; 0 selects none.
     target: language | all | random: similar to the utterances in the text's language, or to all of them; random draws
-        texts without looking at them, e.g. as many as there is task text.
+        texts regardless of their content, as a control of the same size.
     ngrams: longest n-gram of words that is counted, >= 1.
     buckets: n-grams are hashed into this many, >= 2.
     smoothing: > 0, weight of the uniform distribution added to the counted ones; 1 for few utterances.
@@ -318,11 +318,11 @@ STORE_KINDS = ("generic", "task", "selected")  # of prepared rows
 class States:
     """What `cache_states` writes of every train row, unmasked: `config.states`.
 
-    layers: last | none | "3,-1": the layers whose states are kept of every token, counted from 0 (-1 is the last).
-    relations: those whose queries, keys and values are kept of every token, three more vectors for each, written alike.
-    kinds: of the train rows, some of generic, task and selected; () takes all.
+    layers: last | none | "3,-1": layers whose states are kept for every token, counted from 0 (-1 is the last).
+    relations: in the same form, layers whose queries, keys and values are kept: three more vectors per token and layer.
+    kinds: kinds of train rows, among generic, task and selected; () takes all.
     dtype: float16 | float32.
-    components: leading principal components that are kept of each vector; 0 keeps the whole vector.
+    components: number of leading principal components to keep of each vector; 0 keeps the whole vector.
     rows_per_part: rows per file; files are written, checked and resumed one by one.
     batch_rows: rows that the teacher reads at a time.
     """

@@ -96,12 +96,12 @@ class Wandb:
 class Execution:
     """What every command reads at the top level of the config, apart from what it computes.
 
-    attention: fused (kernels that keep scores out of main memory: TPUs and GPUs; elsewhere interpreted, to try it),
-        plain, or auto: fused where a kernel computes it (rows of a multiple of 128 tokens on TPUs, 64 on GPUs, without
-        attention_dropout), else plain. Results differ by rounding. Training and caches of teachers read it. The default
-        is plain until the kernels have run on such devices.
-    logits: fused (kernels that keep logits out of main memory: TPUs and NVIDIA GPUs; elsewhere interpreted, to try it),
-        plain (in blocks, the default for the same reason), or auto: fused where there is a kernel
+    attention: fused (kernels for TPUs and GPUs that keep scores out of main memory; elsewhere interpreted, for trials),
+        plain, or auto: fused where a kernel supports it (rows of a multiple of 128 tokens on TPUs, 64 on GPUs, without
+        attention_dropout), else plain. Results differ by rounding. It applies to training and teacher caches. The
+        default is plain until the kernels have run on such devices.
+    logits: fused (kernels for TPUs and NVIDIA GPUs that keep logits out of main memory; elsewhere interpreted, for
+        trials), plain (in blocks; the default for the same reason), or auto: fused where there is a kernel
         (docs/performance.md). Results differ by rounding.
     progress: progress bars on a terminal.
     tensorboard: write TensorBoard events.

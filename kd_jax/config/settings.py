@@ -33,14 +33,14 @@ def one_of(value: str, choices: Iterable[str], field: str) -> None:
 
 
 def plain_names(names: Iterable[str], field: str) -> None:
-    """Raises Invalid unless all names can be parts of file names, which they become."""
+    """Raises Invalid unless all names can be part of file names."""
     for name in names:
         plain = re.fullmatch(r"[^\W_][\w.-]*", name) is not None
         remedy = "use letters, digits, '-', '_' and '.'"
         if all(part.strip() for part in name.split(",")) and "," in name:
             several = ",".join(f"'{part.strip()}'" for part in name.split(","))
             remedy = f'several are written as a tuple: "({several})"'
-        check(plain, field, f"{name!r} cannot be a part of a file's name", remedy)
+        check(plain, field, f"{name!r} cannot be part of a file name", remedy)
 
 
 def read(kind: type[Settings], block: ConfigDict | Mapping[str, Any], key: str) -> Settings:
@@ -66,8 +66,7 @@ def read(kind: type[Settings], block: ConfigDict | Mapping[str, Any], key: str) 
 
 
 def check_numbers(value: Any, key: str) -> None:
-    """Raises UserError, which names the key, for NaN, infinity and integers of more than 64 bits in a config's values:
-    nothing is compared with them as expected, and no array holds them."""
+    """Raises UserError, naming the key, for NaN, infinity and integers of more than 64 bits in a config's values."""
     if isinstance(value, dict):
         for name, item in value.items():
             check_numbers(item, f"{key}.{name}")
@@ -75,7 +74,7 @@ def check_numbers(value: Any, key: str) -> None:
         for item in value:
             check_numbers(item, key)
     elif isinstance(value, int | float):
-        # jax draws random numbers from 32 bits.
+        # jax seeds random numbers with 32 bits.
         most = 2**31 if key == "config.seed" else 2**63
         good = math.isfinite(value) if isinstance(value, float) else -most <= value < most
         if not good:

@@ -35,7 +35,7 @@ def get_config(argument: str = "") -> ConfigDict:
     # The two kinds of text that the students' transfer sets mix. Other formats: jsonl, parquet, huggingface, tfds.
     config.sources.generic = base.source("generic", "text", LANGUAGES, path=str(DATA / "texts" / "{language}.txt"))
     config.sources.generic.spoken_share = 0.7  # utterances have no capitals or punctuation; 0 keeps texts as they are
-    # The train partition of config.nlu, in its locales, also where the command line sets those.
+    # The train partition of config.nlu; the locales follow config.nlu.locales, also on the command line.
     config.sources.task = base.source("task", "utterances", config.nlu.get_oneway_ref("locales"))
     config.rows.length = 64  # tokens in a packed row; longer texts are cut into several
     config.rows.heldout_share = 0.05  # of generic text, for the masked-LM loss; 0.02 is enough for a million texts

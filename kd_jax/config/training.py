@@ -64,8 +64,8 @@ class Training:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Path of a part of the parameters -> factor of its learning rate, where it is not 1; those of nested parts
-        are multiplied."""
+        """Path of a subtree of the parameters -> factor on its learning rate, if not 1; factors of nested subtrees are
+        multiplied."""
         return {} if self.table_rate == 1 else {"encoder/embeddings/tokens": self.table_rate}
 
     def __post_init__(self):
@@ -167,8 +167,10 @@ class KL(Term):
 
 @dataclass(frozen=True)
 class Hidden(Term):
-    """Distance of hidden states after matched layers, at every real token; of unmasked text (clean) the last layer's
-    are those behind the final norm.
+    """Distance of hidden states after matched layers, at every real token.
+
+    For unmasked text (clean), the states of the last layer are those after the final norm.
+
 
     distance: cosine | mse.
     layers: uniform | last | "0:3,1:7": pairs student:teacher, counted from 0 (-1 is the last).
@@ -221,10 +223,10 @@ class Relations(Term):
 
 @dataclass(frozen=True)
 class Sentence(Term):
-    """Distance of the mean states of each text, as a sentence encoder gives them: after the last layer and its norm.
+    """Distance of the mean states of each text, as sentence encoders pool them: after the last layer and its norm.
 
-    The mean is over all tokens of a text, special ones included; a text that was cut into several segments has a mean
-    for each.
+    The mean is over all tokens of a text, special ones included; a text that was cut into several segments has one mean
+    per segment.
 
     distance: cosine | mse.
     projection: see Hidden.
@@ -238,7 +240,7 @@ class Sentence(Term):
         one_of(self.distance, ("cosine", "mse"), "distance")
 
 
-# On inner states, which cached predictions do not have; cache_states serves those of STATE_TERMS.
+# Terms on inner states, which cached predictions lack; cache_states provides those of STATE_TERMS.
 FEATURE_TERMS = ("hidden", "embeddings", "relations", "sentence")
 STATE_TERMS = ("hidden", "relations", "sentence")
 TERMS = ("kl", "mlm", *FEATURE_TERMS)
@@ -249,9 +251,9 @@ class Loss:
     """The distillation loss, a weighted sum of terms; part of `config.distill`.
 
     clean: text is not masked, and only the terms on inner states are used.
-    center: the mean of the teacher's states, which all texts share, is subtracted from them first; from a cache alone.
-    masked_from: with clean, progress from which on text is masked after all, and kl and mlm replace the terms on inner
-        states; 1 never masks it.
+    center: subtract the mean of the teacher's states from them first; needs a cache.
+    masked_from: with clean, progress from which text is masked, and kl and mlm replace the terms on inner states; 1
+        never masks it.
     kl, mlm, hidden, embeddings, relations, sentence: the terms; mlm is the hard masked-LM cross entropy.
     kd_positions: masked | all: where the KL term is taken.
     block_positions: positions whose logits are formed at a time; 0 chooses.
@@ -273,12 +275,12 @@ class Loss:
         check(bool(self.used), "", "every term has weight 0", f"give {', '.join(TERMS)} a weight")
         one_of(self.kd_positions, ("masked", "all"), "kd_positions")
         logits, both = [name for name in ("kl", "mlm") if name in self.used], self.masked_from < 1
-        problem = f"{' and '.join(logits)} are taken where tokens are masked, and none are"
+        problem = f"no token is masked for {' and '.join(logits)}"
         remedy = "set their weights to 0, or set it to False, or set masked_from below 1"
         check(not (self.clean and logits) or both, "clean", problem, remedy)
         check(0 < self.masked_from <= 1, "masked_from", f"{self.masked_from} is outside (0, 1]", "1 never masks text")
         complete = not both or (self.clean and bool(logits) and bool(self.features))
-        problem = f"from {self.masked_from:g} on, logits follow states, and some of it is missing"
+        problem = f"{self.masked_from:g} switches from states to logits, and not all that this takes is set"
         check(complete, "masked_from", problem, "set clean, and give terms of both kinds a weight")
         centered = self.clean or not self.center
         check(centered, "center", "masked text has no cache of states", "set clean, or center to False")
@@ -291,7 +293,7 @@ class Loss:
 
     @property
     def parts(self) -> tuple[tuple[float, Self], ...]:
-        """(progress, the loss from there on): one, or that of unmasked text and then that of masked text."""
+        """(progress, the loss from there on): one pair, or one for unmasked text and then one for masked text."""
         if self.masked_from == 1:
             return ((0.0, self),)
 
@@ -321,8 +323,8 @@ class Distill(Loss, Training):
         table alone, reduced to principal components.
     init_layers: init=teacher: uniform | first | last | "0,3": a teacher layer for each of the student's; none takes the
         token table alone.
-    table_from: embeddings | states, init=teacher from the token table alone: of which vectors its principal components
-        are, those of the teacher's token table, or the mean states of the teacher that reads each token alone.
+    table_from: embeddings | states, init=teacher from the token table alone: what the principal components are taken
+        of, the teacher's token table or its mean state of each token read alone.
     table_scale: > 0, init=teacher from the token table alone: root mean square of its entries, relative to the standard
         deviation of a random table.
     teacher_steps: several teachers: () averages them; (0, n, ...) uses each from its step on.
@@ -343,7 +345,7 @@ class Distill(Loss, Training):
             self.table_scale > 0, "table_scale", f"{self.table_scale} is not above 0", "1.0 is as large as a random one"
         )
         reached = self.masked_from == 1 or 0 < round(self.masked_from * self.steps) < self.steps
-        problem = f"{self.masked_from:g} of {self.steps} steps leaves none of one kind of text"
+        problem = f"{self.masked_from:g} of {self.steps} steps leaves no step for one kind of text"
         check(reached, "masked_from", problem, "move it towards the middle, or raise the steps")
         one = self.masked_from == 1 or not self.teacher_steps
         check(
@@ -359,17 +361,17 @@ class Finetune(Training):
     epochs: > 0 replaces steps: passes over the train utterances.
     domain: ICNER: one domain's model; empty takes all domains together; "each" trains one after the other.
     max_train: labeled train utterances per locale, the same ids in each; 0 takes all.
-    max_dev: dev utterances per locale that dev.json, the search for a recipe and early stopping may see, the same ids
-        in each; 0 takes all.
+    max_dev: dev utterances per locale for dev.json, the recipe search and early stopping, the same ids in each; 0 takes
+        all.
     pooling: first | mean | max: what DC and the intent head read of an utterance: the state of its first token, or the
         mean or maximum over all of its tokens, special ones included.
-    encoder_rate: factor of the learning rate of the encoder, and so of its weight decay, in (0, 1]; the heads have 1.
-        It applies to an encoder that is trained from scratch too.
+    encoder_rate: factor on the encoder's learning rate, and so on its weight decay, in (0, 1]; the heads have 1. It
+        applies from scratch too.
     patience: evaluations on dev without a better score after which training stops, keeping the best parameters; 0 never
-        stops, and keeps the last. The learning rate is still scheduled over all steps: a run that stops early has not
-        come to the end of it. With patience, evaluate_every=0 means once an epoch.
-    labels: workdir of an evaluate run of the partition "unlabeled": its predictions are further labels, with
-        finetune.domain empty.
+        stops, and keeps the last. The learning rate is still scheduled over all steps, so a run that stops early does
+        not reach its end. With patience, evaluate_every=0 means once per epoch.
+    labels: workdir of an evaluate run of the partition "unlabeled", whose predictions are used as further labels; needs
+        an empty finetune.domain.
     label_smoothing: in [0, 1).
     tag_weight: ICNER: weight of the tag loss; the intent loss has weight 1.
     dropout: in [0, 1), in the heads and the encoder.
@@ -411,4 +413,4 @@ class Finetune(Training):
         check(0 < rate <= 1, "encoder_rate", f"{rate} is outside (0, 1]", "1.0 trains the encoder like the heads")
         one_of(self.pooling, get_args(Pooling), "pooling")
         whole = not (self.labels and self.domain)
-        check(whole, "labels", "a predicted label has no domain of its own", "leave finetune.domain empty")
+        check(whole, "labels", "predicted labels do not include a domain", "leave finetune.domain empty")

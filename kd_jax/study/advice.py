@@ -43,7 +43,7 @@ def markdown(values: Mapping[str, Any]) -> str:
         markdown_table(("transfer set", *tasks), by_task),
         "## The text",
         f"{sentence(sizes)}. Jensen-Shannon divergence of the two {jsd} bits, overlap of frequent tokens {overlap}. "
-        "Similarity is shown, and does not enter the advice.",
+        "Similarity does not enter the advice.",
         markdown_table(("domain", "tokens", "divergence from generic text", "at equal sizes", "overlap"), domains),
     ]
     return "\n\n".join(parts) + "\n"
@@ -72,7 +72,7 @@ def _adapting(values: Mapping[str, Any]) -> str:
     found = values["adapting"]
     if "why" in found:
         return f"Whether adapting the teacher pays was not tried: {found['why']}."
-    head = {BETTER: "pays", ENOUGH: "does not pay"}.get(found["verdict"], "may pay or not")
+    head = {BETTER: "pays", ENOUGH: "does not pay"}.get(found["verdict"], "may or may not pay")
     saved, likely = _points(found["gain"], found["low"], found["high"]), chance(found["pays"])
     return (
         f"Adapting the teacher {head}: for {found['set']} it saves {saved}; the probability of more than "
@@ -83,7 +83,7 @@ def _adapting(values: Mapping[str, Any]) -> str:
 def _task_text(values: Mapping[str, Any]) -> str:
     found = values["task_text"]
     if "why" in found:
-        return f"How much task text would do was not tried: {found['why']}."
+        return f"How much task text is enough was not tried: {found['why']}."
     (some, low, high), texts = (round(one) for one in found["suffices"]), found["texts"]
     few = f"{_texts(some)} or fewer" if some <= texts[0] else f"About {_texts(some)}"
     return (
@@ -95,8 +95,8 @@ def _task_text(values: Mapping[str, Any]) -> str:
 def _cost(values: Mapping[str, Any]) -> str:
     cost = values["cost"]
     spent = f"{plural(cost['pilots'], 'pilot')} took {duration(60 * cost['minutes'])} of {cost['budget_minutes']:g} min"
-    more = ", which ended the search; a larger budget goes on from here" if cost["stopped"] else ""
-    more += f". Not tried, since nothing more fitted: {', '.join(cost['untried'])}" if cost["untried"] else ""
+    more = ", which ended the search; a larger budget continues from here" if cost["stopped"] else ""
+    more += f". Not tried for lack of budget: {', '.join(cost['untried'])}" if cost["untried"] else ""
     return f"Cost: {spent}{more}. The full study takes about {duration(60 * cost['full_minutes'])} more."
 
 
@@ -114,7 +114,7 @@ def _rows(values: Mapping[str, Any]) -> list[list[str]]:
 
 
 def chance(value: float) -> str:
-    """A probability with two digits, never 0 or 1, which draws cannot show."""
+    """A probability with two digits, never 0 or 1, which a finite number of draws cannot show."""
     return "< 0.01" if value < 0.01 else "> 0.99" if value > 0.99 else f"{value:.2f}"
 
 

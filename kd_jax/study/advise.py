@@ -3,13 +3,14 @@
 A pilot is a student distilled for some steps on one candidate with one seed, finetuned by a fixed recipe, and scored on
 the dev partition. Its error is the mean of the tasks' headline errors, in points. One Gaussian model explains it:
 
-    error = level of its steps and seed + effect of its candidate + drift + its own luck + luck of the utterances drawn
+    error = level of its steps and seed + effect of its candidate + drift + noise of the pilot + noise of the utterances
 
-All pilots answer the same utterances, whose covariance is measured, so what all find hard cancels; so does what pilots
-of one seed share, such as the order of the labels. Drift is how far a
-candidate's effect moves from few steps to all of them, a random walk over halvings of the steps. The standard
-deviations of effects (which shrinks them), drift and luck are unknown: the posterior is the mixture over a grid of them
-with the priors of `SPREADS`. Everything here is a function of the pilots' records, and draws with a fixed seed.
+All pilots are scored on the same utterances, over which the covariance of their errors is measured, so what is hard for
+all of them cancels; so does what pilots of one seed share, such as the order of the labels. Drift is how far a
+candidate's effect moves between few steps and all of them, a random walk over halvings of the steps. The standard
+deviations of effects (which shrinks them), drift and pilot noise ("luck" in the code) are unknown: the posterior is a
+mixture over a grid of them with the priors of `SPREADS`. Everything here is a function of the pilots' records and draws
+with a fixed seed.
 """
 
 import csv
@@ -27,15 +28,15 @@ from kd_jax.evaluation.records import Record
 from kd_jax.evaluation.significance import error_counts
 from kd_jax.study.report.numbers import HEADLINE
 
-# Standard deviations as shares of the mean error: median and spread (a factor) of log-normal priors. Seeds of a student
-# differ by 0.5 to 5 % of its error in docs/results, transfer sets by up to 15 %.
+# Log-normal priors of standard deviations, as shares of the mean error: median and spread (a factor). In docs/results,
+# seeds of a student differ by 0.5 to 5 % of its error, transfer sets by up to 15 %.
 SPREADS = {"luck": (0.02, 2.5), "effect": (0.06, 3.0), "drift": (0.02, 2.5)}
 _NODES = 6  # of each grid, two spreads to either side
 _DRAWS = 4000
-SURE = 0.95  # probability from which on something is said to be so
+SURE = 0.95  # probability above which the advice states something as a result
 INTERVAL = (0.05, 0.95)  # quantiles
 MOST_SEEDS = 10  # of a pilot
-EXTRA_SEEDS = 3  # of the curve and the adapted teacher, if they fit
+EXTRA_SEEDS = 3  # for the learning curve and the adapted teacher, if they fit
 BETTER, ENOUGH, OPEN = "better", "enough", "open"
 
 
@@ -59,13 +60,13 @@ class Candidate(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Its name with what is unusual about it."""
+        """Its name, with what differs from a plain transfer set."""
         adapted = ", adapted teacher" if self.teacher == "adapted" else ""
         return self.set_name + adapted + (f", {100 * self.amount:g} % of the task text" if self.amount < 1 else "")
 
 
 class Pilot(NamedTuple):
-    """One small training; steps: of distillation."""
+    """One short training run; steps: of distillation."""
 
     candidate: Candidate
     steps: int
@@ -101,7 +102,10 @@ Outcomes = Mapping[Pilot, Outcome]
 
 
 class Belief(NamedTuple):
-    """Draws [draws, candidates] of the candidates' errors with all steps, up to a constant; luck: of a seed, points."""
+    """Draws [draws, candidates] of the candidates' errors after all steps, up to a constant.
+
+    luck: standard deviation of a pilot's own noise, in points.
+    """
 
     candidates: tuple[Candidate, ...]
     effects: np.ndarray
@@ -157,13 +161,13 @@ def believe(outcomes: Outcomes, full_steps: int) -> Belief:
 
 
 def _sampling(outcomes: Sequence[Outcome]) -> np.ndarray:
-    """Covariance [P, P] of the errors over utterances, a little wider for few of them, as of a t distribution."""
+    """Covariance [P, P] of the errors over utterances, slightly inflated for few of them, as for a t distribution."""
     parts = np.stack([one.parts for one in outcomes])
     return parts @ parts.T * (parts.shape[1] / max(parts.shape[1] - 3, 1))
 
 
 def _members(values: Sequence[Any]) -> np.ndarray:
-    """1 where the value is one of the different values in their order: float [values, different values]."""
+    """One-hot membership in the sorted distinct values: float [values, distinct values]."""
     return np.array([[float(value == group) for group in sorted(set(values))] for value in values])
 
 
@@ -197,7 +201,7 @@ def choose(belief: Belief, candidates: Sequence[Candidate], margin: float) -> Ch
 
 
 def survivors(belief: Belief, alive: Sequence[Candidate], drop_below: float) -> list[Candidate]:
-    """The better half by the probability of being the best, and all others that have at least `drop_below` of it."""
+    """The better half by the probability of being the best, and all others for which it is at least `drop_below`."""
     chances = belief.best(alive)
     half = _better_half(belief, alive)
     return [one for one in alive if one in half or chances[one] >= drop_below]
@@ -213,8 +217,11 @@ Run = Callable[[Sequence[Pilot]], Outcomes | None]
 
 
 class Evidence(NamedTuple):
-    """All pilots; the transfer sets still compared at the end; of which one the curve and the adapted teacher are, if
-    any; stopped: whether the budget ended the search before it was sure."""
+    """All pilots.
+
+    alive: the transfer sets still compared at the end. of: the one that the learning curve and the adapted teacher
+    belong to, if any. stopped: whether the budget ended the search before it was sure.
+    """
 
     outcomes: dict[Pilot, Outcome]
     alive: list[Candidate]
@@ -227,9 +234,9 @@ def search(
 ) -> Evidence:
     """Successive halving over the transfer sets, then the curve and the adapted teacher, then more seeds if unsure.
 
-    seeds: in the order in which they are used. adaptable(): asked for once there are pilots. The first call of `run`
-    may leave out pilots that do not fit; a later rung that does not fit is tried with the better half. Equal outcomes
-    give equal calls, so a search that is started again asks for the same pilots.
+    seeds: in the order in which they are used. adaptable(): called once there are pilots. The first call of `run` may
+    leave out pilots that do not fit; a later rung that does not fit is tried with its better half. The calls depend on
+    the outcomes alone, so a resumed search asks for the same pilots.
     """
     tried: dict[Pilot, Outcome] = {}
     alive = sorted((Candidate(share) for share in settings.shares), key=simplest)
@@ -250,7 +257,7 @@ def search(
         return True
 
     def sure() -> bool:
-        # With drop_below 0 the whole grid is run, for those who evaluate the advice.
+        # With drop_below 0 the whole grid is run, to evaluate the advice.
         return belief is not None and settings.drop_below > 0 and decide(settings, belief).verdict != OPEN
 
     fits = True
@@ -277,7 +284,7 @@ def search(
 
 
 def compared(outcomes: Outcomes) -> dict[Pilot, Outcome]:
-    """The pilots with all of the task text, which one model explains; less text has a curve of its own."""
+    """The pilots with all of the task text, which the model covers; less text has its own curve."""
     return {pilot: found for pilot, found in outcomes.items() if pilot.candidate.amount == 1}
 
 
@@ -287,9 +294,9 @@ def decide(settings: Advise, belief: Belief) -> Choice:
 
 
 class Curve(NamedTuple):
-    """What the amount of task text does; each is (median, low, high).
+    """The effect of the amount of task text; suffices and doubling are (median, low, high).
 
-    suffices: texts from which on the error is within the margin of that with all texts; it cannot be below the smallest
+    suffices: number of texts that brings the error within the margin of that with all texts; at least the smallest
     amount that was tried. doubling: points that twice as many texts would save.
     """
 
@@ -302,9 +309,9 @@ class Curve(NamedTuple):
 def learning_curve(outcomes: Outcomes, texts: Mapping[float, int], margin: float, luck: float) -> Curve | None:
     """A power law that never rises, error = level of the seed + b (n / N) ** -c, over amounts n of N task texts.
 
-    outcomes: of one candidate but for its amount. texts: amount -> number of texts. None for fewer than three different
-    numbers. c has equal weight on a log scale from 0.1 to 1.5; the rise from all texts to the fewest has a half-normal
-    prior as wide as the mean error.
+    outcomes: of candidates that differ only in amount. texts: amount -> number of texts. None for fewer than three
+    different numbers. c is uniform on a log scale from 0.1 to 1.5; the rise from all texts to the fewest has a
+    half-normal prior with the mean error as scale.
     """
     pilots = sorted(outcomes)
     counts = np.array([texts[one.candidate.amount] for one in pilots], np.float64)
@@ -330,7 +337,7 @@ def learning_curve(outcomes: Outcomes, texts: Mapping[float, int], margin: float
         found.append((b, deviation))
     falls, exponents = [], []
     for (b, deviation), power, count in zip(found, powers, rng.multinomial(_DRAWS, special.softmax(logs))):
-        # From the normal above 0, by its survival function, which stays exact far in the tail.
+        # From the normal truncated to above 0, by its survival function, which stays exact far in the tail.
         tail = special.ndtr(b / deviation) * rng.uniform(size=count)
         falls.append(b - deviation * special.ndtri(np.maximum(tail, 1e-300)))
         exponents.append(np.full(count, power))
@@ -357,7 +364,7 @@ def _summary(draws: np.ndarray) -> tuple[float, float, float]:
 
 
 def table(settings: Advise, evidence: Evidence, belief: Belief) -> list[dict[str, Any]]:
-    """The evidence on every transfer set: its last rung, and its difference from the chosen one with all steps."""
+    """The evidence on every transfer set: its last rung, and its difference from the chosen one after all steps."""
     outcomes, choice = compared(evidence.outcomes), decide(settings, belief)
     sets = [one for one in belief.candidates if one.teacher == "generic"]
     chances, rows = belief.best(sets), []
@@ -375,7 +382,7 @@ def table(settings: Advise, evidence: Evidence, belief: Belief) -> list[dict[str
 
 
 def adapting(settings: Advise, belief: Belief) -> dict[str, Any] | None:
-    """What the adapted teacher saves on the same text, in points; None without a pilot of it."""
+    """How many points the adapted teacher saves on the same text; None without a pilot of it."""
     adapted = next((one for one in belief.candidates if one.teacher == "adapted"), None)
     if adapted is None:
         return None
@@ -388,10 +395,10 @@ def adapting(settings: Advise, belief: Belief) -> dict[str, Any] | None:
 
 
 def swarm(outcomes: Outcomes, share_of: Callable[[Pilot], float]) -> tuple[str, str]:
-    """ratios.csv and metrics.csv for `olmix fit`: a run per line, in both by the same `run`.
+    """ratios.csv and metrics.csv for `olmix fit`: a run per line, with the same `run` in both.
 
-    share_of(pilot): its realized share of task text. The fit knows no steps, so all runs have the same: those at
-    which most transfer sets were tried, the most of equals. Errors are shares, lower is better.
+    share_of(pilot): its realized share of task text. The fit does not model steps, so all runs have the same number:
+    that at which most transfer sets were tried, the largest of equals. Errors are shares, lower is better.
     """
     plain = [one for one in sorted(outcomes) if one.candidate == Candidate(one.candidate.share)]
     tried = {steps: len({one.candidate for one in plain if one.steps == steps}) for steps in {p.steps for p in plain}}

@@ -83,17 +83,17 @@ def _opened(path: pathlib.Path) -> Iterator[int]:
 
 
 def _note(descriptor: int, one: Attempt) -> None:
-    # In place, since replacing the file would leave the lock on the old one; and in one write that covers the old note,
-    # so that a kill leaves one of the two.
+    # In place, since replacing the file would leave the lock on the old one; and in one write that covers the old
+    # record, so that a kill leaves either one.
     text = (json.dumps(one.describe(), indent=2) + "\n").encode()
     os.pwrite(descriptor, text.ljust(os.fstat(descriptor).st_size), 0)
     os.ftruncate(descriptor, len(text))
 
 
 def make_up(workdir: pathlib.Path, stage: str, ended: Callable[[], float]) -> float | None:
-    """Notes as finished an attempt that was killed after the end of its stage; returns the seconds that it took.
+    """Records as finished an attempt that was killed after the end of its stage; returns the seconds that it took.
 
-    None where there is no such attempt. ended(): when the stage ended, in seconds since the epoch.
+    None if there is no such attempt. ended(): when the stage ended, in seconds since the epoch.
     """
     found = read_attempt(workdir, stage)
     if found is None or found.outcome != STOPPED:
@@ -116,7 +116,7 @@ def read_attempt(workdir: pathlib.Path, stage: str) -> Attempt | None:
             values = json.loads(file.read())
             found = Attempt(**{field.name: values[field.name] for field in fields(Attempt)})
             gone = found.outcome == RUNNING and found.host == socket.gethostname() and is_free(file.fileno())
-    except (FileNotFoundError, ValueError, LookupError, TypeError):  # no note, or one that is being written
+    except (FileNotFoundError, ValueError, LookupError, TypeError):  # no record, or one that is being written
         return None
     lost = {"outcome": STOPPED, "ended": path.stat().st_mtime, "message": "its process is gone"}
     return replace(found, **lost) if gone else found

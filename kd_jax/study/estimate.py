@@ -1,7 +1,7 @@
-"""The cost of a study's stages, from its config and its labeled data: tokens, operations, and memory on one device.
+"""The cost of a study's stages, from its config and its labeled data: tokens, FLOPs, and memory on one device.
 
-Sizes are those of the prepared text, or counted in the user's files; what is assumed is listed. `compile_check` gives
-the exact memory, for a given machine and mesh, from the compiled step.
+Sizes are those of the prepared text, or counted in the user's files; assumptions are listed. `compile_check` gives the
+exact memory, for a given machine and mesh, from the compiled step.
 """
 
 import math
@@ -37,15 +37,15 @@ FLOAT = 4  # bytes: parameters, moments, gradients and logits are float32
 # embedded data, whose languages differ a little.
 MASSIVE = (11_514, 2_974)
 EMBEDDED = (2_000, 500)
-LOCAL = ("massive", "massive_parquet")  # formats that are files here
-WORD_TOKENS = 1.6  # of MASSIVE, and two special tokens an utterance
+LOCAL = ("massive", "massive_parquet")  # formats whose files are on this machine
+WORD_TOKENS = 1.6  # tokens per word in MASSIVE; plus two special tokens per utterance
 UTTERANCE_TOKENS = 13.0  # of MASSIVE in the tokenizers tried, special tokens included
 VOCABULARY = 250_000  # of most multilingual models
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of the data; `notes` are sentences on where they are from, and which of them are assumed."""
+    """The sizes of the data; `notes` are sentences on where they come from, and which of them are assumed."""
 
     vocabulary: int
     train: int  # utterances of all locales
@@ -107,7 +107,7 @@ def sizes_of(study: Study) -> Sizes:
 
 
 def _counted(nlu: Nlu, vocabulary: int, notes: tuple[str, ...]) -> Sizes:
-    """The user's labeled utterances, without the lines that `prepare` would refuse. Raises UserError without any."""
+    """The user's labeled utterances, without lines that `prepare` would refuse. Raises UserError if there are none."""
     utterances = load_utterances(nlu, lambda _: None)
     if not utterances:
         raise UserError(f"config.nlu.path: {nlu.path} holds no utterance of {', '.join(nlu.locales)}")
@@ -291,7 +291,7 @@ class _Estimator:
         return Estimate(rows * self.length, rows * flops, memory)
 
     def _states(self, states: States) -> Estimate:
-        """Of the task's utterances alone; how much generic text there is, is known once it is prepared."""
+        """The cost for the task's utterances alone; the size of generic text is unknown until it is prepared."""
         teacher = self.shape("teacher")
         memory: dict[str, float] = {"teacher": FLOAT * self.parameters(teacher)}
         memory["activations"] = self._forward_activations(teacher, states.batch_rows)
@@ -375,8 +375,10 @@ class _Estimator:
 
 
 def product_rate() -> float:
-    """FLOPs per second of float32 matrix products on this machine's CPU, from a second of them; with NumPy, because a
-    dry run must leave accelerators to whoever is using them."""
+    """FLOPs per second of float32 matrix products on this machine's CPU, measured for one second.
+
+    With NumPy, because a dry run must not touch accelerators that others may be using.
+    """
     size, count = 1024, 0
     matrix = np.full((size, size), 1 / size, np.float32)
     began = time.monotonic()
@@ -398,7 +400,7 @@ def remarks(study: Study) -> list[str]:
             cached and not states,
             "Cached predictions are counted for every row of every run; repeated ones are made once.",
         ),
-        (states, "Cached states are counted for the task's utterances; those of generic text come on top."),
+        (states, "Cached states are counted for the task's utterances; those of generic text are not included."),
         (study.values["finetune"]["patience"] > 0, "Finetuning that stops early is counted to its last epoch."),
         (True, "Tokens are positions of rows, padding included."),
         (True, "FLOPs are those of matrix products in all terms of the loss, without held-out evaluation."),

@@ -87,7 +87,7 @@ def show_dry_run(study: Study) -> None:
     rate, flops = product_rate(), sum(cost.flops for cost in found.values())
     print(
         f"On this machine's CPU it takes {duration(flops / rate)} or more: {amount(flops)} FLOPs at {amount(rate)} a "
-        "second,\nwhich large matrix products reached just now; a study's steps stay below that. No accelerator "
+        "second,\nthe rate of large matrix products measured just now; a study's steps are slower. No accelerator "
         "is measured."
     )
     print("\n".join(remarks(study)))

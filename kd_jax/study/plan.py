@@ -16,7 +16,7 @@ from kd_jax.config.training import STATE_TERMS, Distill, Finetune, Hidden, Pretr
 from kd_jax.models.layer_map import layer_map, read_layers
 
 REPORT = "report"
-MODELS = "models.json"  # in a study's folder: the runs that answer for it in `predict`, below that folder
+MODELS = "models.json"  # in a study's folder: the runs in it that `predict` uses
 PHASES = ("teachers", "predictions", "students", "recipes", "finetuning", REPORT)  # in this order they run
 HOST_COMMANDS = ("prepare", REPORT)  # these need no accelerator
 
@@ -24,11 +24,11 @@ HOST_COMMANDS = ("prepare", REPORT)  # these need no accelerator
 # the adapted one; first the generic, then the adapted; both averaged; an intermediate student of the generic one.
 OTHER_TEACHERS = ("adapted", "schedule", "average", "chain")
 
-# Rows of the result table that train no student. The first two have no seed, since nothing in them is random.
+# Rows of the result table without a student. They are deterministic, so they have no seed.
 FITTED = {"ngrams": "ngrams", "probe": "teacher"}  # kind -> config.baseline.features
-LABELED = "labeled"  # as teacher of a row: the finetuned teacher labeled its further train utterances
+LABELED = "labeled"  # as teacher of a row: the finetuned teacher labeled the rest of its train utterances
 INITIALIZED = (
-    "initialized"  # a student that started from its teacher; as teacher of a row: it was trained on from there
+    "initialized"  # a student that started from its teacher; as teacher of a row: training continued from there
 )
 
 # The transfer set of teachers, and of every student unless it says otherwise.
@@ -104,7 +104,7 @@ class Recipe:
 
 
 def starts_from_teacher(distill: Distill) -> bool:
-    """Whether distilled students start from their teacher, and therefore need controls that do so too."""
+    """Whether distilled students start from their teacher, and so need controls that do too."""
     return distill.init == "teacher"
 
 
@@ -159,7 +159,7 @@ class Planner:
             Recipe(float(rate), int(epochs), pooling, float(encoder_rate))
             for rate, epochs, pooling, encoder_rate in itertools.product(*searched)
         ]
-        # A cache holds logits at the masked positions, or states of unmasked text; these terms need nothing else.
+        # A cache holds logits at the masked positions, or states of unmasked text: all that these terms need.
         self.caches = self.settings.cache and all(
             set(part.features) <= set(STATE_TERMS)
             if part.clean
@@ -211,13 +211,13 @@ class Planner:
         return [*found.values(), Stage(REPORT, REPORT, {}, last, REPORT, REPORT)]
 
     def seeds(self, student: Student) -> tuple[int, ...]:
-        """The seeds of a row: none where nothing is random, the first where one run has to do."""
+        """The seeds of a row: none if it is deterministic, only the first for the finetuned teacher."""
         if student.kind in FITTED:
             return ()
         return self.settings.seeds[:1] if student.kind == "finetuned" else self.settings.seeds
 
     def recipes_of(self, student: Student) -> list[Recipe]:
-        """The recipes that are tried for a student; the teacher has one of its own."""
+        """The recipes tried for a student; the teacher has its own."""
         settings = self.settings
         pace = (settings.teacher_learning_rate, settings.teacher_epochs)
         own = Recipe(*pace, settings.teacher_pooling, settings.teacher_encoder_rate)
@@ -299,8 +299,8 @@ class Planner:
         return {"transfer.task_share": task_shares(self.settings)[transfer_set], "transfer.generic": kind}
 
     def cached(self, teacher: str) -> list[Stage]:
-        """The states, the predictions, or both, of a teacher for all its students and seeds, in the order of the parts
-        of their loss; nothing where they are not used."""
+        """The caches of a teacher's states, predictions, or both, for all its students and seeds, in the order of the
+        parts of their loss; empty if none is used."""
         if not self.caches or teacher not in ("generic", "adapted"):
             return []
         return [self._cache(teacher, part.clean) for _, part in self.distill.parts]
@@ -327,7 +327,7 @@ class Planner:
         return self._predicted(self._after("cache_teacher", f"cache-{teacher}", (of,), changes), "cache", CACHED_RUNS)
 
     def _states(self, teacher: Stage, transfers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-        """The changes that make config.states what the students of these transfer sets read."""
+        """The config changes by which config.states covers what the students of these transfer sets read."""
         shares = [(one["transfer.task_share"], one["transfer.generic"]) for one in transfers]
         kinds = {"task" for share, _ in shares if share > 0} | {kind for share, kind in shares if share < 1}
         ours, theirs = (self.values[name]["num_layers"] for name in ("student", "teacher"))
@@ -347,7 +347,7 @@ class Planner:
         }
 
     def _predicted(self, stage: Stage, block: str, rows: Iterable[str]) -> Stage:
-        """The stage of a cache, whose predictions are noted; rows: the keys of its block that only say which rows."""
+        """The stage of a cache, whose identity is recorded; rows: the keys of its block that only select rows."""
         if STAGE + stage.folder not in self._predictions:
             values = identity(stage.config)
             for key in rows:
@@ -368,7 +368,7 @@ class Planner:
         return self._after("distill", f"intermediate-{transfer_set}-seed{seed}", (teacher,), changes)
 
     def initialized(self, seed: int) -> Stage:
-        """The student as distillation starts it, from layers of the generic teacher."""
+        """The student with which distillation starts, from the generic teacher."""
         teacher = self.teacher()
         changes = {"seed": seed, "teacher_checkpoint": STAGE + teacher.folder}
         return self._after("initialize", f"{INITIALIZED}-seed{seed}", (teacher,), changes)
@@ -387,7 +387,7 @@ class Planner:
             job = {key: self.values["distill"][key] for key in self.values["adapt"]}
             start = [self.initialized(seed)] if student.teacher == INITIALIZED else []
             if not start:
-                job["table_rate"] = 1.0  # a slower table is for one that is the teacher's
+                job["table_rate"] = 1.0  # a slower table is meant for one taken from the teacher
             changes["pretrain"] = {**job, "model": "student", "init_from": "".join(STAGE + one.folder for one in start)}
             return self._after("pretrain", name, start, changes)
         teachers = self.teachers()
@@ -427,13 +427,13 @@ class Planner:
         return self._stage("evaluate", f"{name}-{finetuned.name}", (finetuned,), changes)
 
     def _labels(self, task: str) -> list[Stage]:
-        """The finetuned teacher of a task, and its labels of the train utterances whose given ones it did not see."""
+        """The finetuned teacher of a task, and its labels for the train utterances that it was not trained on."""
         teacher = Student("finetuned")
         finetuned = self.finetune(teacher, self.settings.seeds[0], task, self.recipes_of(teacher)[0])
         return [finetuned, self.evaluate(finetuned, "unlabeled")]
 
     def baseline(self, student: Student, task: str) -> Stage:
-        """The fit and the results of a row of FITTED: of all tasks at once, but for labels that serve one task."""
+        """The stage that fits and scores a row of FITTED: all tasks at once, unless its labels are for one task."""
         tasks, needs, name = self.settings.tasks, list[Stage](), student.name
         changes: dict[str, Any] = {"baseline.features": FITTED[student.kind]}
         if student.teacher == LABELED:

@@ -30,8 +30,9 @@ RunStage = Callable[[str, dict[str, Any], pathlib.Path], None]
 class Study:
     """The stages of one study under `workdir/stages`, and what they wrote.
 
-    values: the whole config. workers: run independent stages at the same time. writes: of several processes that run
-    the study together, one writes the study's own files. agree(value): gives that process's JSON value to all of them.
+    values: the whole config. workers: run independent stages at the same time. writes: whether this process writes the
+    study's own files; of several that run the study together, one does. agree(value): broadcasts that process's JSON
+    value to all of them.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Study:
     def run(self, flops: Callable[[], Mapping[str, float]] = dict, *, quiet: bool = False) -> None:
         """Runs every stage that is not finished, and prints a line at the end of each, with the time left.
 
-        flops(): of the stages by folder, asked for once the text is prepared. quiet: what a stage itself prints goes to
+        flops(): of the stages by folder, called once the text is prepared. quiet: the output of a stage goes to
         attempts/<stage>.log.
         """
         plan, timing = self.planned(), Timing(together=self._workers.count if self._workers else 1)
@@ -99,7 +100,7 @@ class Study:
                 mine = [stage for stage in stages if stage.phase == phase]
                 for stage in interruptible(mine, phase):
                     if self._workers:
-                        # A stage on its own gets all cores, and latency is measured with nothing beside it.
+                        # A stage that runs alone gets all cores, and nothing else runs while latency is measured.
                         left = [one for one in mine if one.command != "latency" and not self.done(one)]
                         waits = {one.key for one in left}
                         if sum(waits.isdisjoint(one.needs) for one in left) > 1:
@@ -140,9 +141,9 @@ class Study:
         self.run_one(stage, title)
 
     def run_one(self, stage: Stage, title: str, outputs: "tuple[Output, ...] | None" = None) -> bool:
-        """Runs one stage, unless it is finished; whether it ran. Raises UserError when another process runs it.
+        """Runs one stage unless it is finished; returns whether it ran. Raises UserError if another process runs it.
 
-        outputs: standard output and error, which a log takes while the stage runs.
+        outputs: standard output and error, which go to a log while the stage runs.
         """
         folder = self.folder(stage)
         if self._agree(self.done(stage)):
@@ -164,7 +165,7 @@ class Study:
         return True
 
     def _make_up(self, stage: Stage) -> None:
-        """The notes about a finished stage that a kill between its end and its notes has left out."""
+        """Writes the records about a finished stage that a kill after its end has prevented."""
         folder = self.folder(stage)
 
         def ended() -> float:
@@ -210,7 +211,7 @@ class Study:
         `searched` gets all scores.
         """
         self.chosen, self.searched = {}, []
-        students = [one for one in self.planner.students if one.kind not in FITTED]  # those choose C by themselves
+        students = [one for one in self.planner.students if one.kind not in FITTED]  # those choose C themselves
         pairs = list(itertools.product(self.settings.tasks, students))
         # All processes take one process's view, since a file can reach their file systems at different times.
         found = self._agree([self._dev_scores(student, task) for task, student in pairs])
@@ -233,7 +234,7 @@ class Study:
 
 
 class Output:
-    """Standard output or error, or a file in its place; whoever keeps it, like a handler of `logging`, may go on."""
+    """Standard output or error, or a file in its place; objects that hold it, like `logging` handlers, stay valid."""
 
     def __init__(self, stream: Any):
         self.stream = self.target = stream
@@ -250,7 +251,7 @@ class Output:
 
 @contextlib.contextmanager
 def switched() -> Iterator[tuple[Output, ...]]:
-    """Standard output and error as outputs that can be turned to a file."""
+    """Standard output and error as outputs that can be redirected to a file."""
     outputs = Output(sys.stdout), Output(sys.stderr)
     with contextlib.redirect_stdout(outputs[0]), contextlib.redirect_stderr(outputs[1]):
         yield outputs
@@ -258,7 +259,7 @@ def switched() -> Iterator[tuple[Output, ...]]:
 
 @contextlib.contextmanager
 def _logged(file: pathlib.Path, title: str, outputs: tuple[Output, ...] | None) -> Iterator[None]:
-    """The outputs go to the end of the file; on a terminal a line says so meanwhile, and everywhere if it fails."""
+    """Appends the outputs to the file; a terminal shows a line about it meanwhile, and a failure is printed anywhere."""
     if outputs is None:
         yield
         return
@@ -279,7 +280,7 @@ def _logged(file: pathlib.Path, title: str, outputs: tuple[Output, ...] | None) 
 
 
 def _fresh_line() -> str:
-    """What clears the line of a running stage on a terminal."""
+    """The escape sequence that clears the line of a running stage on a terminal."""
     return "\r\033[K" if sys.stdout.isatty() else ""
 
 
@@ -294,7 +295,7 @@ def resolve_stages(value: Any, stages: pathlib.Path) -> Any:
 
 
 def steps_seconds(folder: pathlib.Path) -> float:
-    """The seconds that a training stage's steps took, by its DONE; 0 for other stages."""
+    """The seconds that a training stage's steps took, from its DONE; 0 for other stages."""
     try:
         return read_json_object(folder / "DONE").get("steps_seconds", 0.0)
     except UserError:  # an older study's, which may be empty

@@ -1,8 +1,8 @@
-"""How long the stages that are left will take: as long as finished ones of the same kind, else by their FLOPs.
+"""How long the remaining stages will take: as long as finished ones of the same kind, else by their FLOPs.
 
-One stage of a kind, the slowest, also compiled, so it counts only while it is the only one. Kinds not seen yet go by
-FLOPs at the lowest rate seen, since small jobs are the slow ones for their FLOPs, and by the least that a stage has
-spent beside its steps.
+The slowest stage of a kind also compiled, so it counts only while it is the only one. Kinds not seen yet are estimated
+from their FLOPs at the lowest rate seen, since small jobs are the slowest per FLOP, plus the least time that a stage
+has spent outside its steps.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,18 +12,20 @@ from kd_jax.study.plan import Stage
 
 
 class Timing:
-    """The seconds of finished stages. flops: of all stages by folder, for kinds of which none has finished. together:
-    how many stages run at the same time."""
+    """The seconds of finished stages.
+
+    flops: of all stages by folder, for kinds of which none has finished. together: stages that run at the same time.
+    """
 
     def __init__(self, flops: Mapping[str, float] | None = None, together: int = 1):
         self.flops: Mapping[str, float] = flops or {}
         self._together = together
-        self._steps: list[tuple[Stage, float]] = []  # the seconds of the steps alone
-        self._others: list[float] = []  # the seconds of all else
+        self._steps: list[tuple[Stage, float]] = []  # seconds of the steps
+        self._others: list[float] = []  # seconds of everything else
         self._seconds: dict[tuple, list[float]] = {}
 
     def note(self, stage: Stage, seconds: float, steps: float = 0.0) -> None:
-        """A stage has finished after so many seconds, of which its training steps took `steps`."""
+        """Records that a stage took `seconds`, of which its training steps took `steps`."""
         if steps:
             self._steps.append((stage, steps))
             self._others.append(max(seconds - steps, 0.0))
@@ -46,7 +48,7 @@ class Timing:
         return next((self._seconds[kind] for kind in kinds(stage) if kind in self._seconds), None)
 
     def left(self, stages: Iterable[Stage]) -> str:
-        """How long these take together, in words."""
+        """How long these stages take together, in words."""
         stages = list(stages)
         expected = [self.expected(stage) for stage in stages]
         known = [one for one in expected if one is not None]
@@ -59,7 +61,7 @@ class Timing:
 
 
 def kinds(stage: Stage) -> tuple[tuple, ...]:
-    """What stages that take equally long have in common, the closest match first."""
+    """Keys shared by stages that take equally long, the closest match first."""
     job = stage.job
     if stage.command == "baseline":
         return ((stage.command, stage.config["baseline"]["features"]),)

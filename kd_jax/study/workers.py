@@ -1,7 +1,7 @@
-"""Stages of a study at the same time, in processes that each have a share of the host's cores.
+"""Runs stages of a study at the same time, in processes that each have a share of the host's cores.
 
-A small student is little faster on two cores than on one, so two of them side by side take less time than one after
-the other. Each worker runs its stages as the study itself does, with their locks, logs and checkpoints.
+A small student is little faster on two cores than on one, so two at once take less time than one after the other. Each
+worker runs its stages as the study itself does, with their locks, logs and checkpoints.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ POLL_SECONDS = 0.2
 
 
 class Workers:
-    """Processes that run stages of one study; they start when the first stage is given to them.
+    """Processes that run stages of one study; they start with the first stage.
 
-    program: the command line that calls `serve`. about: the study, as JSON values for it. count: at most one per core
-    is started.
+    program: the command line that calls `serve`. about: the study, as JSON values for `serve`. count: number of
+    workers; at most one per core is started.
     """
 
     def __init__(self, program: Sequence[str], about: Mapping[str, Any], count: int):
@@ -43,7 +43,7 @@ class Workers:
         return len(self._shares)
 
     def run(self, stages: Sequence[Stage], ended: Callable[[Stage], None]) -> None:
-        """Runs stages of which everything else that they need is finished; ended(stage) is called after each.
+        """Runs stages, each once everything that it needs is finished; ended(stage) is called after each.
 
         Raises what a stage raised (UserError, or Preempted if it was asked to stop), Preempted if this process was, and
         RuntimeError for any other error in a worker. The other workers are then stopped, and keep what they saved.
@@ -71,7 +71,7 @@ class Workers:
             raise
 
     def close(self, number: int = 0) -> None:
-        """Ends the workers, with a signal if they are to stop in the middle of a stage."""
+        """Ends the workers, with a signal if they must stop in the middle of a stage."""
         for worker in self._processes:
             assert worker.stdin is not None
             with contextlib.suppress(BrokenPipeError):
@@ -96,13 +96,13 @@ class Workers:
 
 def _send(pipe: IO[str] | None, value: Any) -> None:
     assert pipe is not None
-    with contextlib.suppress(BrokenPipeError):  # of a worker that is gone, which its answer tells
+    with contextlib.suppress(BrokenPipeError):  # the worker is gone, as its answer will show
         pipe.write(json.dumps(value) + "\n")
         pipe.flush()
 
 
 def _answered(running: Mapping[subprocess.Popen, Stage], seconds: float) -> list[subprocess.Popen]:
-    """The workers that have answered, or are gone, within so many seconds."""
+    """The workers that have answered, or are gone, within that many seconds."""
     with selectors.DefaultSelector() as selector:
         for worker in running:
             assert worker.stdout is not None
@@ -133,17 +133,16 @@ def _check(worker: subprocess.Popen, stage: Stage) -> None:
 def serve(
     open_study: Callable[[Mapping[str, Any]], Any], switched: Callable[[], contextlib.AbstractContextManager]
 ) -> int:
-    """The worker's side: reads JSON lines from standard input until it ends. The first is `about` of `Workers` with the
-    cores to use; each other line is the folder of a stage, which is run and answered on standard output with
-    [exit code, message].
+    """The worker's side: runs stages named on standard input, as JSON lines, until it ends.
 
-    open_study(about) is called once. Returns the exit code.
+    The first line is `about` of `Workers` with the cores to use; each other line is the folder of a stage, which is run
+    and answered on standard output with [exit code, message]. open_study(about) is called once. Returns the exit code.
     """
     about = json.loads(sys.stdin.readline() or "null")
     if about is None:
         return 0
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, about["cores"])  # before JAX starts: it has as many threads as cores that it sees
+        os.sched_setaffinity(0, about["cores"])  # before JAX starts, which makes one thread per visible core
     with Preemption(), _answers() as answers, switched() as outputs:
         study = open_study(about)
         stages: dict[str, Stage] = {}
@@ -168,7 +167,7 @@ def serve(
 
 @contextlib.contextmanager
 def _answers() -> Iterator[IO[str]]:
-    """Standard output for answers alone: what stages print goes to standard error, unless a log takes it."""
+    """Standard output for answers only: what stages print goes to standard error, or to a log."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)
         yield answers

@@ -44,7 +44,7 @@ def test_require_names_the_key_and_the_remedy():
 def test_names_that_become_files_are_checked(name):
     for kind, changes in ((Nlu, {}), (Source, {"kind": "generic", "format": "text"})):
         field = "locales" if kind is Nlu else "languages"
-        with pytest.raises(Invalid, match=rf"{field}: '{name}' cannot be a part of a file's name"):
+        with pytest.raises(Invalid, match=rf"{field}: '{name}' cannot be part of a file name"):
             kind(**changes, **{field: ("de-DE", name)})
         kind(**changes, **{field: ("de-DE", "20231101.de")})
 

@@ -133,7 +133,7 @@ def test_a_rung_starts_only_if_it_fits_and_more_minutes_go_on(stand_in, tmp_path
     stages = Stages()
     found = stand_in(tmp_path, stages, budget_minutes=8.0, margin=0.0, amounts=(), adapt=False)
     assert found["cost"]["stopped"] and 4 < found["cost"]["minutes"] <= 8
-    assert "a larger budget goes on from here" in " ".join(capsys.readouterr().out.split())
+    assert "a larger budget continues from here" in " ".join(capsys.readouterr().out.split())
     assert {row["steps"] for row in found["sets"]} == {12}
     first = list(stages.ran)
     more = stand_in(tmp_path, stages, budget_minutes=60.0, margin=0.0, amounts=(), adapt=False)

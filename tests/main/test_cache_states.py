@@ -215,7 +215,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence_and_nothing_is_written(mad
             cached(made, distill__clean=False, distill__center=True),
             r"config\.distill\.center: masked text",
         ),
-        (ready(made, distill__mlm={"weight": 1.0}), r"config\.distill\.clean: mlm are taken where tokens are masked"),
+        (ready(made, distill__mlm={"weight": 1.0}), r"config\.distill\.clean: no token is masked for mlm"),
     ):
         with pytest.raises(UserError, match=message):
             distill.run(config, tmp_path / "student")

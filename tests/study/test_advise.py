@@ -345,7 +345,7 @@ def test_the_advice_begins_with_what_to_do_and_fits_on_a_screen():
     few = evidence_of(rates(20.4, 20.2, 20.0), [Pilot(one, 200, 0) for one in (GENERIC, HALF, TASK)], utterances=40)
     text = advice.terminal(values(SETS, few))
     assert text.startswith("Start with ") and "text alone; these pilots cannot tell" in text
-    assert "a larger budget goes on from here" in text and "(dropped)" in text
+    assert "a larger budget continues from here" in text and "(dropped)" in text
     clear = evidence_of(rates(30.0, 25.0, 20.0), [Pilot(c, FULL, s) for c in (GENERIC, HALF, TASK) for s in range(3)])
     text = advice.terminal(values(SETS, clear))
     assert text.startswith("Distill on task text alone. It is the best of 3 transfer sets with probability > 0.99")

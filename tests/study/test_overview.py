@@ -74,7 +74,7 @@ def test_students_without_a_cache_are_refused_where_it_is_needed(name):
 def test_a_change_of_text_that_is_never_reached_is_refused():
     config = pretrained.get_config("smoke")
     config.distill.update({"clean": True, "hidden": {"weight": 1.0}, "masked_from": 0.9, "steps": 4})
-    with pytest.raises(UserError, match=r"config\.distill\.masked_from: 0\.9 of 4 steps leaves none"):
+    with pytest.raises(UserError, match=r"config\.distill\.masked_from: 0\.9 of 4 steps leaves no step"):
         study.open_study(config, overview.NOWHERE)
 
 

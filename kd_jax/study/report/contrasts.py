@@ -1,10 +1,10 @@
 """The comparisons that decide a study's verdict, declared here and so before any result is seen.
 
-One student stands for distillation: that of the generic teacher on the most task text, which the config names and no
-result does. On each task it is compared with the same student on generic text, from scratch, started from the teacher
-without distillation, trained by masked LM alone (from the same start if there is one), and with n-grams. Their p-values
-are adjusted together (Holm). The same comparisons of intent errors are a family of their own. A trend along the share
-of task text is reported apart. Everything else is exploratory. Sentences are Markdown.
+One student represents distillation: that of the generic teacher on the most task text, selected by the config and not
+by a result. On each task it is compared with the same student on generic text, from scratch, started from the teacher
+without distillation, trained by masked LM alone (from the same initialization if there is one), and with n-grams. Their
+p-values are adjusted together (Holm). The same comparisons of intent errors are a separate family. A trend along the
+share of task text is reported separately. Everything else is exploratory. Sentences are Markdown.
 """
 
 from typing import NamedTuple
@@ -73,7 +73,7 @@ class Contrast(NamedTuple):
 
 
 def declared_student(numbers: Numbers) -> Student | None:
-    """The student that stands for distillation: of the generic teacher, on the most task text."""
+    """The student that represents distillation: of the generic teacher, on the most task text."""
     shares = {one: share for one in numbers.distilled("generic") if (share := numbers.share(one)) is not None}
     return max(shares, key=lambda one: (shares[one], one.transfer_set not in numbers.inputs.selected), default=None)
 
@@ -81,7 +81,7 @@ def declared_student(numbers: Numbers) -> Student | None:
 def declared(numbers: Numbers, task: str, measure: Measure | None = None) -> dict[str, Contrast]:
     """The declared comparisons of a task by what the student is compared with, in the order of DECLARED.
 
-    They are of the task's headline error, which decides the verdict, or of `measure`.
+    They compare the task's headline error, which decides the verdict, or `measure`.
     """
     student = declared_student(numbers)
     measures = {name: measure or _measure(numbers, name, task) for name in DECLARED}
@@ -103,14 +103,14 @@ def _reference(numbers: Numbers, name: str, student: Student | None) -> Student 
         return numbers.with_share(0.0)
     rows = [one for one in numbers.students if one.kind == name]
     if name == MLM:
-        # From the same start as the distilled student before any other start, then on the same text.
+        # Prefer the initialization of the distilled student, then the same text.
         same = student.transfer_set if student else ""
         return min(rows, key=lambda one: (one.teacher != INITIALIZED, one.transfer_set != same), default=None)
     return next((one for one in rows if one == Student(name)), None)
 
 
 def _measure(numbers: Numbers, name: str, task: str) -> Measure:
-    """The task's headline error; of n-grams without slots the intent error."""
+    """The task's headline error; the intent error against n-grams that predict no slots."""
     measure, ngrams = HEADLINE[task], Student(NGRAMS)
     if name == NGRAMS and task == INTENT_ERROR.task and numbers.mean(ngrams, task, measure.error) is None:
         return INTENT_ERROR
@@ -146,8 +146,8 @@ def reading(decision: Decision, together: int) -> str:
     if 0 < one.seeds < MINIMUM_SEEDS:
         return f"{side} on these utterances; {('one seed', 'two seeds')[one.seeds - 1]} cannot decide"
     if together > 1:
-        return f"{side} taken alone, but not if chance in {together} comparisons is allowed for"
-    return f"{side}, but no more than chance may do"
+        return f"{side} on its own, but not after adjusting for {together} comparisons"
+    return f"{side}, but chance is not ruled out"
 
 
 def clause(decision: Decision, together: int) -> str:
@@ -167,7 +167,7 @@ def verdict_text(numbers: Numbers, task: str) -> str:
 
 
 def against_ngrams(numbers: Numbers, found: dict[str, Contrast]) -> dict[Student, Decision]:
-    """Each trained student against the n-grams; empty if one of them is shown to be better, or nothing is known."""
+    """Each trained student against the n-grams; empty if a student is shown to beat them, or nothing is known."""
     contrast = found[NGRAMS]
     against: dict[Student, Difference] = {}
     for student in numbers.students:
@@ -180,7 +180,7 @@ def against_ngrams(numbers: Numbers, found: dict[str, Contrast]) -> dict[Student
 
 
 def _ngrams(numbers: Numbers, found: dict[str, Contrast]) -> tuple[str, str] | None:
-    """That no student beats the n-grams; None if one does, or if it is not known."""
+    """The statement that no student beats the n-grams; None if one does, or if it is not known."""
     decisions = against_ngrams(numbers, found)
     if not decisions:
         return None
@@ -229,7 +229,7 @@ def more_seeds(numbers: Numbers) -> str:
 
 
 def _helps(numbers: Numbers, found: dict[str, Contrast]) -> tuple[str, str] | None:
-    """Whether distillation itself helps: it has to beat masked LM alone, and its own start if that is the teacher."""
+    """Whether distillation itself helps: it must beat masked LM alone and, if that is the teacher, its own start."""
     clauses = []
     for name in (MLM, INITIALIZED, SCRATCH):
         reference, decision = found[name].reference, found[name].decision
@@ -246,13 +246,13 @@ def _helps(numbers: Numbers, found: dict[str, Contrast]) -> tuple[str, str] | No
     if answer == LOWER:
         return "distillation helps", text
     if found[SCRATCH].status == LOWER:
-        text += " That it beats training from scratch can be due to its start or its text alone."
-    return ("distillation does not help" if answer == HIGHER else "that distillation helps is not shown"), text
+        text += " That it beats training from scratch may be due to its initialization or its text alone."
+    return ("distillation does not help" if answer == HIGHER else "distillation is not shown to help"), text
 
 
 def helps(found: dict[str, Contrast]) -> str | None:
-    """LOWER if distillation makes fewer errors than everything without it, HIGHER if more than something; None if a
-    comparison is missing that it takes."""
+    """LOWER if distillation makes fewer errors than every control without it, HIGHER if it makes more than any of them;
+    None if a needed comparison is missing."""
     needed = [found[MLM], *([found[INITIALIZED]] if found[INITIALIZED].reference else [])]
     if not all(one.decision for one in needed):
         return None

@@ -53,7 +53,7 @@ def cached_predictions(study: Study) -> dict[str, str]:
 
 
 def about_data(prepared: Prepared, max_train: int) -> dict[str, str]:
-    """Overlap with held-out utterances: texts that decontamination removed from each store, and labels that it kept."""
+    """Overlap with held-out utterances: texts that decontamination removed from each store, and labels that remain."""
     stores = [store for store in prepared.manifest["stores"] if store["removed"].get("decontaminated")]
     counts = ", ".join(f"{store['name']} {store['removed']['decontaminated']}" for store in stores)
     labeled = labeled_train(prepared, max_train, "")

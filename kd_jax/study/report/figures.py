@@ -82,7 +82,7 @@ def heldout_loss(numbers: Numbers) -> Figure | None:
 
 
 def unigram_mark(panel: Axes, loss: float | None, row: int) -> None:
-    """A bar at the loss of a unigram, in the row of the model with the same vocabulary."""
+    """Marks the loss of a unigram with the model's vocabulary, in the model's row."""
     if loss is not None:
         panel.plot([loss], [row], "|", color=INK, markersize=15, markeredgewidth=1.6, zorder=3)
 
@@ -259,7 +259,7 @@ def name_points(panel: Axes, names: Sequence[str], x: np.ndarray, y: np.ndarray,
     thin line to its point."""
     low, high = panel.get_ylim()
     order, steps = np.argsort(y, kind="stable"), gap * np.arange(len(y))
-    # As near to their points as they can be: without the gaps between them, places only have to ascend.
+    # As close to their points as possible: after subtracting the gaps, positions only have to ascend.
     places = isotonic_regression((y[order] - low) / (high - low) - steps).x
     places = np.clip(places, 0.02, max(0.97 - steps[-1], 0.02)) + steps
     line = {"arrowstyle": "-", "color": "#b6bec9", "linewidth": 0.7, "shrinkA": 2, "shrinkB": 4}
@@ -294,7 +294,7 @@ def training_curves(numbers: Numbers) -> Figure | None:
         for number, (name, shade) in enumerate(dict(curves.values()).items())
     }
     figure, axes = panel_grid(1, len(groups), 3.2 + 0.1 * len(styles))
-    # Teachers first; then students, by masked LM before those by states.
+    # Teachers first; then students of masked LM before those of states.
     for panel, (who, loss) in zip(axes[0], sorted(groups, key=lambda group: (group[0] == "Students", group[1] != MLM))):
         panel.grid(axis="y")
         panel.set_title(who)
@@ -313,8 +313,8 @@ def training_curves(numbers: Numbers) -> Figure | None:
 
 
 def curve_points(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, float]]]:
-    """(what the loss is, its (step, loss)) of rows of metrics.jsonl: the masked-LM part if a run logs it apart, else
-    the total loss, which is a distance where a student learned from states alone."""
+    """(what the loss is, its (step, loss)) from rows of metrics.jsonl: the masked-LM part if a run logs it separately,
+    else the total loss, which is a distance if a student learned from states alone."""
     terms = {name for row in rows for name in row}
     states = terms & {*FEATURE_TERMS} and not terms & {"mlm", "kl"}
     losses = ((row["step"], row.get("mlm", row.get("loss"))) for row in rows)
@@ -361,8 +361,8 @@ FIGURES = {  # the name of the file -> the figure
         share_curves,
         "Error against the share of task text in the transfer set. The line joins the means over seeds of the students "
         "distilled from the generic teacher. Students by MLM alone and of other teachers are shown next to their "
-        "share; rows without a transfer set are lines across, with a band from the lowest to the highest seed. Axes do "
-        "not start at zero.",
+        "share; rows without a transfer set are horizontal lines with a band from the lowest to the highest seed. Axes "
+        "do not start at zero.",
         "Line plots of each error rate against the share of task text",
         "No distilled student was tested, so there is no curve.",
     ),

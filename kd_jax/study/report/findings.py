@@ -22,7 +22,7 @@ FEWEST_DOMAINS = 5  # for a rank correlation: among four, even the clearest orde
 
 
 class Answer(NamedTuple):
-    """One of SEEN, NOT_SEEN, OPEN, NOT_RUN, and the numbers behind it as a clause."""
+    """One of SEEN, NOT_SEEN, OPEN, NOT_RUN, and its numbers as a clause."""
 
     status: str
     reason: str
@@ -71,10 +71,9 @@ def loss_text(numbers: Numbers) -> str | None:
 
 
 def unigram_students(numbers: Numbers) -> list[str]:
-    """The labels of the students whose held-out loss is nowhere below a unigram's, or that none of them is below.
+    """The labels of the students whose held-out loss is nowhere below a unigram's; "every student" if that is all.
 
-    Students of inner states are left out: their masked-LM head is trained little or not at all, and says nothing of the
-    encoder.
+    Students of inner states are left out: their masked-LM head is hardly trained and says nothing about the encoder.
     """
     weak, measured = [], 0
     for student in numbers.students:
@@ -93,7 +92,7 @@ def unigram_students(numbers: Numbers) -> list[str]:
 
 
 def unigram_text(numbers: Numbers) -> str | None:
-    """Names the students that learned no more than how often each token occurs; None if there are none."""
+    """Names the students that learned no more than token frequencies; None if there are none."""
     weak = unigram_students(numbers)
     if not weak:
         return None

@@ -24,7 +24,7 @@ from kd_jax.evaluation.significance import (
 from kd_jax.study.plan import INITIALIZED, LABELED, OTHER_TEACHERS, Student
 
 KINDS = ("ngrams", "probe", "finetuned", "scratch", INITIALIZED, "mlm", "distilled")  # in this order in tables
-TRAINED = ("scratch", INITIALIZED, "mlm", "distilled")  # students; the other rows say what these have to beat or reach
+TRAINED = ("scratch", INITIALIZED, "mlm", "distilled")  # students; the other rows are their references
 TEACHERS = ("generic", *OTHER_TEACHERS)
 TEACHER_LABELS = {
     "adapted": "adapted teacher",
@@ -41,7 +41,7 @@ KIND_LABELS = {
 }
 TEST = "test"  # the test set of every table and figure that names no other
 
-# Student, transfer set, teacher, seed, task; the seed is None for a row in which nothing is random.
+# Student, transfer set, teacher, seed, task; the seed is None for a deterministic row.
 RecordKey = tuple[str, str, str, int | None, str]
 
 
@@ -66,7 +66,7 @@ class ReportInputs:
     similarity: Sequence[Mapping[str, Any]] = ()  # domain, jsd, jsd_matched, overlap, tokens
     # Student, task, dev_score, chosen, and learning_rate, epochs and pooling, or part and c.
     recipes: Sequence[Mapping[str, Any]] = ()
-    notes: Sequence[str] = ()  # warnings that change what to do
+    notes: Sequence[str] = ()  # warnings that affect the recommendation
     remarks: Sequence[str] = ()  # on how the rows were made
     latency: Mapping[str, Any] | None = None  # latency.json; None where nothing was measured
 
@@ -175,7 +175,7 @@ class Numbers:
         return [measure for measure in MEASURES if measure.task in self.tasks()]
 
     def seeds(self) -> list[int]:
-        """The seeds of the students; rows in which nothing is random have none."""
+        """The seeds of the students; deterministic rows have none."""
         found = {seed for key, values in self._values.items() if key[0].kind in KINDS for seed in values}
         return sorted(seed for seed in found if seed is not None)
 
@@ -186,7 +186,7 @@ class Numbers:
         return sorted({place.locale for found, place in self._places if found == task and place.scope == "locale"})
 
     def values(self, student: Student, task: str, metric: str, place: Place = WHOLE_TEST) -> dict[int | None, float]:
-        """Seed -> value; the seed is None where nothing is random."""
+        """Seed -> value; the seed is None for a deterministic row."""
         found = self._values.get((student, task, metric, place), {})
         return {seed: found[seed][0] for seed in sorted(found, key=lambda seed: -1 if seed is None else seed)}
 
@@ -233,7 +233,7 @@ class Numbers:
         return self._buckets[key].get((place.locale, place.domain), ())
 
     def seedless(self, student: Student) -> bool:
-        """Whether nothing in the row is random, so that it was made once and has no seed."""
+        """Whether the row is deterministic, so that it was run once and has no seed."""
         return any(None in seeds for key, seeds in self._values.items() if key[0] == student)
 
     def difference(

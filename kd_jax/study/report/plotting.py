@@ -24,7 +24,7 @@ from kd_jax.study.report.numbers import Numbers
 
 INK, SOFT, GRID = "#1c2430", "#5b6675", "#e3e7ec"
 SCRATCH, TASK_ONLY = "#7a7a7a", "#003f73"
-# The ends of the scale of task shares, by what a student learns from.
+# The ends of the color scale over task shares, by what a student learns from.
 SCALES = {
     "generic": ("#56b4e9", TASK_ONLY),
     "adapted": ("#f3b58a", "#d55e00"),
@@ -46,7 +46,7 @@ MARKERS = {
 }
 TEACHER_MARKERS = {"adapted": "D", "schedule": "p", "average": "*", "chain": "d"}  # of students; else a circle
 KIND_COLORS = {"ngrams": NGRAMS, "probe": PROBE, "finetuned": FINETUNED, "scratch": SCRATCH, "initialized": STARTED}
-TAUGHT = "#7b52ab"  # the adapted teacher, beside students whose color is that of its own
+TAUGHT = "#7b52ab"  # the adapted teacher, distinct from the colors of its students
 # The line of a row that has no transfer set, by (kind, teacher).
 DASHES: dict[tuple[str, str], Any] = {
     ("ngrams", ""): (0, (1, 1.5)),

@@ -1,4 +1,4 @@
-"""What to do about each task, in words that need no statistics; it follows from the declared comparisons alone."""
+"""What to do for each task, in words that need no statistics; it follows from the declared comparisons alone."""
 
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from kd_jax.study.report.findings import unigram_students
 from kd_jax.study.report.numbers import Numbers
 from kd_jax.study.report.wording import label, leaves_out_zero, relative, sentence, uninformative
 
-# The tasks and their errors, as someone says who has not read the report.
+# The tasks and their errors in plain words, for readers of this paragraph alone.
 WHAT = {"dc": "domains (DC)", "icner": "intents and slots (ICNER)"}
 WRONG = {
     "error_rate": "wrong domains",
@@ -37,7 +37,7 @@ TITLES = {  # (which text wins, whether distillation helps)
     (LOWER, HIGHER): "use {ours}, and do not distill",
     (LOWER, None): "use {ours}; whether to distill is open",
     (HIGHER, LOWER): "use {theirs} and distill",
-    (HIGHER, HIGHER): "use {theirs}; on {ours} distilling does harm",
+    (HIGHER, HIGHER): "use {theirs}; distilling on {ours} hurts",
     (HIGHER, None): "use {theirs}; whether to distill is open",
     (None, LOWER): "distill; which text is better is open",
     (None, HIGHER): "do not distill on {ours}; which text is better is open",
@@ -47,7 +47,7 @@ LONGER = 4  # times the steps of distillation that are proposed where students a
 
 
 class Recommendation(NamedTuple):
-    """What to do, why, how sure that is, and what would make it surer; sentences in Markdown, without their end."""
+    """What to do, why, how strong the evidence is, and what would strengthen it; Markdown sentences without periods."""
 
     title: str
     reason: str
@@ -112,7 +112,7 @@ def _texts(contrast: Contrast, ours: str, theirs: str) -> str:
 
 
 def _distilling(found: dict[str, Contrast]) -> list[str]:
-    """How the distilled student compares with what comes without distillation."""
+    """How the distilled student compares with the controls without distillation."""
     known = [(WITHOUT[name], found[name].decision) for name in WITHOUT]
     said: dict[str, list[str]] = {}
     for what, decision in known:
@@ -123,7 +123,7 @@ def _distilling(found: dict[str, Contrast]) -> list[str]:
 
 
 def _compared(decision: Decision) -> str:
-    """ "17 % fewer errors (between 5 and 29 %)", or that it is not known."""
+    """ "17 % fewer errors (between 5 and 29 %)", or that the difference is not known."""
     one = decision.difference
     change = relative(one)
     if decision.status not in (LOWER, HIGHER):
@@ -131,7 +131,7 @@ def _compared(decision: Decision) -> str:
             side = "fewer" if one.difference < 0 else "more"
             few = 0 < one.seeds < MINIMUM_SEEDS
             return f"{side} errors on these utterances, but {_few(one.seeds) if few else 'chance is not ruled out'}"
-        return uninformative(one) or "a difference that chance explains"
+        return uninformative(one) or "a difference that chance can explain"
     if change is None:
         return "fewer errors" if one.difference < 0 else "more errors"
     value, low, high = (abs(100 * end) for end in change)
@@ -162,7 +162,7 @@ def _evidence(contrasts: list[Contrast]) -> str:
 
 
 def _seeds(numbers: Numbers) -> str:
-    return f"train more often: {more_seeds(numbers)}"
+    return f"add seeds: {more_seeds(numbers)}"
 
 
 def _longer(numbers: Numbers) -> str:

@@ -84,7 +84,7 @@ def summary_text(inputs: ReportInputs) -> str:
     numbers = inputs.numbers
     found = [recommendation(numbers, task) for task in numbers.tasks()]
     said = [f"{sentence(one.title)}. Evidence: {one.evidence}." for one in found] or [NOTHING]
-    said += [f"To be surer, {step}." for step in dict.fromkeys(one.next_step for one in found)]
+    said += [f"For stronger evidence, {step}." for step in dict.fromkeys(one.next_step for one in found)]
     lines = [inputs.name, "", *(wrapped(plain(text)) for text in said)]
     lines += [wrapped(f"Note: {note}") for note in inputs.notes]
     if numbers.students:
@@ -188,7 +188,7 @@ def _what_to_do_section(numbers: Numbers) -> str:
     blocks = []
     for task in numbers.tasks():
         one = recommendation(numbers, task)
-        details = [f"{one.reason}.", f"Evidence: {one.evidence}.", f"To be surer, {one.next_step}."]
+        details = [f"{one.reason}.", f"Evidence: {one.evidence}.", f"For stronger evidence, {one.next_step}."]
         blocks.append(f"**{sentence(one.title)}.**\n\n{_bullets(details)}")
     notes = [f"**Note:** {escaped(note)}" for note in numbers.inputs.notes]
     return _joined(*(blocks or [f"**{NOTHING}**"]), *notes)
@@ -200,15 +200,15 @@ def _declared_section(numbers: Numbers) -> str:
         return "No distilled student was tested, so there is nothing to compare."
     meaning = (
         "These comparisons were fixed before any result was known, and they alone decide the verdict. The student that "
-        f"stands for distillation is that of the generic teacher on the most task text ({label(numbers, student)}). "
-        "Distillation is said to help only if this student beats the one by masked LM alone and, where students start "
+        f"represents distillation is that of the generic teacher on the most task text ({label(numbers, student)}). "
+        "Distillation helps only if this student beats the one trained by masked LM alone and, where students start "
         "from the teacher, the one that was not distilled."
     )
     if unseeded := [numbers.label(one) for one in numbers.students if numbers.seedless(one)]:
-        meaning += f" What has no seed ({'; '.join(unseeded)}) comes out the same each time, and counts for every seed."
+        meaning += f" Rows without a seed ({'; '.join(unseeded)}) are deterministic and count for every seed."
     table = tables.declared_table(numbers)
     trends = [text for task in tasks if (text := trend_text(numbers, task))]
-    trend = "Apart from these, and not adjusted with them, the trend along the share of task text:" if trends else ""
+    trend = "Separately, and not adjusted with them, the trend along the share of task text:" if trends else ""
     return _joined(
         meaning,
         table.markdown() if table.rows else "",
@@ -237,7 +237,7 @@ def _results_section(numbers: Numbers) -> str:
 
 
 def _clusters(numbers: Numbers) -> str:
-    """Which utterances the intervals take for translations of each other."""
+    """Which utterances the intervals treat as translations of each other."""
     ids = numbers.shared_ids
     if ids.shared and not ids.parallel:
         return (
@@ -304,7 +304,7 @@ def _similarity_section(numbers: Numbers, gains: list[DomainGain], figure: str) 
     tasks = numbers.tasks()
     lines = [f"{TASK_NAMES[task]}: {correlation_text(correlation(gains, task))}." for task in tasks]
     if len(gains) < FEWEST_DOMAINS:
-        lines = [f"{plural(len(gains), 'domain')} cannot tell whether gain goes with similarity; five are the fewest."]
+        lines = [f"{plural(len(gains), 'domain')} cannot tell whether gain goes with similarity; it takes five."]
     for task in tasks:
         if left_out := len(gains) - len(similarity_points(gains, task)):
             lines.append(

@@ -21,7 +21,7 @@ from kd_jax.study.report.wording import (
 from kd_jax.text_tables import escaped, markdown_table
 
 MOST_STORE_ROWS = 40
-EXPLORATORY = "Exploratory: not adjusted for how many there are, so one interval in twenty leaves out zero by chance."
+EXPLORATORY = "Exploratory: not adjusted for how many there are, so one interval in twenty excludes zero by chance."
 # The first word of a stage's name -> what its time is spent on.
 PHASES = {
     "prepare": "prepare text",
@@ -29,13 +29,13 @@ PHASES = {
     "pretrain": "pretrain the teacher",
     "train": "train the imported teacher's head",
     "adapt": "adapt the teacher",
-    "initialized": "start students from the teacher",
+    "initialized": "initialize students from the teacher",
     "mlm": "students by MLM alone",
     "distilled": "distill students",
     "dc": "finetune DC, recipe search included",
     "icner": "finetune ICNER, recipe search included",
     "test": "evaluate",
-    "label": "label train utterances by the finetuned teacher",
+    "label": "label train utterances with the finetuned teacher",
     "ngrams": "n-grams: fit and evaluate",
     "probe": "probe the frozen teacher and evaluate",
     "latency": "measure size and latency",
@@ -131,7 +131,7 @@ def seeds_text(numbers: Numbers) -> str:
 
 
 def unseeded(numbers: Numbers) -> str:
-    """A remark on the rows in which nothing is random; empty if there are none."""
+    """A remark on the deterministic rows; empty if there are none."""
     names = [numbers.label(student) for student in numbers.students if numbers.seedless(student)]
     return f" (no seed, so no spread: {'; '.join(names)})" if names else ""
 

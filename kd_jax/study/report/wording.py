@@ -6,7 +6,7 @@ from kd_jax.study.report.numbers import Numbers
 from kd_jax.text_tables import escaped
 
 NONE = "–"
-WIDEST = 0.5  # half-width of an interval around no change, above which it says nothing
+WIDEST = 0.5  # half-width of an interval around no change, above which it is uninformative
 
 
 def signed(value: float, digits: int = 1) -> str:
@@ -24,16 +24,16 @@ def relative(difference: Difference | None) -> tuple[float, float, float] | None
 
 
 def leaves_out_zero(difference: Difference) -> bool:
-    """Whether the interval that the report shows excludes no change: that of the relative change, if there is one."""
+    """Whether the interval that the report shows excludes zero: that of the relative change, if there is one."""
     _, low, high = relative(difference) or (0.0, difference.low, difference.high)
     return low > 0 or high < 0
 
 
 def uninformative(difference: Difference) -> str | None:
-    """What there is too little of to tell, in words; None if the interval tells something.
+    """Whether there are too few seeds or utterances to tell, in words; None if the interval is informative.
 
-    This is the one definition: the interval holds zero, and it is wider than ± 50 % of the other error or covers one
-    seed alone.
+    This is the only definition: the interval contains zero, and it is wider than ± 50 % of the other error or covers a
+    single seed.
     """
     change = relative(difference)
     wide = change is not None and change[2] - change[1] > 2 * WIDEST

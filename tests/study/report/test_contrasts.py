@@ -90,7 +90,7 @@ def test_distillation_helps_only_if_it_beats_its_own_start_and_masked_lm_alone(r
     assert found[SCRATCH].status == LOWER
     text = contrasts.verdict_text(numbers, "dc")
     assert "Distillation helps" not in text
-    assert "**That distillation helps is not shown.**" in text
+    assert "**Distillation is not shown to help.**" in text
     assert "That it beats training from scratch can be due to its start or its text alone." in text
     worse = contrasts.verdict_text(study({**ALL, rival: 0.10}), "dc")
     assert "**Distillation does not help.**" in worse
@@ -170,7 +170,7 @@ def test_an_interval_without_zero_never_stands_beside_no_winner():
 
 
 def test_a_difference_lost_to_the_adjustment_is_said():
-    """Lower by itself, and not once five comparisons are allowed for."""
+    """Lower on its own, but not after adjusting for five comparisons."""
     numbers = study({**ALL, **dict.fromkeys(ALL, 0.2), TASK: 0.196})
     found = contrasts.declared(numbers, "dc")
     words = {contrasts.reading(one.decision, 5) for one in found.values() if one.decision}
@@ -178,8 +178,8 @@ def test_a_difference_lost_to_the_adjustment_is_said():
         assert one.decision
         alone, said = one.decision.difference.p_value < 0.05, contrasts.reading(one.decision, 5)
         if one.status == UNDECIDED:
-            assert said.startswith("lower taken alone, but not if chance in 5") == alone
-    assert any(said.startswith("lower taken alone") for said in words)
+            assert said.startswith("lower on its own, but not after adjusting for 5") == alone
+    assert any(said.startswith("lower on its own") for said in words)
 
 
 def test_an_interval_of_one_seed_that_holds_zero_says_nothing():
@@ -243,7 +243,7 @@ def test_the_report_says_what_has_no_seed_and_what_is_exploratory():
     assert "(no seed, so no spread: n-grams)" in sections["Results"]
     by_name = {cells[0]: cells[1] for cells in tables.result_table(numbers).rows}
     assert "±" not in by_name["n-grams"] and "±" in by_name["from scratch"]
-    assert "What has no seed (n-grams) comes out the same each time" in sections["Declared comparisons"]
+    assert "Rows without a seed (n-grams) are deterministic" in sections["Declared comparisons"]
     assert "Everything else in this report is exploratory" in sections["Declared comparisons"]
     for name in ("Results", "Unseen and tail utterances"):
         assert "Exploratory: " in sections[name] or "There are no results" in sections[name]

@@ -11,7 +11,7 @@ from tests.study.report.test_findings import rows_of
 from tests.support.report_inputs import synthetic_inputs
 
 MLM = ("mlm", "task", "")
-SURER = "train more often: `--config.study.seeds='(0,1,2,3,4)'`"
+SURER = "add seeds: `--config.study.seeds='(0,1,2,3,4)'`"
 
 
 @pytest.mark.parametrize(

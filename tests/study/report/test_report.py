@@ -121,7 +121,7 @@ def test_the_summary_fits_one_screen_and_begins_with_what_to_do(inputs):
     assert lines[:2] == ["Synthetic study", ""]
     assert lines[2].startswith("Domains (DC): ")
     assert "Intents and slots (ICNER): use task text and distill." in " ".join(text.split("Student ")[0].split())
-    assert "To be surer, train more often: --config.study.seeds='(0,1,2,3,4)'." in text
+    assert "For stronger evidence, add seeds: --config.study.seeds='(0,1,2,3,4)'." in text
     assert "**" not in text and "`" not in text
     (header,) = [line for line in lines if line.startswith("Student ")]
     assert header.split()[1:] == ["DC", "error", "Intent", "error", "Slot", "F1", "SemER"]
