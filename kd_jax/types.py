@@ -19,7 +19,7 @@ Params = dict[str, Any]
 #   masked_positions  int32  [R, K]  column of each mask slot (0 where the slot is unused)
 #   masked_targets    int32  [R, K]  original id at that column
 #   masked_weights    float32[R, K]  1 for a used slot, 0 otherwise
-#   teacher_tokens    int32  [R, L]  only for a student with a trimmed vocabulary: the same in the teacher's ids
+#   teacher_tokens    int32  [R, L]  only for a student with a trimmed vocabulary: the row in the teacher's ids
 #
 # Finetuning batch, R rows of length L with S utterance slots a row:
 #   tokens, segment_ids, positions as above

@@ -24,7 +24,7 @@ _SENT = {
 COLLECTIVES = tuple(_SENT)
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
-_BROKEN = re.compile(r'\n(?="|}})')  # inside a kernel's metadata, which XLA writes over several lines
+_BROKEN = re.compile(r'\n(?="|}})')  # inside a kernel's metadata, which XLA prints over several lines
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([\d,]*)(?::T\(([\d,]+)\))?)?")
 _CALLS = re.compile(
     r"(calls|to_apply|body|condition|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%[\w.\-]+)"
@@ -90,7 +90,7 @@ class Program:
     def _count(self, name: str, times: float) -> None:
         """Adds the runs of a computation and of those it calls. XLA has no recursion.
 
-        One branch of a conditional runs each time; which, the program does not say, so each counts its share.
+        One branch of a conditional runs each time; the program does not say which, so each counts its share.
         """
         self.runs[name] += times
         for one in self.computations[name]:
@@ -154,7 +154,7 @@ def _end(text: str, letter: str, depth: int) -> int:
 
 
 def arrays_of(shape: str, *, stored: bool = False) -> list[int]:
-    """The bytes of each array of a shape, as HLO writes it. stored: with what fills its tiles on a TPU.
+    """The bytes of each array of a shape, as HLO prints it. stored: including the padding of its tiles on a TPU.
 
     bf16[512,64]{1,0:T(8,128)(2,1)} is stored as 512 x 128 values: tiles are those of its most minor dimensions.
     """

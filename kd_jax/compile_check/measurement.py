@@ -21,7 +21,7 @@ _UNITS = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30}
 
 @dataclass(frozen=True)
 class Measurement:
-    """A step compiled for a topology, in bytes per device; outputs that reuse the memory of arguments count nothing.
+    """A step compiled for a topology, in bytes per device; outputs that reuse the memory of arguments are not counted.
 
     kernels: name -> (runs in a step, bytes that they read and write).
     """

@@ -18,10 +18,10 @@ _ON_CHIP = re.compile(r"\b[a-z]+\d*\w*\[[\d,]*\]\{[^{}]*S\([1-46-9]\)[^{}]*\}")
 
 
 def memory_traffic(program: Program) -> float:
-    """Bytes read and written in a step: operands and results of all that is not inside a fusion, as often as it runs.
+    """Bytes read and written in a step: operands and results of everything outside fusions, as often as it runs.
 
-    Of what is sliced only the slice counts, and of what is updated in place only the update. A kernel counts like any
-    other operation, each operand once: what it reads again is not known here. Arrays on a TPU count as stored.
+    A slice counts only what is sliced, and an in-place update only the update. A kernel counts like any other
+    operation, each operand once: repeated reads are not known here. Arrays on a TPU count as stored.
     """
     total = 0.0
     for name, lines in program.computations.items():
@@ -49,7 +49,7 @@ def kernel_traffic(program: Program) -> dict[str, tuple[float, float]]:
 
 
 def _kernel_name(one: Instruction) -> str:
-    """As the code names the kernel: where XLA does not, from the path of functions that called it."""
+    """The kernel's name in the code; if XLA does not give it, from the path of functions that called it."""
     name = re.sub(r"[.\d]*$", "", one.name)
     path = re.search(r'op_name="([^"]*)/pallas_call', one.line)
     return re.findall(r"\w+", path.group(1))[-1] if name == "pallas_call" and path else name

@@ -63,7 +63,7 @@ class CleanBatches:
 
 
 class PhasedBatches:
-    """Batches of one kind after those of another: (first step, batches) in order. The rows go on where they are."""
+    """Batches of one kind, then of another: (first step, batches) in order. The row sequence continues across them."""
 
     def __init__(self, parts: Sequence[tuple[int, Any]]):
         self._starts, self._parts = [start for start, _ in parts], [batches for _, batches in parts]
@@ -78,7 +78,7 @@ class PhasedBatches:
 class MaskedRows:
     """Any rows of some stores, masked: a pure function of (store, row, masking epoch).
 
-    kept int32 [student tokens]: the full tokenizer's id of each token of a trimmed vocabulary; given, batches also
+    kept int32 [student tokens]: the full tokenizer's id of each token of a trimmed vocabulary; if given, batches also
     have "teacher_tokens", the same rows for a teacher that reads the full vocabulary.
     """
 
@@ -119,7 +119,7 @@ class MaskedRows:
         }
         if self._kept is None:
             return batch
-        # A dropped token is <unk> for the student alone. It is never masked, so what masking left as it was is there.
+        # A dropped token is <unk> only for the student. It is never masked, so the full id can be restored.
         full = full_tokens(self.stores, source, row)
         return {**batch, "teacher_tokens": np.where(corrupted == tokens, full, self._kept[corrupted])}
 

@@ -64,7 +64,7 @@ class Prepared:
             raise UserError(f"config.prepared: {self.folder} is no finished prepared folder; run prepare into it first")
         self.manifest = manifest
         self.fingerprint: str = manifest["fingerprint"]
-        self._files: Files = manifest.get("files", {})  # which old folders lack
+        self._files: Files = manifest.get("files", {})  # missing in old folders
         self._copy: LocalCopy | None = None
         if is_remote(self.folder):
             if "files" not in manifest:
@@ -80,7 +80,7 @@ class Prepared:
         return read_prepare(self.manifest["config"])
 
     def _part(self, name: str) -> pathlib.Path:
-        """A subfolder on this host, with all its files, which are as the manifest says."""
+        """A subfolder on this host, with all its files checked against the manifest."""
         if self._copy is not None:
             return self._copy.part(name)
         self._verify([file for file in self._files if file.startswith(f"{name}/")])
@@ -122,7 +122,7 @@ class Prepared:
 # A study's stages run in one process and read the same folder, and reading 250,000 tokens takes seconds.
 @lru_cache(maxsize=2)
 def _tokenizer(folder: pathlib.Path, fingerprint: str) -> Tokenizer:
-    del fingerprint  # of the folder's content, so that another folder at this path is read anew
+    del fingerprint  # part of the cache's key: changed content at this path is read again
     return Tokenizer.load(folder)
 
 
@@ -154,7 +154,7 @@ def prepare(
     parts = [part for part in PARTS if part != "select" or settings.select.share != 0]
     values: dict[str, Any] = json.loads(json.dumps({part: raw[part] for part in parts}))  # tuples become lists
     if settings.nlu.character_locales == CHARACTER_LOCALES:
-        del values["nlu"]["character_locales"]  # folders of 0.2.0, which do not have the key, stay these folders
+        del values["nlu"]["character_locales"]  # so that folders of 0.2.0, which lack the key, keep their fingerprint
     if (finished := read_manifest(folder)) is not None:
         if different := differences(finished["config"], values, "config"):
             raise UserError(
@@ -227,7 +227,7 @@ def _build(settings: Prepare, values: dict[str, Any], folder: pathlib.Path, watc
 
 
 def _begin(folder: pathlib.Path, inputs: str) -> None:
-    """Removes what an unfinished call built from files that have changed since, and notes the files of this one."""
+    """Removes what an unfinished call built from files that have changed since, and records the files of this call."""
     note = folder / _INPUTS
     if not (note.is_file() and note.read_bytes() == inputs.encode()):
         for built in ("tokenizer", "rows"):
@@ -237,7 +237,7 @@ def _begin(folder: pathlib.Path, inputs: str) -> None:
 
 
 def _inputs(settings: Prepare) -> list[Any]:
-    """The size and time of every file that is read; of data sets on the hub nothing is known."""
+    """The size and time of every file that is read; none for data sets on the hub."""
     tokenizer = settings.tokenizer.path if settings.tokenizer.kind == "load" else ""
     paths = [settings.nlu.path, tokenizer]
     paths += [
@@ -347,7 +347,7 @@ class _Builder:
         folders = [self.folder / "rows" / split / identity["name"] for split in splits]
         found = [manifest for folder in folders if (manifest := read_manifest(folder)) is not None]
         if len(found) == len(splits) and all(one["built_from"] == depends_on for one in found):
-            with contextlib.suppress(UserError):  # one that was damaged since is built again
+            with contextlib.suppress(UserError):  # a damaged one is built again
                 for folder, one in zip(folders, found):
                     verify(folder, one.get("files", {}), _REMEDY)
                 return found
@@ -374,7 +374,7 @@ class _Builder:
 
 
 def _stamp(folder: pathlib.Path, built_from: str) -> bytes:
-    """What says that a tokenizer's folder is whole, and what it was built from."""
+    """The file that marks a tokenizer's folder as complete, with what it was built from."""
     files = sorted(file.name for file in folder.glob("*.json"))
     return digest([built_from, describe(folder, files)]).encode()
 

@@ -188,7 +188,7 @@ class StoreWriter:
 
 
 def open_array(path: pathlib.Path, remedy: str, *, mapped: bool = False) -> np.ndarray:
-    """The array of a .npy file, memory-mapped if `mapped`; UserError for a file that is truncated or none."""
+    """The array of a .npy file, memory-mapped if `mapped`. Raises UserError for a truncated or other file."""
     try:
         source = io.BytesIO(path.read_bytes()) if is_remote(path) else path
         return np.load(source, mmap_mode="r" if mapped else None, allow_pickle=False)
@@ -200,11 +200,10 @@ def open_array(path: pathlib.Path, remedy: str, *, mapped: bool = False) -> np.n
 class RowStore:
     """One source and language as packed rows on disk, memory-mapped and read only.
 
-    Attributes from its manifest: name, source, kind ("generic", "task", or "selected" of generic text), language,
-    split ("train" or "heldout"), num_rows, length, texts, cut (texts that became several segments; None in a store of
-    kd_jax 0.2), maskable, fingerprint (of
-    the content), tokenizer_fingerprint. Raises UserError when the folder is no whole store, or was built with another
-    tokenizer than `tokenizer_fingerprint`.
+    Attributes from its manifest: name, source, kind ("generic", "task", or "selected" for selected generic text),
+    language, split ("train" or "heldout"), num_rows, length, texts, cut (texts that became several segments; None in a
+    store of kd_jax 0.2), maskable, fingerprint (of the content), tokenizer_fingerprint. Raises UserError if the folder
+    is not a complete store, or was built with another tokenizer than `tokenizer_fingerprint`.
 
     find: gives the path of one of its files, verified; later: they are opened when the first rows are read, since they
     are still being fetched from a remote store.
@@ -274,5 +273,5 @@ class RowStore:
         return tokens[indices].astype(np.int32), segments[indices].astype(np.int32)
 
     def full_rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`rows` with the ids of the full tokenizer, also where a student's vocabulary is trimmed."""
+        """`rows` with the ids of the full tokenizer, even if a student's vocabulary is trimmed."""
         return self.rows(indices)

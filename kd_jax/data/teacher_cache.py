@@ -1,6 +1,6 @@
 """A teacher's predictions on disk: written once for each (store, row, masking epoch), read by every student.
 
-The files are those of kd_jax.data.parts. <store>.visits.npy says which rows the cache has in which masking epochs; a
+The files are those of kd_jax.data.parts. <store>.visits.npy lists the rows in the cache with their masking epochs; a
 part holds records of rows: corrupted ids, mask positions, targets, and the teacher's values.
 """
 
@@ -105,7 +105,7 @@ class CacheWriter(PartsWriter):
     ):
         self.stores, self.layout = stores, layout
         self._visits = [np.nonzero(seen) for seen in visits]
-        # A file of records each: (store, its visits in the order of masking epoch and row).
+        # For each file of records: (store, its visits in the order of masking epoch and row).
         self._places = [
             (number, slice(first, first + rows_per_part))
             for number, (_, rows) in enumerate(self._visits)

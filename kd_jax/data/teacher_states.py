@@ -24,7 +24,7 @@ from kd_jax.data.transfer_set import TransferSet
 from kd_jax.types import Batch, UserError
 
 COUNTS = "{}.counts"
-# A layer, for the states after it, or (layer, part) for its queries, keys or values, of all heads side by side.
+# A layer, for the states after it, or (layer, part) for its queries, keys or values, with all heads concatenated.
 Block = int | tuple[int, str]
 _CHUNK = 2**16  # rows whose segments are read at a time
 
@@ -47,9 +47,9 @@ def blocks_of(layers: Sequence[int], relations: Sequence[int]) -> tuple[Block, .
 class StatesWriter(PartsWriter):
     """The parts of a cache of states: consecutive rows of a store each, and writing them.
 
-    layers: the teacher's layers whose states are kept, of `width` numbers in `dtype`; `components` of them where they
-    are reduced, else 0. relations: those whose queries, keys and values are kept. identity: JSON values that a reader
-    compares; a folder begun with another one is refused.
+    layers: the teacher's layers whose states are kept, `width` numbers each in `dtype`, reduced to `components` unless
+    that is 0. relations: layers whose queries, keys and values are kept. identity: JSON values that a reader compares;
+    a folder begun with another one is refused.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class StatesWriter(PartsWriter):
         return tokens, texts
 
     def sample(self, most: int) -> list[tuple[int, np.ndarray]]:
-        """(store number, rows) of at most so many rows, evenly spread over all of them."""
+        """(store number, rows) of at most that many rows, evenly spread over all of them."""
         ends = np.cumsum([store.num_rows for store in self.stores])
         chosen = np.unique(np.linspace(0, ends[-1] - 1, min(most, ends[-1])).astype(np.int64))
         of_store = np.searchsorted(ends, chosen, side="right")
@@ -107,13 +107,13 @@ class StatesWriter(PartsWriter):
         return [(int(number), chosen[of_store == number] - firsts[number]) for number in np.unique(of_store)]
 
     def real(self, store: int, rows: np.ndarray, blocks: Sequence[np.ndarray], texts: np.ndarray) -> list[np.ndarray]:
-        """The vectors [v, width] of each block's real tokens, and of the texts, from padded [n, L or S, width]."""
+        """The vectors [v, width] of each block's real tokens, and of the texts, from padded ones [n, L or S, width]."""
         tokens, segments = self.used(store, rows)
         every = [*((tokens, vectors) for vectors in blocks), (segments, texts)]
         return [vectors[np.arange(vectors.shape[1]) < count[:, None]] for count, vectors in every]
 
     def pack(self, store: int, rows: np.ndarray, blocks: Sequence[np.ndarray], texts: np.ndarray) -> np.ndarray:
-        """The same in one array [v, width], row after row."""
+        """The vectors of `real` in one array [v, width], row after row."""
         tokens, segments = self.used(store, rows)
         total = tokens * len(blocks) + segments
         place = np.cumsum(total) - total
@@ -127,7 +127,7 @@ class StatesWriter(PartsWriter):
 
 
 class TeacherStates(Parts):
-    """A finished cache of states, memory-mapped. texts: the most in a row."""
+    """A finished cache of states, memory-mapped. texts: maximum number of texts in a row."""
 
     def __init__(self, folder: str | os.PathLike[str]):
         super().__init__(folder, "cache_states")
@@ -137,7 +137,7 @@ class TeacherStates(Parts):
         self._places: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def check_stores(self, stores: Sequence[RowStore]) -> None:
-        """Raises UserError for a store that the cache lacks, or whose rows are not those that it was made from."""
+        """Raises UserError for a store that the cache lacks, or whose rows have changed since."""
         for store in stores:
             recorded = self.manifest["rows"].get(store.name)
             remedy = "run cache_states with config.states.kinds that include it, into another directory"
@@ -167,7 +167,7 @@ class TeacherStates(Parts):
         return found[: len(blocks)], found[-1] if texts else None
 
     def centers(self, most: int = 16) -> tuple[dict[Block, np.ndarray], np.ndarray]:
-        """(mean vector of each block, mean of the texts), float32 [width], over at most so many parts.
+        """(mean vector of each block, mean of the texts), float32 [width], over at most that many parts.
 
         The parts are spread evenly over the cache, so all transfer sets that read it have the same centers.
         """
@@ -195,7 +195,7 @@ class TeacherStates(Parts):
         return counts
 
     def _places_of(self, store: RowStore) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens and texts of each row, int64 [rows]: how many vectors of its part stand before those of a row)."""
+        """(tokens and texts of each row, offset of each row's vectors in its part: int64 [rows])."""
         if store.name not in self._places:
             counts = self._counts_of(store.name)
             vectors = counts[:, 0].astype(np.int64) * len(self.blocks) + counts[:, 1]

@@ -72,7 +72,7 @@ class TransferSet:
 
         For each: rows, maskable tokens and utterances (from the stores' means), their shares, the epochs, the unique
         tokens and utterances (each counted once, however often it repeats), and the share of utterances that are longer
-        than a row, where the stores know it.
+        than a row, if the stores record it.
         """
         drawn = self.drawn(rows)
         epochs = drawn / self._num_rows

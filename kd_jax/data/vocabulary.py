@@ -104,7 +104,7 @@ def seen_by_student(prepared: Prepared, vocabulary: Vocabulary) -> Prepared:
 
 def train_counts(prepared: Prepared) -> np.ndarray:
     """int64 [tokens]: how often each token occurs in the train rows of all sources together; 0 for special tokens."""
-    # Selected text is a part of the generic text, and would be counted twice.
+    # Selected text is part of the generic text, and would be counted twice.
     stores = [store for store in prepared.stores("train") if store.kind != "selected"]
     return np.sum([store.token_counts(prepared.tokenizer.vocab_size) for store in stores], axis=0)
 

@@ -20,7 +20,7 @@ from kd_jax.runtime.preemption import interruptible
 from kd_jax.types import Array, Batch, Params
 
 Predict = Callable[[Params, Mapping[str, Array], Mapping[str, Array]], Any]
-Probabilities = Literal["none", "label", "all"]  # which of them records have
+Probabilities = Literal["none", "label", "all"]  # which probabilities records have
 
 
 class Spread(NamedTuple):
@@ -132,7 +132,7 @@ def decode_rows(
     """Valid IOB2 tags of each chosen utterance, from its row's scores and the column where it starts.
 
     A word counts by its first token; one without a token is "O". A character that shares the token of the character
-    before it continues that one's slot.
+    before it continues that character's slot.
     """
     found = [word_columns(labeled, number, first) for number, first in zip(chosen, firsts)]
     lengths = np.array([len(words) for words, _ in found], np.int64)  # empty if a process has only empty rows

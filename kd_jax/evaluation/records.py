@@ -3,7 +3,7 @@
 Fields of every record: id, locale, domain, intent, partition, test_sets (list), task ("dc" or "icner"), words (list).
 A DC record adds predicted_domain. An ICNER record adds gold_tags, predicted_intent, predicted_tags (IOB2, one for each
 word), the counts of strict scoring (gold_slots, correct, substitutions, insertions, deletions) and exact (intent and
-all spans right). A model that predicts no slots leaves predicted_tags and all after it null.
+all spans right). For a model that predicts no slots, predicted_tags and the fields after it are null.
 """
 
 import os
@@ -57,7 +57,7 @@ def domain_record(utterance: Utterance, test_sets: Sequence[str], predicted_doma
 def intent_slot_record(
     utterance: Utterance, test_sets: Sequence[str], predicted_intent: str, predicted_tags: Sequence[str] | None
 ) -> Record:
-    """The ICNER record of one utterance; ValueError unless predicted_tags holds one tag for each word.
+    """The ICNER record of one utterance. Raises ValueError unless predicted_tags has one tag for each word.
 
     predicted_tags: None for a model that predicts no slots.
     """

@@ -56,7 +56,7 @@ def _massive_exact(record: Record) -> bool:
 
 
 def _of_slots(term: Callable[[Record], Term]) -> Callable[[Record], Term]:
-    """A term that needs predicted slots: 0 of 0, so that the metric is undefined, where a model predicts none."""
+    """A term that needs predicted slots: 0 of 0, so that the metric is undefined, if a model predicts none."""
     return lambda record: (0.0, 0.0) if record["predicted_tags"] is None else term(record)
 
 

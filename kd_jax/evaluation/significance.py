@@ -1,16 +1,17 @@
 """Is a difference between students more than chance? Over seeds and utterances, and for many comparisons at once.
 
 A student's error rate varies with its seed (initialization, data order, finetuning) and with the utterances that
-happen to be in the test set. `compare` and `trend` cover both. The variance of an estimate is that over utterances
-(all students see the same ones, so it is of their mean difference) plus that over seeds (each student's own, which
-may differ tenfold), less what both count: the noise of single answers, seen in how differently the seeds answer the
-same utterance. Ratios are linearized. The interval is a t interval whose degrees of freedom (Satterthwaite 1946, as in
-Welch's test) are few if seeds cause most of the variance, and many if utterances do; it is never narrower than the one
-of the seeds alone. It does not cover what all seeds share: the teacher, the transfer set's own texts, the finetuning
-recipe, the languages. A student's only seed is not covered, and a baseline without a seed has none to cover.
+happen to be in the test set. `compare` and `trend` cover both. The variance of an estimate is that over utterances (of
+the mean difference, since all students see the same ones) plus that over seeds (each student's own, which may differ
+tenfold), minus what both count: the noise of single answers, estimated from how differently the seeds answer the same
+utterance. Ratios are linearized. The interval is a t interval whose degrees of freedom (Satterthwaite 1946, as in
+Welch's test) are few if seeds cause most of the variance, and many if utterances do; it is never narrower than that of
+the seeds alone. It does not cover what all seeds share: the teacher, the transfer set's own texts, the finetuning
+recipe, the languages. The variance over seeds is not covered for a student with one seed; a baseline without a seed has
+none.
 
 In simulated studies (tests/evaluation/test_simulated_studies.py; 500 or 2000 utterances, 3 or 5 seeds that spread by 0
-to 7 points, in one student up to three times as far) five equal students and n-grams were said to differ in 2.1 to
+to 7 points, in one student up to three times as far) five equal students and n-grams were reported to differ in 2.1 to
 5.5 % of 2,000 studies of each kind, at a nominal 5 %. docs/comparisons.md has the power.
 """
 
@@ -35,8 +36,7 @@ class ErrorCounts(NamedTuple):
     """The terms of an error rate: rate of a seed = sum of numerators / sum of denominators over utterances.
 
     numerator, denominator: float [S, N] for S seeds and N ids. Utterances that are translations of each other share an
-    id and are summed, because they are not independent. A model without a seed, which would come out the same each
-    time, has seeds (None,).
+    id and are summed, because they are not independent. A deterministic model has seeds (None,).
     """
 
     numerator: np.ndarray
@@ -65,8 +65,8 @@ class SeedMean(NamedTuple):
 class Difference(NamedTuple):
     """Error rate of a minus that of b (means over seeds), or its relative change; negative means a is better.
 
-    seeds: of the student that has fewer; a model without a seed counts for every seed of the other, and two of them
-    give 0.
+    seeds: of the student that has fewer; a model without a seed is compared with every seed of the other, and two such
+    models give 0.
     """
 
     difference: float
@@ -94,7 +94,7 @@ class Trend(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """A comparison with its p-value adjusted for all that were decided with it; status: LOWER, HIGHER or UNDECIDED."""
+    """A comparison, its p-value adjusted for all decided together, and its status: LOWER, HIGHER or UNDECIDED."""
 
     difference: Difference
     adjusted: float
@@ -118,8 +118,8 @@ def error_counts(
     """The terms of an error rate from each seed's records; None if nothing is in scope or a rate is undefined.
 
     records: seed -> records, the only key is None for a model without a seed. metric is a key of results.TERMS for the
-    records' task. parallel: whether records of one id are translations of each other, which belong together; if None,
-    their intents tell (`parallel_ids`). Raises ValueError if the seeds were tested on different utterances.
+    records' task. parallel: whether records of one id are translations, which count together; None infers it from their
+    intents (`parallel_ids`). Raises ValueError if the seeds were tested on different utterances.
     """
     seeds = tuple(records) if None in records else tuple(sorted(seed for seed in records if seed is not None))
     if parallel is None:
@@ -156,7 +156,7 @@ def over_seeds(values: Sequence[float]) -> SeedMean:
 
 
 def error_rate(one: ErrorCounts) -> tuple[float, float, float] | None:
-    """(error rate, low, high) of one student, over its seeds and the utterances as in `compare`; None where there is
+    """(error rate, low, high) of one student, over its seeds and the utterances as in `compare`; None if there is
     neither a second seed nor a second utterance."""
     if not comparable(one, one):
         return None
@@ -222,7 +222,7 @@ def decide(differences: Mapping[Name, Difference]) -> dict[Name, Decision]:
 
 
 def significance(estimate: float, p_value: float, seeds: int) -> str:
-    """LOWER or HIGHER than zero, or UNDECIDED; with too few seeds always the last."""
+    """LOWER or HIGHER than zero, or UNDECIDED, which it always is with too few seeds."""
     if p_value >= 1 - CONFIDENCE or 0 < seeds < MINIMUM_SEEDS:
         return UNDECIDED
     return LOWER if estimate < 0 else HIGHER
@@ -249,14 +249,14 @@ def _t_interval(
     together, from_seeds, spread, doubled = np.zeros(utterances), 0.0, 0.0, 0.0
     for one, weight in zip(students, weights, strict=True):
         seeds, rates = len(one.seeds), one.rates
-        # What each utterance adds to each seed's rate; rows sum to 0.
+        # The contribution of each utterance to each seed's rate; rows sum to 0.
         parts = (one.numerator - rates[:, None] * one.denominator) / one.denominator.sum(axis=1, keepdims=True)
         mean = parts.mean(axis=0)
         together += weight * mean
         if seeds > 1:
             own = weight**2 * float(rates.var(ddof=1)) / seeds
             from_seeds, spread = from_seeds + own, spread + own**2 / (seeds - 1)
-            # Seed and utterance together, as the residual of a table of two factors (its variance over S seeds).
+            # Interaction of seed and utterance: the residual of a two-way table (its variance over S seeds).
             doubled += weight**2 * float(((parts - mean) ** 2).sum()) / (seeds - 1) / seeds * _inflated(utterances)
     from_utterances = float((together**2).sum()) * _inflated(utterances)
     variance = max(from_utterances + from_seeds - doubled, from_utterances, from_seeds)
@@ -264,7 +264,7 @@ def _t_interval(
         return estimate, estimate, 1.0 if abs(estimate) < 1e-12 else 0.5 ** (utterances - 1)
     bounds = [(variance, variance**2 / (spread + from_utterances**2 / max(utterances - 1, 1)))]
     if from_seeds > doubled:
-        # Seeds that lie close together by chance would give too many degrees of freedom.
+        # Seeds that agree by chance would give too many degrees of freedom.
         bounds.append((from_seeds - doubled, from_seeds**2 / spread))
     half = max(float(special.stdtrit(freedom, (1 + CONFIDENCE) / 2)) * part**0.5 for part, freedom in bounds)
     p_value = max(float(2 * special.stdtr(freedom, -abs(estimate) / part**0.5)) for part, freedom in bounds)

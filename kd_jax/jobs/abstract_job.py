@@ -74,7 +74,7 @@ def abstract_job(config: ConfigDict, mesh: jax.sharding.Mesh) -> AbstractJob:
     what = read(CompileCheck, config.compile_check, "compile_check").command
     execution, masking = read_execution(config), read(Masking, config.masking, "masking")
     settings = read(Pretrain, config.pretrain, "pretrain") if what == "pretrain" else None
-    # Of unmasked and then masked text, the step with the logits: it is the larger one.
+    # If text is masked later, the step with the logits: it is the larger one.
     distill = read(Distill, config.distill, "distill").parts[-1][1] if what != "pretrain" else None
     vocabulary = read(Vocabulary, config.vocabulary, "vocabulary")
     which = settings.model if settings else "student"

@@ -1,6 +1,6 @@
 """Classifiers that students have to beat: n-grams, and a linear probe of the frozen teacher.
 
-scikit-learn and python-crfsuite do the work. Both are imported where they are used, since that takes seconds.
+scikit-learn and python-crfsuite are imported where they are used, since that takes seconds.
 """
 
 import functools
@@ -30,7 +30,7 @@ from kd_jax.trainer.run_directory import RunDirectory
 from kd_jax.types import UserError
 
 ABOUT = "baseline.json"
-CRF_ITERATIONS = 50  # of L-BFGS; more of them changed slot F1 on dev by less than half a point either way
+CRF_ITERATIONS = 50  # of L-BFGS; more changed slot F1 on dev by less than half a point in either direction
 KINDS = {"ngrams": "ngrams", "teacher": "probe"}  # config.baseline.features -> the row's kind in a study
 
 
@@ -58,7 +58,7 @@ class Labeled(NamedTuple):
 
 
 def labeled(prepared: Prepared, settings: Baseline, task: str) -> Labeled:
-    """What a student of the same labels sees, and is tested on. Raises UserError where either is missing."""
+    """The utterances that a student of these labels is trained and tested on. Raises UserError if either is missing."""
     given, test = labeled_train(prepared, settings.max_train, ""), of_domain(prepared.utterances, "test", "")
     for name, part in (("train", given), ("test", test)):
         if not part:
@@ -77,7 +77,7 @@ def run(
     progress: bool = False,
 ) -> dict[str, Any]:
     """Fits and scores each task; writes records.jsonl, results.jsonl and dev.json in a folder for each, and
-    baseline.json. Nothing of the models is kept.
+    baseline.json. The models are not kept.
     """
     directory.start(tokenizer_fingerprint=prepared.tokenizer.fingerprint)
     started, spent = time.monotonic(), {}
@@ -123,7 +123,7 @@ def _rows(rows: Mapping[int, np.ndarray], utterances: Sequence[Utterance]) -> np
 
 
 class Fitted(NamedTuple):
-    """The models of one task. tagger: None where no slots are predicted."""
+    """The models of one task. tagger: None if no slots are predicted."""
 
     task: str
     features: Callable[[Sequence[Utterance]], Any]
@@ -184,7 +184,7 @@ def fit(task: str, data: Labeled, features: Callable[[Sequence[Utterance]], Any]
 
 
 def scores(records: Sequence[Record], task: str) -> dict[str, float | None]:
-    """`dev_scores`; "score" leaves slots out where none are predicted, and is None without records."""
+    """`dev_scores`; "score" excludes slots if none are predicted, and is None without records."""
     found: dict[str, float | None] = {**dev_scores(records, task)}
     if not records:
         found["score"] = None
@@ -194,7 +194,7 @@ def scores(records: Sequence[Record], task: str) -> dict[str, float | None]:
 
 
 def logistic_regression(x: Any, labels: Sequence[str], c: float) -> Model:
-    """scikit-learn's, or a constant where there is one class."""
+    """scikit-learn's logistic regression, or a constant if there is one class."""
     from sklearn.dummy import DummyClassifier
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
@@ -203,19 +203,19 @@ def logistic_regression(x: Any, labels: Sequence[str], c: float) -> Model:
         return DummyClassifier(strategy="most_frequent").fit(x, labels)
     # On one thread: a sum's order, and with it the last bits, would depend on the number of cores.
     with threadpool_limits(1), warnings.catch_warnings():
-        # With few labels it asks whether names, of which many occur once, are numbers to be predicted.
+        # With few labels, many names occur once, and scikit-learn asks whether this should be a regression.
         warnings.filterwarnings("ignore", message="The number of unique classes is greater than 50%")
         return LogisticRegression(C=c, max_iter=1000).fit(x, labels)
 
 
 def ngrams(train: Sequence[Utterance]) -> Callable[[Sequence[Utterance]], Any]:
-    """Utterances -> sparse float64 [utterances, n-grams] of words 1-2 and characters 2-5 within words, by TF-IDF; both
-    with the n-grams and frequencies of the train utterances.
+    """Utterances -> sparse float64 [utterances, n-grams]: TF-IDF of words 1-2 and of characters 2-5 within words, with
+    the n-grams and frequencies of the train utterances.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.pipeline import FeatureUnion
 
-    # Every run of word characters is a word, also a single one, so that no language's vocabulary is empty.
+    # Every run of word characters is a word, even of length one, so that no language has an empty vocabulary.
     words = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\S+")
     characters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5))
     union = FeatureUnion([("words", words), ("characters", characters)])
@@ -238,14 +238,14 @@ class Tagger:
 
 
 def crf(train: Sequence[Utterance], c: float) -> Model:
-    """A linear-chain CRF with L2 penalty 1 / (2 c), as that of the logistic regression, trained by L-BFGS."""
+    """A linear-chain CRF with L2 penalty 1 / (2 c), as in the logistic regression, trained by L-BFGS."""
     import pycrfsuite
 
     trainer = pycrfsuite.Trainer(algorithm="lbfgs", verbose=False)
     trainer.set_params({"c1": 0.0, "c2": 0.5 / c, "max_iterations": CRF_ITERATIONS})
     for one in train:
         trainer.append(word_features(one.words), one.tags)
-    with tempfile.TemporaryDirectory() as folder:  # crfsuite writes a file, and nothing else
+    with tempfile.TemporaryDirectory() as folder:  # crfsuite can only write to a file
         file = f"{folder}/model"
         trainer.train(file)
         with open(file, "rb") as model:
@@ -253,7 +253,7 @@ def crf(train: Sequence[Utterance], c: float) -> Model:
 
 
 def word_features(words: Sequence[str]) -> list[list[str]]:
-    """Of each word: itself, its beginnings and ends, its shape, and the words around it."""
+    """Features of each word: the word, its prefixes and suffixes, its shape, and the words around it."""
     lower = [word.casefold() for word in words]
     around = ["<s>", "<s>", *lower, "</s>", "</s>"]
     found = []
@@ -279,7 +279,7 @@ def tags_of(tagger: Model, utterances: Sequence[Utterance]) -> list[list[str]]:
 
 
 def slot_f1(utterances: Sequence[Utterance], tags: Sequence[Sequence[str]]) -> float:
-    """Micro F1 as results.py has it; 0 without any slot."""
+    """Micro F1 as in results.py; 0 without any slot."""
     term = TERMS["icner"]["slot_f1"]
     terms = [term(intent_slot_record(one, (), "", found)) for one, found in zip(utterances, tags, strict=True)]
     spans = sum(total for _, total in terms)

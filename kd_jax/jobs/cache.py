@@ -67,7 +67,7 @@ def identity(
         "teacher": trained.parameters_fingerprint(teacher.workdir, KEY),
         "tokenizer": prepared.tokenizer.fingerprint,
         "vocabulary policy": vocabulary.dropped if vocabulary.trim else "",
-        # Older caches lack it: there the teacher read <unk> where the student's vocabulary lacks a token.
+        # Older caches lack this key: there the teacher read <unk> for tokens that the student's vocabulary lacks.
         **({"reading of dropped tokens": "as themselves"} if teacher.kept is not None else {}),
         "rows": {store.name: store.fingerprint for store in prepared.stores("train")},
         "masking": dataclasses.asdict(masking),
@@ -191,7 +191,7 @@ def write_parts(
     part: Callable[..., tuple[np.ndarray, dict[str, float]] | None],
     shown: bool,
 ) -> None:
-    """Writes the parts with those numbers. part(*rows, count) gives (array, statistics) of a part; None where another
+    """Writes the parts with these numbers. part(*rows, count) returns (array, statistics) of a part; None if another
     process writes it."""
     total = sum(len(writer.rows_of(number)[1]) for number in wanted)
     with Count(directory.path.name, "rows", total, shown=shown) as count:
@@ -207,8 +207,8 @@ def finished(
     attached: Sequence[str],
     summarize: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> dict[str, Any] | None:
-    """Writes manifest and summary once every part is there, and returns what DONE is to say; None while other machines
-    write theirs."""
+    """Writes manifest and summary once every part exists, and returns the content of DONE; None while other machines
+    still write theirs."""
     first = jax.process_index() == 0
     manifest = writer.finish(attached) if first else None
     left = distributed.from_first(len(writer.missing(0, 1)) if manifest is None else 0)

@@ -46,7 +46,7 @@ from kd_jax.types import Array, Batch, Params, UserError
 Task = Literal["dc", "icner"]
 DEV = "dev.json"
 THRESHOLD = "threshold"  # in dev.json
-REFUSED = 0.05  # share of the right answers on dev that a threshold refuses
+REFUSED = 0.05  # share of the correct answers on dev that a threshold refuses
 
 
 def keys(config: ConfigDict) -> tuple[str, ...]:
@@ -135,7 +135,7 @@ def labeled_dev(prepared: Prepared, settings: Finetune | Baseline, domain: str =
 
 
 def check_patience(settings: Finetune, dev: Sequence[Utterance], domain: str) -> None:
-    """Raises UserError for early stopping without an utterance to measure it by."""
+    """Raises UserError for early stopping without a dev utterance."""
     of = f" of domain {domain}" if domain else ""
     require(
         bool(dev) or not settings.patience,
@@ -146,14 +146,14 @@ def check_patience(settings: Finetune, dev: Sequence[Utterance], domain: str) ->
 
 
 def unlabeled_train(prepared: Prepared, max_train: int) -> list[Utterance]:
-    """The train utterances whose labels finetuning may not see."""
+    """The train utterances whose labels finetuning must not see."""
     labeled = {(one.locale, one.id) for one in labeled_train(prepared, max_train, "")}
     return [one for one in of_domain(prepared.utterances, "train", "") if (one.locale, one.id) not in labeled]
 
 
 def predicted_labels(prepared: Prepared, settings: Finetune | Baseline, task: str, block: str) -> list[Utterance]:
-    """The utterances that the evaluate run `labels` of config.<block> labeled, with the task's labels replaced by its
-    predictions; none without such a run. Raises UserError for a run that gives no further labels of the task.
+    """The utterances that the evaluate run config.<block>.labels labeled, with the task's labels replaced by its
+    predictions; none without such a run. Raises UserError for a run that adds no labels for the task.
     """
     if not settings.labels:
         return []
@@ -182,9 +182,9 @@ def predicted_labels(prepared: Prepared, settings: Finetune | Baseline, task: st
 
 
 def with_steps(settings: Finetune, utterances: int) -> Finetune:
-    """The settings with epochs turned into steps, and evaluate_every=0 with patience into once an epoch.
+    """The settings with epochs converted to steps; with patience, evaluate_every=0 becomes once per epoch.
 
-    Raises UserError where there is nothing to train on.
+    Raises UserError if there is nothing to train on.
     """
     if not utterances:
         raise UserError("config.nlu: there is no utterance to train on; give a data set with a train partition")
@@ -359,7 +359,7 @@ def dev_scores(records: Sequence[Record], task: str) -> dict[str, float]:
 
 
 def threshold(records: Sequence[Record]) -> dict[str, float]:
-    """{THRESHOLD: value}, below which the probability of REFUSED of the right domains or intents lies; {} of none."""
+    """{THRESHOLD: value}: the REFUSED quantile of the probabilities of correct domains or intents; {} if none is."""
     likely = [
         one["probability"]
         for one in records
@@ -405,7 +405,7 @@ def scored_utterances(checkpoint: pathlib.Path, prepared: Prepared, partition: s
 
 
 def labels_used(checkpoint: pathlib.Path, prepared: Prepared) -> list[Utterance]:
-    """The train utterances whose labels a finetuned model saw; all of them for an exported one, which does not say."""
+    """The train utterances whose labels a finetuned model saw; all of them for an exported one, which has no record."""
     exported = serving.is_served(checkpoint)
     limit = 0 if exported else trained.run_config(checkpoint, "evaluate.checkpoint").finetune.max_train
     return labeled_train(prepared, limit, "")
@@ -448,7 +448,7 @@ def load_finetuned(folder: pathlib.Path, prepared: Prepared, mesh, compute_dtype
 
 
 def seen_by(folder: pathlib.Path, config: ConfigDict, run: Mapping[str, Any], prepared: Prepared) -> serving.Seen:
-    """What a run noted of the labeled text it saw; runs of 0.2.0 did not, so the text is looked at again."""
+    """What a run recorded about its labeled text; runs of 0.2.0 did not, so the text is read again."""
     if "seen" in run:
         seen = serving.Seen.from_json(run["seen"])
     else:

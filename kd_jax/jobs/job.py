@@ -30,7 +30,7 @@ from kd_jax.types import Batch, Params
 
 Model = Functional | WithProjections
 
-BEST_STEP = "best_step"  # in DONE, where a run kept the parameters of its best evaluation: that evaluation's step
+BEST_STEP = "best_step"  # in DONE, if a run kept the parameters of its best evaluation: the step of that evaluation
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,10 @@ class Batches(Protocol):
 class Job:
     """A training run, in the terms that all of them share.
 
-    evaluate(params, step) -> metrics; it may also write files. best: which of the evaluations counts; None has only the
-    last parameters. init replaces some or all of the parameters that are drawn from the seed. rules: how the trained
-    model is sharded. tables: sharding tables of frozen models, printed at the start where there are several devices.
+    evaluate(params, step) -> metrics; it may also write files. best: how the best evaluation is chosen; None keeps only
+    the last parameters. init replaces some or all of the parameters that are drawn from the seed. rules: how the
+    trained model is sharded. tables: sharding tables of frozen models, printed at the start if there are several
+    devices.
     notes: for run.json.
     """
 

@@ -32,7 +32,7 @@ def encoder_model(
 ) -> Functional:
     """The masked LM of one encoder block of the config (config.<key>), with the tokenizer's vocabulary filled in.
 
-    attention: other than plain only for steps that state their mesh.
+    attention: not plain only for steps that set their mesh.
     """
     values = encoder_config(dict(encoder), prepared.tokenizer.vocab_size, f"config.{key}")
     length = prepared.settings.rows.length
@@ -72,7 +72,7 @@ def heldout_evaluation(
 ) -> Callable[[Params, int], dict[str, float]]:
     """The evaluation of a masked-LM job: held-out losses as metrics, and by store in heldout.json.
 
-    measures: False where the masked-LM head is not trained; the file then says that there is no loss.
+    measures: False if the masked-LM head is not trained; the file then records no loss.
     """
     encoder = model.student if isinstance(model, WithProjections) else model
 

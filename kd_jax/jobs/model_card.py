@@ -25,7 +25,7 @@ from kd_jax.trainer.run_directory import CONFIG, RUN, is_done
 from kd_jax.types import UserError
 
 KEY = "export.results"
-TEXT_HEADS = {"dc": "domain_head.safetensors", "icner": "intent_head.safetensors"}  # where they are files of their own
+TEXT_HEADS = {"dc": "domain_head.safetensors", "icner": "intent_head.safetensors"}  # if they are separate files
 
 # Metrics that the card shows, in percent, under the names of the report's tables.
 SHOWN = {
@@ -102,7 +102,7 @@ for token, tag in zip(tokenizer.convert_ids_to_tokens(batch["input_ids"][0].toli
     print(token, model.config.id2label[tag])""",
 }
 
-# The head that classifies a text, behind the states of its tokens.
+# The head that classifies a text, applied to the states of its tokens.
 _HEAD = """x = POOLED
 x = torch.nn.functional.linear(x, head["dense.weight"], head.get("dense.bias"))
 x = ACTIVATION
@@ -246,7 +246,7 @@ def _origin(workdir: pathlib.Path) -> Iterator[str]:
 
 
 def _chain(workdir: pathlib.Path) -> list[tuple[pathlib.Path, ConfigDict]]:
-    """A run and those that it started from, the first of all last; empty where its directory is gone."""
+    """A run and those that it started from, the earliest last; empty if its directory is gone."""
     if not (workdir / CONFIG).is_file():
         return []
     config = trained.run_config(workdir, "export.checkpoint")
@@ -262,7 +262,7 @@ def _teachers(config: ConfigDict) -> list[str]:
     )
     if checkpoints:
         return checkpoints
-    # Of a cache that is gone, its name is all that is known.
+    # If a cache is gone, only its name is known.
     of_caches = [_teachers(chain[0][1]) if (chain := _chain(as_path(one))) else [one] for one in caches]
     return list(dict.fromkeys(itertools.chain.from_iterable(of_caches)))
 
@@ -272,7 +272,7 @@ def _names(config: ConfigDict) -> str:
 
 
 def _name(teacher: pathlib.Path) -> str:
-    """A teacher by the model that it is, not by the directory of its run."""
+    """A teacher by its model, not by the directory of its run."""
     if not (chain := _chain(teacher)):
         return teacher.name
     first, config = chain[-1]
@@ -370,7 +370,7 @@ def _is_scored(folder: pathlib.Path) -> bool:
 
 def _scored(folder: pathlib.Path) -> str:
     config = read_json_object(folder / "config.json")["config"]
-    # Labels for others to learn from are no score.
+    # Labels for other models to learn from are not a score.
     scored = "evaluate" in config and config["evaluate"]["partition"] != "unlabeled"
     return config["evaluate"]["checkpoint"] if scored else ""
 
@@ -411,7 +411,7 @@ def _usage(model: Functional) -> str:
 
 
 def _activation(shape: EncoderConfig) -> str:
-    """PyTorch code for what is between the two layers of a head."""
+    """PyTorch code for the activation between the two layers of a head."""
     if shape.head_style != "modernbert":
         return "torch.tanh(x)"
     activation = {

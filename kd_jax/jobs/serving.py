@@ -39,10 +39,10 @@ CLASSES = {"dc": ("domains",), "icner": ("intents", "tags")}
 
 
 class Seen(NamedTuple):
-    """What a model has seen of labeled text, for `predict`; by default what old runs and exports say, which is nothing.
+    """What a model has seen of labeled text, for `predict`; the default is for old runs and exports without a record.
 
-    threshold: the probability of its label below which a model gave 5 % of its right answers on dev. character_locales:
-    those of config.nlu.
+    threshold: the probability of its label below which a model gave 5 % of its correct answers on dev.
+    character_locales: those of config.nlu.
     """
 
     form: TextForm = TextForm()
@@ -70,7 +70,7 @@ class Seen(NamedTuple):
     def from_json(cls, values: Mapping[str, Any]) -> "Seen":
         """The inverse of `to_json`."""
         domains = {intent: tuple(names) for intent, names in values["domains_of_intents"].items()}
-        locales = tuple(values.get("character_locales", CHARACTER_LOCALES))  # which 0.2.0 could not change
+        locales = tuple(values.get("character_locales", CHARACTER_LOCALES))  # fixed in 0.2.0
         return cls(TextForm(**values["form"]), domains, values["threshold"], locales)
 
 
@@ -143,7 +143,7 @@ def read(folder: pathlib.Path) -> Served:
     about = read_json_object(folder / ABOUT, "export the model again")
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: holds {ABOUT} without {WEIGHTS}; export the model again")
-    verify(folder, about.get("files", {}), "export the model again")  # which folders of 0.3.0 do not name
+    verify(folder, about.get("files", {}), "export the model again")  # missing in folders of 0.3.0
     names = CLASSES[about["task"]]
     maps = LabelMaps(**{name: tuple(about[name]) if name in names else () for name in ("domains", "intents", "tags")})
     sizes: dict[str, Any] = {name: len(about[name]) for name in names}
@@ -161,7 +161,7 @@ def read(folder: pathlib.Path) -> Served:
     if found != wanted:
         wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
         raise UserError(f"{folder / WEIGHTS}: {wrong[0]} does not match {ABOUT}; export the model again")
-    seen = Seen.from_json(about["seen"]) if "seen" in about else Seen()  # which folders of 0.2.0 do not say
+    seen = Seen.from_json(about["seen"]) if "seen" in about else Seen()  # missing in folders of 0.2.0
     return Served(model, params, maps, Tokenizer.load(folder), about["length"], seen)
 
 

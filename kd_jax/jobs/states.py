@@ -45,16 +45,17 @@ from kd_jax.types import Batch, Params
 
 MEAN_ROWS = 32  # rows in which utterances are read at a time
 SAMPLED_ROWS = 2048  # that principal components are computed from
-EXPLAINED = "explained"  # array next to the parts: the share of the variance that the components keep, of each array
+EXPLAINED = "explained"  # array next to the parts: the share of the variance of each array that its components keep
 
 
 def find_teacher(
     workdir: str, prepared: Prepared, states: States, compute_dtype: str, rules: Rules, attention: Kernel
 ) -> tuple[Teacher, Prepared]:
     """The teacher of config.teacher_checkpoint, and the prepared folder in the ids that it reads: the tokenizer's, or
-    those of its own trimmed vocabulary. No student's vocabulary plays a part.
+    those of its own trimmed vocabulary, regardless of the student's.
 
-    A teacher with another tokenizer comes with the prepared folder of its own run, if only means of texts are kept.
+    A teacher with another tokenizer comes with the prepared folder of its own run; only means of texts can be kept
+    then.
     """
     require(
         bool(workdir) and "," not in workdir, KEY, f"a cache holds one teacher's states, not {workdir!r}", "name one"
@@ -77,7 +78,7 @@ def identity(teacher: Teacher) -> dict[str, Any]:
 
 
 def same_texts(prepared: Prepared, read_by_teacher: Prepared) -> bool:
-    """Whether a teacher reads the rows of `prepared`, be it through a vocabulary of its own."""
+    """Whether a teacher reads the rows of `prepared`, possibly through its own vocabulary."""
     full = read_by_teacher.full if isinstance(read_by_teacher, TrimmedPrepared) else read_by_teacher
     return full.tokenizer.fingerprint == prepared.tokenizer.fingerprint
 
@@ -99,8 +100,8 @@ def stores_of(states: States, prepared: Prepared) -> list[RowStore]:
 
 
 def check_part(states: States, execution: Execution, folder: pathlib.Path) -> None:
-    """Refuses to begin with another part than the first where components are kept. Raises UserError."""
-    # Two machines could find other last bits, and then each would write parts in a basis of its own.
+    """Raises UserError for starting with another part than the first if components are kept."""
+    # Two machines could get different last bits, and each would write parts in its own basis.
     ready = not states.components or execution.cache_part == 0 or f"{EXPLAINED}.npy" in names_in(folder)
     remedy = f"start part 0, and this one when {folder / EXPLAINED}.npy is there"
     require(ready, "cache_part", "part 0 computes the components", remedy)
@@ -115,7 +116,7 @@ def write_states(
     mesh: jax.sharding.Mesh,
     execution: Execution,
 ) -> dict[str, Any] | None:
-    """Writes the parts that are missing; returns what DONE is to say, or None while other machines write theirs.
+    """Writes the missing parts; returns the content of DONE, or None while other machines still write theirs.
 
     prepared: of the students. read_by_teacher: in the teacher's ids, see `find_teacher`.
     """
@@ -172,15 +173,15 @@ class _Reader:
         if jax.process_index() != 0:
             return None
         vectors = np.concatenate(blocks)
-        # NumPy rounds what is too large for float16 to infinity, which would surface as a loss that is no number.
+        # NumPy rounds what is too large for float16 to infinity, which would surface as a loss that is not finite.
         problem = f"some states of {self._writer.stores[store].name} do not fit {self._writer.dtype.name}"
         require(bool(np.isfinite(vectors).all()), "states.dtype", problem, "use float32")
         tokens, texts = self._writer.used(store, rows)
         return vectors, {"rows": len(rows), "tokens": int(tokens.sum()), "texts": int(texts.sum())}
 
     def _batches(self, store: int, rows: np.ndarray, done: Count | None):
-        """(slice of `rows`, vectors of each block, means of the texts) of one batch after the other; the arrays only on
-        process 0, nothing on the others."""
+        """(slice of `rows`, vectors of each block, means of the texts), batch by batch, on process 0; nothing on the
+        others."""
         first, mine = jax.process_index() == 0, slice(*process_slice(self._batch_rows, *process_share(self._mesh)))
         for start in interruptible(range(0, len(rows), self._batch_rows), "the teacher's states"):
             count = len(rows[start : start + self._batch_rows])
@@ -196,8 +197,8 @@ class _Reader:
         return [one @ basis for one, basis in zip(arrays, self.bases, strict=True)] if self.bases else arrays
 
     def components(self, count: int) -> list[np.ndarray]:
-        """The bases float32 [H, count] of each array that is kept, and the share of the variance that each one keeps;
-        of a sample of rows. On process 0; empty arrays on the others."""
+        """The basis float32 [H, count] of each array that is kept, and the share of its variance that it explains, from
+        a sample of rows. On process 0; empty arrays on the others."""
         names = len(self._writer.layers) + 1
         moments: list[Any] = [0.0] * names
         sums: list[Any] = [0.0] * names
@@ -218,8 +219,8 @@ class _Reader:
 def principal(moments_HxH: np.ndarray, sums_H: np.ndarray, count: int, components: int) -> tuple[np.ndarray, float]:
     """(basis float32 [H, components], share of the variance that it keeps) of vectors given by their sums.
 
-    The directions of the largest second moments, not of the largest variances: distances and cosines are then those of
-    the whole vectors, which lose what lies outside of the basis and are not moved.
+    The directions of the largest second moments, not of the largest variances: vectors lose what lies outside the basis
+    but are not shifted, so distances and cosines approximate those of the whole vectors.
     """
     _, vectors = np.linalg.eigh(moments_HxH)
     basis = vectors[:, ::-1][:, :components]
@@ -260,8 +261,9 @@ def mean_states(
     mesh: jax.sharding.Mesh,
     done: Callable[[int], object] = lambda count: None,
 ) -> np.ndarray:
-    """float32 [utterances, H]: the mean of the last layer over the tokens of each utterance, special ones included; the
-    same in every process. An utterance that is longer than a row of `prepared` is cut. Raises Preempted.
+    """float32 [utterances, H]: the mean of the last layer over the tokens of each utterance, special ones included.
+
+    The same in every process. Utterances longer than a row of `prepared` are cut. Raises Preempted.
     """
     length, rows = prepared.settings.rows.length, math.lcm(MEAN_ROWS, row_multiple(mesh))
     texts = LabeledSet(utterances, prepared.tokenizer, LabelMaps((), (), ()), "dc", length)
@@ -318,7 +320,7 @@ def summary(manifest: dict[str, Any], explained: Sequence[float]) -> dict[str, A
 def cached_states(
     folder: str, teacher: Teacher, distill: Distill, vocabulary: Vocabulary, prepared: Prepared, student: EncoderConfig
 ) -> TeacherSide:
-    """The states that cache_states wrote, as targets of a student; no teacher is in memory."""
+    """The states that cache_states wrote, as a student's targets, without a teacher in memory."""
     cache = TeacherStates(folder)
     cache.check(identity(teacher))
 

@@ -42,7 +42,7 @@ from kd_jax.trainer.state import with_shardings
 from kd_jax.types import Batch, Params
 
 KEY = "teacher_checkpoint"
-TOKENS_AT_A_TIME = 1024  # that a teacher reads alone, for a student's token table
+TOKENS_AT_A_TIME = 1024  # batch size, when a teacher reads tokens alone for a student's token table
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Teacher:
         return trained.trained_params(self.workdir, self.model, mesh, rules=self.rules)
 
     def token_table(self, mesh: jax.sharding.Mesh) -> jax.Array:
-        """Its token table [V, H], read without the other parameters staying in memory."""
+        """Its token table [V, H]; the other parameters do not stay in memory."""
         found = trained.trained_params(self.workdir, self.model, mesh, "encoder", self.rules)
         return found["encoder"]["embeddings"]["tokens"]
 
     def token_states(self, mesh: jax.sharding.Mesh, prepared: Prepared) -> np.ndarray:
-        """float32 [student tokens, H]: its mean state of each token that it reads alone, between the special ones."""
+        """float32 [student tokens, H]: its mean state of each token, read alone between the special ones."""
         full = prepared.full if isinstance(prepared, TrimmedPrepared) and self.kept is not None else prepared
         ids = np.arange(self.model.config.vocab_size) if self.kept is None else self.kept
         params, means = self.params(mesh), jax.jit(functools.partial(_mean_states, self.model))
@@ -101,8 +101,10 @@ def find_teachers(
     any_tokenizer: bool = False,
     attention: Kernel = PLAIN,
 ) -> list[Teacher]:
-    """The teachers of config.teacher_checkpoint, joined by commas; their tokenizers are compared with the student's,
-    unless any will do, since only cached means of their states are used. Raises UserError."""
+    """The teachers of config.teacher_checkpoint, joined by commas.
+
+    Raises UserError if a tokenizer differs from the student's, unless only cached means of their states are used.
+    """
     workdirs = [name.strip() for name in names.split(",") if name.strip()]
     require(bool(workdirs), KEY, "it is empty", "give the workdir of a pretrain run")
     full = prepared.full if isinstance(prepared, TrimmedPrepared) else prepared
@@ -122,7 +124,7 @@ def find_teachers(
 
 
 def check_heads(teachers: list[Teacher], key: str) -> None:
-    """Raises UserError for a teacher that was imported without a masked-LM head; config.<key> wants its predictions."""
+    """Raises UserError for a teacher that was imported without a masked-LM head; config.<key> needs its predictions."""
     for one in teachers:
         drawn = read_json(as_path(one.workdir) / "run.json").get("masked_lm_head") == "new"
         problem = f"{one.workdir} was imported without a masked-LM head, so it predicts nothing"
@@ -136,8 +138,8 @@ class TeacherSide:
 
     phases: from which step on, which teachers are in the loop, and the constants that the step then reads.
     batches(transfer_set): rows masked here, or rows from a cache with the teacher's predictions.
-    form: how the predictions reach the loss. shape: the (first) teacher's, None where no inner states are to be had.
-    tables: the sharding of what is frozen, as lines. width: of its states where they are reduced; 0 is the shape's.
+    form: how the predictions reach the loss. shape: the (first) teacher's; None if there are no inner states. tables:
+    the sharding of frozen parameters, as lines. width: of its states if they are reduced; 0 means the shape's.
     """
 
     form: TeacherForm
@@ -151,7 +153,7 @@ class TeacherSide:
 def in_the_loop(
     teachers: list[Teacher], distill: Distill, masking: Masking, form: TeacherForm, prepared: Prepared, mesh
 ) -> TeacherSide:
-    """Teachers that predict every batch: all averaged, or one after the other. Raises UserError."""
+    """Teachers in memory that predict every batch: averaged, or one after the other. Raises UserError."""
     remedy = "name one in config.teacher_cache, or set it to False"
     require(not distill.center, "distill.center", "the mean is that of a cache of states", remedy)
 
@@ -233,9 +235,9 @@ def step_settings(
 ) -> tuple[DistillSettings, WithProjections]:
     """The loss as the step computes it, and the student with the projections that its terms need.
 
-    teacher: the shape of the (first) teacher; None where only the terms on logits are used. width: of the teacher's
-    states where a cache has reduced them; 0 is the shape's. fused: as in DistillSettings. Raises UserError for layer
-    maps, relation heads and projections that the two shapes do not allow.
+    teacher: the shape of the (first) teacher; None if only the terms on logits are used. width: of the teacher's states
+    if a cache has reduced them; 0 means the shape's. fused: as in DistillSettings. Raises UserError for layer maps,
+    relation heads and projections that the two shapes do not allow.
     """
     shape = student.config
     layers: dict[str, Any] = {}
@@ -274,7 +276,7 @@ def layers_of(term: str, written: str, student: EncoderConfig, teacher: EncoderC
 def initialization(
     distill: Distill, model: WithProjections, teacher: Teacher, prepared: Prepared, mesh: jax.sharding.Mesh
 ) -> tuple[Callable[[Params], Params], list[str]]:
-    """distill.init=teacher: (drawn parameters -> parameters that start from the teacher, remarks on it)."""
+    """distill.init=teacher: (drawn parameters -> parameters that start from the teacher, remarks about it)."""
     student, shape = model.student, teacher.model.config
     layers = layers_to_copy(distill, student.config, shape)
     if layers:
@@ -299,7 +301,7 @@ def initialization(
             values = np.where(np.arange(values.shape[1]) < shape.hidden_size, values, gathered(drawn))
         if jax.process_index() == 0:
             print(f"The student's token table keeps {kept:.0%} of the variance of its teacher's {distill.table_from}.")
-        # The same bits on every device, whatever the hosts' libraries make of them.
+        # The same bits on every device, even if the hosts' libraries differ.
         values = np.asarray(multihost_utils.broadcast_one_to_all(values))
         encoder = params["encoder"]
         embeddings = {**encoder["embeddings"], "tokens": placed(values, drawn.sharding)}
@@ -311,7 +313,7 @@ def initialization(
 
 
 def layers_to_copy(distill: Distill, student: EncoderConfig, teacher: EncoderConfig) -> tuple[int, ...]:
-    """The teacher's layer for each of the student's, by config.distill.init_layers; () takes the token table alone, as
+    """The teacher's layer for each of the student's, by config.distill.init_layers; () means the token table alone, as
     at another width. Raises UserError."""
     key, written = "distill.init_layers", distill.init_layers
     if written == "none":

@@ -34,7 +34,7 @@ def run_config(workdir: str | pathlib.Path, key: str) -> ConfigDict:
 
 
 def _recorded(workdir: str | pathlib.Path, name: str, key: str) -> dict[str, Any]:
-    """config.json or run.json of a run."""
+    """Reads config.json or run.json of a run."""
     try:
         return read_json_object(as_path(workdir) / name)
     except (FileNotFoundError, NotADirectoryError):
@@ -93,7 +93,7 @@ def first_difference(theirs: Tokenizer, ours: Tokenizer) -> str:
 
 
 def own_prepared(workdir: str | pathlib.Path, key: str) -> Prepared:
-    """The prepared folder that a run was made with, for its tokenizer. Raises UserError where it is gone."""
+    """The prepared folder that a run was made with, for its tokenizer. Raises UserError if it is gone."""
     folder = as_path(run_config(workdir, key).prepared)
     if not is_there(folder / MANIFEST):
         raise UserError(
@@ -114,7 +114,7 @@ def run_prepared(workdir: str | pathlib.Path, prepared: Prepared, key: str) -> P
 
 
 def whole(file: pathlib.Path) -> pathlib.Path:
-    """One of RESULT_FILES of a run; UserError where it was changed or removed since the run has finished."""
+    """One of RESULT_FILES of a run. Raises UserError if it was changed or removed since the run finished."""
     for folder in (file.parent, file.parent.parent):  # a baseline has one folder for each task
         noted = ended(folder).get(SUMS, {}).get(file.relative_to(folder).as_posix())
         if noted is not None and not (file.is_file() and digest_of(file) == noted):
@@ -123,7 +123,7 @@ def whole(file: pathlib.Path) -> pathlib.Path:
 
 
 def ended(workdir: str | pathlib.Path) -> dict[str, Any]:
-    """What a finished run noted at its end; {} for one that is not finished."""
+    """What a finished run recorded at its end; {} for one that is not finished."""
     try:
         return read_json_object(as_path(workdir) / DONE)
     except (FileNotFoundError, NotADirectoryError):
@@ -131,7 +131,7 @@ def ended(workdir: str | pathlib.Path) -> dict[str, Any]:
 
 
 def parameters_fingerprint(workdir: str | pathlib.Path, key: str) -> str:
-    """Of the parameters that count of a finished run."""
+    """Fingerprint of a finished run's parameters: those of its best evaluation if it kept them, else the last."""
     notes = ended(workdir)
     if notes:
         return notes["parameters_fingerprint"]
@@ -147,8 +147,8 @@ def trained_params(
     subtree: str | None = None,
     rules: Rules = DEFAULT,
 ) -> Params:
-    """The parameters (or one subtree) of a run, placed on the mesh by the rules: those of its best evaluation if it has
-    ended and kept them, else those of its newest checkpoint."""
+    """The parameters (or one subtree) of a run, placed on the mesh by the rules: those of its best evaluation if it
+    finished and kept them, else those of its newest checkpoint."""
     abstract, axes = model.abstract(), model.logical_axes()
     if subtree:
         abstract, axes = {subtree: abstract[subtree]}, {subtree: axes[subtree]}

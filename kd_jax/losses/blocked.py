@@ -41,14 +41,14 @@ def blocked_losses(
     block; its results are summed. logits are float32. per_position: pytree of arrays [R, K, ...], passed as [B, ...].
     Where K is padded to make equal blocks, features and per_position are 0, so a weight of 0 must exclude a position.
     constants: pytree of all other arrays; loss_of_logits must not close over traced values. features and table may be
-    bfloat16: products accumulate, and reductions are, in float32.
+    bfloat16: products accumulate in float32, and reductions are in float32.
 
     Differentiable in features, table and bias. The gradient of each block is computed together with its value, as in
     "cut cross entropy" (Wijmans et al., arXiv 2411.09009), and only gradients of the size of features and table are
     kept: memory does not grow with the number of positions times the vocabulary.
 
     On a mesh (see `row_axes`) every device takes blocks of its own rows, `block` positions each, and sums are reduced
-    over the devices once, at the end. A table [D, V, H] is one for each of these devices, and so is its gradient.
+    over the devices once, at the end. A table [D, V, H] has a copy for each of these devices, and so has its gradient.
     """
     features_RxKxH, table_VxH = jnp.asarray(features_RxKxH), jnp.asarray(table_VxH)
     rows, slots, _ = features_RxKxH.shape
@@ -61,8 +61,9 @@ def blocked_losses(
 def on_own_rows(
     local: Callable[..., Any], axes: tuple[str, ...], by_row: tuple[Any, ...], outputs: Any
 ) -> Callable[..., Any]:
-    """`local` on each device's own rows. by_row, outputs: prefixes of the arguments and the result, True where they
-    have rows.
+    """Applies `local` to each device's own rows.
+
+    by_row, outputs: pytree prefixes of the arguments and the result, True where they have rows.
     """
     # Without shard_map XLA would sum the table's gradient over all devices after every block.
     if not axes:
@@ -72,7 +73,7 @@ def on_own_rows(
         return PartitionSpec(axes) if has_rows else PartitionSpec()
 
     specs = jax.tree.map(spec, by_row), jax.tree.map(spec, outputs)
-    # Axes of size 1 too: Pallas kernels are compiled only where XLA has nothing left to partition.
+    # Axes of size 1 too: Pallas kernels compile only where XLA has nothing left to partition.
     names = {*axes, *(name for name, size in jax.sharding.get_abstract_mesh().shape.items() if size == 1)}
     return jax.shard_map(local, in_specs=specs[0], out_specs=specs[1], axis_names=names, check_vma=False)
 
@@ -169,12 +170,12 @@ _Operands = tuple[jax.Array, jax.Array, Array | None, Any, Any]
 
 
 def _by_row(operands: _Operands) -> tuple[bool, ...]:
-    """Which operands each device has its own of."""
+    """Which operands differ between devices."""
     return True, operands[1].ndim == 3, False, True, False
 
 
 def own_table(table: jax.Array) -> jax.Array:
-    """The table [V, H] of one device, from its part of [D, V, H] or the table that all share."""
+    """The table [V, H] of one device, from its part of [D, V, H] or the shared table."""
     return table[0] if table.ndim == 3 else table
 
 
@@ -222,8 +223,8 @@ def _values_and_gradients(
     per_position: Any,
     constants: Any,
 ) -> tuple[Any, tuple[Any, ...]]:
-    """(losses, gradients by features, table and bias), the latter two float32, all summed over the devices, but for
-    that of a table that is the device's own."""
+    """(losses, gradients of features, table and bias), the latter two float32, summed over the devices except for the
+    gradient of a device's own table."""
     parts, table_VxH = layout.parts, own_table(table)
     hidden, dtype = features_RxKxH.shape[2], features_RxKxH.dtype
     features_RxKxI, table_VxI, outer_bias_V = with_bias_inside(features_RxKxH, table_VxH, bias_V)

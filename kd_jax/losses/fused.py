@@ -1,4 +1,4 @@
-"""The distillation loss in kernels that form the logits tile by tile and drop them on the chip.
+"""The distillation loss in kernels that compute the logits tile by tile and never write them to memory.
 
 A tile is a few hundred positions times a part of the vocabulary. Two passes over the tiles give the loss and then its
 gradient with respect to features and table, as in "cut cross entropy" (Wijmans et al., arXiv 2411.09009), here for two
@@ -28,7 +28,7 @@ def fused_losses(
     scales: Mapping[str, Array],
     tiling: Tiling | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """What `blocked_losses` of `logits.distill_loss` gives, without a logit in memory.
+    """The result of `blocked_losses` of `logits.distill_loss`, without logits in memory.
 
     (loss, {"kl", "mlm", "accuracy"}): scales["kl"] * KL to the teacher + scales["mlm"] * cross entropy, and the float32
     sums over the positions whose weight is 1. A term that is not in `scales` is not computed; "kl" alone needs the
@@ -36,10 +36,10 @@ def fused_losses(
     logits is exactly 0, as is its gradient. Differentiable in the student's features, table and bias; the gradient is
     computed with the value.
 
-    tiling: None takes that of the platform that is compiled for, and runs the TPU's kernels in Pallas' interpreter
-    where it is neither a TPU nor an NVIDIA GPU, which is slow. On a mesh (see `row_axes`) every device takes its own
-    rows; all of its axes but those of rows must have size 1 (`serves_mesh`). The student's table may be one for each of
-    these devices, [D, V, H], and then so is its gradient.
+    tiling: None takes that of the target platform; if it is neither a TPU nor an NVIDIA GPU, the TPU's kernels run in
+    Pallas' interpreter, which is slow. On a mesh (see `row_axes`) every device takes its own rows; all axes except
+    those of rows must have size 1 (`serves_mesh`). The student's table may have a copy for each of these devices,
+    [D, V, H], and then so has its gradient.
     """
     axes, _ = row_axes(student.features.shape[0])
     names = tuple(name for name in ("kl", "mlm") if name in scales)
@@ -49,7 +49,7 @@ def fused_losses(
 
 
 def serves_mesh(rows: int) -> bool:
-    """Whether each device can take its own of so many rows, on the mesh that `use_abstract_mesh` states."""
+    """Whether that many rows can be split over the devices of the mesh set by `use_abstract_mesh`."""
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     return math.prod(sizes.values()) == row_axes(rows)[1]
 
@@ -77,7 +77,7 @@ _fused.defvjp(_fused_forward, _fused_backward)
 
 
 def _run(static: _Static, student: Decoder, fixed: Any, differentiated: bool) -> Any:
-    """(loss and sums, gradients or None), each device having computed those of its own rows."""
+    """(loss and sums, gradients or None); each device computes those of its own rows."""
     from kd_jax.losses.fused_kernels import values_and_gradients  # Pallas takes a fifth of a second to import
 
     names, axes, tiling = static
@@ -110,7 +110,7 @@ def _run(static: _Static, student: Decoder, fixed: Any, differentiated: bool) ->
         value, table, bias = sum_over_devices((value, gradients.table, gradients.bias), axes)
         return value, Decoder(own, table, bias)
 
-    # Narrowed here, so that a table that is sharded is gathered in the narrow dtype.
+    # Cast here, so that a sharded table is gathered in the narrower dtype.
     def narrow(one: Decoder | None) -> Decoder | None:
         return None if one is None else one._replace(table=one.table.astype(one.features.dtype))
 

@@ -1,7 +1,8 @@
-"""The Pallas kernels of `fused_losses`: what a device computes of its own positions.
+"""The Pallas kernels of `fused_losses`, for the positions of one device.
 
-The first kernel keeps, per position, what both online softmaxes need (Milakov & Gimelshein, arXiv 1805.02867) and the
-sum of p_t (l_t - l_s). Then the normalizers are known, and a second kernel forms the tiles again for the gradient.
+The first kernel keeps, per position, the statistics of both online softmaxes (Milakov & Gimelshein, arXiv 1805.02867)
+and the sum of p_t (l_t - l_s). Then the normalizers are known, and a second kernel recomputes the tiles for the
+gradient.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ _ABSENT = -1e30
 
 
 _TPU_MEMORY = 64 * 2**20  # bytes, of about 128 MiB on most TPUs
-_TPU_TILE = 4 * 2**20  # most bytes of a tile of the features, or of the tables, of both models
+_TPU_TILE = 4 * 2**20  # maximum bytes of a tile of features, or of tables, of both models together
 
 
 def values_and_gradients(
@@ -51,7 +52,7 @@ def values_and_gradients(
     found = _statistics(plan, models, _columns(**known), inverse)
     losses = {}
     if "kl" in names:
-        # Differences of what both models have alike come first: equal logits give 0, without a rounding error.
+        # Corresponding quantities of both models are subtracted first, so that equal logits give exactly 0.
         divergence_P = (found["cross"] / found["sum_t"] + found["top_s"] - found["top_t"]) * inverse
         divergence_P += jnp.log(found["sum_s"] / found["sum_t"])
         losses["kl"] = temperature**2 * jnp.where(divergence_P < 0, 0.0, divergence_P)  # a NaN stays
@@ -78,8 +79,8 @@ def values_and_gradients(
 class _Plan:
     """The terms, and sizes in whole tiles.
 
-    tiling: with the number of positions that suits theirs. positions: padded. classes: in the tables. parts: of the
-    positions (TPU) or the vocabulary (GPU), whose gradients are computed one after the other; size: of such a part.
+    tiling: adapted to the number of positions. positions: padded. classes: in the tables. parts: of the positions (TPU)
+    or the vocabulary (GPU), whose gradients are computed one after the other; size: of such a part.
     """
 
     names: tuple[str, ...]
@@ -91,17 +92,17 @@ class _Plan:
 
     @property
     def rows(self) -> int:
-        """Tiles of positions."""
+        """Number of tiles of positions."""
         return self.positions // self.tiling.positions
 
     @property
     def tiles(self) -> int:
-        """Tiles of the vocabulary, the last of which may go beyond it."""
+        """Number of tiles of the vocabulary, the last of which may extend beyond it."""
         return -(-self.classes // self.tiling.vocabulary)
 
     @property
     def logits(self) -> int:
-        """The number of logits of one model, with those of padding."""
+        """The number of logits of one model, including padding."""
         return self.positions * self.tiles * self.tiling.vocabulary
 
 
@@ -115,7 +116,7 @@ def _plan(
     if tiling.gpu:
         positions, classes = _up(positions, tiling.positions), max(classes, tiling.vocabulary)
         parts = -(-positions * classes * itemsize // tiling.resident)
-        # At least two where there is no whole number of tiles: parts are whole tiles and may overlap.
+        # At least two if the tiles do not divide evenly: parts are whole tiles and may overlap.
         parts = min(max(parts, 1 + (classes % tiling.vocabulary > 0)), -(-classes // tiling.vocabulary))
         size, rows = _up(-(-classes // parts), tiling.vocabulary), tiling.positions
         parts = -(-classes // size)
@@ -129,25 +130,27 @@ def _plan(
         tiles = -(-positions // tiling.positions)
         parts = -(-tiles // most)
         tiles = _up(tiles, parts)
-        # Several tiles have to be multiples of the 128 lanes, of which the transposed features take one per position.
+        # Several tiles must be multiples of the 128 lanes, since the transposed features take one lane per position.
         rows = _up(-(-positions // tiles), 128 if tiles > 1 else 16)
         positions = tiles * rows
         size = positions // parts
     tiles = -(-classes // tiling.vocabulary)
-    splits = -(-tiles // -(-tiles // tiling.splits))  # none of which is empty
+    splits = -(-tiles // -(-tiles // tiling.splits))  # so that none is empty
     return _Plan(names, dataclasses.replace(tiling, positions=rows, splits=splits), positions, classes, parts, size)
 
 
 def _extended(values: jax.Array, size: int, axis: int, fill: float = 0) -> jax.Array:
-    """With `fill` at the end of an axis, up to that size."""
+    """The array padded with `fill` at the end of an axis, up to that size."""
     padding = [(0, size - have if number == axis else 0) for number, have in enumerate(values.shape)]
     return jnp.pad(values, padding, constant_values=fill)
 
 
 def _padded(model: Decoder, weights_P: jax.Array, plan: _Plan) -> Decoder:
-    """Features [P', H], 0 where the weight is 0; bias float32 [1, V'], which rules out the classes of padding. The
-    table is left as it is, since a copy would take longer than its use, unless a GPU's products ask for wider ones."""
-    # Even a NaN at a position that does not count has no effect.
+    """Features [P', H], 0 where the weight is 0; bias float32 [1, V'], which excludes the padding classes.
+
+    The table is not padded, since a copy would take longer than its use, unless a GPU's products need a wider one.
+    """
+    # So even a NaN at a position with weight 0 has no effect.
     features, table = jnp.where(weights_P[:, None] > 0, model.features, 0), model.table
     if plan.tiling.gpu:
         width = _up(table.shape[1], plan.tiling.depth)
@@ -164,7 +167,7 @@ _KNOWN = ("target", "inverse", "center_s", "center_t", "center", "kl", "mlm")
 
 
 def _columns(**known: jax.Array) -> jax.Array:
-    """Numbers per position, [P] each, as float32 [P, 8] in the order of `_KNOWN`; an index is exact below 2**24."""
+    """Numbers per position, [P] each, as float32 [P, 8] in the order of `_KNOWN`; indices are exact below 2**24."""
     zeros = jnp.zeros(known["target"].shape, jnp.float32)
     every = [known[name].astype(jnp.float32) if name in known else zeros for name in _KNOWN]
     return jnp.stack([*every, *[zeros] * (_COLUMNS - len(every))], axis=1)
@@ -176,7 +179,7 @@ def _read(columns_ref: Any, name: str) -> jax.Array:
     return columns_ref[:, number : number + 1]
 
 
-# What the kernels of both platforms compute of a tile of B positions x C classes, the first of which is class `start`.
+# What the kernels of both platforms compute for a tile of B positions x C classes, starting at class `start`.
 
 
 def _every_logits(plan: _Plan, inputs: Sequence[Any], start: Any) -> list[jax.Array]:
@@ -186,13 +189,13 @@ def _every_logits(plan: _Plan, inputs: Sequence[Any], start: Any) -> list[jax.Ar
 
 
 def _logits_on_tpu(plan: _Plan, model: Decoder, start: Any) -> jax.Array:
-    """Of refs to the tile."""
+    """The logits from refs to the tile."""
     logits = _product(model.features[...], model.table[...]) + model.bias[...]
     return jnp.where(_inside(plan, start, logits.shape, 1), logits, _ABSENT) if _has_rest(plan) else logits
 
 
 def _logits_on_gpu(plan: _Plan, model: Decoder, start: Any) -> jax.Array:
-    """Of refs to whole tables, which are read where a tile is needed: it does not fit in registers."""
+    """The logits from refs to whole tables, read piece by piece since a tile does not fit in registers."""
     size, depth = plan.tiling.vocabulary, plan.tiling.depth
     at, inside = pl.ds(start, size), _inside(plan, start, (size, depth), 0)
 
@@ -207,12 +210,12 @@ def _logits_on_gpu(plan: _Plan, model: Decoder, start: Any) -> jax.Array:
 
 
 def _has_rest(plan: _Plan) -> bool:
-    """Whether the last tile goes beyond the vocabulary, where memory may hold anything."""
+    """Whether the last tile extends beyond the vocabulary, where memory is undefined."""
     return plan.classes % plan.tiling.vocabulary > 0
 
 
 def _inside(plan: _Plan, start: Any, shape: tuple[int, int], axis: int) -> jax.Array:
-    """Whether there is such a class, along an axis of a tile."""
+    """Whether each class along an axis of a tile exists."""
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis) < plan.classes - start
 
 
@@ -227,13 +230,13 @@ def _is_target(columns_ref: Any, start: Any, shape: tuple[int, ...]) -> jax.Arra
 def _updated(
     names: tuple[str, ...], old: dict[str, jax.Array], logits: list[jax.Array], columns_ref: Any, start: Any
 ) -> dict[str, jax.Array]:
-    """The statistics [B, 1] with those of one more tile."""
+    """The statistics [B, 1] updated by one more tile."""
     ours = logits[0]
     is_target = _is_target(columns_ref, start, ours.shape)
     new = {"chosen": old["chosen"] + jnp.sum(jnp.where(is_target, ours, 0.0), axis=1, keepdims=True)}
 
     def add(top: str, name: str, logits: jax.Array, inverse: Any) -> tuple[jax.Array, jax.Array]:
-        """The terms that are added to the sum, and the factor of what was there."""
+        """The terms to add to the sum, and the factor for its previous value."""
         terms = jnp.exp((logits - new[top]) * inverse)
         factor = jnp.exp((old[top] - new[top]) * inverse)
         new[name] = old[name] * factor + jnp.sum(terms, axis=1, keepdims=True)
@@ -270,8 +273,10 @@ def _logits_gradient(names: tuple[str, ...], logits: list[jax.Array], columns_re
 
 
 def _statistics(plan: _Plan, models: list[Decoder], columns_PxC: jax.Array, inverse: jax.Array) -> dict[str, jax.Array]:
-    """float32 [P] each: "top_s", "top_t" the largest logits, "sum_s", "sum_t" sums of exp((logit - top) / T), "cross"
-    that of the teacher's terms times (its logit - the student's), "sum" is "sum_s" at T = 1, "chosen" the target's."""
+    """float32 [P] each: "top_s", "top_t" the largest logits; "sum_s", "sum_t" sums of exp((logit - top) / T); "cross"
+    the sum of the teacher's terms times (its logit - the student's); "sum" is "sum_s" at T = 1; "chosen" the logit of
+    the target.
+    """
     tiling = plan.tiling
     each = -(-plan.tiles // tiling.splits)
     features, tables, widths = [one.features for one in models], [one.table for one in models], _widths(models)
@@ -299,7 +304,7 @@ def _statistics(plan: _Plan, models: list[Decoder], columns_PxC: jax.Array, inve
 
 
 def _statistics_on_tpu(plan: _Plan, each: int, columns_ref: Any, *refs: Any) -> None:
-    """Adds a tile to what the steps before it left in the output."""
+    """Adds a tile to the statistics that earlier grid steps left in the output."""
     *inputs, out_ref = refs
     split, step = pl.program_id(1), pl.program_id(2)
     tile = split * each + step
@@ -316,7 +321,7 @@ def _statistics_on_tpu(plan: _Plan, each: int, columns_ref: Any, *refs: Any) -> 
 
 
 def _statistics_on_gpu(plan: _Plan, each: int, columns_ref: Any, *refs: Any) -> None:
-    """Goes through one part of the vocabulary."""
+    """Loops over one part of the vocabulary."""
     *inputs, out_ref = refs
     first = pl.program_id(1) * each
 
@@ -328,7 +333,7 @@ def _statistics_on_gpu(plan: _Plan, each: int, columns_ref: Any, *refs: Any) -> 
 
 
 def _nothing(plan: _Plan) -> dict[str, jax.Array]:
-    """The statistics of no class."""
+    """The initial statistics, of no classes."""
     shape = (plan.tiling.positions, 1)
     return {name: jnp.full(shape, _ABSENT if name in ("top_s", "top_t") else 0.0, jnp.float32) for name in _STATISTICS}
 
@@ -344,8 +349,8 @@ def _write(out_ref: Any, values: dict[str, jax.Array]) -> None:
 def _gradients_on_tpu(
     plan: _Plan, models: list[Decoder], columns_PxC: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One kernel for each part of the positions. The grid goes through all of them for one tile of the vocabulary after
-    the other, so each tile of the table's gradient is written once; that of the features stays on the chip."""
+    """One kernel for each part of the positions. The grid visits all its positions for each tile of the vocabulary, so
+    each tile of the table's gradient is written once; the gradient of the features stays on the chip."""
     tiling, parts, width = plan.tiling, plan.parts, models[0].features.shape[1]
     each, several = -(-plan.tiles // tiling.splits), parts > 1
     specs = _specs(plan, models, lambda split, step, row: row, lambda split, step, row: split * each + step)
@@ -356,7 +361,7 @@ def _gradients_on_tpu(
             (size, tiling.vocabulary), lambda split, step, row: (0, jnp.minimum(split * each + step, plan.tiles - 1))
         )
 
-    # [H, V], so that the products in the kernel have no transposed left side.
+    # [H, V], so that no product in the kernel transposes its left operand.
     sums, zeros = [sum_spec(width), sum_spec(1)], [jnp.zeros((size, plan.classes), jnp.float32) for size in (width, 1)]
     features, tables, first = [one.features for one in models], [one.table for one in models], len(specs) + 1
     # The features are read for each tile of the vocabulary.
@@ -394,7 +399,7 @@ def _gradients_kernel(plan: _Plan, each: int, several: bool, columns_ref: Any, *
     transposed_ref, row = inputs.pop(), pl.program_id(2)
     step, tile = pl.program_id(1), pl.program_id(0) * each + pl.program_id(1)
 
-    # What stands in the place of a tile behind the last one is that one: its gradient is left as it is.
+    # A tile index beyond the last one maps to the last: its gradient is left as it is.
     @pl.when(tile < plan.tiles)
     def _():
         start = tile * plan.tiling.vocabulary
@@ -451,8 +456,8 @@ def _gradients_on_gpu(
 
     def body(part: Any, sums: Any) -> Any:
         by_features, by_table, by_bias = sums
-        # The last part ends with the vocabulary, so it may begin with rows that the one before it has too. Both find
-        # the same gradient for them; for that of the features they count once.
+        # The last part ends with the vocabulary, so it may overlap the one before it. Both compute the same gradient
+        # for the shared rows; in the gradient of the features they count once.
         first = jnp.minimum(part * size, plan.classes - size)
         gradient = run(first.reshape(1, 1), columns_PxC, *jax.tree.leaves(models))
         some = jax.lax.dynamic_slice_in_dim(table, first, size)
@@ -475,12 +480,14 @@ def _logits_gradient_kernel(plan: _Plan, first_ref: Any, columns_ref: Any, *refs
     out_ref[...] = _logits_gradient(plan.names, logits, columns_ref, start).astype(out_ref.dtype)
 
 
-# How Pallas is called.
+# Calls of Pallas.
 
 
 def _specs(plan: _Plan, models: list[Decoder], row: Any, tile: Any) -> list[pl.BlockSpec]:
-    """Of the columns, and of features, table and bias of each model, on a GPU the whole table. row, tile: grid indices
-    -> which tile of positions and of the vocabulary."""
+    """Block specs of the columns, and of features, table (the whole table on a GPU) and bias of each model.
+
+    row, tile: grid indices -> index of the tile of positions and of the vocabulary.
+    """
     tiling = plan.tiling
 
     def of(model: Decoder) -> list[pl.BlockSpec]:
@@ -515,8 +522,8 @@ def _call(
     cost: tuple[int, int, int],
     **options: Any,
 ) -> Callable[..., Any]:
-    """A Pallas call. semantics: of the grid's axes on a TPU. cost, for XLA's schedule and for reports: the number of
-    logits, the floating-point operations of the products for each, and the bytes read and written."""
+    """A Pallas call. semantics: of the grid's axes on a TPU. cost, for XLA's scheduler and for reports: the number of
+    logits, the FLOPs of the products for each, and the bytes read and written."""
     logits, each, moved = cost
     exponentials = ("mlm" in plan.names) + 2 * ("kl" in plan.names)
     estimate = pl.CostEstimate(flops=logits * each, bytes_accessed=moved, transcendentals=logits * exponentials)

@@ -3,7 +3,7 @@
 python -m kd_jax.main.advise --config=configs/FILE.py --workdir=DIR [--config.advise.budget_minutes=30]
 
 The pilots are stages of studies in that folder: the same command resumes, and the full study, whose config is
-DIR/study.py, finds those finished that are its own.
+DIR/study.py, reuses the finished stages that belong to it.
 """
 
 import contextlib
@@ -60,10 +60,10 @@ from kd_jax.study.run import Study, read_seconds, steps_seconds, switched
 from kd_jax.study.timing import duration, kinds
 from kd_jax.types import UserError
 
-FEWEST = 4  # dev utterances, below which their covariance says nothing
+FEWEST = 4  # dev utterances; with fewer, their covariance is useless
 STUDY = "study.py"  # the config of the full study
 SHARED = ("prepare", "import_model", "pretrain", "cache_states")  # stages that serve several pilots
-FULL_SEEDS = 5  # of the full study, which find differences of 10 to 15 % (docs/comparisons.md)
+FULL_SEEDS = 5  # of the full study, enough for differences of 10 to 15 % (docs/comparisons.md)
 
 
 class Pilots:
@@ -71,7 +71,7 @@ class Pilots:
 
     def __init__(self, config: ConfigDict, workdir: pathlib.Path, settings: Advise):
         self.config, self.workdir, self.settings = config, workdir, settings
-        self.used: dict[str, float] = {}  # folder -> seconds of the stages that the advice rests on
+        self.used: dict[str, float] = {}  # folder -> seconds of the stages that the advice is based on
         self.stages: dict[Pilot, list[Stage]] = {}
         self.outcomes: dict[Pilot, Outcome] = {}
         self._studies: dict[Pilot, Study] = {}
@@ -90,7 +90,7 @@ class Pilots:
         return sum(self.used.values())
 
     def study(self, pilot: Pilot) -> Study:
-        """The study that a pilot is a part of: the same text, teacher, cache and recipe for all of the same steps."""
+        """The study that a pilot belongs to: text, teacher, cache and recipe are the same for equal steps."""
         if pilot not in self._studies:
             config = pilot_config(self.config, self.settings, pilot, self._texts)
             key = fingerprint(to_dict(config))
@@ -102,7 +102,7 @@ class Pilots:
         return self._studies[pilot]
 
     def plan(self, pilot: Pilot) -> list[Stage]:
-        """The stages of a pilot in their order; the scores come from those of `evaluate`."""
+        """The stages of a pilot in order; its scores come from those of `evaluate`."""
         if pilot not in self.stages:
             study = self.study(pilot)
             planner, one = study.planner, pilot.candidate
@@ -116,7 +116,7 @@ class Pilots:
         return self.stages[pilot]
 
     def __call__(self, pilots: Sequence[Pilot]) -> Outcomes | None:
-        """The outcomes of the pilots; of the first ones those that fit, of later ones None unless all fit."""
+        """The outcomes of the pilots; in the first call of those that fit, in later calls None unless all fit."""
         first = not self.outcomes
         if not first and not self.fit(pilots):
             return None
@@ -180,7 +180,7 @@ class Pilots:
         return distributed.from_first(self.spent + expected <= self.budget)
 
     def seconds(self, study: Study, stage: Stage) -> float:
-        """How long a stage will take: 0 if it is done, else as long as others of its kind, else by its FLOPs."""
+        """How long a stage will take: 0 if it is done, else as long as others of its kind, else from its FLOPs."""
         if study.done(stage):
             return 0.0
         exact, loose = kinds(stage)[0], kinds(stage)[-1]
@@ -205,12 +205,12 @@ class Pilots:
         return self._flops[id(study)].get(stage.folder, 0.0)
 
     def left(self, full: ConfigDict) -> float:
-        """Seconds that the stages of the full study take that are not finished."""
+        """Seconds that the unfinished stages of the full study will take."""
         study = open_study(full, self.workdir)
         return sum(self.seconds(study, one) for one in study.planned() if one.command != REPORT)
 
     def too_small(self, needed: float, why: str) -> UserError:
-        """The error of a budget below what a comparison takes."""
+        """The error for a budget that is too small for a comparison."""
         enough = math.ceil(1.2 * needed / 60)
         return UserError(
             f"config.advise.budget_minutes: {self.settings.budget_minutes:g} is too little: {why}; give at least "
@@ -218,7 +218,7 @@ class Pilots:
         )
 
     def check(self, prepared: Prepared) -> None:
-        """Refuses text that the transfer sets cannot be made from, and a dev partition that cannot compare them."""
+        """Refuses text from which the transfer sets cannot be made, and a dev partition too small to compare them."""
         for store in prepared.stores("train"):
             if store.kind == "task":
                 self._texts[store.source] = max(self._texts.get(store.source, 0), store.texts)
@@ -234,7 +234,7 @@ class Pilots:
             transfer_set_of(settings, prepared, 0)
 
     def adaptable(self, pilot: Pilot) -> bool:
-        """Whether the teacher has a trained masked-LM head, by which it could be adapted."""
+        """Whether the teacher has a trained masked-LM head, without which it cannot be adapted."""
         study = self.study(pilot)
         return bool(study.heldout(study.planner.teacher()))
 
@@ -254,8 +254,8 @@ class Pilots:
         return sum(store.texts for store in self.prepared(pilot).stores("train") if store.kind == "task")
 
     def lines(self) -> list[dict[str, Any]]:
-        """pilots.jsonl: each pilot with its errors in points, the stages with its records, and the seconds of those
-        that are its own."""
+        """pilots.jsonl: each pilot with its errors in points, the stages with its records, and the seconds of the
+        stages that it does not share."""
         rows = []
         for pilot, found in self.outcomes.items():
             own = [one for one in self.plan(pilot) if one.command not in SHARED]
@@ -268,7 +268,7 @@ class Pilots:
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
-        """What stages print goes to attempts/STAGE.log, unless --verbosity asks for it."""
+        """Sends the output of stages to attempts/STAGE.log, unless --verbosity keeps it on the terminal."""
         if not self._writes or logging.get_verbosity() > logging.WARNING:
             yield
             return
@@ -278,11 +278,11 @@ class Pilots:
 
 
 def pilot_config(config: ConfigDict, settings: Advise, pilot: Pilot, texts: Mapping[str, int]) -> ConfigDict:
-    """The config of the study that a pilot is a part of; texts: source -> task texts of its largest language.
+    """The config of the study that a pilot belongs to; texts: source -> task texts of its largest language.
 
-    States are cached once for all transfer sets; a cache of predictions belongs to seeds and steps, so a pilot has its
-    own. All stages have the settings of the full study but for the steps and the recipe: the first one, and of its
-    rates of the encoder the lowest, which suits distilled students.
+    States are cached once for all transfer sets; a cache of predictions depends on seeds and steps, so each pilot has
+    its own. All stages have the settings of the full study except the steps and the recipe: the first one, with the
+    lowest of its encoder rates, which suits distilled students.
     """
     new, one = config.copy_and_resolve_references(), pilot.candidate
     masked = not new.distill.clean or new.distill.masked_from < 1
@@ -333,7 +333,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def advise(settings: Advise, pilots: Pilots, evidence: Evidence, belief: Belief, full_seconds: float) -> dict[str, Any]:
-    """advice.json: the recommendation, what it rests on, and what it and the full study cost."""
+    """advice.json: the recommendation, its evidence, and what it and the full study cost."""
     choice = decide(settings, belief)
     one = next(iter(evidence.outcomes))
     less = curve_points(evidence)
@@ -409,7 +409,7 @@ def full_config(config: ConfigDict, settings: Advise, evidence: Evidence, belief
 
 
 def config_file(config: ConfigDict, command_line: str) -> str:
-    """A config as a Python file that says what differs from the defaults."""
+    """A config as a Python file that sets what differs from the defaults."""
     lines = [
         f'"""The full study that `kd-jax advise` proposes.\n\n    {command_line}\n"""\n',
         "from ml_collections import ConfigDict\n",

@@ -58,7 +58,7 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
 
 
 def show(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Prints the chosen C, and the results over all locales and domains, a line each."""
+    """Prints the trials of C, and the results over all locales and domains, one per line."""
     if jax.process_index() != 0:
         return
     about = read_json_object(workdir / baseline.ABOUT)

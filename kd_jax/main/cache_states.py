@@ -31,7 +31,7 @@ def keys(config: ConfigDict) -> tuple[str, ...]:
 
 
 def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
-    """Writes the parts that are missing, and DONE when every part is there."""
+    """Writes the missing parts, and DONE once every part exists."""
     execution, settings = read_execution(config), read(States, config.states, "states")
     rules, mesh = execution.sharding.teacher, make_mesh(execution.mesh)
     prepared, kernel = Prepared(config.prepared), find_kernel(execution.attention, mesh)

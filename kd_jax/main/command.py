@@ -35,7 +35,7 @@ Instead = Callable[[ConfigDict, pathlib.Path | None], Any]
 
 
 class Tuples(tuple_parser.TupleParser):
-    """Reads the value of a tuple flag, also as it is typed first: en-US,de-DE or (en-US,de-DE) without quotes."""
+    """Reads the value of a tuple flag, with or without quotes: en-US,de-DE or (en-US,de-DE)."""
 
     def parse(self, argument: Any) -> tuple[Any, ...]:
         values = super().parse(argument)
@@ -137,7 +137,7 @@ def main(
         )
         for name, count in given.items():
             value = functools.reduce(lambda block, key: block[key], name.split(".")[1:], config)
-            if count > 1 and isinstance(value, tuple):  # absl would join the values, where all others replace
+            if count > 1 and isinstance(value, tuple):  # absl would join the values, while other flags replace them
                 fail(f"--{name} is given {count} times; give it once, with all of its values")
         return rest
 
@@ -182,7 +182,7 @@ def explain_flags(error: Exception, argv: Sequence[str] = ()) -> str:
     if isinstance(error, UserError):
         return str(error)
     text: Any = error
-    # str() of a KeyError is a repr, and ml_collections wraps one in another error.
+    # str() of a KeyError is a repr, and ml_collections wraps one in another.
     while isinstance(text, AttributeError | KeyError) and text.args:
         text = text.args[0]
     message = " ".join(str(text).split())
@@ -212,7 +212,7 @@ def guarded(
     """
     try:
         # Until the processes have met, SIGTERM ends this one at once: it has nothing to save.
-        # Any library may be the one that runs out of space, so the error is translated here, once for all commands.
+        # Any library may run out of space, so the error is translated here, once for all commands.
         disk = full_disk_is_user_error(workdir or "the temporary folder")
         with distributed.joined(place, outcome), Preemption(), system_errors_are_user_errors(), disk:
             run(config, workdir)

@@ -79,7 +79,7 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
         side, first = side_of(part, folder), round(progress * distill.steps)
         once = execution.sharding.teacher_once and not side.form.cached
         settings, own = teachers.step_settings(part, student, side.shape, side.form, once, side.width, fused)
-        if own.projections:  # which only the terms on inner states have
+        if own.projections:  # only terms on inner states have them
             model = own
         for start, models, constants in side.phases:
             phases.append(Phase(first + start, make_distill_objective(model, models, settings), constants))
@@ -95,7 +95,7 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
         model=model,
         phases=tuple(phases),
         batches=batches,
-        # A head that no term trains would be measured as it was drawn.
+        # An untrained head would be measured at its random initialization.
         evaluate=heldout_evaluation(model, prepared, masking, mesh, distill, workdir, measures=distill.trains_head),
         init=init,
         rules=execution.sharding.student,

@@ -66,7 +66,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     source = as_path(settings.checkpoint)
     record = {
         "command": "export",
-        # Exports of 0.2.0 have no license, and stay this export.
+        # Exports of 0.2.0 have no license key, and stay valid.
         "config": {"export": {name: value for name, value in vars(settings).items() if name != "license" or value}},
         "parameters_fingerprint": trained.parameters_fingerprint(source, KEY),
     }
@@ -108,7 +108,7 @@ def check_serving(kind: str, settings: Export) -> None:
 
 
 def write_transformers(folder: pathlib.Path, one: Trained) -> None:
-    """config.json, model.safetensors and, where it is apart, the head that classifies a text."""
+    """Writes config.json, model.safetensors and, if it is a separate file, the head that classifies a text."""
     tokenizer, shape = one.tokenizer, one.model.config
     found = exported(one.model, one.params, one.classes)
     ids = tokenizer_ids(shape, cls=tokenizer.cls_id, sep=tokenizer.sep_id, pad=tokenizer.pad_id)

@@ -88,7 +88,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             checkpoints.save(0, {"step": jnp.int32(0), "params": params}, {"identity": {"config": identity(record)}})
             checkpoints.wait()
         rows: list[dict[str, Any]] = []
-        if settings.evaluate_rows and has_head:  # a new head knows nothing, so its loss would say nothing of the model
+        if settings.evaluate_rows and has_head:  # the loss of an untrained head would say nothing about the model
             measured = dataclasses.replace(model, compute_dtype=masked_lm.resolve_dtype(config.compute_dtype))
             at_once = row_multiple(mesh) * -(-8 // row_multiple(mesh))
             rows = masked_lm.heldout_rows(measured, params, prepared, masking, mesh, at_once, settings.evaluate_rows)
@@ -128,19 +128,20 @@ def hub_name(name: str) -> str:
 
 
 def stated_license(folder: pathlib.Path) -> str:
-    """The license in the front matter of a model's README.md; empty where none is stated."""
+    """The license in the front matter of a model's README.md; empty if none is stated."""
     from huggingface_hub import metadata_load  # slow to import
 
     try:
         stated = (metadata_load(folder / "README.md") or {}).get("license")
-    except Exception:  # no file, no front matter, or none that YAML's own exceptions let pass
+    except Exception:  # no file, no front matter, or invalid YAML
         return ""
     return stated if isinstance(stated, str) else ""
 
 
 def model_folder(name: str, revision: str = "") -> pathlib.Path:
-    """The folder of a model: `name` itself, that of the embedded model, or where the hub's files of that name were
-    downloaded to. UserError when there is none.
+    """The folder of a model: `name` itself, that of the embedded model, or the download of that name from the hub.
+
+    Raises UserError if there is none.
     """
     if name == EMBEDDED_MODEL:
         return embedded_model(KEY)

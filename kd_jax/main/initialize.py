@@ -1,6 +1,6 @@
-"""Starts a student from layers of its teacher, as `distill` does with distill.init, and trains nothing.
+"""Initializes a student from its teacher, as `distill` does with distill.init, and trains nothing.
 
-Distillation has to improve on it.
+It is the control for what distillation adds.
 
 python -m kd_jax.main.initialize --config=configs/FILE.py --workdir=DIR \\
     --config.prepared=DIR --config.teacher_checkpoint=DIR --config.distill.init=teacher
@@ -64,7 +64,7 @@ def work(config: ConfigDict, workdir: pathlib.Path) -> command.Work:
             checkpoints.save(0, values, {"identity": {"config": identity(directory.config)}})
             checkpoints.wait()
         if jax.process_index() == 0:
-            write_json(directory.path / HELDOUT, [])  # its masked-LM head was not trained with this encoder
+            write_json(directory.path / HELDOUT, [])  # its masked-LM head is untrained with this encoder
         return params_notes(params)
 
     return start

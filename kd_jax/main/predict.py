@@ -1,24 +1,24 @@
-"""Domain, intent and slots of texts, by one finetuned model or by a DC and an ICNER model together.
+"""Predicts domain, intent and slots of texts, with one finetuned model or a DC and an ICNER model together.
 
 python -m kd_jax.main.predict --model=DIR "weck mich um sieben"
 python -m kd_jax.main.predict --model=DC,ICNER --input=lines.txt --output=predictions.jsonl
 
 --model takes workdirs of finetune runs, or folders that `export` wrote with stablehlo or int8; the workdir of a study
-stands for its best distilled students, of the first seed. Of two models the pair
-of domain and intent is taken that is likeliest (by the product of their probabilities) among those that the labels of
-training have. An ICNER run with a model for each domain needs a DC run, which chooses the model. --input reads one text
-per line from a file, or from standard input with "-"; --output writes to a file instead of standard output. --format is
-text (the default for texts on the command line), json (one object per line) or massive (the schema of MASSIVE).
---locale decides what a word is: a character in the config.nlu.character_locales of the training data. --prepared is
-the prepared folder, if it moved since the run. --probabilities adds those of domain, intent and slots.
+means its best distilled students, of the first seed. With two models, the pair of domain and intent with the highest
+product of probabilities is taken, among the pairs in the training labels. An ICNER run with a model for each domain
+needs a DC run, which chooses the model. --input reads one text per line from a file, or from standard input with "-";
+--output writes to a file instead of standard output. --format is text (the default for texts on the command line), json
+(one object per line) or massive (the schema of MASSIVE). --locale decides what a word is: a character in the
+config.nlu.character_locales of the training data. --prepared is the prepared folder, if it moved since the run.
+--probabilities adds those of domain, intent and slots.
 
-Texts are read in the form of the training data: in lower case, without punctuation or with punctuation apart, where 99
-% of the labeled utterances are so; --no-normalize reads them as they are. The output has text and slots as they were
-written, in json and text without the punctuation around a slot.
+Texts are normalized like the training data: lowercased, and punctuation removed or split off, if 99 % of the labeled
+utterances are written so; --no-normalize reads them as they are. The output shows text and slots as they were written,
+in json and text without the punctuation around a slot.
 
---threshold=NUMBER, from 0 to 1, gives neither domain, intent nor slots for a text whose domain (without a DC model: its
-intent) has a smaller probability. --threshold=auto takes the one that finetuning recorded: the 5 % quantile of the
-probabilities of the right answers on dev, so that 5 % of the right answers are refused.
+--threshold=NUMBER, from 0 to 1, gives no domain, intent or slots for a text whose domain (without a DC model: its
+intent) has a lower probability. --threshold=auto takes the threshold that finetuning recorded: the 5 % quantile of the
+probabilities of the correct answers on dev, so that 5 % of the correct answers are refused.
 """
 
 import argparse
@@ -56,8 +56,8 @@ FORMATS = ("text", "json", "massive")
 
 
 class Prediction(NamedTuple):
-    """The models' answer for one text; None and "O" where it was refused, where no model was asked, or none was trained
-    on that domain."""
+    """The models' answer for one text; None and "O" if it was refused, if there is no such model, or none for that
+    domain."""
 
     text: str
     words: tuple[str, ...]
@@ -101,7 +101,7 @@ class Prediction(NamedTuple):
 class Predictor:
     """Finetuned models, read once.
 
-    normalize: texts are brought to the form of the labeled text that a model has seen. threshold: probability of the
+    normalize: texts are normalized to the case and punctuation of a model's labeled text. threshold: probability of the
     domain, or of the intent without a DC model, below which a text is refused; "auto" takes the model's own. Raises
     UserError for a folder that is no finetuning run, for two of one task, and for a threshold that no run recorded.
     """
@@ -134,7 +134,7 @@ class Predictor:
         return one.seen.threshold
 
     def _seen_together(self) -> np.ndarray | None:
-        """Which domain goes with which intent by the labels of training, bool [D, I]; None where nothing says so."""
+        """Which domain occurs with which intent in the training labels, bool [D, I]; None if that is unknown."""
         assert self._dc is not None
         dc, icner = self._dc, self._icner[""]
         known = icner.seen.domains_of_intents or dc.seen.domains_of_intents
@@ -166,7 +166,7 @@ class Predictor:
     ) -> list[Prediction]:
         """One for each text, in their order; texts share the rows of a batch. A text with more tokens than a training
         row is cut, and the words after the cut have the tag "O"."""
-        # The words of the answers are those of the ICNER model, which tags them.
+        # Answers use the words of the ICNER model, which tags them.
         tagger = next(iter(self._icner.values()), self._dc)
         assert tagger is not None
         characters = locale in tagger.seen.character_locales
@@ -175,7 +175,7 @@ class Predictor:
         likely = "all" if probabilities or self._threshold or self._pairs is not None else "none"
 
         def ask(one: finetune.Finetuned, chosen: list[int]) -> dict[int, dict[str, Any]]:
-            """The records of the chosen texts, their tags by the words as given."""
+            """The records of the chosen texts, with tags for the words as given."""
             form = one.seen.form if self._normalize else TextForm()
             by_character = locale in one.seen.character_locales
             read = [form.words(texts[number], by_character) for number in chosen]
@@ -208,7 +208,7 @@ class Predictor:
         icner: dict[str, Any] | None,
         probabilities: bool,
     ) -> Prediction:
-        """The answer to one text from the records of the models that were asked."""
+        """The answer for one text from the models' records."""
         if dc and icner and self._pairs is not None:
             self._choose_pair(dc, icner)
         outside = ("O",) * len(words)
@@ -228,7 +228,7 @@ class Predictor:
         return Prediction(text, words, domain, intent, tags, **values)
 
     def _choose_pair(self, dc: dict[str, Any], icner: dict[str, Any]) -> None:
-        """Replaces the answers of both models by the likeliest pair that was seen together."""
+        """Replaces the answers of both models by the most likely pair that occurs in the training labels."""
         assert self._dc is not None and self._pairs is not None
         # If both models are certain of labels that never occur together, every allowed product underflows to zero.
         chances = [np.maximum(one["class_probabilities"], np.finfo(np.float32).tiny) for one in (dc, icner)]
@@ -241,7 +241,7 @@ class Predictor:
 
 
 def as_given(record: Mapping[str, Any], places: Sequence[int | None]) -> dict[str, Any]:
-    """Tags, and their probabilities if there are any, of the words as given; places: of each the word that was read.
+    """Tags, and probabilities if any, of the words as given. places: index of the word that was read for each.
 
     A word that was not read continues the slot around it.
     """
@@ -313,7 +313,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _runs(name: str) -> list[str]:
-    """The runs that one name in --model stands for: itself, or what a finished study says."""
+    """The runs that one name in --model means: itself, or those named by a finished study."""
     folder = as_path(name)
     if not (folder / MODELS).is_file():
         return [name]
@@ -370,7 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {str(error).replace('config.model:', '--model:')}", file=sys.stderr)
         return MISTAKE
-    except BrokenPipeError:  # whoever reads the output, as `head` does, has enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at exit fails too
     return 0
 

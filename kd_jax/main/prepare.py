@@ -41,7 +41,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
 
     if jax.process_index() == 0:
         tidy(workdir)
-        finished = read_manifest(workdir) is not None  # which is only read, and may lie on a read-only disk
+        finished = read_manifest(workdir) is not None  # then it is only read, and may be on a read-only disk
         with contextlib.nullcontext() if finished else owned(workdir):
             prepare(settings, to_dict(config), workdir, watch=watch)
     mark_done(workdir)  # the other processes wait here

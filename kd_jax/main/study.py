@@ -74,7 +74,7 @@ def check(study: Study) -> None:
         teachers.check(part, read(Execution, values, ""), values["teacher_checkpoint"], values["teacher_cache"])
     remedy = "set study.cache, and give only hidden, relations and sentence a weight"
     require(study.planner.caches or not terms.center, "distill.center", "the mean is that of a cache of states", remedy)
-    # Their students have no cache, and a schedule changes the teacher, which may not coincide with other text.
+    # Their students have no cache, and a schedule changes the teacher, perhaps not when the text changes.
     looped = [name for name in ("schedule", "average", "chain") if getattr(study.settings, f"{name}_sets")]
     fits = not looped or not (terms.center or terms.masked_from < 1)
     key = f"study.{(looped or ['chain'])[0]}_sets"
@@ -89,7 +89,7 @@ def check(study: Study) -> None:
 
 
 def open_study(config: ConfigDict, workdir: pathlib.Path, **together: Any) -> Study:
-    """The study of a config, checked; together: how several processes share it, or its workers."""
+    """The study of a config, checked. together: arguments for several processes that share it, or for workers."""
 
     def run_stage(name: str, values: dict[str, Any], folder: pathlib.Path) -> None:
         COMMANDS[name].run(from_dict(values), folder)
@@ -115,7 +115,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, key: str | None = None) -> No
 
 
 def workers_of(config: ConfigDict, workdir: pathlib.Path) -> Workers | None:
-    """The processes of config.study.workers; None where this one runs all stages."""
+    """The processes of config.study.workers; None if this one runs all stages."""
     count, device = read(StudySettings, config.study, "study").workers, jax.default_backend()
     alone = device == "cpu" and jax.process_count() == 1
     problem = f"{count} workers would share {'the device' if device != 'cpu' else 'the processes of one job'}"
@@ -125,11 +125,11 @@ def workers_of(config: ConfigDict, workdir: pathlib.Path) -> Workers | None:
 
 
 def work_for_study() -> int:
-    """A worker of a study, see `kd_jax.study.workers.serve`."""
+    """Runs a worker of a study, see `kd_jax.study.workers.serve`."""
     logging.set_verbosity(logging.WARNING)
 
     def opened(about: Mapping[str, Any]) -> Study:
-        sys.argv = shlex.split(about["command_line"])  # for run.json, which says how to run it again
+        sys.argv = shlex.split(about["command_line"])  # for run.json, which records how to run it again
         config = from_dict(about["config"])
         keep_copies_in(config.storage.local)
         return open_study(config, as_path(about["workdir"]))

@@ -41,11 +41,11 @@ Projections = tuple[jax.Array, ...]  # query, key and value, each [R, L, N, D]
 
 
 class Sight(NamedTuple):
-    """What a layer's tokens attend to, and how that is computed."""
+    """What a layer's tokens attend to, and how it is computed."""
 
     segment_ids_RxL: jax.Array
-    mask_RxLxL: jax.Array | None  # None where a kernel makes its own
-    tables: jax.Array | None  # of the rotary angles
+    mask_RxLxL: jax.Array | None  # None if a kernel makes its own
+    tables: jax.Array | None  # of rotary angles
     local: jax.Array | bool  # only inside the window; traced where layers of both kinds share a program
     kernel: Kernel
 
@@ -74,7 +74,7 @@ class Attention(nnx.Module):
         """The mixed values [T, H], and (query, key, value) [R, L, N, D] before rotation and scaling.
 
         With columns `at_RxK` of each row, only those have queries: the mixed values are [R * K, H], queries
-        [R, K, N, D]. Their scores are few, so no kernel computes them.
+        [R, K, N, D]. Their scores are few, so they are computed without a kernel.
         """
         rows, dtype = sight.segment_ids_RxL.shape[0], x_TxH.dtype
         mask_RxLxL, tables = sight.mask_RxLxL, sight.tables

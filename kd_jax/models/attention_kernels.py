@@ -1,7 +1,7 @@
 """Attention whose scores never reach main memory: splash attention on TPUs, a Pallas kernel on GPUs.
 
-Both attend inside segments, within a window if there is one, and have no dropout. The GPU's kernel is our own, since
-JAX's has no window: the algorithm is FlashAttention-2's (Dao, arXiv 2307.08691). Not cuDNN's: it takes a mask of
+Both attend inside segments, within a window if there is one, and have no dropout. The GPU kernel is our own, since
+JAX's has no window; the algorithm is FlashAttention-2 (Dao, arXiv 2307.08691). cuDNN's attention would need a mask of
 L x L values for packed texts, and cannot be compiled without a GPU.
 """
 
@@ -17,15 +17,15 @@ from jax.sharding import PartitionSpec
 
 from kd_jax.types import UserError, row_axes
 
-# What a row's length must be a multiple of: the kernels' blocks.
+# Row lengths must be multiples of these: the kernels' block sizes.
 _MULTIPLE = {"splash": 128, "triton": 64}
 
 
 class Kernel(NamedTuple):
     """How attention is computed.
 
-    required: what the kernel cannot compute is an error; otherwise it is computed plainly. interpret: the kernel runs
-    as plain operations, slowly, on any device.
+    required: what the kernel does not support is an error; otherwise plain attention computes it. interpret: the kernel
+    runs as plain operations, slowly, on any device.
     """
 
     name: Literal["plain", "splash", "triton"] = "plain"
@@ -37,7 +37,7 @@ PLAIN = Kernel()
 
 
 def find_kernel(setting: str, mesh: jax.sharding.Mesh) -> Kernel:
-    """What config.attention (auto, plain or fused) means on the devices of a mesh, which need not exist here."""
+    """The kernel that config.attention (auto, plain or fused) selects for the devices of a mesh, real or not."""
     platform = mesh.devices.flat[0].platform
     accelerated = platform in ("tpu", "gpu", "cuda", "rocm")
     if setting == "plain" or (setting == "auto" and not accelerated):
@@ -46,7 +46,7 @@ def find_kernel(setting: str, mesh: jax.sharding.Mesh) -> Kernel:
 
 
 def computes(kernel: Kernel, length: int, dropout: bool) -> bool:
-    """Whether the kernel computes attention over rows of that length; UserError if it does not and is required."""
+    """Whether the kernel supports rows of that length. Raises UserError if it does not and is required."""
     problem = ""
     if kernel.name == "plain":
         return False
@@ -55,7 +55,7 @@ def computes(kernel: Kernel, length: int, dropout: bool) -> bool:
     elif length % _MULTIPLE[kernel.name]:
         problem = f"needs rows of a multiple of {_MULTIPLE[kernel.name]} tokens, not {length}; change rows.length"
     elif jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1 and not kernel.interpret:
-        return False  # where no mesh is stated, XLA would have to split the kernel over the devices, and cannot
+        return False  # without a mesh, XLA would have to split the kernel over the devices, and cannot
     if problem and kernel.required:
         raise UserError(f"config.attention: fused attention {problem}, or use auto")
     return not problem
@@ -70,10 +70,10 @@ def fused_attention(
     local: jax.Array | bool,
     half_window: int,
 ) -> jax.Array:
-    """The mixed values [R, L, N, D] of scaled queries, each over the keys of its segment; local: at most `half_window`
-    tokens away. A traced `local` chooses between two kernels.
+    """The mixed values [R, L, N, D] of scaled queries, each over the keys of its segment.
 
-    On a mesh every device attends in its own rows, and in its own heads if they divide along `tensor`.
+    local: only keys at most `half_window` tokens away; if traced, it chooses between two kernels. On a mesh every
+    device attends in its own rows, and in its own heads if they divide along `tensor`.
     """
     run: Any = {"splash": _splash, "triton": _triton}[kernel.name]
 
@@ -103,7 +103,7 @@ def _each_on_its_part(on_device: Callable[..., jax.Array], shape: tuple[int, ...
 
     def split(*arrays: jax.Array) -> jax.Array:
         specs = (*(whole,) * 3, PartitionSpec(rows or None, None), *(PartitionSpec(),) * (len(arrays) - 4))
-        # Over all axes: a kernel cannot be split along one that is left to XLA.
+        # Over all axes: a kernel cannot be split along an axis that is left to XLA.
         names = set(mesh.axis_names)
         return jax.shard_map(on_device, in_specs=specs, out_specs=whole, axis_names=names, check_vma=False)(*arrays)
 
@@ -122,7 +122,7 @@ def _splash(
     block = math.gcd(length, 512)
     forward = {"block_q": block, "block_kv": block}
     backward = {"block_q_dkv": block, "block_kv_dkv": block, "use_fused_bwd_kernel": True}
-    # Arrays are stored in tiles 128 wide, which smaller heads would not fill.
+    # Arrays are stored in tiles 128 wide, which smaller heads do not fill.
     layout = splash.QKVLayout.SEQ_MINOR if size % 128 else splash.QKVLayout.HEAD_DIM_MINOR
     layouts = dict.fromkeys(("q_layout", "k_layout", "v_layout"), layout)
     attention: Any = splash.make_splash_mha_single_device(
@@ -138,15 +138,15 @@ def _splash(
     return jnp.swapaxes(jax.vmap(row)(query, key, value, segments), 1, 2)
 
 
-# The GPU's kernel. Scores are in base 2, in which exponentials are fastest.
+# The GPU kernel. Scores are in base 2, where exponentials are fastest.
 
-_LOWEST = -1e30  # of a score that is masked; not -inf, whose differences are nan
+_LOWEST = -1e30  # a masked score; not -inf, whose differences are nan
 
 
 def _scores(
     query_QxD: jax.Array, key_KxD: jax.Array, segments: Any, first_query: Any, first_key: Any, window: int | None
 ) -> jax.Array:
-    """Masked scores [Q, K] of two blocks of one row, from the columns where they begin."""
+    """Masked scores [Q, K] of two blocks of one row, which start at the given columns."""
     queries, keys = query_QxD.shape[0], key_KxD.shape[0]
     scores = _triton_language().dot(query_QxD, key_KxD.T) * math.log2(math.e)
     ids = segments[pl.ds(first_query, queries)][:, None], segments[pl.ds(first_key, keys)][None, :]
@@ -158,7 +158,7 @@ def _scores(
 
 
 def _blocks_near(first: Any, block: int, other: int, length: int, window: int | None) -> tuple[Any, Any]:
-    """From which to before which block of `other` columns a block at `first` sees."""
+    """The range of blocks of `other` columns that a block at `first` sees."""
     if window is None:
         return 0, length // other
     lowest = jnp.maximum(first - window, 0)
@@ -177,7 +177,7 @@ def _forward_kernel(
     head: int,
     window: int | None,
 ) -> None:
-    """The mixed values of one block of queries, and the logarithms of the sums of its exponentials."""
+    """The mixed values of one block of queries, and the log-sum-exp of their scores."""
     language = _triton_language()
     block, length = query.shape[0], key.shape[0]
     first = pl.program_id(0) * block

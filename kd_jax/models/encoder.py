@@ -36,8 +36,8 @@ def by_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
-# What layers attend to: segment ids [R, L], and by whether a layer is global its mask [R, L, L], None where a kernel
-# makes its own, and its rotary tables or None.
+# What layers attend to: segment ids [R, L]; and for local and global layers the mask [R, L, L], None if a kernel makes
+# its own, and the rotary tables or None.
 Views = tuple[jax.Array, dict[bool, tuple[jax.Array | None, jax.Array | None]]]
 
 # The states after the last layer, after the captured layers, and the captured projections.
@@ -187,7 +187,7 @@ class Encoder(nnx.Module):
         kernel = attention if computes(attention, length, drops) else PLAIN
         masks: dict[bool, jax.Array | None] = {True: None, False: None}
         if kernel == PLAIN:
-            # Padding is a segment of its own, so every token attends at least to itself and no softmax is empty.
+            # Padding is a separate segment, so every token attends at least to itself and no softmax is empty.
             whole = segment_ids_RxL[:, :, None] == segment_ids_RxL[:, None, :]
             columns = jnp.arange(length)
             near = jnp.abs(columns[:, None] - columns[None, :]) <= config.local_window // 2

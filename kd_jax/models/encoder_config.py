@@ -11,12 +11,12 @@ from typing import Any, Literal
 from kd_jax.types import UserError
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"]
-Pooling = Literal["first", "mean", "max"]  # how the vector of a text is read from the states of its tokens
+Pooling = Literal["first", "mean", "max"]  # how the vector of a text is computed from the states of its tokens
 
 _AT_LEAST_1 = (
     *("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions", "global_every"),
 )
-_MOST = 2**31 - 1  # of any number: XLA indexes with 32 bits
+_MOST = 2**31 - 1  # maximum of any number: XLA indexes with 32 bits
 _MOST_LAYERS = 10_000
 
 
@@ -50,7 +50,7 @@ class EncoderConfig:
     head_activation: Activation = "gelu"
     head_bias: bool = True  # of the dense layer in the heads
     decoder_bias: bool = True
-    tied_decoder: bool = True  # the masked-LM head reads the token table; False: a matrix of its own
+    tied_decoder: bool = True  # the masked-LM head uses the token table; False: its own matrix
     initializer_range: float = 0.02
     dropout: float = 0.1
     attention_dropout: float = 0.1
@@ -106,8 +106,9 @@ class EncoderConfig:
 
 
 def encoder_config(values: Any, vocab_size: int, key: str = "encoder") -> EncoderConfig:
-    """From the keys of `config.teacher` or `config.student`; the tokenizer's `vocab_size` replaces a 0. Raises
-    UserError, which names config.<key>.
+    """From the keys of `config.teacher` or `config.student`; the tokenizer's `vocab_size` replaces a 0.
+
+    Raises UserError, which names config.<key>.
     """
     values = dict(values)
     values["vocab_size"] = values["vocab_size"] or vocab_size

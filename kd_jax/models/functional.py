@@ -23,8 +23,8 @@ class Functional:
 
     Hashable, so a jitted function may close over it. Parameters are nested dicts of float32 arrays with string keys;
     those of all layers are stacked on axis 0 under params["encoder"]["layers"]. `compute_dtype` is the dtype of
-    activations and logits, `attention` how attention is computed. `pooling` says how DC and the intent head read a
-    text. Without a `dropout_key` everything is deterministic.
+    activations and logits, `attention` the kernel for attention. `pooling` is how DC and the intent head read a text.
+    Without a `dropout_key` everything is deterministic.
     """
 
     kind: Literal["mlm", "dc", "icner"]

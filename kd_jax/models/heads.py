@@ -18,9 +18,9 @@ def pooled(
 ) -> jax.Array:
     """The vectors [R, S, H] of the texts whose first tokens are at the given columns, in the dtype of the states.
 
-    mean and max go over all tokens of a text, its special tokens included, as the mean over the attention mask does in
-    e5 and sentence-transformers; the mean is summed in float32. A slot without a text gets the vector of whatever is at
-    its column, which is finite.
+    mean and max are over all tokens of a text, special ones included, like the mean over the attention mask in e5 and
+    sentence-transformers; the mean is summed in float32. A slot without a text gets some finite vector, of whatever is
+    at its column.
     """
     if pooling == "first":
         return gather_positions(hidden_RxLxH, first_positions_RxS)
@@ -37,7 +37,7 @@ def pooled(
         # A segment has at least the token at its column.
         count_RxS = jnp.sum(inside_RxSxL, axis=2, dtype=jnp.float32)
         return (total_RxSxH / count_RxS[:, :, None]).astype(hidden_RxLxH.dtype)
-    # Where the maximum is, then what is there: its gradient is one sum over columns, and [R, S, L, H] is never kept.
+    # First the position of the maximum, then its value: so the gradient is one scatter, and [R, S, L, H] is never kept.
     lowest = jnp.asarray(-jnp.inf, hidden_RxLxH.dtype)
     states_RxSxLxH = jnp.where(inside_RxSxL[:, :, :, None], hidden_RxLxH[:, None], lowest)
     columns_RxSxH = jnp.argmax(jax.lax.stop_gradient(states_RxSxLxH), axis=2)
@@ -56,7 +56,7 @@ def _classifier(config: EncoderConfig, classes: int, rngs: nnx.Rngs) -> Linear:
 
 
 class MaskedHead(nnx.Module):
-    """Dense, activation, norm, then the token table, or a matrix like it, transposed plus a bias (BertForMaskedLM,
+    """Dense, activation, norm, then the transposed token table, or a matrix of its shape, plus a bias (BertForMaskedLM,
     RobertaForMaskedLM, ModernBertForMaskedLM)."""
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
@@ -72,7 +72,7 @@ class MaskedHead(nnx.Module):
         return self.norm(ACTIVATIONS[self.activation](self.dense(hidden_RxKxH)))
 
     def __call__(self, hidden_RxKxH: jax.Array, table_VxH: jax.Array) -> jax.Array:
-        """Logits [R, K, V] in the dtype of the hidden states; an own matrix takes the place of the token table."""
+        """Logits [R, K, V] in the dtype of the hidden states; an untied matrix replaces the token table."""
         transformed = self.transform(hidden_RxKxH)
         table_VxH = table_VxH if self.decoder is None else self.decoder[...]
         logits = jnp.einsum("rkh,vh->rkv", transformed, table_VxH.astype(transformed.dtype))
@@ -82,7 +82,7 @@ class MaskedHead(nnx.Module):
 
 
 class SequenceHead(nnx.Module):
-    """Classifies a text by its vector, from `pooled`: BertPooler and classifier, RobertaClassificationHead, or
+    """Classifies a text from its vector, see `pooled`: BertPooler and classifier, RobertaClassificationHead, or
     ModernBERT's prediction head and classifier.
     """
 

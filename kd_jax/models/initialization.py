@@ -50,8 +50,8 @@ def principal_table(table_VxH: np.ndarray, counts_V: np.ndarray, width: int, siz
     """(token table float32 [V, width], share of the variance that it keeps): the leading principal components of the
     teacher's table, where token v has weight sqrt(counts[v]).
 
-    Weights between those of types and of running text: frequent tokens matter most, and rare ones still count. The mean
-    is left out, since every token has it. size: root mean square of the entries; that of a random table suits the first
+    The weights are between equal ones and frequencies: frequent tokens matter most, and rare ones still count. The mean
+    is removed, since all tokens share it. size: root mean square of the entries; that of a random table suits the first
     norm and the learning rate. A student that is wider than its teacher gets zeros in the remaining columns.
     """
     table, weights = np.asarray(table_VxH, np.float64), np.sqrt(np.asarray(counts_V, np.float64))
@@ -59,7 +59,7 @@ def principal_table(table_VxH: np.ndarray, counts_V: np.ndarray, width: int, siz
     centered = table - weights @ table
     variances, directions = np.linalg.eigh((centered * weights[:, None]).T @ centered)
     basis = directions[:, ::-1][:, :width]
-    # An eigenvector's sign is arbitrary; with this one the result does not depend on the library that computes it.
+    # An eigenvector's sign is arbitrary; fixing it makes the result independent of the library.
     largest = basis[np.abs(basis).argmax(axis=0), np.arange(basis.shape[1])]
     reduced = centered @ (basis * np.sign(largest))
     reduced *= size / np.sqrt(np.mean(np.square(reduced)))
@@ -68,7 +68,7 @@ def principal_table(table_VxH: np.ndarray, counts_V: np.ndarray, width: int, siz
 
 
 def check_table(student: EncoderConfig, teacher: EncoderConfig, kept: np.ndarray | None) -> None:
-    """Raises UserError for a student whose tokens are not the teacher's, or those of them that `kept` names."""
+    """Raises UserError for a student whose tokens are not the teacher's, or the subset `kept` of them."""
     if kept is None and student.vocab_size != teacher.vocab_size:
         raise UserError(
             f"config.student.vocab_size: it is {student.vocab_size}, the teacher's is {teacher.vocab_size}, and a "

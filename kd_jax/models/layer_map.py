@@ -72,9 +72,9 @@ def initial_layers(spec: Any, student_layers: int, teacher_layers: int, key: str
 
 
 def chosen_layers(spec: Any, num_layers: int, key: str) -> tuple[int, ...]:
-    """The layers of a teacher that are kept, counted from 0, ascending.
+    """The layers of a teacher to keep, counted from 0, ascending.
 
-    spec: "last", "none", or numbers, where negative ones count from the end. Raises UserError naming `config.<key>`.
+    spec: "last", "none", or numbers; negative ones count from the end. Raises UserError naming `config.<key>`.
     """
     if isinstance(spec, str):
         if spec not in ("last", "none"):

@@ -54,10 +54,10 @@ def drop(x: jax.Array, rate: float, key: jax.Array | None, site: int) -> jax.Arr
 
 
 def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """The function, whose gradient in bfloat16 keeps its arguments alone and computes the rest again.
+    """The function with a gradient that, in bfloat16, saves only the arguments and recomputes the rest.
 
-    What is computed in float32 on the way would otherwise be kept, twice or more the size of the arguments. In float32
-    nothing is saved so, and computing it again costs a CPU more than reading it.
+    Intermediate values in float32 would otherwise be saved, at twice the size of the arguments or more. In float32 this
+    saves nothing, and on a CPU recomputing costs more than reading.
     """
     narrow = jax.custom_vjp(function)
     narrow.defvjp(lambda *given: (function(*given), given), lambda given, slope: jax.vjp(function, *given)[1](slope))
@@ -132,7 +132,7 @@ class Linear(nnx.Module):
 
 
 def random_table(config: EncoderConfig, rows: int, axis: str | None, rngs: nnx.Rngs) -> nnx.Param[jax.Array]:
-    """A table [rows, H], drawn like all tables and matrices; `axis` names its rows for sharding."""
+    """A table [rows, H], initialized like all tables and matrices; `axis` names its rows for sharding."""
     shape = (rows, config.hidden_size)
     return nnx.Param(truncated_normal(rngs.params(), shape, config.initializer_range), axes=(axis, "embed"))
 

@@ -1,7 +1,7 @@
-"""The token table, which a model reads twice: to look up its tokens, and to turn features into logits.
+"""The token table, which a model uses twice: to look up its tokens, and to turn features into logits.
 
-Left to XLA, the gradients of both are summed over the devices, one by one. With a copy of its own for each device, they
-are added on each device first, over all micro-batches too, and their sum crosses the network once.
+XLA would sum the gradients of both over the devices separately. With a copy of the table for each device, they are
+added on each device first, over all micro-batches too, and their sum crosses the network once.
 """
 
 import math
@@ -17,10 +17,10 @@ _PATH = ("encoder", "embeddings", "tokens")
 
 
 def on_each_device(params: Params, rows: int) -> Params:
-    """The parameters with a table [D, V, H], of which each of the D devices that share out so many rows has one.
+    """The parameters with a table [D, V, H]: one copy for each of the D devices over which that many rows are split.
 
-    The same without a mesh, or where it splits more than rows. The table should be replicated: a sharded one would be
-    gathered.
+    Unchanged without a mesh, or if the mesh splits more than rows. The table should be replicated: a sharded one would
+    be gathered.
     """
     axes, devices = row_axes(rows)
     if not axes or devices != math.prod(jax.sharding.get_abstract_mesh().shape.values()):
@@ -30,7 +30,7 @@ def on_each_device(params: Params, rows: int) -> Params:
 
 
 def summed(gradients: Params) -> Params:
-    """The gradients with respect to the parameters, from those with respect to `on_each_device` of them."""
+    """The gradients of the parameters, from those of `on_each_device(parameters)`."""
     return _changed(gradients, lambda table: jnp.sum(table, axis=0) if table.ndim == 3 else table)
 
 
@@ -42,7 +42,7 @@ def _changed(params: Params, change: Callable[[jax.Array], jax.Array]) -> Params
 
 
 def look_up(table: jax.Array, tokens_RxL: jax.Array) -> jax.Array:
-    """The rows [R * L, H] of a table [V, H], or, on each device, of its own of [D, V, H]."""
+    """The rows [R * L, H] of a table [V, H], or, on each device, of its copy in [D, V, H]."""
     if table.ndim == 2:
         return jnp.take(table, tokens_RxL.reshape(-1), axis=0)
     rows = PartitionSpec(row_axes(tokens_RxL.shape[0])[0])

@@ -38,7 +38,7 @@ def keep_copies_in(folder: str) -> None:
 
 
 def local_root() -> pathlib.Path:
-    """The folder of this host that holds copies: as set, or $KD_JAX_CACHE, or kd_jax in $XDG_CACHE_HOME or ~/.cache."""
+    """The folder on this host for copies: as set, or $KD_JAX_CACHE, or kd_jax in $XDG_CACHE_HOME or ~/.cache."""
     if chosen := _chosen_root or os.environ.get("KD_JAX_CACHE", ""):
         return pathlib.Path(chosen).expanduser()
     cache = os.environ.get("XDG_CACHE_HOME", "")
@@ -60,11 +60,11 @@ def describe(folder: pathlib.Path, names: Iterable[str]) -> dict[str, dict[str, 
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names}
 
 
-_verified: dict[str, tuple[int, ...]] = {}  # path -> size, time and number of the file whose checksum was right
+_verified: dict[str, tuple[int, ...]] = {}  # path -> size, time and inode of the file whose checksum was right
 
 
 def verify(folder: pathlib.Path, files: Files, remedy: str) -> None:
-    """Raises UserError unless local files are as `describe` found them; each is read once in a process."""
+    """Raises UserError unless local files are as `describe` recorded them; each is read once per process."""
 
     def check(name: str) -> None:
         path = folder / name

@@ -30,7 +30,7 @@ _LEFT = "kd_jax/left"  # by process number: it has seen the failure
 _CAUSE = 2.0  # seconds in which another process's message may still show that a crash here was only its consequence
 _TO_SAVE = 60.0  # seconds that the others get to write their part of a checkpoint after a preemption
 _TO_LEAVE = 15.0  # the same after any other end
-_TO_EXIT = 1.0  # seconds from a process's last word to its exit
+_TO_EXIT = 1.0  # seconds from a process's last message to its exit
 
 # What an error means to the user: (exit code, what is printed on standard error).
 Describe = Callable[[BaseException], tuple[int, str]]
@@ -126,7 +126,7 @@ class _Job:
                 for other in range(1, self._place.processes):
                     left = max(int(1000 * (end - time.monotonic())), 1)
                     self._client.blocking_key_value_get(f"{_LEFT}/{other}", left)
-                time.sleep(_TO_EXIT)  # JAX aborts a process that sees the service end, even one that is about to exit
+                time.sleep(_TO_EXIT)  # JAX aborts a process when the service ends, even one that is about to exit
         os._exit(code)
 
     def finish(self) -> None:
@@ -216,5 +216,5 @@ def first_goes_ahead() -> Iterator[None]:
 
 
 def _print(text: str) -> None:
-    # Not sys.stderr, which a study turns to the log of a stage.
+    # Not sys.stderr, which a study redirects to the log of a stage.
     print(text, file=sys.__stderr__ or sys.stderr, flush=True)

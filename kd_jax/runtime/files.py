@@ -15,13 +15,13 @@ from typing import Any, BinaryIO, TextIO
 from kd_jax.runtime.paths import as_path, digest, is_remote, reaching
 from kd_jax.types import UserError
 
-# What to do about a file that kd_jax wrote and that was damaged since.
+# The remedy for a damaged file that kd_jax wrote.
 RESTORE = "restore it from a copy, or remove its folder and run the command again that wrote it"
 
 # orbax and tensorstore wrap the system's error in their own exceptions, so its message is searched for as well.
 _FULL = tuple(os.strerror(number).lower() for number in (errno.ENOSPC, errno.EDQUOT))
 
-# In a file of `write_sealed`: the digest of everything else in it.
+# Key in a file of `write_sealed`: the digest of everything else in it.
 _CHECKSUM = "checksum"
 
 # Object stores refuse more than about one put of the same object per second.
@@ -52,8 +52,8 @@ def full_disk_is_user_error(path: str | os.PathLike, remedy: str = "or choose an
 
 @contextlib.contextmanager
 def system_errors_are_user_errors() -> Iterator[None]:
-    """Turns what the system says of a file that it names, such as one that is missing, and too little memory, for NumPy
-    or for jax, into a UserError."""
+    """Turns system errors about a named file, such as a missing one, and out-of-memory errors of NumPy and jax, into
+    UserError."""
     try:
         yield
     except OSError as error:
@@ -73,8 +73,8 @@ def system_errors_are_user_errors() -> Iterator[None]:
 def write_atomically(path: pathlib.Path, data: bytes | str) -> None:
     """Replaces a file so that a reader finds the old content or the new, never a part.
 
-    What a killed process leaves beside it, `kd_jax.runtime.lock.tidy` removes. Raises UserError when the disk is full,
-    the folder cannot be written to, or the store cannot be reached.
+    `kd_jax.runtime.lock.tidy` removes the temporary file of a killed process. Raises UserError if the disk is full, the
+    folder cannot be written to, or the store cannot be reached.
     """
     data = data.encode() if isinstance(data, str) else data
     if is_remote(path):  # a single put is atomic
@@ -99,7 +99,7 @@ def write_atomically(path: pathlib.Path, data: bytes | str) -> None:
 
 
 def _opened(temporary: pathlib.Path) -> BinaryIO:
-    """The file, new, and locked while it is open: so that `tidy` can tell it from one whose process is gone."""
+    """A new file, locked while it is open, so that `tidy` can tell it from one whose process is gone."""
     while True:
         file = open(temporary, "wb")  # noqa: SIM115  closed by the caller
         with contextlib.suppress(OSError):  # a file system without locks
@@ -116,8 +116,8 @@ def write_json(path: pathlib.Path, values: Any) -> None:
 
 @contextlib.contextmanager
 def whole_text_file(path: pathlib.Path) -> Iterator[TextIO]:
-    """A local text file that is written in the block, and appears under its name when the block ends well."""
-    if path.exists() and not path.is_file():  # a pipe or a device, which nothing replaces
+    """A local text file that is written in the block, and appears under its name if the block succeeds."""
+    if path.exists() and not path.is_file():  # a pipe or a device, which cannot be replaced
         with open(path, "w", encoding="utf-8") as file:
             yield file
         return
@@ -131,13 +131,13 @@ def whole_text_file(path: pathlib.Path) -> Iterator[TextIO]:
 
 
 def sealed(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A JSON object with the checksum of its values and its file's name, which `unsealed` verifies and takes out."""
+    """A JSON object with a checksum over its values and its file's name, which `unsealed` verifies and removes."""
     plain = json.loads(json.dumps(values))
     return {**plain, _CHECKSUM: digest([name, plain])}
 
 
 def unsealed(values: Any, path: pathlib.Path, remedy: str = RESTORE) -> Any:
-    """The inverse of `sealed`; values without a checksum are taken as they are. UserError where they were changed."""
+    """The inverse of `sealed`; values without a checksum are returned unchanged. Raises UserError if damaged."""
     if not isinstance(values, dict) or _CHECKSUM not in values:
         return values
     plain = {key: value for key, value in values.items() if key != _CHECKSUM}
@@ -147,12 +147,12 @@ def unsealed(values: Any, path: pathlib.Path, remedy: str = RESTORE) -> Any:
 
 
 def write_sealed(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """`write_json` of an object with its own checksum, for files that only kd_jax writes and people do not edit."""
+    """`write_json` of an object with its own checksum, for files that only kd_jax writes."""
     write_json(path, sealed(values, path.name))
 
 
 class _Object(dict[str, Any]):
-    """The object of a JSON file, which says so where a key is missing."""
+    """The object of a JSON file; a missing key raises a UserError that names the file."""
 
     def __init__(self, values: dict[str, Any], path: pathlib.Path, remedy: str):
         super().__init__(values)
@@ -163,9 +163,9 @@ class _Object(dict[str, Any]):
 
 
 def read_json(path: pathlib.Path, remedy: str = RESTORE) -> Any:
-    """The value of a JSON file; FileNotFoundError if it is missing. A key that its object lacks is a UserError.
+    """The value of a JSON file. Raises FileNotFoundError if it is missing; a key that its object lacks is a UserError.
 
-    Raises UserError for a file that cannot be read, is no JSON or was changed since `write_sealed`, and for a store
+    Raises UserError for a file that cannot be read, is not JSON or was changed since `write_sealed`, and for a store
     that cannot be reached.
     """
     try:

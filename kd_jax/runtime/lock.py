@@ -1,9 +1,9 @@
-"""Locks that the kernel releases however their process ends: the one owner of a folder that a command writes, and what
-a killed process leaves.
+"""Locks that the kernel releases however their process ends: for the folder that a command writes, and for temporary
+files, so that those of killed processes can be removed.
 
-They hold between the processes of one host, and between hosts where the file system passes flock on (NFS 4, Lustre
-mounted with flock, GPFS). Where a file system has no locks, and between hosts on gs:// and s3://, two owners go
-unnoticed (docs/long-runs.md).
+They work between the processes of one host, and across hosts if the file system supports flock (NFS 4, Lustre mounted
+with flock, GPFS). On file systems without locks, and across hosts on gs:// and s3://, two owners are not detected
+(docs/long-runs.md).
 """
 
 import contextlib
@@ -20,15 +20,15 @@ from kd_jax.runtime.copies import on_this_host
 from kd_jax.runtime.paths import make_folder
 from kd_jax.types import UserError
 
-_SECONDS_TO_WAIT = 2.0  # for a lock that another process takes for an instant, to see whether it is free
+_SECONDS_TO_WAIT = 2.0  # for a lock that another process holds for an instant, to test whether it is free
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # from file systems without locks
 
 
 @contextlib.contextmanager
 def owned(folder: pathlib.Path, part: str = "") -> Iterator[None]:
-    """Makes this process the only one that writes in `folder`, or in that part of it; the folder is made if need be.
+    """Makes this process the only one that writes in `folder`, or in that part of it; creates the folder if needed.
 
-    Raises UserError with host, process and age of the other one. The lock's file is removed at the end.
+    Raises UserError with host, process and age of another owner. The lock's file is removed at the end.
     """
     folder = on_this_host(folder)
     make_folder(folder)
@@ -43,21 +43,21 @@ def owned(folder: pathlib.Path, part: str = "") -> Iterator[None]:
         os.pwrite(descriptor, json.dumps(values).encode(), 0)
         yield
     finally:
-        # Before the lock is released: a file that is removed later may be another owner's.
+        # Before the lock is released, since a later removal may hit another owner's file.
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
         os.close(descriptor)
 
 
 def tidy(folder: pathlib.Path) -> None:
-    """Removes what killed processes left below a folder: unfinished small files, and the names of former owners.
+    """Removes what killed processes left below a folder: temporary files, and `.owner` files.
 
-    The lock on each tells whether its process lives, so this is safe while others write there.
+    The lock on each tells whether its process is alive, so this is safe while others write there.
     """
     folder = on_this_host(folder)
     for pattern in (".*.tmp", ".owner*"):
         for path in folder.rglob(pattern):
-            with contextlib.suppress(OSError):  # it is gone, or lies on a disk that is only read
+            with contextlib.suppress(OSError):  # it is gone, or on a read-only disk
                 descriptor = os.open(path, os.O_RDWR)
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,7 +77,7 @@ def _locked(path: pathlib.Path) -> int:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
-        os.close(descriptor)  # the owner before has removed the file in the meantime: this lock guards nothing
+        os.close(descriptor)  # the previous owner has removed the file in the meantime, so this lock protects nothing
 
 
 def _owner(path: pathlib.Path) -> str:
@@ -85,7 +85,7 @@ def _owner(path: pathlib.Path) -> str:
         values = json.loads(path.read_text(encoding="utf-8"))
         minutes = max(time.time() - values["started"], 0.0) / 60  # clocks jump
         return f"process {values['pid']} on {values['host']} has been writing here for {minutes:.0f} minutes"
-    except (OSError, ValueError, KeyError):  # it is gone, or has not said yet who it is
+    except (OSError, ValueError, KeyError):  # it is gone, or not yet written
         return "another process is writing here"
 
 

@@ -100,7 +100,7 @@ def make_folder(path: pathlib.Path) -> None:
 
 
 def is_there(path: pathlib.Path) -> bool:
-    """Whether a file or folder exists; UserError when its store cannot be reached."""
+    """Whether a file or folder exists. Raises UserError if its store cannot be reached."""
     with reaching(path):
         return path.exists()
 
@@ -115,7 +115,7 @@ def names_in(folder: pathlib.Path) -> list[str]:
 
 
 def file_name(name: str) -> str:
-    """A name from the data as a file's name: what would leave its folder, or hide there, is percent-encoded."""
+    """A name from the data as a file name: what would leave the folder, or hide in it, is percent-encoded."""
     return re.sub(r"[/\\%\x00-\x1f\x7f]|^\.", lambda found: f"%{ord(found[0]):02X}", name)
 
 

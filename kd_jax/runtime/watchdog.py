@@ -43,8 +43,8 @@ class Watchdog:
         pause, looked = min(self._seconds / 4, 5.0), time.monotonic()
         while not self._stop.wait(pause):
             now = time.monotonic()
-            # A pause of several times its length: the whole process was stopped (SIGSTOP, a suspended machine), and
-            # could not work either.
+            # The pause took several times its length: the whole process was stopped (SIGSTOP, a suspended machine),
+            # so no step could run either.
             if now - looked > 3 * pause:
                 self._since = min(self._since + (now - looked), now)
             looked, waited = now, now - self._since

@@ -22,9 +22,9 @@ from kd_jax.steps.teacher_logits import TeacherForm, fused_decoder, term_sums
 from kd_jax.types import Array, Batch, Params, Term
 
 LOGIT_TERMS = ("kl", "mlm")
-SHORTEST = 3  # tokens of the shortest text in a packed row, with its special tokens (data.packing.SMALLEST_SEGMENT)
+SHORTEST = 3  # tokens of the shortest text in a packed row, special ones included (data.packing.SMALLEST_SEGMENT)
 
-# Batch fields from a cache of states: those after a layer, its queries, keys and values, all [R, L, H], and the means
+# Batch fields from a cache of states: states after a layer, its queries, keys and values, all [R, L, H], and the means
 # of texts [R, S, H].
 STATES, RELATIONS, MEANS = "teacher_layer_{}", "teacher_{}_{}", "teacher_texts"
 
@@ -36,8 +36,8 @@ class DistillSettings(training.Loss):
     """The loss as the step computes it: hashable, with layers resolved to pairs (student's, teacher's).
 
     once: the teacher predicts a step's whole batch before it is split into micro-batches.
-    fused: logits stay in kernels where those compute the terms: not those of teachers that are averaged, top-k or
-        sampled, nor where the unknown token gets the probability of others.
+    fused: logits stay in kernels if these support the terms: not for averaged teachers, top-k or samples, nor if the
+        unknown token gets the probability of dropped ones.
     """
 
     hidden_layers: tuple[tuple[int, int], ...] = ()
@@ -71,21 +71,21 @@ class Targets(NamedTuple):
 
 
 def with_output(states: Captured, model: Functional) -> Captured:
-    """The same, where the last layer's states are the encoder's output, behind its final norm if it has one.
+    """The same, with the encoder's output, after its final norm if it has one, as the states of the last layer.
 
-    Of unmasked text that is what a student learns from and with, since it is what finetuning and a sentence encoder
-    read; the terms on masked text compare the states before that norm.
+    For unmasked text, teacher and student are compared there, since finetuning and sentence encoders read it; the terms
+    on masked text compare the states before that norm.
     """
     return states._replace(layers={**states.layers, model.config.num_layers - 1: states.hidden})
 
 
 def text_slots(length: int) -> int:
-    """The most texts that a packed row of that length can hold."""
+    """The maximum number of texts in a packed row of that length."""
     return length // SHORTEST
 
 
 def number_of_texts(batch: Batch) -> Array:
-    """float32: how many texts, or segments of long ones, the rows of a batch hold."""
+    """float32: the number of texts, or segments of long ones, in the rows of a batch."""
     return jnp.sum(jnp.max(jnp.asarray(batch["segment_ids"]), axis=1)).astype(jnp.float32)
 
 
@@ -208,7 +208,7 @@ def _columns(batch: Batch, settings: DistillSettings) -> Array | None:
 
 
 def _at_masked(states: tuple[Captured, ...], batch: Batch, settings: DistillSettings) -> tuple[Captured, ...]:
-    """States for the logits: at the masked positions, unless those of all positions are wanted."""
+    """States for the logits: at the masked positions, unless all positions are needed."""
     if settings.kd_positions == "all" or not settings.sentence.used:
         return states
     columns = jnp.asarray(batch["masked_positions"])
@@ -216,7 +216,7 @@ def _at_masked(states: tuple[Captured, ...], batch: Batch, settings: DistillSett
 
 
 def _targets(states: tuple[Captured, ...], batch: Batch, settings: DistillSettings) -> Targets:
-    """What the teacher in the loop gives the terms on inner states; nothing where there are none."""
+    """The teacher in the loop's targets for the terms on inner states; empty if there are none."""
     if not settings.features:
         return Targets({})
     (one,) = states
@@ -232,7 +232,7 @@ def _cached_targets(batch: Batch, centers: Mapping[str, Array], settings: Distil
 
     captured, parts = settings.captured(1), settings.relations.parts
     layers = {layer: field(STATES.format(layer)) for layer in captured["layers"]}
-    # All heads side by side are one head that is as wide as the state: relation heads are another split of it.
+    # All heads concatenated are one head as wide as the state; relation heads split it differently.
     projections = {
         layer: {part: jnp.asarray(batch[RELATIONS.format(part, layer)])[:, :, None] for part in parts}
         for layer in captured["projections"]

@@ -19,8 +19,8 @@ class TeacherForm:
 
     kind: "hidden": the features that its decoder turns into logits; "top_k" and "sampled" as losses.sparse defines
     them, `tail` being the policy of top_k; "states": no predictions, but inner states from a cache. cached: they come
-    with the batch, from a cache. dropped: where the teacher's probability of tokens that the student does not have
-    goes: "renormalize" or "unknown" (the student's token `unknown`).
+    with the batch, from a cache. dropped: what happens to the teacher's probability of tokens that the student lacks:
+    "renormalize" or "unknown" (given to the student's token `unknown`).
     """
 
     kind: str = "hidden"
@@ -78,7 +78,7 @@ def teacher_logits(
 
 
 def fused_decoder(per_position: dict[str, Any], constants: dict[str, Any], form: TeacherForm) -> Decoder | None:
-    """The teacher of `fused_losses`, over the student's tokens; None where its logits are more than one product."""
+    """The teacher of `fused_losses`, over the student's tokens; None if its logits take more than one product."""
     features = per_position.get("teacher_features", ())
     if len(features) != 1 or ("kept" in constants and form.dropped != "renormalize"):
         return None

@@ -13,7 +13,7 @@ from kd_jax.types import Batch, Params
 
 def make_states_step(teacher: Functional, layers: Sequence[int], texts: int, dtype: str, relations: Sequence[int] = ()):
     """(params, batch) -> (states [R, L, H] after each of `layers`, then queries, keys and values [R, L, H] of each of
-    `relations`; means [R, S, H] of up to S = `texts` texts a row).
+    `relations`; means [R, S, H] of up to S = `texts` texts per row).
 
     The same states as those of a teacher in the loop, in `dtype`; see losses.features.text_means.
     """

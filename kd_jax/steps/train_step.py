@@ -41,11 +41,11 @@ def make_train_step(
     """A pure function (state, frozen, batch) -> (state, metrics); metrics are (sum, weight) pairs.
 
     frozen["seed"] is an int32 scalar; the step's key is fold_in(key(seed), step), so dropout depends on nothing else.
-    The rest of `frozen` (a teacher, label masks) is handed to the objective and never differentiated.
+    The rest of `frozen` (a teacher, label masks) is passed to the objective and never differentiated.
 
-    skipped(opt_state before, after): given, a step whose loss, terms or gradient norm are not finite changes no
-    parameter, leaves this as the optimizer's state, and counts 1 in metrics["skipped_steps"]. own_tables: each device
-    adds up the token table's gradients before they are summed over devices (models.token_table).
+    skipped(opt_state before, after): if given, a step whose loss, terms or gradient norm are not finite changes no
+    parameter, leaves its result as the optimizer's state, and counts 1 in metrics["skipped_steps"]. own_tables: each
+    device adds up the token table's gradients before they are summed over devices (models.token_table).
     """
 
     def train_step(state: State, frozen: Any, batch: Batch) -> tuple[State, Mapping[str, Term]]:

@@ -259,7 +259,7 @@ def switched() -> Iterator[tuple[Output, ...]]:
 
 @contextlib.contextmanager
 def _logged(file: pathlib.Path, title: str, outputs: tuple[Output, ...] | None) -> Iterator[None]:
-    """Appends the outputs to the file; a terminal shows a line about it meanwhile, and a failure is printed anywhere."""
+    """Appends the outputs to the file; a terminal shows a line meanwhile, and a failure is printed everywhere."""
     if outputs is None:
         yield
         return

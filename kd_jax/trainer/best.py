@@ -1,4 +1,4 @@
-"""Which evaluation of a run counts: with patience the best one, whose parameters are kept, else the last one."""
+"""The evaluation whose parameters a run keeps: with patience the best one, else the last one."""
 
 import math
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ Metrics = Mapping[str, float | None]
 
 
 class Best:
-    """The evaluation that counts so far.
+    """The best evaluation so far.
 
-    metric: the name, among what an evaluation returns, of a score of which more is better. patience: evaluations
-    without a higher score after which the run stops; 0 never stops, keeps no parameters, and lets the last one count.
+    metric: the name, among what an evaluation returns, of a score where higher is better. patience: evaluations without
+    a higher score after which the run stops; 0 never stops, keeps no parameters, and takes the last one.
     """
 
     def __init__(self, metric: str, patience: int):
@@ -28,11 +28,11 @@ class Best:
 
     @property
     def stops(self) -> bool:
-        """Whether the run is to stop now."""
+        """Whether the run should stop now."""
         return 0 < self.patience <= self._since
 
     def add(self, step: int, metrics: Metrics, params: Params) -> None:
-        """Takes an evaluation in; the parameters are copied, so that they may be donated. A missing score is lowest."""
+        """Records an evaluation; the parameters are copied, so that they may be donated. A missing score is lowest."""
         score = _score(metrics[self.metric])
         if self.patience and self.step is not None and score <= _score(self.metrics[self.metric]):
             self._since += 1
@@ -46,7 +46,7 @@ class Best:
         return {"step": self.step, "since": self._since, "metrics": self.metrics}
 
     def restore(self, saved: Mapping[str, Any], params: Params | None) -> None:
-        """The inverse of `saved`; params: those that were saved beside it."""
+        """The inverse of `saved`; params: those saved with it."""
         self.step, self._since, self.metrics = saved["step"], saved["since"], dict(saved["metrics"])
         self.params = params
 

@@ -20,15 +20,15 @@ from kd_jax.trainer.state import State, from_plain, params_fingerprint, to_plain
 from kd_jax.types import Params, UserError
 
 FOLDER = "checkpoints"  # inside a run's directory
-_STATE = "state_fingerprint"  # of what a checkpoint holds, in its "meta"
+_STATE = "state_fingerprint"  # fingerprint of a checkpoint's content, in its "meta"
 _OWN = "remove that folder, and the run goes on from the checkpoint before it or from its start"
 _OTHERS = "restore it from a copy, or run its command again in another directory"
-BEST = "best"  # part of a run's state: the parameters of its best evaluation so far, where it stops early
+BEST = "best"  # part of a run's state: the parameters of its best evaluation so far, with early stopping
 
 
 class _OrbaxNoise(logging.Filter):
-    """Hides what orbax logs through absl below the level of errors, and the tracebacks of each of its threads when the
-    disk is full, which arrives as an exception."""
+    """Hides orbax's absl logs below the level of errors, and the tracebacks of its threads on a full disk, which raises
+    an exception anyway."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
@@ -54,7 +54,7 @@ class Checkpoints:
             self._mirror = Mirror(self._folder) if needs_mirror(self._folder) else None
             folder = self._mirror.folder if self._mirror else self._folder
             self._manager = ocp.CheckpointManager(folder, options=options, item_names=("state", "meta"))
-            for step in sorted(self._manager.all_steps())[:-keep]:  # a kill may have left a part of one it was removing
+            for step in sorted(self._manager.all_steps())[:-keep]:  # a kill may have left a half-removed one
                 self._manager.delete(step)
 
     @contextlib.contextmanager
@@ -140,8 +140,8 @@ def load_params(workdir: str | pathlib.Path, abstract: Params, best_step: int | 
     """The parameters of another run's newest checkpoint, without its optimizer state.
 
     abstract: all of the parameters or some of their top-level entries, as ShapeDtypeStructs with shardings. best_step:
-    of the best evaluation of a run that has ended and kept its parameters, which are then read. Raises UserError when
-    the directory holds no checkpoint, or one of another model; it names the first difference.
+    of the best evaluation of a finished run that kept its parameters, which are then read. Raises UserError if the
+    directory holds no checkpoint, or one of another model, naming the first difference.
     """
     none = UserError(f"{workdir}: holds no checkpoint; give the workdir of a run that has saved one")
     folder = absolute(as_path(workdir) / FOLDER)
@@ -156,7 +156,7 @@ def load_params(workdir: str | pathlib.Path, abstract: Params, best_step: int | 
         if step is None:
             raise none
         with reading(folder / str(step), _OTHERS):
-            # The last checkpoint is older than an evaluation of it that was made up for after a preemption.
+            # The last checkpoint may predate its evaluation, which a preemption postponed.
             part = "params" if best_step in (None, step) else BEST
             saved = manager.item_metadata(step)["state"].tree[part]
             for problem in _mismatches({name: saved[name] for name in abstract if name in saved}, abstract):
@@ -173,12 +173,12 @@ def load_params(workdir: str | pathlib.Path, abstract: Params, best_step: int | 
 
 @contextlib.contextmanager
 def reading(checkpoint: pathlib.Path, remedy: str) -> Iterator[None]:
-    """Turns what orbax and tensorstore raise for a damaged checkpoint into a UserError; too little memory is none."""
+    """Turns what orbax and tensorstore raise for a damaged checkpoint into a UserError; not out-of-memory errors."""
     try:
         yield
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # whatever part of them noticed it
+    except Exception as error:  # the type depends on which part of them noticed it
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
         _hide_late_callbacks()
@@ -188,8 +188,8 @@ def reading(checkpoint: pathlib.Path, remedy: str) -> Iterator[None]:
 
 @functools.cache
 def _hide_late_callbacks() -> None:
-    """After one array failed, tensorstore reports the others to orbax's event loop, which is closed by then, and its
-    tasks are never asked for their errors: Python would print a traceback for each."""
+    """Hides tracebacks that follow the failure of one array: tensorstore reports the others to orbax's event loop,
+    which is closed by then, and nobody retrieves the errors of its tasks."""
     own = sys.unraisablehook
 
     def hook(found: Any) -> None:

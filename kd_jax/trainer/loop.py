@@ -55,16 +55,16 @@ def fit(
 ) -> State:
     """Trains from the newest checkpoint, or from `initial_state()`, up to `job.steps` and returns the final state.
 
-    With patience the run may stop earlier; `best` then has the parameters that count.
+    With patience the run may stop earlier; `best` then has the parameters to keep.
 
     abstract: the state as ShapeDtypeStructs with shardings. phases: (start, train_step, constants), ascending from step
     0: from step `start` on, the jitted train_step, which may donate the state and whose metrics hold "loss", is called
     with constants(), which is called when the phase begins. batch_at(step): this process's rows, NumPy, called on a
     thread of its own one step ahead.
-    evaluate(params, step): called every `job.evaluate_every` steps and at the end; it may raise
-    Preempted. best: takes in what `evaluate` returns; with goodput, its state is saved in every checkpoint, so that a
-    resumed run stops at the same step with the same parameters. lines: printed at the start.
-    Read of `job`: steps, log_every, evaluate_every, checkpoint_every, skip_non_finite.
+    evaluate(params, step): called every `job.evaluate_every` steps and at the end; it may raise Preempted. best:
+    records what `evaluate` returns; its state, like goodput's, is saved in every checkpoint, so that a resumed run
+    stops at the same step with the same parameters. lines: printed at the start.
+    Read from `job`: steps, log_every, evaluate_every, checkpoint_every, skip_non_finite.
 
     Raises UserError when `identity` is not that of the checkpoint, and when a metric is not finite in more steps than
     `job.skip_non_finite`, and Preempted after the checkpoint that a preemption asks for.
@@ -93,7 +93,7 @@ def fit(
             return global_batch(mesh, local), _over_processes(tokens_in(local), mesh)
 
         def with_best(state: State) -> State:
-            """What a checkpoint holds; before the first evaluation, the parameters themselves stand for the best."""
+            """The content of a checkpoint; before the first evaluation, the current parameters replace the best."""
             return state if best is None or not best.patience else {**state, BEST: best.params or state["params"]}
 
         def evaluate_now(step: int) -> None:
@@ -109,7 +109,7 @@ def fit(
         # A preemption does not wait for an evaluation that was due: it is made up for here.
         if meta.get("evaluation_due"):
             evaluate_now(start)
-        end = start if best is not None and best.stops else job.steps  # stopped before it was killed
+        end = start if best is not None and best.stops else job.steps  # it had stopped before it was killed
         ahead = collections.deque(reader.submit(read, step) for step in range(start, min(start + 1, end)))
         if preemption.reached():  # while the parameters were read, say
             raise Preempted("nothing was to be saved yet")

@@ -199,7 +199,7 @@ def gathered(tree: Any) -> Any:
 
 
 def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """The function with the mesh stated while it is traced: kernels and losses keep rows on its devices."""
+    """The function with the mesh set while it is traced: kernels and losses keep rows on its devices."""
 
     def stated(*arguments: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -50,7 +50,7 @@ def make_optimizer(job: Training) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW (Loshchilov and Hutter 2019): the decay follows the schedule.
 
     The state is a dict with the keys "clip", "adam", "decay" and "learning_rate", so checkpoints have readable names.
-    With `job.rates` the update of those parts, decay included, is multiplied at last.
+    With `job.rates` the update of those subtrees, decay included, is multiplied last.
     """
     clip = optax.clip_by_global_norm(job.clip_norm) if job.clip_norm > 0 else optax.identity()
     rates = dict(job.rates)

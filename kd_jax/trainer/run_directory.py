@@ -27,9 +27,9 @@ from kd_jax.types import UserError
 CONFIG = "config.json"
 RUN = "run.json"
 DONE = "DONE"
-SUMS = "sha256"  # in DONE: of these files
-# What later commands read of a finished run: lists and lines, which have no checksum in themselves, and what may be
-# missing where nothing was measured.
+SUMS = "sha256"  # in DONE: checksums of these files
+# Files of a finished run that later commands read: lists and lines, which contain no checksum of their own. They may be
+# missing if nothing was measured.
 RESULT_FILES = (
     "heldout.json",
     "dev.json",
@@ -96,8 +96,8 @@ def run_once(
 ) -> None:
     """Runs a command in its directory unless it is done there; config: its resolved config as plain values.
 
-    work(directory) starts or resumes, and returns what DONE is to say, or None where more is left to do. Raises
-    UserError where another process runs in the directory.
+    work(directory) starts or resumes, and returns the content of DONE, or None if more is left to do. Raises UserError
+    if another process runs in the directory.
     """
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:

@@ -55,15 +55,15 @@ def params_fingerprint(params: Params) -> str:
 
 
 def params_notes(params: Params) -> dict[str, Any]:
-    """What DONE says of a run's parameters: "parameters_fingerprint" of all, and "parts", that of each top-level entry,
-    since a reader may want some of them alone."""
+    """Entries of DONE about a run's parameters: "parameters_fingerprint" of all, and "parts", that of each top-level
+    entry, since a reader may need only some of them."""
     sums = jax.tree.map(int, jax.device_get(_checksums(params)))
     return {"parameters_fingerprint": _hex(sums), "parts": {name: _hex(part) for name, part in sums.items()}}
 
 
 def check_parts(params: Params, parts: Mapping[str, str], where: str | os.PathLike) -> None:
-    """Raises UserError where parameters that were read are not those that a run noted at its end."""
-    if not params.keys() <= parts.keys():  # an older run, which noted none
+    """Raises UserError if parameters that were read are not those that a run recorded at its end."""
+    if not params.keys() <= parts.keys():  # an older run, which recorded none
         return
     found = params_notes(params)["parts"]
     for name in params:

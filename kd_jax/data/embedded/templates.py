@@ -99,7 +99,7 @@ def pick(items: Sequence[T], rng: random.Random) -> T:
 class Grammar:
     """The templates, lists and rules of one locale, ready to draw sentences from.
 
-    train: with the slot values of train alone; dev and test also have others.
+    train: only with the slot values of train; dev and test also have others.
     """
 
     def __init__(self, locale: str, train: bool = False):

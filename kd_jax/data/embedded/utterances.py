@@ -1,9 +1,9 @@
 """The default data, which needs no download beyond pip: smart-home utterances and software messages in four languages.
 
 Labeled utterances are drawn from the sentence templates of home-assistant-intents (Apache-2.0) and split by template:
-the sentences of one template all stand in one partition, and a third of the names of rooms, devices, songs and the like
-never occurs in train. Generic text is the translated messages of permissively licensed packages (`embedded_generic`).
-Both are the same on every call, in every process and on every machine, as long as the package versions are.
+all sentences of a template are in one partition, and a third of the names of rooms, devices, songs and the like never
+occur in train. Generic text is the translated messages of permissively licensed packages (`embedded_generic`). Both are
+the same on every call, in every process and on every machine, as long as the package versions are.
 """
 
 import functools

@@ -16,7 +16,7 @@ from pathlib import Path
 VOWELS = frozenset("aeiouyhàâäéèêëîïôöùûœ")
 PLURAL = frozenset("pMF")
 
-# Lists whose values are open in real use, as are all names of devices.
+# Lists with open-ended values in real use, as are all names of devices.
 _OPEN = frozenset(
     {"area", "message", "search_query", "timer_name", "timer_command", "shopping_list_item", "todo_list_item"}
 )
@@ -80,7 +80,7 @@ class Words:
         return bool(mark) and slot not in _NOT_DEVICES and text not in self.places
 
     def of_train(self) -> "Words":
-        """Without every third value of the open lists, so that dev and test have slot values that train never has."""
+        """The lists without every third value of the open ones, so dev and test have slot values unseen in train."""
         values = {key: _two_thirds(found) if key in _OPEN else found for key, found in self.values.items()}
         names = {key: _two_thirds(found) for key, found in self.names.items()}
         return dataclasses.replace(self, values=values, names=names)

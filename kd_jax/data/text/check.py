@@ -38,7 +38,7 @@ class Findings(NamedTuple):
 class Errors:
     """Keeps the first messages and counts all. As a context it catches the UserError that ends its block.
 
-    One that is among the first already is not counted again: a missing file is not an error of each language.
+    A repeated message is counted once: a missing file is not an error of each language.
     """
 
     def __init__(self):
@@ -124,7 +124,7 @@ def translations(utterances: Sequence[Utterance]) -> Iterator[str]:
 
 
 def inside_words(utterances: Sequence[Utterance]) -> Iterator[str]:
-    """How many utterances have a slot mark that begins or ends inside a word."""
+    """The number of utterances with a slot mark that begins or ends inside a word."""
     found = [one for one in utterances if one.widened]
     if found:
         example = textwrap.shorten(found[0].annotated(), 80)
@@ -159,8 +159,8 @@ def labels(utterances: Sequence[Utterance]) -> Iterator[str]:
 
 
 def duplicates(utterances: Sequence[Utterance], max_train: int = 0) -> Iterator[str]:
-    """How many dev and test utterances have their text, once normalized, in an earlier partition of their locale, and
-    how many labels that are used have the text of a test utterance.
+    """The number of dev and test utterances whose normalized text is in an earlier partition of their locale, and of
+    used labels that have the text of a test utterance.
     """
     found: dict[str, dict[tuple[str, str], Utterance]] = {name: {} for name in PARTITIONS}
     for one in utterances:
@@ -233,7 +233,7 @@ def texts(settings: Prepare, transfer: Transfer, utterances: Sequence[Utterance]
         read_store(settings, splits, name, language, errors)
         for name, source in settings.sources.items()
         for language in source.languages
-        # That labeled data which could not be read give no text is no news.
+        # Unreadable labeled data were reported already; that they give no text is not an error of its own.
         if source.format != "utterances" or language in spoken or not errors.count
     ]
     stores = [store for store in stores if store.read]

@@ -57,7 +57,7 @@ def find_files(path: str, suffixes: tuple[str, ...], *, key: str = "path") -> li
 
 
 def states_of(path: str) -> list[tuple[str, int, int]]:
-    """(name, bytes, time in ns) of the files that `path` means, sorted: a file, all of a folder, or a glob's."""
+    """(name, bytes, time in ns) of the files that `path` names, sorted: a file, a folder's files, or a glob's."""
     named = Path(path)
     found = (
         [named]
@@ -81,7 +81,7 @@ def decode_lines(lines: Iterable[bytes], name: str, report: Report = raise_error
             continue
         if number == 1:
             text = text.removeprefix("\ufeff")  # the byte order mark
-            # A file with the line ends of old Mac OS would be read as one text.
+            # A file with the line endings of old Mac OS would be read as one text.
             if not text.endswith("\n") and "\r" in text.rstrip("\r"):
                 problem = "lines end in a carriage return alone"
                 report(UserError(f"{name}:1: {problem}; convert the line ends, tr '\\r' '\\n' < OLD > NEW"))
@@ -92,7 +92,7 @@ def decode_lines(lines: Iterable[bytes], name: str, report: Report = raise_error
 def check_text(text: str, where: str) -> None:
     """Raises UserError for text that is not Unicode, as tokenizers and files need it.
 
-    Half a surrogate pair comes from a JSON escape such as "\\ud83d", or from bytes on the command line that are not
+    Half of a surrogate pair comes from a JSON escape such as "\\ud83d", or from bytes on the command line that are not
     UTF-8.
     """
     try:
@@ -140,7 +140,7 @@ def json_records(
             problem = f"broken JSON ({error})"
         if isinstance(record, dict):
             try:
-                if "\\u" in line:  # only an escape can spell half a surrogate pair, and most lines have none
+                if "\\u" in line:  # only an escape can encode half of a surrogate pair, and most lines have none
                     for field, value in record.items():
                         check_text(field, f"{where}: the name of a field")
                         check_text(value if isinstance(value, str) else "", f"{where}: field {field!r}")

@@ -49,8 +49,8 @@ def choose(read: Callable[[], Iterable[str]], target: Iterable[str], select: Sel
 
     `read` gives the texts and is called twice, to count their n-grams and to weigh them. Memory is a chunk of texts
     and 32 bytes for each chosen one. A pure function of texts, target and settings: a text's noise is a hash of the
-    text, so reading the texts in another order chooses the same (but for ties between equal texts).
-    With select.target=random all weights are equal. Raises UserError where a target is needed and has no text.
+    text, so reading the texts in another order chooses the same (except for ties between equal texts).
+    With select.target=random all weights are equal. Raises UserError if a target is needed and has no text.
     """
     if select.target == "random":
         ratios, total = np.zeros(select.buckets), sum(1 for _ in read())

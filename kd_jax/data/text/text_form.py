@@ -1,4 +1,4 @@
-"""How labeled text is written, so that other text can be brought to the same form before a model reads it."""
+"""Case and punctuation of labeled text, so that other text can be normalized to them before a model reads it."""
 
 import itertools
 import unicodedata
@@ -9,14 +9,14 @@ from typing import Literal, Self
 from kd_jax.data.text.sources import APOSTROPHES
 from kd_jax.data.text.utterances import Utterance, split_words
 
-NEARLY_ALL = 0.99  # of the utterances; the rest of real data are slips
+NEARLY_ALL = 0.99  # of the utterances; in real data the rest are slips
 
 
 @dataclass(frozen=True)
 class TextForm:
-    """The form of labeled text; by default that of any text, which changes nothing.
+    """Case and punctuation of labeled text; the default fits any text and changes nothing.
 
-    lower: it has no capitals. punctuation: "absent", "apart" (words of its own) or "attached" (to words, or mixed).
+    lower: it has no capitals. punctuation: "absent", "apart" (separate words) or "attached" (to words, or mixed).
     """
 
     lower: bool = False
@@ -24,13 +24,13 @@ class TextForm:
 
     @classmethod
     def of(cls, utterances: Iterable[Utterance]) -> Self:
-        """The form that NEARLY_ALL utterances have; of none the default."""
+        """The form that NEARLY_ALL utterances have; the default without utterances."""
         count = capitals = attached = apart = 0
         for one in utterances:
             count += 1
             capitals += one.text != one.text.lower()
             cores = [core for word in one.words for before, core, after in [_parts(word)] if before or after]
-            # Where words are characters, punctuation is one too, and says nothing of the others.
+            # Where words are characters, punctuation is a word too, and says nothing about the others.
             apart += bool(cores)
             attached += any(cores)
         few = (1 - NEARLY_ALL) * count
@@ -39,9 +39,9 @@ class TextForm:
         return cls(capitals <= few, "absent" if apart <= few else "apart" if attached <= few else "attached")
 
     def words(self, text: str, characters: bool = False) -> tuple[list[str], list[int | None]]:
-        """The words of `text` that a model reads, and which of them stands for each word of `split_words`.
+        """The words of `text` that a model reads, and for each word of `split_words` the index of its word among them.
 
-        None stands for a word of punctuation alone that is left out. A text of nothing else is left as it is.
+        The index is None for a word of punctuation alone that is removed. A text of punctuation alone is kept as it is.
         """
         given = split_words(text, characters)
         found: list[str] = []
@@ -78,7 +78,7 @@ def _parts(word: str) -> tuple[str, str, str]:
 
 
 def _is_mark(character: str) -> bool:
-    """Whether it is punctuation that ends, begins or divides phrases, and no part of a word."""
+    """Whether it is punctuation between phrases, and not part of a word."""
     return (
         unicodedata.category(character) in ("Po", "Ps", "Pe", "Pi", "Pf") and character not in APOSTROPHES + "&@#%*/\\"
     )

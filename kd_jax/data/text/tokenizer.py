@@ -32,7 +32,7 @@ _USUAL_NAMES = {
     "mask": ("<mask>", "[MASK]"),
     "unk": ("<unk>", "[UNK]"),
 }
-# The keys of a tokenizer_config.json that decide how a WordPiece tokenizer reads a text.
+# The keys of a tokenizer_config.json that affect how a WordPiece tokenizer reads a text.
 _WORDPIECE = ("do_lower_case", "strip_accents", "tokenize_chinese_chars", *(f"{role}_token" for role in _USUAL_NAMES))
 _CHUNK = 4096  # texts that are encoded at a time
 _COVERAGE = 0.9998  # of the characters of the training texts; the rest becomes <unk>
@@ -73,8 +73,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, name: str | os.PathLike[str]) -> "Tokenizer":
-        """Reads a tokenizer.json, a vocab.txt (WordPiece), a folder with one of them or with a SentencePiece model, or
-        a tokenizer of the hub, or that of the embedded model."""
+        """Reads a tokenizer.json, a vocab.txt (WordPiece), a folder with one of them or with a SentencePiece model, a
+        tokenizer on the hub, or that of the embedded model."""
         if name == EMBEDDED_MODEL:
             name = embedded_model("tokenizer.path")
         path, names = Path(name).expanduser(), {}
@@ -237,7 +237,7 @@ def _declared_names(folder: Path) -> dict[str, str]:
 def _read_json(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(path))
-    except BaseException as error:  # the library raises bare Exception, and its panics are no Exception
+    except BaseException as error:  # the library raises bare Exception, and its panics are only BaseException
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(
@@ -246,8 +246,8 @@ def _read_json(path: Path) -> tokenizers.Tokenizer:
 
 
 def _read_wordpiece(file: Path) -> tuple[tokenizers.Tokenizer, str, dict[str, str]]:
-    """What `Tokenizer` takes, of a WordPiece vocabulary with one token per line and the settings beside it, as
-    `transformers` reads them; lower-cased unless they say otherwise or some token has a capital.
+    """The arguments of `Tokenizer` for a WordPiece vocabulary with one token per line and the settings next to it, as
+    `transformers` reads them; lowercased unless the settings say otherwise or a token has a capital.
     """
     from transformers import BertTokenizer  # takes seconds to import
 
@@ -257,7 +257,7 @@ def _read_wordpiece(file: Path) -> tuple[tokenizers.Tokenizer, str, dict[str, st
         raise UserError(f"{file}: is not UTF-8 (byte {error.start}); name a WordPiece vocabulary") from None
     if "[UNK]" not in tokens:
         raise UserError(f"{file}: has no [UNK]; name a WordPiece vocabulary with one token per line")
-    with tempfile.TemporaryDirectory() as folder:  # under the name that the library wants, also for another name
+    with tempfile.TemporaryDirectory() as folder:  # the library expects this file name
         shutil.copy(file, Path(folder, "vocab.txt"))
         settings = file.parent / "tokenizer_config.json"
         declared = read_json_object(settings, "download it again") if settings.exists() else {}

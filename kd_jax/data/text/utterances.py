@@ -23,7 +23,7 @@ PARTITIONS = ("train", "dev", "test")
 FIELDS = ("id", "locale", "partition", "scenario", "intent", "utt", "annot_utt")
 
 MARK = re.compile(r"\[([^\[\]]*)\]")
-# Brackets of the text itself are written \[ and \] in annot_utt; while it is parsed, these stand for them.
+# Brackets of the text itself are written \[ and \] in annot_utt; these replace them while it is parsed.
 _ESCAPED = {r"\[": "\ue05b", r"\]": "\ue05d"}
 
 # Records as their file holds them, each with where it stands: "file:line" or "file: row 3".
@@ -43,7 +43,7 @@ class Utterance:
     """One labeled utterance; `tags` are IOB2, one for each of `words`.
 
     characters: `words` are the characters that are not whitespace (config.nlu.character_locales). widened: a slot mark
-    began or ended inside a word, all of which has the slot.
+    began or ended inside a word, and the slot was extended to the whole word.
     """
 
     id: str
@@ -85,7 +85,7 @@ def _escape(text: str) -> str:
 
 
 def split_words(text: str, characters: bool = False) -> list[str]:
-    """What is tagged: words between whitespace, or the characters that are not whitespace."""
+    """The units that are tagged: words between whitespace, or the characters that are not whitespace."""
     words = text.split()
     return list("".join(words)) if characters else words
 
@@ -96,7 +96,7 @@ def _columns(text: str, characters: bool) -> list[tuple[int, int]]:
 
 
 class Tagged(NamedTuple):
-    """What a text's slot marks mean; widened as in `Utterance`."""
+    """A text with its slot marks parsed; widened as in `Utterance`."""
 
     words: tuple[str, ...]
     tags: tuple[str, ...]
@@ -221,8 +221,7 @@ def read_massive(
 ) -> list[Utterance]:
     """Utterances of a folder of `<locale>.jsonl[.gz]`, or of MASSIVE's .tar.gz, in the order of `locales` and lines.
 
-    characters: the locales that are tagged by character. What is wrong with a line, or with a locale, goes to `report`
-    as a UserError.
+    characters: the locales that are tagged by character. Errors in a line or a locale go to `report` as UserError.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -348,7 +347,7 @@ def subset_train(utterances: Sequence[Utterance], max_train: int) -> list[Uttera
 def subset(utterances: Sequence[Utterance], partition: str, most: int) -> list[Utterance]:
     """In each locale the `most` utterances of the partition whose ids hash lowest, and all of the other partitions.
 
-    So a parallel data set keeps the same ids in every locale, and a smaller subset is a part of a larger one.
+    So a parallel data set keeps the same ids in every locale, and smaller subsets are nested in larger ones.
     """
 
     def rank(utterance: Utterance) -> tuple[bytes, str]:
@@ -362,13 +361,13 @@ def subset(utterances: Sequence[Utterance], partition: str, most: int) -> list[U
     return [one for one in utterances if one.partition != partition or (one.locale, one.id) in kept]
 
 
-# Unrelated utterances with one id have the same intent by chance: less than 90 % of them unless one intent makes up
-# 95 % of the data. Translations whose labels were corrected in one locale differ in fewer than 10 %; MASSIVE's in none.
+# Of unrelated utterances with the same id, fewer than 90 % agree in intent by chance, unless one intent makes up 95 %
+# of the data. Translations whose labels were corrected in one locale differ in fewer than 10 %, and none in MASSIVE.
 MOST_DIFFERING = 0.1
 
 
 class SharedIds(NamedTuple):
-    """The number of ids that several locales have, and of those among them whose intents differ between locales."""
+    """The number of ids shared by locales, and of those among them whose intents differ between locales."""
 
     shared: int
     differing: int

@@ -67,7 +67,7 @@ class _Names(NamedTuple):
     masked_dense: str  # masked-LM head
     masked_norm: str
     masked_bias: str
-    decoder: str  # of an untied masked-LM head, which has the bias too
+    decoder: str  # of an untied masked-LM head, with its bias
     text_dense: str = ""  # head for the class of a text
     text_classifier: str = "classifier"
 
@@ -182,7 +182,7 @@ def body_map(config: EncoderConfig) -> Iterator[Tensor]:
 
 
 def head_map(config: EncoderConfig) -> Iterator[Tensor]:
-    """Every tensor of the masked-LM head; of a tied decoder only the bias."""
+    """Every tensor of the masked-LM head; for a tied decoder only the bias."""
     names = _names(config)
     yield from _linear(names.masked_dense, ("mlm_head", "dense"), bias=config.head_bias)
     yield from _norm(names.masked_norm, ("mlm_head", "norm"), bias=config.norm_bias)
@@ -216,7 +216,7 @@ TIED = {
 
 
 def tied_names(config: EncoderConfig) -> dict[str, str]:
-    """The second names of tensors that a model of that config ties, and their first."""
+    """Second name -> first name of the tensors that a model of that config ties."""
     return TIED[family(config)] if config.tied_decoder else {}
 
 
@@ -226,15 +226,15 @@ _UNUSED = {
 }
 
 
-# What PyTorch puts before the names of a model that it wraps, buffers, and the heads of finetuned models.
+# The prefix that PyTorch adds to the names of a wrapped model, buffers, and the heads of finetuned models.
 _WRAPPERS = ("module.", "_orig_mod.")
 _BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq)$")
 _CLASSIFIERS = re.compile(r"(pre_classifier|classifier|qa_outputs|score)\.")
 
 
 def canonical_names(names: Iterable[str], config: EncoderConfig) -> dict[str, str]:
-    """The name in our map -> the checkpoint's name, for spellings that differ: a body saved alone has no prefix, a
-    wrapped model has one more, and the first BERT checkpoints call a norm's weight and bias gamma and beta.
+    """The name in our map -> the checkpoint's name, where they differ: a body saved alone has no prefix, a wrapped
+    model has an extra one, and the first BERT checkpoints call a norm's weight and bias gamma and beta.
 
     Buffers and the heads of finetuned models are left out; `unused_heads` has the latter.
     """
@@ -254,7 +254,7 @@ def canonical_names(names: Iterable[str], config: EncoderConfig) -> dict[str, st
             ours = ours.removesuffix(old) + new if ours.endswith("LayerNorm" + old) else ours
         found[ours] = plain[name]
     if not config.tied_decoder:
-        # `transformers` 5 computes with the bias of the decoder; older files may have it under its other name alone.
+        # `transformers` 5 uses the decoder's bias; older files may have it only under its other name.
         bias, other = (f"{name}.bias" for name in (_names(config).decoder, _names(config).masked_bias))
         found = ({bias: found[other]} if other in found else {}) | {k: v for k, v in found.items() if k != other}
     return found
@@ -291,7 +291,7 @@ def to_huggingface(params: Params, config: EncoderConfig) -> dict[str, np.ndarra
     """A masked-LM checkpoint's tensors from parameters of kind "mlm"; tied tensors appear once."""
     tensors, names = _tensors(params, name_map(config)), _names(config)
     if not config.tied_decoder and config.decoder_bias:
-        # `transformers` has both biases of an untied head, and reads that of the decoder.
+        # `transformers` stores both biases of an untied head, and reads the decoder's.
         tensors[f"{names.masked_bias}.bias"] = tensors[f"{names.decoder}.bias"]
     return tensors
 
@@ -311,16 +311,16 @@ class Exported(NamedTuple):
 
     config: dict[str, Any]  # of config.json, without the tokenizer's ids
     tensors: dict[str, np.ndarray]  # of model.safetensors
-    text_head: dict[str, np.ndarray]  # under our names, where no class of `transformers` has it on that body
+    text_head: dict[str, np.ndarray]  # under our names, if no class of `transformers` has it on that body
 
 
-# What ModernBERT's classifier calls the poolings that it has; those of the other families read the first token only.
+# ModernBERT's names for the poolings that its classifier has; the other families read only the first token.
 _THEIR_POOLING = {"first": "cls", "mean": "mean"}
 
 
 def head_apart(model: Functional) -> bool:
-    """Whether the export has the head that classifies a text in a file of its own: no class of `transformers` has two
-    heads (ICNER), or that pooling (DC)."""
+    """Whether the head that classifies a text is exported to a separate file: no class of `transformers` has two heads
+    (ICNER), or this pooling (DC)."""
     modern = family(model.config) == "modernbert"
     known = model.pooling in _THEIR_POOLING if modern else model.pooling == "first"
     return model.kind == "icner" or (model.kind == "dc" and not known)
@@ -356,8 +356,8 @@ def exported(model: Functional, params: Params, classes: dict[str, tuple[str, ..
         config = _config(shape, "ForSequenceClassification") | numbered
         if "classifier_pooling" in config:
             config["classifier_pooling"] = _THEIR_POOLING[model.pooling]
-        # `transformers` refuses the key for a single class, and takes a model of one class for a regression without it:
-        # only its loss differs.
+        # `transformers` refuses the key for a single class, and without it treats such a model as a regression: only
+        # its loss differs.
         kind = {"problem_type": "single_label_classification"} if len(labels) > 1 else {}
         return Exported({**config, **kind}, tensors, {})
     # ModernBERT's token classifier has a dense layer and a norm, the others are one linear layer.

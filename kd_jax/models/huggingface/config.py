@@ -123,7 +123,7 @@ def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
     except UserError as error:
         raise UserError(str(error) if str(error).startswith(str(file)) else f"{file}: {error}") from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        # A value of a type or size that the classes of `transformers` let pass.
+        # A value of a type or size that the classes of `transformers` accept.
         raise UserError(f"{file}: describes no encoder ({error}); fix the file, or download it again") from None
 
 

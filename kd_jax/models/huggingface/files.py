@@ -74,7 +74,7 @@ class TensorFiles(contextlib.AbstractContextManager["TensorFiles"]):
         try:
             by_file: dict[str, set[str]] = defaultdict(set)
             for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-                pathlib.PurePath(file)  # a TypeError where it is no string
+                pathlib.PurePath(file)  # a TypeError if it is not a string
                 by_file[file].add(name)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{index}: is no index of safetensors files ({error!r}); download it again") from None
