@@ -1,4 +1,4 @@
-"""Is the advice right? `advise` against simple rules, on cells whose truth finished studies know.
+"""How good is the advice? `advise` against simple rules, on cells whose true errors are known from finished studies.
 
 python -m benchmarks.advice --pair PILOTS STUDY [--pair PILOTS STUDY ...] [--by domain] [--output FILE.json]
 
@@ -37,7 +37,7 @@ Place = tuple[str, str]  # locale, domain
 
 
 class Cell(NamedTuple):
-    """One decision. truth: share of task text -> test error in points; utterances: of its test set; seconds: of each
+    """One decision. truth: share of task text -> test error in points; utterances: in its test set; seconds: of each
     pilot; divergence: of its domain's text from generic text, if known.
     """
 
@@ -85,7 +85,7 @@ def read_truth(study: pathlib.Path, scope: str) -> dict[Place, tuple[dict[float,
 
 
 def read_cells(pilots: pathlib.Path, study: pathlib.Path, scope: str, least: int) -> list[Cell]:
-    """The cells of a condition with at least so many test utterances, on the transfer sets that both know."""
+    """The cells of a condition with at least that many test utterances, on the transfer sets that both have."""
     rows = [
         row for row in read_json_lines(pilots / "pilots.jsonl") if (row["teacher"], row["amount"]) == ("generic", 1)
     ]
@@ -145,7 +145,7 @@ def replayed(cell: Cell, settings: Advise) -> tuple[dict[str, Any], list[Pilot]]
 
 
 def single(cell: Cell, seconds: float) -> dict[float, float]:
-    """Errors of one pilot of each transfer set, of the most steps that cost no more than so many seconds together."""
+    """Errors of one pilot of each transfer set, with the most steps whose total cost is at most that many seconds."""
     seed = min(one.seed for one in cell.outcomes)
     levels: dict[int, dict[float, float]] = defaultdict(dict)
     costs: dict[int, float] = defaultdict(float)
@@ -158,7 +158,7 @@ def single(cell: Cell, seconds: float) -> dict[float, float]:
 
 
 def judged(cell: Cell, settings: Advise) -> dict[str, Any]:
-    """What each rule says on a cell, and how it compares with the truth."""
+    """The choice of each rule for a cell, and how it compares with the truth."""
     found, ran = replayed(cell, settings)
     cost = sum(cell.seconds[one] for one in ran)
     scores = {
@@ -198,8 +198,8 @@ def correlated(scores: Mapping[float, float], truth: Mapping[float, float]) -> f
 
 
 def summary(cells: Sequence[Mapping[str, Any]], margin: float) -> dict[str, Any]:
-    """The rules over all cells; the advisor against the single pilot with 95 % intervals, by resampling cells; and
-    whether its probabilities hold."""
+    """The rules over all cells; the advisor against the single pilot with 95 % intervals, by resampling cells; and the
+    calibration of its probabilities."""
 
     def column(rule: str, name: str) -> list[Any]:
         return [one["rules"][rule][name] for one in cells]
@@ -237,7 +237,7 @@ def summary(cells: Sequence[Mapping[str, Any]], margin: float) -> dict[str, Any]
 
 def similarity_adds(cells: Sequence[Cell]) -> dict[str, float] | None:
     """Leave-one-out error, in points, of the gain of task over generic text, predicted from the pilots' gain, without
-    and with the domain's divergence from generic text; None for fewer than eight cells that know it."""
+    and with the domain's divergence from generic text; None if fewer than eight cells have it."""
     rows = []
     for cell in cells:
         if cell.divergence is not None and {0.0, 1.0} <= cell.truth.keys():
@@ -288,7 +288,7 @@ def text(found: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--pair", nargs=2, action="append", type=pathlib.Path, required=True, metavar=("PILOTS", "STUDY")

@@ -1,4 +1,4 @@
-"""The distillation step on one accelerator with random weights and texts: fused attention against plain.
+"""Measures the distillation step on one accelerator with random weights and texts: fused against plain attention.
 
 python -m benchmarks.gpu --config=configs/paper_scale.py:mmbert_small_17m --workdir=DIR [--config.compile_check.rows=64]
 
@@ -28,15 +28,15 @@ from kd_jax.text_tables import markdown_table
 from kd_jax.trainer.mesh import make_mesh
 
 RESULT = "gpu.json"
-SECONDS = 10.0  # that each variant is measured
+SECONDS = 10.0  # of measuring per variant
 AGREE = 0.02  # largest relative difference between the losses of the variants
 
 
 def measure(config: ConfigDict, seconds: float) -> dict[str, Any]:
     """The content of gpu.json: {"device", "jax", "dtype", "rows", "length", "gemm_peak", "variants": {kernels: ...}}.
 
-    Of each variant "losses" of the first steps, "seconds" per step (median), "tokens_per_second", "share" of the peak,
-    "bytes" of device memory, "compile_seconds" and "kernels". UserError if the losses disagree.
+    For each variant "losses" of the first steps, "seconds" per step (median), "tokens_per_second", "share" of the peak,
+    "bytes" of device memory, "compile_seconds" and "kernels". Raises UserError if the losses disagree.
     """
     config = config.copy_and_resolve_references()
     device, config.compute_dtype = jax.devices()[0], resolve_dtype(config.compute_dtype)
@@ -70,7 +70,7 @@ def _variant(job: AbstractJob, rows: int, seconds: float) -> dict[str, Any]:
     times, ends = [], time.perf_counter() + seconds
     while time.perf_counter() < ends or len(times) < 3:
         began = time.perf_counter()
-        for _ in range(5):  # the trainer does not wait for each step either
+        for _ in range(5):  # without waiting for each step, as in the trainer
             state, metrics = compiled(state, constants, batch)
         jax.block_until_ready(state)
         times.append((time.perf_counter() - began) / 5)
@@ -103,7 +103,7 @@ def drawn(shapes: Any) -> Any:
 
 
 def texts(job: AbstractJob, rows: int) -> dict[str, Any]:
-    """A batch of random texts of 5 to 100 tokens, several per row, with padding behind the last."""
+    """A batch of random texts of 5 to 100 tokens, several per row, with padding after the last."""
     rng, length = np.random.default_rng(0), job.length
     batch: dict[str, Any] = {name: np.zeros((rows, *shape), dtype) for name, (shape, dtype) in job.fields.items()}
     most = max(min(100, length // 2), 6)
@@ -123,7 +123,7 @@ def texts(job: AbstractJob, rows: int) -> dict[str, Any]:
 
 
 def gemm_peak(dtype: str) -> float:
-    """FLOP/s of the product of two large square matrices, the best of several."""
+    """FLOP/s of the product of two large square matrices, the best of several runs."""
     size = 512 if jax.default_backend() == "cpu" else 8192
     left = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
     multiply = jax.jit(jnp.matmul)

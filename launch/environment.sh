@@ -8,7 +8,7 @@
 #   --docs       only what builds the site of docs/ (requirements-docs.txt), into .venv-docs
 #   --venv=DIR   make it in this folder instead, e.g. for a second interpreter: --venv=.venv-3.13
 #
-# Nothing is installed when the lock, or one that contains it, was installed last. An installation that was cut off starts over.
+# Nothing is installed if the lock, or one that contains it, was installed last. An interrupted installation starts over.
 # Everything then runs from the repository's root with .venv/bin/python -m ...
 #
 # KD_JAX_PYTHON names the interpreter, Python 3.11 to 3.13; without it the first suitable one on PATH is taken. The locks hold
@@ -91,7 +91,7 @@ fi
 
 echo "Installing the packages of $lock into $venv (a few minutes, this once; log in $venv/install.log)"
 touch "$venv/installing"
-# Not compiled to bytecode: most modules are never imported, and the others are compiled then.
+# Not compiled to bytecode: most modules are never imported, and the others are compiled on import.
 if ! "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-compile -r "$lock" >"$venv/install.log" 2>&1; then
   rm "$venv/installing"
   grep -v '^Ignoring' "$venv/install.log" | tail -n 10 >&2

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what is needed (once), then runs all tests but the slow and the long ones. About twelve minutes on two idle CPU cores, twice that on busy ones.
+# Installs what is needed (once), then runs all tests but the slow and the long ones. About twelve minutes on two idle CPU
+# cores, twice that on busy ones.
 #
 # Usage: bash launch/test.sh [PYTEST ARGUMENT ...]      e.g.  -k masking,  or two at a time:  -n 2 --dist loadfile
 #

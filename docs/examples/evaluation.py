@@ -14,7 +14,7 @@ from kd_jax.evaluation.significance import compare, decide, error_counts
 
 SEEDS = (0, 1, 2)
 ERROR_RATES = {"generic text": 0.20, "task text": 0.15, "task text, adapted teacher": 0.145}
-# Which students are compared, before any result is seen: the more comparisons, the more each has to show.
+# Comparisons are declared before any result is seen: the more there are, the stronger each one's evidence must be.
 DECLARED = (("task text", "generic text"), ("task text, adapted teacher", "task text"))
 
 

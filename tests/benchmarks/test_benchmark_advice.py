@@ -1,4 +1,4 @@
-"""The evaluation of the advice: on worlds whose truth is known, and on the files of runs."""
+"""The evaluation of the advice: on simulated worlds with known truth, and on the files of runs."""
 
 import json
 
@@ -16,7 +16,7 @@ STEPS = {FULL // 4: 1, FULL // 2: 2, FULL: 3}
 
 
 def cell(seed, luck=0.5, drift=0.7, divergence=None):
-    """A cell of a world: the whole grid of pilots, each of which takes a second per step."""
+    """A cell of a world: the whole grid of pilots, at one second per step."""
     truth = dict(zip(SHARES, (20 + 1.5 * np.random.default_rng(seed).standard_normal(3)).tolist()))
     world = World(lambda one: truth[one.share], seed=seed, luck=luck, drift=drift)
     pilots = [Pilot(Candidate(c), n, s) for n, count in STEPS.items() for s in range(count) for c in SHARES]

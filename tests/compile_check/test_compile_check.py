@@ -53,7 +53,7 @@ def test_the_other_commands_are_compiled_too(command):
     alone = one(compile_check.check(config_of(command), "cpu:8")[1])
     beside = one(compile_check.check(config_of("distill"), "cpu:8")[1])
     assert alone["fits"] and alone["roofline"]["flops"] > 0
-    if command == "pretrain":  # one forward pass less than with a teacher, of two layers in place of one
+    if command == "pretrain":  # one forward pass fewer than with a teacher, but two layers instead of one
         assert alone["roofline"]["flops"] != beside["roofline"]["flops"]
     if command == "cached":  # no more of the teacher than its decoder
         assert alone["arguments"] < beside["arguments"]

@@ -159,7 +159,7 @@ ENTRY %main (which: pred[], number: s32[], x: f32[10]) -> f32[10] {
 """
 
 
-def test_of_a_conditionals_branches_each_runs_its_share():
+def test_each_branch_of_a_conditional_counts_its_share():
     program = Program(BRANCHES)
     assert [program.runs[name] for name in ("near", "far", "other")] == [1, 0.5, 0.5]
     assert memory_traffic(program) == 120 + 60 + 40

@@ -49,7 +49,7 @@ def test_names_that_become_files_are_checked(name):
         kind(**changes, **{field: ("de-DE", "20231101.de")})
 
 
-def test_several_names_in_one_string_are_told_how_a_tuple_is_written():
+def test_several_names_in_one_string_get_a_hint_about_tuples():
     with pytest.raises(Invalid) as error:
         Nlu(locales=("en-US,es-ES",))
     assert error.value.remedy == """several are written as a tuple: "('en-US','es-ES')\""""
@@ -66,7 +66,7 @@ def test_an_unknown_key_is_refused_by_the_locked_config():
 
 
 @pytest.mark.parametrize("key, value", [("seed", 2**31), ("seed", 10**400), ("watchdog_seconds", float("nan"))])
-def test_numbers_that_no_array_holds_are_refused_by_their_key(key, value):
+def test_non_finite_and_huge_numbers_are_refused_with_their_key(key, value):
     config = base.get_config()
     config[key] = value
     with pytest.raises(UserError, match=rf"^config\.{key}: .* is not finite or too large; give another number"):

@@ -147,7 +147,7 @@ def test_a_finished_folder_is_left_alone_and_another_config_refused(config, tmp_
     prepare(config, tmp_path / "p")
     monkeypatch.setattr(prepared_module, "load_utterances", lambda nlu: pytest.fail("read again"))
     prepare(config, tmp_path / "p")
-    # The manifest is one that 0.2.0 could have written; the key is in it where it says something.
+    # The manifest is one that 0.2.0 could have written; it contains the key only if it is not the default.
     assert "character_locales" not in Prepared(tmp_path / "p").manifest["config"]["nlu"]
     config.nlu.character_locales = ("th-TH",)
     with pytest.raises(UserError, match=r"config\.nlu\.character_locales: \(absent\) -> \['th-TH'\]"):

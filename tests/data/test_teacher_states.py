@@ -1,4 +1,4 @@
-"""Cached states: every row's own vectors beside its clean tokens, whole or refused, however the writing was cut up."""
+"""Cached states: every row has its own vectors with its clean tokens, however the parts were written, or is refused."""
 
 import copy
 
@@ -20,7 +20,7 @@ FIELDS = {"first": 1, "second": 4}
 
 
 def states_of(store, rows, texts):
-    """Stands for the teacher: vectors that tell each token's text, place and layer apart; and the texts' means."""
+    """Stand-in for the teacher: vectors that encode each token's text, position and layer, and the texts' means."""
     tokens, segment_ids = store.rows(rows)
     values = (tokens + positions(segment_ids) / 100)[:, :, None] * np.arange(1, WIDTH + 1)
     inside = (segment_ids[:, None, :] == np.arange(1, texts + 1)[None, :, None]).astype(float)
@@ -100,7 +100,7 @@ def test_parts_may_be_written_by_several_machines_and_their_size_changes_no_batc
             np.testing.assert_array_equal(values, right[name])
 
 
-def test_nothing_but_real_tokens_and_texts_takes_space(stores, finished):  # noqa: F811
+def test_padding_takes_no_space(stores, finished):  # noqa: F811
     counts = np.concatenate([counts_of(store) for store in stores]).astype(int)
     assert counts[:, 0].sum() == sum(store.manifest["tokens"] for store in stores)
     records = sum(part["records"] for part in TeacherStates(finished).manifest["parts"])

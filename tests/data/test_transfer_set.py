@@ -209,7 +209,7 @@ def test_describe_gives_the_share_of_texts_that_were_cut():
     assert described["stores"]["a"]["cut_share"] == pytest.approx(0.1)
     assert described["kinds"]["generic"]["cut_share"] == pytest.approx(0.1 * drawn[0] / sum(drawn))
     assert described["kinds"]["task"]["cut_share"] == 0
-    stores[1].cut = None  # of a store that does not know
+    stores[1].cut = None  # as in a store that does not record it
     described = make(stores, task_share=0.5, weights={"a": 0.5, "b": 0.5, "c": 1.0}).describe(1000)
     assert "cut_share" in described["stores"]["a"] and "cut_share" not in described["kinds"]["generic"]
 

@@ -73,7 +73,7 @@ def test_seed_noise_alone_gives_welchs_interval_over_seeds():
 
 
 def test_the_noise_of_single_answers_is_counted_once():
-    """Answers that are drawn anew by each seed: the variance is that of S N independent answers."""
+    """If each seed draws its answers anew, the variance is that of S N independent answers."""
     rng = np.random.default_rng(3)
     a, b = (counts(rng.random((200, 1000)) < 0.3) for _ in range(2))
     got = compare(a, b)
@@ -82,7 +82,7 @@ def test_the_noise_of_single_answers_is_counted_once():
 
 
 def test_an_interval_is_no_narrower_than_that_of_the_seeds_alone():
-    """Seeds that lie close together by chance are not made up for by the degrees of freedom of the utterances."""
+    """The utterances' degrees of freedom must not narrow the interval when seeds agree by chance."""
     rng = np.random.default_rng(5)
     of_seeds, of_utterances = np.array([0.40, 0.42, 0.41]), rng.normal(0, 0.16, 400)
     student = counts(of_seeds[:, None] + of_utterances - of_utterances.mean())
@@ -99,7 +99,7 @@ def test_a_baseline_without_a_seed_counts_for_every_seed():
     got = compare(student, ngrams)
     assert (got.seeds, got.utterances) == (3, 5)
     assert got.difference == pytest.approx(4 / 15 - 3 / 5)
-    # As if each seed had been compared with it: the seeds' own spread, and the utterances'.
+    # As if each seed had been compared with it: the spread of the seeds and of the utterances.
     again = compare(student, counts(np.repeat(ngrams.numerator, 3, axis=0)))
     assert (got.low, got.high, got.p_value) == pytest.approx((again.low, again.high, again.p_value))
     # Two of them are compared over utterances alone, and no number of seeds is too small.
@@ -230,8 +230,8 @@ def test_error_counts_sum_the_locales_of_one_id():
         error_counts({**runs, 1: runs[1][:2]}, "error_rate", test_set="test")
 
 
-def test_ids_of_other_intents_are_no_translations():
-    """Utterances of one id are drawn together only where they can be translations of each other."""
+def test_ids_with_different_intents_are_not_translations():
+    """Utterances with the same id count together only if they can be translations of each other."""
 
     def runs(differing):
         found = [

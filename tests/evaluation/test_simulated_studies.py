@@ -1,8 +1,8 @@
-"""The statistics of a study on simulated studies whose truth is known: errors of the first kind, power, coverage.
+"""The statistics of a study on simulated studies with known truth: type I errors, power, coverage.
 
-A simulated answer is wrong if the utterance's difficulty, the student's shift, the seed's luck, what the student finds
-hard in general, and what it finds hard with this seed add up to more than zero. A baseline without a seed has no luck.
-kd_jax/evaluation/significance.py and docs/guarantees.md state what came out of 4,000 studies of each kind.
+A simulated answer is wrong if the utterance's difficulty, the student's shift, the seed's shift, and the utterance's
+extra difficulty for this student and for this seed add up to more than zero. A baseline without a seed has no seed
+shift. kd_jax/evaluation/significance.py and docs/comparisons.md have the results of larger simulations.
 """
 
 from collections.abc import Callable
@@ -23,13 +23,13 @@ from kd_jax.evaluation.significance import (
     trend,
 )
 
-STUDIES = 300  # of each kind; enough to notice an error rate of 10 % in place of 5 %
-OWN = 0.7  # standard deviation of what a student finds hard in general, and of what it finds hard with one seed
-ERROR = 0.24  # of a student that is shifted by nothing
+STUDIES = 300  # of each kind; enough to notice an error rate of 10 % instead of 5 %
+OWN = 0.7  # standard deviation of an utterance's extra difficulty for a student, and for one of its seeds
+ERROR = 0.24  # of a student without a shift
 
 
 class Student(NamedTuple):
-    """luck: standard deviation of its seeds' luck in probits, None for a baseline without a seed; rate: its error."""
+    """luck: standard deviation of its seeds' shifts in probits, None for a baseline without a seed; rate: its error."""
 
     luck: float | None = 0.05
     rate: float = ERROR
@@ -47,7 +47,7 @@ class Student(NamedTuple):
 def share(
     students: list[Student], holds: Callable[[list[ErrorCounts]], bool], *, seeds: int, utterances: int, studies=STUDIES
 ) -> float:
-    """In which share of simulated studies something holds."""
+    """The share of simulated studies in which something holds."""
     rng = np.random.default_rng(1)
     return float(
         np.mean(
@@ -85,7 +85,7 @@ def standard_error(nominal: float) -> float:
 
 
 def equal_students(luck: float, uneven: float) -> list[Student]:
-    """The student of all comparisons, whose seeds may be the least alike, four others, and n-grams without a seed."""
+    """The declared student, whose seeds may vary more, four others, and n-grams without a seed."""
     return [Student(uneven * luck), *[Student(luck)] * 4, Student(None)]
 
 
@@ -108,7 +108,7 @@ def test_equal_students_are_seldom_said_to_differ(seeds, luck, uneven):
 
 
 def test_without_holms_adjustment_they_would_often_be_said_to_differ():
-    """What the test above would notice."""
+    """Shows that the test above can fail."""
 
     def unadjusted(found: list[ErrorCounts]) -> bool:
         return any(compare(found[0], other).p_value < 0.05 for other in found[1:])
@@ -120,7 +120,7 @@ def test_without_holms_adjustment_they_would_often_be_said_to_differ():
 @pytest.mark.slow
 @pytest.mark.parametrize(("relative", "least"), [(0.15, 0.3), (0.20, 0.6)])
 def test_three_seeds_find_a_real_difference(relative, least):
-    """All five comparisons are real; the power is that of the first, after the adjustment."""
+    """All five differences are real; the power is that of the first comparison, after the adjustment."""
     students = [Student(rate=(1 - relative) * ERROR), *[Student()] * 4, Student(None)]
     power = share(students, lambda found: declared(found)[0] == LOWER, seeds=3, utterances=2000, studies=100)
     assert power >= least
@@ -128,13 +128,13 @@ def test_three_seeds_find_a_real_difference(relative, least):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("luck", [0.0, 0.05, 0.3])
-def test_intervals_against_a_baseline_without_a_seed_hold_the_truth(luck):
+def test_intervals_against_a_baseline_without_a_seed_cover_the_truth(luck):
     pair = [Student(luck, 0.20), Student(None)]
     held = share(pair, covered(0.20 - ERROR), seeds=3, utterances=500)
     assert held >= 0.95 - 3 * standard_error(0.95)
 
 
-def test_the_interval_of_one_student_holds_its_error_rate():
+def test_the_interval_of_one_student_covers_its_error_rate():
     def holds(found: list[ErrorCounts]) -> bool:
         interval = error_rate(found[0])
         return interval is not None and interval[1] <= ERROR <= interval[2]

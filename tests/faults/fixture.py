@@ -1,4 +1,4 @@
-"""Tiny inputs and finished runs of every command, made once with the commands themselves: what faults are put into."""
+"""Tiny inputs and finished runs of every command, made once with the commands themselves, for fault injection."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ CONFIG = ("--config=tests/support/pretrained.py:smoke", "--config.progress=False
 
 
 def options(**values: Any) -> list[str]:
-    """Overrides of config keys, with __ for the dots."""
+    """Overrides of config keys, with __ for dots."""
     return [f"--config.{name.replace('__', '.')}={value}" for name, value in values.items()]
 
 
@@ -42,7 +42,7 @@ class Fixture:
         self.folder, self.worker = folder, worker
 
     def run(self, name: str, arguments: Sequence[str], workdir: str) -> None:
-        """A command that has to succeed."""
+        """Runs a command that must succeed."""
         given = [*CONFIG, *arguments, f"--workdir={self.folder / workdir}"]
         ended = self.worker.run(name, given, limit=300.0)
         assert ended.code == 0, f"{name} {' '.join(given)}\n{ended.errors}"

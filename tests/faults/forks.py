@@ -1,7 +1,7 @@
-"""Commands in forks that can be killed, what they write noted as they write it, and whether two folders are the same.
+"""Runs commands in forks that can be killed, records their writes, and compares folders.
 
 A fork saves the seconds that the imports take. It is safe here because the parent has no JAX backend and no thread; it
-only waits, kills and compares. A child runs exactly what `python -m MODULE ARGUMENTS` runs, in a folder of its own.
+only waits, kills and compares. A child runs exactly what `python -m MODULE ARGUMENTS` runs, in its own folder.
 """
 
 import atexit
@@ -28,7 +28,7 @@ from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# As in tests/conftest.py: without optimizing what is compiled.
+# As in tests/conftest.py: without compiler optimizations.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import jax
@@ -38,12 +38,12 @@ from absl import flags
 from jax._src import lru_cache
 
 import kd_jax.main.export
-import kd_jax.main.study  # and with it all other commands
+import kd_jax.main.study  # imports all other commands too
 from kd_jax.data import parts, rows
 from kd_jax.runtime import files, watchdog
 from kd_jax.runtime.files import unsealed
 
-# What a child is inside of, innermost last; a kill that finds one of them is a kill during a write.
+# Operations during which a kill counts as a kill in a write; a child records them innermost last.
 WRITES = ("checkpoint", "row store", "cache part", "folder put in place", "growing file", "small file", "removal")
 OPERATIONS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate")  # and files opened to write
 
@@ -53,7 +53,7 @@ TIMES = {
         *("finished", "goodput", "wall_seconds", "steps_seconds", "data_wait_seconds", "compile_seconds"),
         *("evaluation_seconds", "checkpoint_seconds", "other_seconds", "starts", "lost_steps"),
     ),
-    "run.json": ("starts", "commit"),  # the commit of the checkout, in which someone may work meanwhile
+    "run.json": ("starts", "commit"),  # the commit of the checkout, which may change meanwhile
     "export.json": ("commit",),
     "goodput.json": ("first_start", "starts", "lost_steps"),
     "attempts/*.json": ("host", "pid", "started", "ended", "started_at", "ended_at"),
@@ -61,7 +61,7 @@ TIMES = {
     "checkpoints/*/_CHECKPOINT_METADATA": ("init_timestamp_nsecs", "commit_timestamp_nsecs"),
     "baseline.json": ("seconds",),
 }
-TIME_TABLE = b"Wall time of all stages"  # in a report; the numbers behind it are left out
+TIME_TABLE = b"Wall time of all stages"  # in a report; the numbers after it are left out
 # A duration; what a stage printed; a path; checksums of a checkpoint's files, on a store.
 ONLY_THERE = ("seconds.json", "attempts/*.log", "commit_success.txt", "checkpoints/*.json")
 
@@ -69,15 +69,15 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def adopt_orphans() -> None:
-    """Makes this process the parent of descendants whose own parent has died, so that they can be found."""
+    """Makes this process the parent of descendants whose parent has died, so that they can be found."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def keep_programs_in(folder: pathlib.Path) -> None:
-    """Lets all forks share what they compile. JAX writes the files of its cache in place, so a kill would leave a part
-    of one; here they are renamed.
+    """Lets all forks share compiled programs. JAX writes the files of its cache in place, so a kill would leave a
+    truncated one; here they are written atomically.
     """
-    # An exported program names the lines that it comes from, those of this folder included.
+    # An exported program names the source lines that it comes from, including those of this folder.
     jax.config.update("jax_include_full_tracebacks_in_locations", False)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -97,7 +97,7 @@ def children() -> list[int]:
 
 
 class Board:
-    """What a child notes in memory that it shares with its parent: the phase, the writes it is inside of, counts."""
+    """Memory that a child shares with its parent: the phase, the writes in progress, counts."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, 4096)
@@ -126,12 +126,12 @@ class Board:
 
     @property
     def writes(self) -> int:
-        """Writes that were begun."""
+        """Number of writes begun."""
         return self._number(512)
 
     @property
     def operations(self) -> int:
-        """Changes of the file system that were about to be made."""
+        """Number of file-system changes, each counted just before it is made."""
         return self._number(516)
 
     def begin(self, name: str) -> int:
@@ -154,11 +154,11 @@ class Start:
 
     pid: int
     board: Board
-    signals: int  # the end of a pipe on which the child tells that the chosen write begins
+    signals: int  # the end of a pipe on which the child reports that the chosen write begins
     log: pathlib.Path
 
     def wait(self, seconds: float) -> int | None:
-        """The exit code, negative for a signal; None if it has not ended after so long."""
+        """The exit code, negative for a signal; None if it has not ended by then."""
         descriptor = os.pidfd_open(self.pid)
         try:
             if not select.select([descriptor], [], [], max(seconds, 0.0))[0]:
@@ -169,7 +169,7 @@ class Start:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def catches(self, number: signal.Signals) -> bool:
-        """Whether it has a handler for the signal now."""
+        """Whether the child has a handler for the signal now."""
         status = pathlib.Path(f"/proc/{self.pid}/status").read_text()
         caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
         return bool(int(caught, 16) >> (number - 1) & 1)
@@ -220,7 +220,7 @@ def start(
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
     finally:
         with contextlib.suppress(Exception):
-            threading._shutdown()  # type: ignore[attr-defined]  what the interpreter's own end would wait for
+            threading._shutdown()  # type: ignore[attr-defined]  the interpreter waits for threads at exit
             atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -230,7 +230,7 @@ def start(
 def _run(arguments: list[str]) -> int:
     module, *rest = arguments
     sys.argv = [module, *rest]
-    for flag in flags.FLAGS.flags_by_module_dict().get(module, []):  # the module is run once more, as __main__
+    for flag in flags.FLAGS.flags_by_module_dict().get(module, []):  # the module is executed again, as __main__
         delattr(flags.FLAGS, flag.name)
     warnings.simplefilter("ignore", RuntimeWarning)
     try:
@@ -241,7 +241,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _watch(board: Board, folder: pathlib.Path, pipe: int, tell_at: int, die_at: int, die_by: signal.Signals) -> None:
-    """Notes on the board what this process does from now on."""
+    """Records on the board what this process does from now on."""
 
     def begin(name: str) -> None:
         if board.begin(name) == tell_at:
@@ -259,7 +259,7 @@ def _watch(board: Board, folder: pathlib.Path, pipe: int, tell_at: int, die_at: 
         return inside
 
     def everywhere(module: Any, name: str, kind: str) -> None:
-        """Also where it was imported by name."""
+        """Replaces a function everywhere, including modules that imported it by name."""
         original = getattr(module, name)
         replaced = noted(kind, original)
         for one in list(sys.modules.values()):
@@ -323,7 +323,7 @@ def _watch(board: Board, folder: pathlib.Path, pipe: int, tell_at: int, die_at: 
 
 
 def in_fork(work: Callable[[], Any]) -> Any:
-    """The JSON value of work(), which may start threads; RuntimeError with what it raises."""
+    """The JSON value of work() in a fork, where it may start threads. Raises RuntimeError with what it raises."""
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:
@@ -347,9 +347,9 @@ def in_fork(work: Callable[[], Any]) -> Any:
 
 
 def contents(folder: pathlib.Path) -> dict[str, str]:
-    """Name -> digest of all below a folder, without the fields of TIMES; a folder that is empty has a name, too.
+    """Name -> digest of everything below a folder, empty folders included, without the fields of TIMES.
 
-    The arrays of a checkpoint count by name and bytes: tensorstore gives the files that hold them random names.
+    The arrays of a checkpoint are compared by name and bytes, since tensorstore gives their files random names.
     """
     found: dict[str, str] = {}
     for place, names, inside in os.walk(folder):
@@ -386,7 +386,7 @@ def _without_times(file: pathlib.Path) -> bytes:
         return before + re.sub(rb"\d+", b"", times)
     for pattern, fields in TIMES.items():
         if fnmatch.fnmatch(name, f"*/{pattern}"):
-            # Its checksum covers the times too, so it is verified and then left out; that of "meta" names the folder.
+            # Its checksum covers the times too, so it is verified and left out; that of "meta" depends on the folder.
             values = unsealed(json.loads(data), file.parent if file.name == "metadata" else file)
             return json.dumps({key: one for key, one in values.items() if key not in fields}).encode()
     return data
@@ -400,7 +400,7 @@ def _arrays(state: pathlib.Path) -> dict[str, str]:
 
 
 def differences(wanted: dict[str, str], found: dict[str, str]) -> list[str]:
-    """A line for each name that is missing, too many, or other."""
+    """A line for each name that is missing, extra, or different."""
     lines = [f"missing: {name}" for name in wanted.keys() - found.keys()]
     lines += [f"stray: {name}" for name in found.keys() - wanted.keys()]
     lines += [f"differs: {name}" for name in wanted.keys() & found.keys() if wanted[name] != found[name]]

@@ -1,12 +1,12 @@
-"""Bad inputs by the thousand: real files of every kind that is read are damaged, and the command that reads them runs.
+"""Thousands of bad inputs: real files of every kind are damaged, and the command that reads them runs.
 
 python -m tests.faults.inputs --count=1000 --seed=0 [--kind=NAME ...] [--resume=FILE] [--case=NUMBER]
 
-Every case ends well in one of three ways: "refused", with one sentence on standard error that names the file (or the
-config key) and nothing half-written; "same", with the result that the undamaged file gives; or "other", where the file
-has no checksum and an independent reader finds other content in it, such as another text on a line. A traceback, a hang
-of more than 60 s, a half-written output or a changed result is a failure. Prints a table of kinds and outcomes, and
-each failure with the command that repeats it.
+A case may end in one of three ways: "refused", with one sentence on standard error that names the file (or the config
+key) and nothing half-written; "same", with the result of the undamaged file; or "other", if the file has no checksum
+and an independent reader also finds different content in it, such as another text on a line. A traceback, a hang of
+more than 60 s, a half-written output or a changed result is a failure. Prints a table of kinds and outcomes, and each
+failure with the command that repeats it.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from tests.faults.worker import Ended, Worker
 
 GOOD = ("refused", "same", "other")
 BAD = ("traceback", "died", "hung", "unnamed", "half-written", "changed", "accepted")
-OTHER_FORMS = (".tmp", ".partial")  # what a killed process may leave, and no reader looks at
+OTHER_FORMS = (".tmp", ".partial")  # what a killed process may leave, and no command reads
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Target:
     """A folder or file of the fixture, which of its files are damaged, and the command that reads it.
 
     command(fixture, unit, workdir): (name, arguments) for the damaged copy `unit`. result(workdir): what must not
-    change. content(unit): what an independent reader finds; None where every file is under a checksum, so that no
-    other result is right. in_place: the unit is the directory of the run itself.
+    change. content(unit): what an independent reader finds; None if every file has a checksum, so that no other result
+    is right. in_place: the unit is the directory of the run itself.
     """
 
     unit: str
@@ -72,7 +72,7 @@ def of_evaluate(workdir: pathlib.Path) -> Any:
 
 
 def of_export(workdir: pathlib.Path) -> Any:
-    files = [file for file in sorted(workdir.iterdir()) if file.name != "export.json"]  # which has times
+    files = [file for file in sorted(workdir.iterdir()) if file.name != "export.json"]  # it contains times
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
@@ -81,7 +81,7 @@ def of_predict(workdir: pathlib.Path) -> Any:
 
 
 def prepare_with(**changes: str):
-    """`prepare` with keys whose values name the unit, as {unit}."""
+    """`prepare` with keys whose values contain the unit's path, as {unit}."""
 
     def command(fixture: pathlib.Path, unit: pathlib.Path, workdir: pathlib.Path) -> tuple[str, list[str]]:
         keys = {key: value.replace("{unit}", str(unit)) for key, value in changes.items()}
@@ -91,7 +91,7 @@ def prepare_with(**changes: str):
 
 
 def job(name: str, *more: str, **changes: str):
-    """A command with keys whose values name the unit, as {unit}, or something of the fixture, as {fixture}."""
+    """A command with keys whose values contain the unit's path, as {unit}, or the fixture's, as {fixture}."""
 
     def command(fixture: pathlib.Path, unit: pathlib.Path, workdir: pathlib.Path) -> tuple[str, list[str]]:
         keys = {"prepared": "{fixture}/prepared", **changes}
@@ -168,11 +168,11 @@ def tokenizer_of(unit: pathlib.Path) -> Any:
 
 
 def checkpoint_files(step: int) -> tuple[str, ...]:
-    """The newest checkpoint's, and more often those that hold arrays."""
+    """The newest checkpoint's files, those with arrays more often."""
     return (f"checkpoints/{step}/**/*", f"checkpoints/{step}/state/d/*", f"checkpoints/{step}/state/manifest.ocdbt")
 
 
-# What says that an output is whole.
+# The files that mark an output as complete.
 LAST: dict[Any, str] = {of_prepare: "manifest.json", of_export: "export.json", of_predict: "predictions.jsonl"}
 UTTERANCES = {"nlu__path": "{unit}"}
 PARQUET = {"nlu__format": "massive_parquet", **UTTERANCES}
@@ -286,7 +286,7 @@ class Case:
     outcome: str
     change: str
     said: str = ""
-    repaired: bool = False  # whether the same command was run once more on the undamaged input
+    repaired: bool = False  # whether the same command was run again on the undamaged input
 
     def to_json(self) -> str:
         return json.dumps(self.__dict__, ensure_ascii=True)
@@ -294,7 +294,7 @@ class Case:
 
 @dataclass
 class Harness:
-    """Runs cases in `folder`, by the fixture that it makes there."""
+    """Runs cases in `folder`, with the fixture that it makes there."""
 
     folder: pathlib.Path
     worker: Worker
@@ -321,7 +321,7 @@ class Harness:
     def _damaged(self, number: int, kind: str, rng: np.random.Generator, place: pathlib.Path) -> Case:
         which = number % len(KINDS[kind])
         target = KINDS[kind][which]
-        # A name of its own, since commands keep in memory what they have read by its path.
+        # A unique name, since commands cache what they have read by its path.
         unit = self._copy(target, place / f"{self.seed}-{number}")
         workdir = unit if target.in_place else place / "out"
         files = self._files(target, unit)
@@ -340,14 +340,14 @@ class Harness:
             problem = None
             try:
                 problem = "" if target.result(workdir) == reference else "changed"
-            except Exception as error:  # half a result, or none
+            except Exception as error:  # a partial result, or none
                 return case("half-written", f"{type(error).__name__}: {error}")
             if target.content is None or not problem:
                 return case(problem or "same")
             return case("other" if self._other_content(target, unit) else problem)
         if failure := failed(ended):
             return case(failure, ended.errors[-2000:])
-        # A file that is well-formed and holds too little is named by the key of the config that names it.
+        # A well-formed file with too little content is reported by its config key.
         keys = ("config.nlu", "config.sources.generic") if target.content is not None else ()
         if not names(ended.errors, (str(unit), *keys)):
             return case("unnamed")
@@ -355,7 +355,7 @@ class Harness:
             return case("half-written", "DONE after an error")
         if number % 3:
             return case("refused")
-        # The undamaged file back in its place: the same command goes on, whatever the failed one left.
+        # With the undamaged file back in place, the same command must succeed, whatever the failed one left.
         if file.is_dir():
             file.rmdir()
         file.unlink(missing_ok=True)
@@ -377,7 +377,7 @@ class Harness:
         place.mkdir(parents=True)
         if source.is_file():
             os.link(source, unit)
-        else:  # a run goes on in its own directory, where files may be written to
+        else:  # a run resumes in its own directory, whose files may be written to
             shutil.copytree(source, unit, copy_function=shutil.copy2 if target.in_place else os.link)
         return unit
 
@@ -394,7 +394,7 @@ class Harness:
         return self.references[kind, which]
 
     def _other_content(self, target: Target, unit: pathlib.Path) -> bool:
-        """Whether an independent reader reads the file, and finds something else in it."""
+        """Whether an independent reader can read the file, and finds different content in it."""
         assert target.content is not None
         try:
             # As text, since NaN is not equal to itself.
@@ -435,14 +435,14 @@ class Harness:
         return case("half-written" if (workdir / "DONE").exists() else "refused")
 
 
-# Commands, and which blocks of the config their overrides are drawn from.
+# Commands, and the config blocks from which their overrides are drawn.
 OVERRIDDEN = {
     "prepare": ("nlu", "sources", "tokenizer", "rows", "select"),
     "pretrain": ("transfer", "masking", "teacher", "pretrain", "seed", "compute_dtype", "mesh", "watchdog_seconds"),
     "distill": ("student", "vocabulary", "distill", "sharding", "seed", "teacher_checkpoint", "teacher_cache"),
     "finetune_dc": ("finetune", "student", "prepared", "vocabulary"),
 }
-# Keys that say how much work is asked for: a huge number of them is no mistake, and takes as long as it takes.
+# Keys for the amount of work: a huge number is not an error, and only takes long.
 LONG = ("steps", "epochs", "max_texts", "num_layers", "evaluate_rows", "slices")
 
 
@@ -470,7 +470,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def failed(ended: Ended) -> str:
-    """The failure that an exit code other than 0 stands for; "" for an error in one sentence."""
+    """The failure indicated by an exit code other than 0; "" for a one-sentence error."""
     if ended.code is None:
         return "hung"
     if ended.code < 0:
@@ -481,7 +481,7 @@ def failed(ended: Ended) -> str:
 
 
 def names(errors: str, wanted: Sequence[str]) -> bool:
-    """Whether the one line that begins with "error:" is there, and names one of `wanted`."""
+    """Whether there is exactly one line that begins with "error:", and it names one of `wanted`."""
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
     text = errors[errors.find("error: ") :]
     return len(lines) == 1 and any(name in text for name in wanted)
@@ -495,14 +495,14 @@ def one_line(errors: str) -> str:
 
 
 def plan(count: int, kinds: Sequence[str]) -> list[tuple[int, str]]:
-    """(number, kind) of so many cases, all kinds in turns."""
+    """(number, kind) of that many cases, all kinds in turn."""
     return [(case // len(kinds), kinds[case % len(kinds)]) for case in range(count)]
 
 
 def run(
     folder: pathlib.Path, cases: Sequence[tuple[int, str]], seed: int, resume: pathlib.Path | None = None
 ) -> list[Case]:
-    """Runs the cases, but for those that `resume` has already; appends one line to it for each."""
+    """Runs the cases except those already in `resume`; appends one line to it for each."""
     found: dict[tuple[int, str], Case] = {}
     if resume is not None and resume.is_file():
         for line in resume.read_text().splitlines():

@@ -1,22 +1,22 @@
-"""Kills every command at random moments, starts it again, and compares its end with that of a run nobody killed.
+"""Kills every command at random moments, starts it again, and compares the result with that of an undisturbed run.
 
 python -m tests.faults.kills --count=1000 --workdir=DIR [--seed=0] [--workers=2] [--commands=prepare,distill]
     [--case=N]      repeats one case alone and keeps its folder
     [--fault=kill]  kill    SIGKILL
-                    term    SIGTERM: it ends with 75, and the same command goes on
-                    stop    SIGSTOP for --seconds, with a watchdog that would end the command after less; meanwhile a
+                    term    SIGTERM: it ends with 75, and the same command resumes
+                    stop    SIGSTOP for --seconds, with a watchdog that would end the command sooner; meanwhile a
                             second start of it is refused
                     clock   the wall clock jumps by a day, forward or back, up to three times
-                    store   the workdir and what is read lie on a store where one operation in ten is slow, and one in
-                            ten fails, then ever fewer until a start gets to its end; each that does not ends with 2
-                            and one sentence
+                    store   workdir and inputs are on a store where one operation in ten is slow, and one in ten
+                            fails, then ever fewer until a start succeeds; each one that does not ends with 2 and one
+                            sentence
 
-A case is one command in a fresh folder: it is started and disturbed until a start gets to its end (after at most 6
-kills, 40 of a study). What it leaves must then be, file by file, what an undisturbed run leaves, and none of its
-processes may live. The same command again goes on where DIR/FAULT.jsonl ends. A kill comes
+A case is one command in a fresh folder: it is started and disturbed until a start succeeds (after at most 6 kills, 40
+for a study). Its files must then equal those of an undisturbed run, and none of its processes may be alive. The same
+command resumes where DIR/FAULT.jsonl ends. A kill comes
     at a time       after a random share of the time that an undisturbed run takes,
-    in a write      0 to 5 ms after a random one of the writes begins,
-    at a change     exactly before a random one of the changes that Python makes to files below the folder.
+    in a write      0 to 5 ms after the start of a random write,
+    at a change     just before a random change that Python makes to files below the folder.
 """
 
 import argparse
@@ -47,9 +47,9 @@ DAY = 86400.0
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command, the runs of others that it reads, and how often and how hard it is tried.
+    """A command, the runs of others that it reads, and how often it is tried.
 
-    share: of the undisturbed time after which a kill comes at the latest.
+    share: of the undisturbed time, by which a kill comes at the latest.
     """
 
     name: str
@@ -80,7 +80,7 @@ NOT_ON_A_STORE = ("finetune_icner", "export", "study")
 class Bench:
     """The data, the undisturbed runs, and the cache of compiled programs, in one folder.
 
-    store: the runs lie on a store, s3://bucket/NAME.
+    store: the runs are on a store, s3://bucket/NAME.
     """
 
     def __init__(self, folder: pathlib.Path, *, store: bool = False):
@@ -100,20 +100,20 @@ class Bench:
             f"--config.sources.generic.path={self.folder}/data/{{language}}.txt",
             *(flag.format(**runs) for flag in command.flags),
             *more,
-            # Relative, so that every run's files name the same folder.
+            # Relative, so that the files of all runs contain the same folder name.
             f"--workdir={runs[command.name] if self.store else 'run'}",
         ]
 
     def left(self, case: pathlib.Path, name: str) -> dict[str, str]:
-        """What the run in the folder of a case left."""
+        """The files that the run in the folder of a case left."""
         return forks.in_fork(lambda: forks.contents(case / "store/buckets/bucket" / name if self.store else case))
 
     def changed(self, command: Command, reference: dict) -> list[str]:
-        """What differs by now in the undisturbed run."""
+        """What has changed by now in the undisturbed run."""
         return forks.differences(reference["contents"], self.left(self.case_of(command.name), command.name))
 
     def buckets(self, case: pathlib.Path, command: Command, faults: Callable[[], None]) -> Callable[[], None]:
-        """What a child does first that works on the store: its own bucket, with the runs that the command reads."""
+        """Sets up a child that works on the store: its own bucket, with the runs that the command reads."""
 
         def install() -> None:
             bucket = case / "store/buckets/bucket"
@@ -128,7 +128,7 @@ class Bench:
         return install if self.store else lambda: None
 
     def prepare(self, wanted: tuple[str, ...]) -> dict[str, dict]:
-        """Runs what is missing; returns for each wanted command what it leaves, seconds, writes and changes."""
+        """Runs what is missing; returns for each command its files, seconds, writes and changes."""
         if not (self.folder / "data").is_dir():
             shutil.rmtree(self.folder / "data.new", ignore_errors=True)
             tiny.write_data(self.folder / "data.new")
@@ -143,7 +143,7 @@ class Bench:
         return found
 
     def _reference(self, command: Command) -> dict:
-        """Runs the command twice, since the first run compiles; both must leave the same."""
+        """Runs the command twice, since the first run compiles; both must leave the same files."""
         contents, values = [], {}
         for _ in range(2):
             case = self.case_of(command.name)
@@ -179,14 +179,14 @@ def needed(wanted: tuple[str, ...]) -> list[Command]:
 
 
 def chosen(case: int, names: tuple[str, ...]) -> Command:
-    """The command of a case: each in turn, as often as its weight says."""
+    """The command of a case: each in turn, according to its weight."""
     commands = [one for one in COMMANDS if one.name in names]
     turns = [one for turn in range(max(one.weight for one in commands)) for one in commands if turn < one.weight]
     return turns[case % len(turns)]
 
 
 class Case:
-    """One command in a fresh folder, disturbed until it gets to its end."""
+    """One command in a fresh folder, disturbed until it succeeds."""
 
     def __init__(
         self, bench: Bench, command: Command, reference: dict, number: int, options: Any, folder: pathlib.Path
@@ -206,7 +206,7 @@ class Case:
         self.problems += orphans()
         found = self.bench.left(self.folder, self.command.name)
         lines = forks.differences(self.reference["contents"], found)
-        # Both have the keys of its watchdog, which a resume may change.
+        # Both set the watchdog's keys, which a resume may change.
         allowed = {"term": self._made_up_for, "stop": lambda line: line.endswith(("/config.json", "/run.json"))}
         self.problems += [line for line in lines if not allowed.get(self.options.fault, lambda line: False)(line)]
         self.problems += [f"stray: {one.name} among temporary files" for one in temporary_of(self.folder).iterdir()]
@@ -227,7 +227,7 @@ class Case:
         shutil.copy(self.log, self.log.with_name(f"{self.log.name}.{len(self.kills)}"))
 
     def _hit(self) -> dict:
-        """Where a start was when it was disturbed."""
+        """The phase in which a start was disturbed."""
         return {"phase": self.board.phase, "writing": self.board.writing, "left": half_written(self.folder)}
 
     def _planned(self) -> dict:
@@ -241,7 +241,7 @@ class Case:
         return {"kind": kind, kind: self.chance.randint(1, max(round(share * counted), 1)), **more}
 
     def _ended(self, one: forks.Start, kill: dict, by: signal.Signals) -> int | None:
-        """Sends the signal as planned, unless the start ends before; its exit code."""
+        """Sends the signal as planned, unless the start ends before; returns its exit code."""
         if kill["kind"] == "time":
             code = one.wait(kill["after"])
         elif kill["kind"] == "write" and one.write_begins(LIMIT):
@@ -262,7 +262,7 @@ class Case:
             one = self._start(tell_at=kill.get("write", 0), die_at=kill.get("change", 0), die_by=by)
             code = self._ended(one, kill, by)
             self.problems += orphans()
-            if "phase" in kill or code in expected:  # where the start sends itself the signal, the board is as it was
+            if "phase" in kill or code in expected:  # if the start signals itself, the board still shows that moment
                 kill = {**kill, **({} if "phase" in kill else self._hit()), "code": code}
                 self.kills.append({**kill, "seconds": round(time.monotonic() - began, 3)})
             if code not in expected:
@@ -279,7 +279,7 @@ class Case:
 
     def _made_up_for(self, line: str) -> bool:
         """Whether a line of `differences` is about the last checkpoint of a run that was asked to stop before its last
-        evaluation: the next start makes up for the evaluation, and leaves the checkpoint as it is."""
+        evaluation: the next start runs that evaluation, and keeps the checkpoint as it is."""
         found = re.fullmatch(r"differs: (.*/checkpoints/\d+)/(meta/metadata|state:best.*)", line)
         return (
             found is not None and json.loads((self.folder / found[1] / "meta/metadata").read_text())["evaluation_due"]
@@ -322,8 +322,8 @@ class Case:
         self.problems += impossible_times(self.folder)
 
     def _store(self) -> None:
-        # s3fs and gcsfs try again by themselves; here every failure reaches us. Ever fewer, so that in the end a start
-        # gets through.
+        # s3fs and gcsfs retry by themselves; here every failure reaches us. Fewer and fewer, so that a start finally
+        # succeeds.
         for attempt in range(40):
             chance, share = random.Random(f"{self.options.seed} {self.number} {attempt}"), 0.1 * 0.75**attempt
 
@@ -344,7 +344,7 @@ class Case:
 
 
 def jump(jumps: list[tuple[float, float]]) -> None:
-    """From now on the wall clock of this process jumps: (seconds from now, by how many seconds) of each time."""
+    """Makes the wall clock of this process jump: (seconds from now, size of the jump in seconds) for each jump."""
     began, clock, clock_ns = time.monotonic(), time.time, time.time_ns
 
     def shift() -> float:
@@ -362,7 +362,7 @@ def jump(jumps: list[tuple[float, float]]) -> None:
 
 
 def impossible_times(folder: pathlib.Path) -> list[str]:
-    """Durations below 0 and shares outside 0 to 1, in the files that hold some."""
+    """Durations below 0 and shares outside 0 to 1, in the files that contain them."""
     found = []
 
     def look(file: pathlib.Path, values: Any) -> None:
@@ -381,14 +381,14 @@ def impossible_times(folder: pathlib.Path) -> list[str]:
 
 
 def half_written(folder: pathlib.Path) -> list[str]:
-    """The kinds of temporary files and folders that are there."""
+    """The kinds of temporary files and folders that remain."""
     kinds = {".partial": "folder", "orbax-checkpoint-tmp": "checkpoint", ".tmp": "file"}
     names = [name for _, folders, names in os.walk(folder) for name in (*folders, *names)]
     return sorted({kind for part, kind in kinds.items() for name in names if part in name})
 
 
 def orphans(seconds: float = 20.0) -> list[str]:
-    """Descendants of this process that live on after the command; they are then killed."""
+    """Kills and returns descendants of this process that outlived the command."""
     until = time.monotonic() + seconds
     while True:
         with contextlib.suppress(ChildProcessError):
@@ -407,7 +407,7 @@ def orphans(seconds: float = 20.0) -> list[str]:
 
 
 def records(file: pathlib.Path) -> list[dict]:
-    """The finished cases; a line that this script was killed in is left out."""
+    """The finished cases; a line that a kill of this script truncated is skipped."""
     found = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         with contextlib.suppress(ValueError):
@@ -416,7 +416,7 @@ def records(file: pathlib.Path) -> list[dict]:
 
 
 def work(bench: Bench, file: pathlib.Path, options: argparse.Namespace, references: dict, worker: int) -> None:
-    """Every --workers-th case until there are enough kills."""
+    """Runs every --workers-th case until there are enough kills."""
     forks.adopt_orphans()
     done, number = {one["case"] for one in records(file)}, worker
     while sum(len(one["kills"]) for one in records(file)) < options.count:
@@ -454,7 +454,7 @@ def report(found: list[dict]) -> str:
 
 
 def short(phase: str) -> str:
-    """A phase without what comes after its first comma, and without numbers."""
+    """A phase up to its first comma, without numbers."""
     return " ".join(phase.partition(",")[0].split()) or "the start"
 
 

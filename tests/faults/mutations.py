@@ -1,7 +1,7 @@
-"""What is done to a file: truncation, flipped bits, swaps, deletions, wrong types, huge numbers, unusual Unicode.
+"""Damages files: truncation, flipped bits, swaps, deletions, wrong types, huge numbers, unusual Unicode.
 
-Every mutation is a function of a NumPy generator, so that a case is repeated by its seed. Values and texts come from
-pools that hypothesis draws once with a fixed seed.
+Every mutation is a function of a NumPy generator, so that a seed reproduces a case. Values and texts come from pools
+that hypothesis draws once with a fixed seed.
 """
 
 import functools
@@ -19,7 +19,7 @@ Mutation = Callable[[bytes, np.random.Generator], bytes]
 # Characters that readers, tokenizers and terminals often get wrong: line separators, a byte order mark, marks of
 # direction, joiners, combining marks, NUL, noncharacters, characters outside the first plane.
 UNUSUAL = "\u2028\u2029\x85\x0b\x0c\x1c\ufeff\u202e\u200d\u200b\u0301\x00\x7f\uffff\U0010ffff\U0001f469\u0130ßﬁ\ud83d"
-# Bytes that are no UTF-8, or only almost.
+# Bytes that are not, or only almost, UTF-8.
 BROKEN_BYTES = (
     b"\xff",
     b"\xc3",
@@ -94,20 +94,20 @@ def zeroed(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def repeated(data: bytes, rng: np.random.Generator) -> bytes:
-    """A block stands there twice."""
+    """A block is repeated."""
     first, last = _block(data, rng)
     return data[:last] + data[first:last] + data[last:]
 
 
 def swapped(data: bytes, rng: np.random.Generator) -> bytes:
-    """Two neighboring blocks change places."""
+    """Two neighboring blocks are swapped."""
     first, last = _block(data, rng)
     middle = (first + last) // 2
     return data[:first] + data[middle:last] + data[first:middle] + data[last:]
 
 
 def inserted(data: bytes, rng: np.random.Generator) -> bytes:
-    """Bytes that are no UTF-8, or unusual text, anywhere."""
+    """Bytes that are not UTF-8, or unusual text, anywhere."""
     text = str(of_pool("texts", rng)).encode("utf-8", "surrogatepass")
     more = text if rng.random() < 0.5 else BROKEN_BYTES[rng.integers(len(BROKEN_BYTES))]
     place = int(rng.integers(0, len(data) + 1))
@@ -115,7 +115,7 @@ def inserted(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def lines_changed(data: bytes, rng: np.random.Generator) -> bytes:
-    """Other line ends, a line twice, lines in another order, a byte order mark, or a very long line."""
+    """Other line endings, a repeated line, lines in another order, a byte order mark, or a very long line."""
     lines = data.split(b"\n")
     which = int(rng.integers(6))
     if which == 0:
@@ -132,8 +132,8 @@ def lines_changed(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def json_changed(data: bytes, rng: np.random.Generator) -> bytes:
-    """A JSON file, or one line of JSON Lines, that is still JSON: a value of another type, a huge number, unusual text,
-    a key that is missing or renamed, two values exchanged."""
+    """A JSON file, or one line of JSON Lines, that is still valid JSON: a value of another type, a huge number, unusual
+    text, a missing or renamed key, two swapped values."""
     try:
         return _dumped(_changed(json.loads(data), rng), indent=2)
     except ValueError:
@@ -165,7 +165,7 @@ def _changed(value: Any, rng: np.random.Generator) -> Any:
     which = int(rng.integers(6))
     if not holders or rng.random() < 0.03:
         return of_pool("values", rng)
-    # The keys near the root, which are read first, as often as the many below them.
+    # Keys near the root, which are read first, are drawn as often as the many below them.
     near = [one for one in holders if one[0] is value]
     chosen = near if rng.random() < 0.5 else holders
     holder, key = chosen[rng.integers(len(chosen))]
@@ -176,7 +176,7 @@ def _changed(value: Any, rng: np.random.Generator) -> Any:
         holder[key], other[place] = other[place], holder[key]
         try:
             json.dumps(value)
-        except ValueError:  # a value that now holds itself
+        except ValueError:  # a value that now contains itself
             holder[key] = None
     elif which == 2 and isinstance(holder, dict):
         holder[str(of_pool("texts", rng))] = holder.pop(key)
@@ -213,7 +213,7 @@ BINARY: tuple[Mutation, ...] = (*BYTES, flipped, header_changed, header_changed,
 
 
 def mutations_for(name: str) -> tuple[Mutation, ...]:
-    """Those that fit a file, by its name."""
+    """The mutations that suit a file, by its name."""
     if name.endswith((".txt",)):
         return TEXT
     if name.endswith(".jsonl"):
@@ -222,7 +222,7 @@ def mutations_for(name: str) -> tuple[Mutation, ...]:
 
 
 def mutate(file: pathlib.Path, others: list[pathlib.Path], rng: np.random.Generator) -> str:
-    """Changes a file, which is replaced and not written into, so that hard links keep their content; says how."""
+    """Damages a file, replacing it so that hard links keep their content; returns the name of the mutation."""
     if rng.random() < 0.06:
         file.unlink()
         return "deleted"

@@ -1,11 +1,12 @@
-"""Peak memory of commands on a text and on ten times the text, and what a study of many students leaves open.
+"""Peak memory of commands on a text and on ten times the text, and the resources that a study of many students holds.
 
 python -m tests.faults.resources --workdir=DIR [--texts=5000] [--utterances=500] [--only=text|study] [--seeds=1,10]
 
-Each command runs in a process of its own on two data sets, one of which has ten times the generic text and ten times
-the labeled utterances of the other, with the same model, batches and steps. What it compiles comes from a cache that an
-earlier run has filled, since compiling takes more memory than these models. A study of one distilled student, one by
-MLM alone and one from scratch for each seed runs in one process, which counts what it holds after each stage.
+Each command runs in its own process on two data sets, one of which has ten times the generic text and ten times the
+labeled utterances of the other, with the same model, batches and steps. Compiled programs come from a cache that an
+earlier run has filled, since compiling takes more memory than these models. A study of one distilled student, one
+trained by MLM alone and one from scratch for each seed runs in one process, which counts what it holds after each
+stage.
 """
 
 import argparse
@@ -50,7 +51,7 @@ CONFIG = (
 
 
 def peak_of(arguments: list[str], folder: pathlib.Path) -> float:
-    """The peak resident memory, in MiB, of `python -m MODULE ARGUMENTS` in a process of its own."""
+    """The peak resident memory, in MiB, of `python -m MODULE ARGUMENTS` in its own process."""
     folder.mkdir(parents=True, exist_ok=True)
     log = folder.with_name(f"{folder.name}.log")
     pid = os.fork()
@@ -67,7 +68,7 @@ def peak_of(arguments: list[str], folder: pathlib.Path) -> float:
 
 
 def compare(workdir: pathlib.Path, texts: int, utterances: int) -> list[tuple[str, float, float]]:
-    """(command, MiB on the text, MiB on ten times the text) of each command."""
+    """(command, MiB on the text, MiB on ten times the text) for each command."""
     peaks: dict[str, list[float]] = {name: [] for name, *_ in COMMANDS}
     for size, times in (("once", 1), ("again", 1), ("ten", TIMES)):  # the first run fills the cache
         base = workdir / size
@@ -93,7 +94,7 @@ def held() -> dict[str, float]:
 
 
 def study(workdir: pathlib.Path, seeds: int) -> dict:
-    """A study with so many seeds in a fork; what it held after each stage, and what lies on the disk."""
+    """Runs a study with that many seeds in a fork; returns what it held after each stage, and its disk usage."""
     folder = workdir / f"study-{seeds}"
     shutil.rmtree(folder, ignore_errors=True)
     data = workdir / "study-data"

@@ -1,4 +1,4 @@
-"""Damaged inputs end in one sentence or in the right result; the counts are printed."""
+"""Damaged inputs end with a one-sentence error or the right result; the counts are printed."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def check(folder, count):
     print(f"\n{said}")
     assert len(cases) == count and {one.kind for one in cases} == set(inputs.KINDS)
     assert all(one.outcome in inputs.GOOD for one in cases), said
-    # Not one kind may be refused whatever is done to it, nor go unnoticed: then its cases would say nothing.
+    # No kind may be always refused, or never: then its cases would test nothing.
     assert {outcome for one in cases for outcome in [one.outcome]} == set(inputs.GOOD)
     assert any(one.repaired for one in cases)
 

@@ -1,4 +1,4 @@
-"""A few kills, and the other faults: each run ends as an undisturbed one. docs/long-runs.md has the thousand."""
+"""A few kills, and the other faults: each run ends like an undisturbed one. docs/long-runs.md has more kills."""
 
 import json
 import os
@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def program(name, *arguments):
-    """Runs a script of this folder, which forks and so must have no JAX backend, in a process of its own."""
+    """Runs a script of this folder in its own process, since it forks and so must have no JAX backend."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-m", f"tests.faults.{name}", *map(str, arguments)]
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000)
@@ -70,7 +70,7 @@ def test_ten_kills(tmp_path):
     "fault", ["--fault=kill", "--fault=term", "--fault=stop --seconds=20", "--fault=clock", "--fault=store"]
 )
 def test_every_fault(tmp_path_factory, fault):
-    """All in one folder, whose undisturbed runs and compiled programs they share."""
+    """All in one folder, so that they share undisturbed runs and compiled programs."""
     workdir = tmp_path_factory.getbasetemp() / "faults"
     print(program("kills", "--count=20", f"--workdir={workdir}", *fault.split()))
 

@@ -17,7 +17,7 @@ _SYLLABLES = ("ka", "lo", "mi", "nu", "re", "sa", "ti", "vo", "we", "zu")
 
 
 def get_config() -> ConfigDict:
-    """Six steps a job, a checkpoint every second one, of which one is kept; early stopping where it finetunes."""
+    """Six steps per job, a checkpoint every second step, of which one is kept; early stopping when finetuning."""
     config = base.get_config()
     config.progress = config.tensorboard = False
     config.nlu.update({"format": "massive", "locales": tuple(LANGUAGES.values())})
@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
 def write_data(folder: pathlib.Path, texts: int = 150, utterances: int = 40, held_out: int = 12, seed: int = 0) -> None:
     """Writes generic text and labeled utterances.
 
-    texts: of each language. utterances: of each locale's train partition. held_out: of dev, and of test.
+    texts: per language. utterances: per locale in train. held_out: per locale in dev, and in test.
     """
     chance = random.Random(seed)
     folder.mkdir(parents=True)

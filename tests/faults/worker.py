@@ -1,4 +1,4 @@
-"""A process that runs commands one after the other as `python -m kd_jax.main.NAME` would, and one that watches it."""
+"""A process that runs commands one after the other as `python -m kd_jax.main.NAME` would, and its supervisor."""
 
 import gc
 import json
@@ -17,12 +17,12 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[2]
 _FLAGS = ("config", "workdir", "coordinator", "processes", "process", "check", "status", "dry-run", "plan", "stage")
-_MOST_BYTES = 4 * 2**30  # of a worker's memory: it is then replaced
+_MOST_BYTES = 4 * 2**30  # maximum memory of a worker, above which it is replaced
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended; code is None where it was stopped after `limit` seconds, and negative for a signal."""
+    """How a command ended; code is None if it was stopped after `limit` seconds, and negative for a signal."""
 
     code: int | None
     output: str
@@ -67,7 +67,7 @@ class Worker:
                 "JAX_PLATFORMS": "cpu",
                 "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
                 "HF_HUB_OFFLINE": "1",
-                "PATH": "",  # without git, which every run asks for the commit
+                "PATH": "",  # without git, which every run calls for the commit
                 "JAX_COMPILATION_CACHE_DIR": str(self._compiled),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
                 "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -83,8 +83,8 @@ class Worker:
         return self._process
 
     def _answer(self, limit: float) -> dict[str, Any] | None:
-        """The worker's next line; None where it died, or took `limit` seconds of processor time, or five times as many
-        on the clock: on a busy machine a command is slow that does not hang."""
+        """The worker's next line; None if it died, or took `limit` seconds of processor time, or five times as many of
+        wall time: on a busy machine a command that does not hang may be slow."""
         assert self._process and self._process.stdout
         began, used = time.monotonic(), _processor_seconds(self._process.pid)
         while not select.select([self._process.stdout], [], [], 1.0)[0]:
@@ -115,7 +115,7 @@ class Worker:
 
 
 def _run(name: str, arguments: list[str]) -> int:
-    """The exit code of a command, run in this process as its module is run by `python -m`."""
+    """The exit code of a command, run in this process as `python -m` would run it."""
     from absl import flags
 
     sys.argv = [name, *arguments]
@@ -127,7 +127,7 @@ def _run(name: str, arguments: list[str]) -> int:
         traceback.print_exc()
         return 1
     finally:
-        # The flags that the command has defined; the next one defines its own.
+        # Remove the flags that the command has defined; the next one defines its own.
         for flag in list(flags.FLAGS):
             if flag in _FLAGS or flag.startswith("config."):
                 delattr(flags.FLAGS, flag)
@@ -135,15 +135,15 @@ def _run(name: str, arguments: list[str]) -> int:
 
 
 def serve() -> None:
-    """Answers a line of JSON with the exit code for each line that names a command."""
+    """Answers each line that names a command with a line of JSON with the exit code."""
     jobs, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1):
         os.dup2(nothing, number)
     errors = os.dup(2)
-    # A number that asks for more memory than there is must end in an error, not in the death of other processes.
+    # A request for more memory than there is must end in an error, not in the death of other processes.
     resource.setrlimit(resource.RLIMIT_AS, (24 * 2**30, resource.RLIM_INFINITY))
-    import kd_jax.jobs.finetune  # noqa: F401, which imports what the commands need
+    import kd_jax.jobs.finetune  # noqa: F401  imports what the commands need
 
     def answer(**values: Any) -> None:
         answers.write(json.dumps(values).encode() + b"\n")
@@ -157,8 +157,8 @@ def serve() -> None:
             os.dup2(descriptor, number)
             os.close(descriptor)
         code = _run(job["name"], job["arguments"])
-        gc.collect()  # what is complained about when an object is removed belongs to this command
-        gc.freeze()  # what is left is looked at no more, as it is mostly modules and compiled steps
+        gc.collect()  # warnings from finalizers belong to this command
+        gc.freeze()  # the rest is mostly modules and compiled steps: exempt it from collection
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(nothing, 1)

@@ -1,4 +1,4 @@
-"""Each baseline against the library used directly, and what it does with data that lack something."""
+"""Each baseline against direct use of the library, and on incomplete data."""
 
 import dataclasses
 import types
@@ -37,7 +37,7 @@ IDENTITY = {"student": "ngrams", "transfer_set": "", "teacher": "", "seed": None
 
 
 def utterances(count: int, partition: str, seed: int, locale: str = "de-DE") -> list[Utterance]:
-    """Sentences of a thing, a verb and sometimes a place; one in ten has a wrong domain and intent."""
+    """Sentences with a thing, a verb and sometimes a place; one in ten has a wrong domain and intent."""
     rng, found = np.random.default_rng(seed), []
     for number in range(count):
         domain, verb = rng.choice(list(THINGS)), rng.choice(list(VERBS))
@@ -172,7 +172,7 @@ def test_the_probe_predicts_what_scikit_learn_predicts_and_no_slots(data):
     assert scores["score"] == scores["intent_accuracy"] and "slot_f1" not in scores
 
 
-def test_without_a_dev_partition_c_is_fixed_and_said(data):
+def test_without_a_dev_partition_c_is_fixed_and_reported(data):
     found = fitted("icner", data._replace(dev=[]), c_without_dev=3.0)
     assert [(trial.part, trial.c, trial.dev_score) for trial in found.trials] == [
         ("intent", 3.0, None),
@@ -224,7 +224,7 @@ def test_nothing_to_train_or_to_test_on_is_the_users_mistake(data):
         baseline.labeled(in_memory(data.train, data.dev), Baseline(max_train=0, max_dev=0), "dc")
 
 
-def test_predicted_labels_stand_beside_the_given_ones(data, tmp_path):
+def test_predicted_labels_are_added_to_the_given_ones(data, tmp_path):
     prepared = in_memory(data.train, data.dev, data.test)
     rest = finetune.unlabeled_train(prepared, 30)
     given = finetune.labeled_train(prepared, 30, "")

@@ -51,7 +51,7 @@ def test_impossible_settings_are_named(tmp_path, key, value):
 
 
 def utterances(partition, count, locale, domains=("alarm", "music")):
-    """Utterances of which only what choosing reads is filled in."""
+    """Utterances with only the fields that the selection reads."""
     return [
         Utterance(f"{partition}{number}", locale, partition, domains[number % len(domains)], "x", "a", ("a",), ("O",))
         for number in range(count)
@@ -140,7 +140,7 @@ def test_threshold_is_the_quantile_of_right_answers():
         assert finetune.threshold([record(task, 0.5, False)]) == finetune.threshold([]) == {}
 
 
-def test_a_run_notes_what_it_has_seen(tmp_path):
+def test_a_run_records_what_it_has_seen(tmp_path):
     config, prepared = smoke_config(tmp_path / "data")
     config.finetune.max_train = 10
     finetune.run(config, tmp_path / "dc", "dc")

@@ -40,7 +40,7 @@ def write_run(folder, keys, run=None, **changes):
 PRETRAINED = ("pretrain", "teacher", "transfer", "train_body")
 
 
-def test_teachers_are_named_by_what_they_are(tmp_path):
+def test_teachers_are_named_by_their_model(tmp_path):
     path = "org/multilingual-e5-small"
     hub = {"hub_name": path, "license": "mit"}
     keys = ("import_model", "teacher")

@@ -173,7 +173,7 @@ THAI = [("ปลุกฉัน[time : เจ็ดโมง]", "alarm", "set"),
 
 
 def test_a_locale_that_is_tagged_by_character(tmp_path):
-    """The run and its export read a text as it was trained, and an older run as 0.2.0 did."""
+    """The run and its export read a text as in training, and an older run as in 0.2.0."""
     (tmp_path / "nlu").mkdir()
     with (tmp_path / "nlu" / "th-TH.jsonl").open("w", encoding="utf-8") as lines:
         for number in range(24):

@@ -1,4 +1,4 @@
-"""launch/gpu_check.sh without a GPU: its mistakes, and the measurement at tiny sizes with the interpreted kernel."""
+"""launch/gpu_check.sh without a GPU: its errors, and the measurement at tiny sizes with the interpreted kernel."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from tests.support.launchers import LAUNCH, launch
 PYTHON = f"--python={sys.executable}"
 
 
-def test_a_machine_without_a_gpu_is_told():
+def test_a_machine_without_a_gpu_is_an_error():
     ran = launch("gpu_check.sh", PYTHON)
     assert ran.returncode == 2 and "finds no GPU; install jax[cuda13]" in ran.stderr.splitlines()[-1]
 

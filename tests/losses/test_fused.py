@@ -36,7 +36,7 @@ by_platform = pytest.mark.parametrize("platform", list(SMALL))
 
 
 def case(seed=0, rows=5, slots=9, dtype="float32", vocabulary=VOCAB, student=STUDENT, teacher=TEACHER):
-    """Student, teacher, targets, and weights of which some are 0."""
+    """Student, teacher, targets, and weights, some of which are 0."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape, dtype=dtype):
@@ -61,7 +61,7 @@ def fused(values, tiling, names=EVERY, temperature=TEMPERATURE):
 
 
 def blocked(values, names=EVERY, temperature=TEMPERATURE):
-    """The same from blocks of logits."""
+    """The same losses from blocks of logits."""
     student, teacher = values["student"], values["teacher"]
     per_position = {"targets": values["targets"], "weights": values["weights"]}
     if teacher is not None:
@@ -91,7 +91,7 @@ def differentiate(function, values):
 
 
 def assert_close(actual, expected, tolerance=2e-6):
-    """Up to a share of the largest number of each array."""
+    """Compares up to a share of the largest number of each array."""
 
     def check(a, b):
         assert a.shape == b.shape and a.dtype == b.dtype
@@ -122,7 +122,7 @@ def softmax64(logits):
 
 
 def float64(values, temperature=TEMPERATURE):
-    """((loss, sums), gradients) in float64, from what was rounded to the dtype of the features."""
+    """((loss, sums), gradients) in float64, from inputs rounded to the dtype of the features."""
     student, teacher = values["student"], values["teacher"]
     dtype = student.features.dtype
 
@@ -147,7 +147,7 @@ def float64(values, temperature=TEMPERATURE):
 
 
 def assert_near(actual, expected, value, gradient):
-    """To a share `value` for the sums and `gradient` for the largest number of each gradient."""
+    """Compares up to a share `value` of the sums and a share `gradient` of each gradient's largest number."""
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=value, atol=1e-30), actual[0], expected[0])
     for a, b in zip(actual[1], expected[1], strict=True):
         if a is not None:
@@ -162,7 +162,7 @@ def test_against_float64(platform, dtype, temperature, tolerance):
     values = case(1, dtype=dtype)
     actual = differentiate(lambda v: fused(v, SMALL[platform], temperature=temperature), values)
     assert actual[0][0].dtype == jnp.float32
-    # Logits are products of what was rounded, in float32: the value is as exact from bfloat16 features.
+    # Logits are float32 products of the rounded inputs, so the value is as exact for bfloat16 features.
     assert_near(actual, float64(values, temperature), 2e-6, tolerance)
 
 
@@ -185,7 +185,7 @@ def test_without_bias_and_with_other_widths(platform):
 
 
 @by_platform
-def test_positions_of_weight_0_count_nothing_whatever_they_hold(platform):
+def test_positions_of_weight_0_have_no_effect(platform):
     values = case(4)
     absent = np.asarray(values["weights"]) == 0
 
@@ -206,7 +206,7 @@ def test_positions_of_weight_0_count_nothing_whatever_they_hold(platform):
 
 
 @by_platform
-def test_a_nan_that_counts_reaches_loss_and_gradients(platform):
+def test_a_nan_at_a_position_of_weight_1_reaches_loss_and_gradients(platform):
     values = case(4)
     values["weights"] = jnp.ones_like(values["weights"])
     values["student"] = values["student"]._replace(features=values["student"].features.at[1, 2].set(jnp.nan))
@@ -261,7 +261,7 @@ def test_without_differentiation_there_is_one_pass(platform):
 
 @by_platform
 def test_no_array_has_positions_times_vocabulary(platform):
-    """Nor, with parts of the vocabulary on a GPU, a gradient of all of the logits."""
+    """Nor is there, with parts of the vocabulary on a GPU, a gradient of all logits."""
     values = case(9, rows=16, slots=16, vocabulary=3000)
 
     def sizes(jaxpr):
@@ -306,7 +306,7 @@ def test_on_a_mesh(platform, sizes):
     assert_close(differentiate(in_mesh, sharded), differentiate(blocked, values))
 
 
-def test_which_meshes_it_serves():
+def test_supported_meshes():
     def serves(rows, **sizes):
         with jax.sharding.use_abstract_mesh(make_mesh(Mesh(**sizes)).abstract_mesh):
             return serves_mesh(rows)

@@ -1,4 +1,4 @@
-"""The advisor as a command: its files, resuming, the budget, and what it refuses; most with a stand-in for stages."""
+"""The advisor as a command: its files, resuming, the budget, and errors; mostly with a stand-in for stages."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ FILES = ("advice.json", "advice.md", "metrics.csv", "pilots.jsonl", "ratios.csv"
 
 
 class Stages:
-    """Runs no stage, but leaves behind what the advisor reads; counts how often each was run."""
+    """Runs no stage, but writes what the advisor reads; counts how often each was run."""
 
     def __init__(self, stop_at: int | None = None, head: bool = True):
         self.ran: list[str] = []
@@ -56,7 +56,7 @@ class Stages:
 
 
 class Text:
-    """Stands for a prepared folder; its amount of task text follows the stage's own config."""
+    """Stand-in for a prepared folder; its amount of task text follows the stage's config."""
 
     def __init__(self, folder=None, dev=400):
         self.utterances = [types.SimpleNamespace(partition="dev")] * dev
@@ -118,7 +118,7 @@ def test_the_advice_comes_with_all_of_its_files_and_the_same_command_runs_nothin
 
 
 @pytest.mark.parametrize("stop_at", [0, 9, 30])
-def test_a_killed_search_goes_on_where_it_was(stand_in, tmp_path, stop_at):
+def test_a_killed_search_resumes(stand_in, tmp_path, stop_at):
     whole = Stages()
     wanted = stand_in(tmp_path / "whole", whole, budget_minutes=600.0)
     killed, resumed = Stages(stop_at=stop_at), Stages()
@@ -129,7 +129,7 @@ def test_a_killed_search_goes_on_where_it_was(stand_in, tmp_path, stop_at):
     assert found.pop("command") != wanted.pop("command") and found == wanted
 
 
-def test_a_rung_starts_only_if_it_fits_and_more_minutes_go_on(stand_in, tmp_path, capsys):
+def test_a_rung_starts_only_if_it_fits_and_a_larger_budget_continues(stand_in, tmp_path, capsys):
     stages = Stages()
     found = stand_in(tmp_path, stages, budget_minutes=8.0, margin=0.0, amounts=(), adapt=False)
     assert found["cost"]["stopped"] and 4 < found["cost"]["minutes"] <= 8
@@ -164,7 +164,7 @@ def test_a_teacher_without_a_trained_head_is_not_adapted(stand_in, tmp_path):
     assert "masked-LM head is not trained" in found["adapting"]["why"]
 
 
-def test_less_task_text_is_another_prepared_folder_and_the_full_study_is_that_of_the_pilots(stand_in, tmp_path):
+def test_less_task_text_has_its_own_prepared_folder_and_the_full_study_reuses_the_pilots(stand_in, tmp_path):
     stages = Stages()
     found = stand_in(tmp_path, stages, budget_minutes=600.0, steps=(1.0,), seeds=(1,))
     prepared = [name for name in stages.ran if name.startswith("prepare-")]

@@ -1,4 +1,4 @@
-"""The command that caches a teacher's states, and distilling from what it wrote: as with the teacher in the loop."""
+"""The command that caches a teacher's states, and distilling from its cache: equal to the teacher in the loop."""
 
 import shutil
 
@@ -39,7 +39,7 @@ def made(tmp_path_factory):
 
 
 def ready(made, **changes):
-    """A narrow student of clean text, by all terms that a cache serves."""
+    """A narrow student on clean text, with all terms that a cache supports."""
     place = {"prepared": str(made / "data"), "teacher_checkpoint": str(made / "teacher")}
     config = config_for(**place, states__dtype="float32", states__rows_per_part=30)
     config.student.update({"hidden_size": 16, "num_heads": 2})
@@ -64,7 +64,7 @@ def assert_same(one, other, tolerance):
 
 @pytest.fixture(scope="module")
 def straight(made):
-    """The student of that cache."""
+    """The student trained from that cache without interruption."""
     distill.run(cached(made), made / "straight")
     return made / "straight"
 
@@ -74,7 +74,7 @@ def losses_of(workdir, name="loss"):
 
 
 def test_students_from_the_cache_equal_those_of_the_teacher_in_the_loop(made, tmp_path):
-    # Relation heads that are not the student's, nor the teacher's attention heads, and not all of the parts.
+    # Relation heads that differ from both models' attention heads, and not all of the parts.
     relations = {"weight": 1.0, "heads": 8, "parts": ("key", "value")}
     changes = {"vocabulary": TRIM, "transfer__task_share": 0.3, "distill__relations": relations}
     config = ready(made, **changes)
@@ -85,7 +85,7 @@ def test_students_from_the_cache_equal_those_of_the_teacher_in_the_loop(made, tm
         left, right = losses_of(tmp_path / "loop", name), losses_of(tmp_path / "cached", name)
         assert len(left) == STEPS
         np.testing.assert_allclose(left, right, rtol=1e-5)
-    # Adam takes a full step also where a gradient is little more than rounding, here of one element in 9,168.
+    # Adam takes a full step even if a gradient is little more than rounding, here for one element in 9,168.
     assert_same(one, other, 1e-4)
     assert read_json(tmp_path / "cached" / "heldout.json") == []
 
@@ -107,7 +107,7 @@ def test_float16_and_components_cost_what_they_say(made, straight, tmp_path):
     assert whole["explained"] == {}
     assert half["explained"].keys() == {"layer 0", "layer 1", "texts"}
     assert all(0.3 < share < 0.9999 for share in half["explained"].values())
-    # The student is as wide as what is left of the states.
+    # The student is as wide as the reduced states.
     assert read_json(tmp_path / "student-half" / "run.json")["projections"] == []
 
 
@@ -134,7 +134,7 @@ def test_a_killed_command_goes_on_and_machines_share_the_parts(made, tmp_path, m
 
 
 @pytest.mark.long
-def test_components_are_those_of_the_machine_with_part_0(made, tmp_path):
+def test_components_come_from_the_machine_with_part_0(made, tmp_path):
     changes = {"states__components": 8, "cache_parts": 2}
     with pytest.raises(UserError, match=r"config\.cache_part: part 0 computes the components"):
         cache_states.run(ready(made, **changes, cache_part=1), tmp_path / "cache")
@@ -180,7 +180,7 @@ def test_a_narrow_student_starts_from_the_teachers_table_and_keeps_it_frozen(mad
         batch["positions"] = np.tile(np.arange(3), (len(alone), 1))
         whole = np.asarray(model.hidden(theirs, batch)).mean(axis=1)
     expected, _ = principal_table(whole, train_counts(seen), 16, config.student.initializer_range)
-    # Of states computed in other batches the last bits differ.
+    # States computed in other batches differ in the last bits.
     np.testing.assert_allclose(table, expected, atol=0 if vectors == "embeddings" else 1e-5)
     assert "token table" in read_json(tmp_path / "student" / "run.json")["remarks"][0]
 

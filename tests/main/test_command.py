@@ -79,7 +79,7 @@ def test_a_full_disk_is_one_sentence_whatever_wrote(tmp_path, capsys, error):
         ("()", ()),
     ],
 )
-def test_tuples_as_they_are_typed(typed, values):
+def test_tuples_without_quotes(typed, values):
     flag_values, line = flags.FlagValues(), ["command", f"--config.key={typed}"]
     known = ConfigDict({"key": ("a", "b")})
     holder = config_flags.DEFINE_config_dict("config", known, flag_values=flag_values, sys_argv=line)

@@ -91,7 +91,7 @@ def test_import_of_an_export_is_the_run(data, runs, family, tmp_path):
 
 @pytest.mark.parametrize("name", ["bert", "dc"])
 def test_a_full_disk_leaves_nothing_of_an_export(data, runs, name, tmp_path):
-    """On disks that hold the first file at most, half of the weights, and all but the last file."""
+    """On disks with room for the first file at most, half of the weights, and all but the last file."""
     source, config = runs[0] / name, data[0].copy_and_resolve_references()
     config.export.update({"checkpoint": str(source), "int8": name == "dc"})
     export.run(config, tmp_path / "whole")
@@ -113,7 +113,7 @@ def test_a_full_disk_leaves_nothing_of_an_export(data, runs, name, tmp_path):
 
 @pytest.mark.parametrize("fails", ["save_file", "write_json", "write_text", "copymode"])
 def test_an_export_that_fails_at_any_write_leaves_nothing(data, runs, fails, tmp_path, monkeypatch):
-    """As the test before it, where no small disk can be had: the write happens, and then there is no space."""
+    """Like the test before it, without a small disk: the write happens, and then the disk is reported full."""
     holder = {"write_text": pathlib.Path, "copymode": shutil}.get(fails, export)
     write = getattr(holder, fails)
 
@@ -169,7 +169,7 @@ def front_matter(folder):
 
 
 def test_card_states_base_model_and_license(data, runs, tmp_path, monkeypatch):
-    """Of the imported teacher; config.export.license wins."""
+    """Those of the imported teacher; config.export.license takes precedence."""
     folder, _ = runs
     config = written(data, folder / "bert", tmp_path / "hub")
     (tmp_path / "hub" / "README.md").write_text("---\nlicense: mit\n---\n# A model\n", encoding="utf-8")
@@ -269,7 +269,7 @@ def test_a_run_of_a_version_without_pooling_reads_the_first_token(data, runs, tm
     assert one.model == runs[1]["dc"][0] and one.model.pooling == "first"
 
 
-def test_a_pooled_classifier_is_a_class_of_transformers_or_has_its_head_apart(data, runs, tmp_path):
+def test_a_pooled_classifier_is_a_class_of_transformers_or_has_a_separate_head(data, runs, tmp_path):
     folder, found = runs
     for name in ("dc-class", "dc-apart"):
         written(data, folder / name, tmp_path / name)

@@ -140,7 +140,7 @@ def test_a_word_without_a_piece_has_no_probability():
 
 
 def test_domain_and_intent_were_seen_together(data, runs, predictor):
-    """Held against all pairs of one text, by the probabilities of the models alone."""
+    """Compared with all pairs for one text, by the probabilities of the models alone."""
     config, prepared = data
     together = {(one.domain, one.intent) for one in prepared.utterances if one.partition == "train"}
     texts = [one.text for one in prepared.utterances if one.partition == "test"][:40]
@@ -166,7 +166,7 @@ def test_domain_and_intent_were_seen_together(data, runs, predictor):
         assert one.intent_probability == pytest.approx(intents[one.intent], abs=1e-5)
 
 
-def test_a_run_that_does_not_say_what_it_saw_is_looked_up_in_its_data(data, runs, predictor, tmp_path):
+def test_for_a_run_without_a_record_of_its_labels_the_data_are_read(data, runs, predictor, tmp_path):
     shutil.copytree(runs, tmp_path / "old")
     for task in ("dc", "icner"):
         file = tmp_path / "old" / task / "run.json"
@@ -277,7 +277,7 @@ def test_forms_of_output(runs, capsys, tmp_path, monkeypatch):
     assert [one.intent for one in back[:2]] == [rows[2]["intent"], rows[0]["intent"]]
 
 
-def test_a_study_answers_with_the_runs_it_names(runs, capsys):
+def test_a_study_predicts_with_the_runs_it_names(runs, capsys):
     (runs / "models.json").write_text('["dc", "icner"]')
     try:
         of_study = run(capsys, f"--model={runs}", "play some jazz")

@@ -104,7 +104,7 @@ def test_kill_and_resume_is_bit_identical(prepared, tmp_path):
 
 @pytest.mark.long
 def test_early_stopping_is_the_same_across_a_kill(prepared, tmp_path):
-    """A rate so high that dev does not get better for long: the run stops early, whether it is killed before or not."""
+    """With a learning rate so high that dev soon stops improving, the run stops early, whether killed before or not."""
 
     def start(workdir):
         values = {"epochs": 0, "steps": 60, "patience": 3, "evaluate_every": 2, "checkpoint_every": 3, "log_every": 1}
@@ -143,7 +143,7 @@ def test_early_stopping_is_the_same_across_a_kill(prepared, tmp_path):
 
 
 def what_is_read(workdir):
-    """The fingerprint of the parameters that evaluate, predict and export read."""
+    """Fingerprint of the parameters that evaluate, predict and export read."""
     config = trained.run_config(workdir, "x")
     found = finetune.load_finetuned(workdir, Prepared(config.prepared), make_mesh(Mesh()), "float32", "x")
     return params_fingerprint(found.params)

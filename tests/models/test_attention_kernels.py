@@ -20,7 +20,7 @@ from kd_jax.types import UserError
 from tests.support.small_models import packed_batch, parameters, small_config
 
 SPLASH, TRITON = Kernel("splash", True, True), Kernel("triton", True, True)
-ROWS = [[128], [50, 30, 20], [5, 100], []]  # one text, several, padding after and between blocks, nothing but padding
+ROWS = [[128], [50, 30, 20], [5, 100], []]  # one text, several, padding after and between blocks, only padding
 LENGTH = 128
 
 
@@ -157,10 +157,10 @@ def test_dropout_of_attention_is_computed_plainly_or_refused():
     assert programs[0] == programs[1]
     with pytest.raises(UserError, match=r"config\.attention: fused attention has no dropout; set attention_dropout"):
         jax.eval_shape(required.hidden, params, batch, key)
-    jax.eval_shape(required.hidden, params, batch)  # nothing is dropped outside of training
+    jax.eval_shape(required.hidden, params, batch)  # no dropout outside of training
 
 
-def test_rows_that_a_kernel_has_no_blocks_for():
+def test_row_lengths_that_a_kernel_does_not_support():
     assert computes(TRITON, 192, False)
     assert not computes(TRITON._replace(required=False), 100, False)
     with pytest.raises(UserError, match=r"rows of a multiple of 128 tokens, not 192; change rows\.length, or use auto"):

@@ -53,6 +53,6 @@ def test_sizes_without_embeddings(name, millions):
         ({"activation": "none"}, r"^config\.student\.activation: 'none' is not known"),
     ],
 )
-def test_what_no_encoder_computes_is_refused_by_its_key(changes, message):
+def test_impossible_encoder_settings_are_refused_with_their_key(changes, message):
     with pytest.raises(UserError, match=message):
         encoder_config(PRESETS["tiny"] | changes, 100, "config.student")

@@ -45,7 +45,7 @@ def test_packed_utterances_equal_single_ones(family):
 
 
 def pooling_case():
-    """(states, batch): rows with one to three texts, padding behind them, a row of padding alone, and unused slots."""
+    """(states, batch): rows with one to three texts, padding after them, a row of padding alone, and unused slots."""
     batch = packed_batch([*ROWS, [], [24]], 24)
     batch["first_positions"] = first_positions(batch, 4)
     return np.random.default_rng(1).normal(size=(5, 24, 6)).astype(np.float32), batch

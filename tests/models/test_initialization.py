@@ -57,7 +57,7 @@ def test_all_layers_give_the_logits_of_the_teacher(family):
 
 @pytest.mark.parametrize(("theirs", "ours"), [(False, False), (False, True), (True, False)])
 @pytest.mark.parametrize("trimmed", [False, True])
-def test_a_decoder_of_its_own_on_either_side(theirs, ours, trimmed):
+def test_an_untied_decoder_on_either_side(theirs, ours, trimmed):
     model = Functional("mlm", small_config("bert", tied_decoder=theirs))
     params = parameters(model, 3)
     kept = np.arange(5, VOCAB, 2) if trimmed else None
@@ -199,7 +199,7 @@ def test_a_narrower_table_has_the_weighted_principal_components():
     expected = centered @ rows[:3].T
     scale = 0.02 / np.sqrt(np.mean(expected**2))
     np.testing.assert_allclose(np.abs(found), np.abs(expected * scale), atol=1e-6)
-    # Distances among tokens are those of the whole table, up to what lies outside of the components.
+    # Distances between tokens are those of the whole table, up to what lies outside the components.
     whole, share = principal_table(table.astype(np.float32), counts, 6, 0.02)
     ours, theirs = (one @ one.T for one in (whole.astype(np.float64), centered))
     np.testing.assert_allclose(ours / ours[0, 0], theirs / theirs[0, 0], atol=1e-3)

@@ -143,7 +143,7 @@ def test_numbers_do_not_depend_on_the_sharding():
     np.testing.assert_array_equal(split, jax.jit(sample)(key))
 
 
-def test_what_is_recomputed_keeps_its_arguments_alone_in_bfloat16():
+def test_recomputed_saves_only_its_arguments_in_bfloat16():
     def function(x, scale):
         wide = x.astype(jnp.float32)
         return (jnp.tanh(wide) * jnp.sin(wide) * scale[None]).astype(x.dtype)

@@ -34,11 +34,11 @@ def other(tmp_path):
         process.kill()
 
 
-def test_the_second_owner_is_told_of_the_first(tmp_path, other):
+def test_a_second_owner_is_refused_with_the_name_of_the_first(tmp_path, other):
     told = rf"^{re.escape(str(tmp_path / 'run'))}: process {other.pid} on \S+ has been writing here for 0 minutes; wait"
     with pytest.raises(UserError, match=told), owned(tmp_path / "run"):
         pytest.fail("two owners")
-    with owned(tmp_path / "run", "-1"), owned(tmp_path / "run", "-2"):  # parts of a cache have owners of their own
+    with owned(tmp_path / "run", "-1"), owned(tmp_path / "run", "-2"):  # each part of a cache has its own owner
         assert sorted(os.listdir(tmp_path / "run")) == [".owner", ".owner-1", ".owner-2"]
 
 
@@ -59,8 +59,8 @@ def test_an_error_releases_the_folder_and_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path / "run") == []
 
 
-def test_a_lock_whose_file_was_removed_guards_nothing(tmp_path, monkeypatch):
-    """The owner before removes its file between our open and our lock: the file that is locked then must be the new."""
+def test_a_lock_whose_file_was_removed_protects_nothing(tmp_path, monkeypatch):
+    """The previous owner removes its file between our open and our lock: then we must lock the new file."""
     from kd_jax.runtime import lock
 
     opened = []

@@ -134,7 +134,7 @@ def test_the_rows_that_a_checkpoint_counts_are_on_the_store_before_it(store, sch
 
 @pytest.mark.long
 def test_checkpoints_on_a_store_that_refuses_one_request_in_four(tmp_path, monkeypatch):
-    """Tensorstore, which writes their arrays, tries again; the run and its resume are as on a disk."""
+    """Tensorstore, which writes their arrays, retries; the run and its resume are the same as on a disk."""
     monkeypatch.setattr(copies, "_chosen_root", str(tmp_path / "local"))
     fake_store.install(tmp_path)
     chance, refused = random.Random(0), []

@@ -70,7 +70,7 @@ with Watchdog(0.2, {str(tmp_path)!r}, exits=True):
 
 
 class Pauses:
-    """Stands for the watchdog's event: each wait moves the clock by the next number of seconds."""
+    """Stand-in for the watchdog's event: each wait advances the clock by the next number of seconds."""
 
     def __init__(self, monkeypatch, seconds):
         self._now, self._seconds = 0.0, iter(seconds)

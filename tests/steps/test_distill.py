@@ -135,14 +135,14 @@ def test_the_sentence_term_compares_the_mean_states_of_texts(models, also):
     if also != "kl":
         np.testing.assert_allclose(metrics["loss"][0], 0.5 * (1 - cosine).mean(), rtol=1e-4)
         assert np.abs(state["params"]["projections"]["sentence"]["kernel"]).max() > 0
-    else:  # the other term is what it is by itself
+    else:  # the other term is as it is alone
         alone = distillation(student, teacher, KL_ALONE)
         _, expected = one_step(alone, wider.student_params(params), {"teachers": (theirs,)}, batch)
         np.testing.assert_allclose(metrics["kl"][0], expected["kl"][0], rtol=1e-5)
     assert set(metrics) >= {"sentence", "loss"} and ("accuracy" in metrics) == (also != "clean")
 
 
-def test_of_unmasked_text_the_last_states_are_those_behind_the_final_norm(models):
+def test_for_unmasked_text_the_last_states_are_after_the_final_norm(models):
     student, params, teacher, theirs, batch = models
     assert student.config.final_norm
     settings = DistillSettings(
@@ -180,7 +180,7 @@ def test_cached_states_give_the_step_of_the_teacher_in_the_loop(models, accumula
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
-def test_centered_states_are_what_is_left_without_their_mean(models):
+def test_centered_states_have_their_mean_subtracted(models):
     _, _, _, _, batch = models
     student, teacher = tiny(hidden_size=16, initializer_range=0.3), tiny(num_layers=3, initializer_range=0.3)
     wider = WithProjections(student, (("hidden_0", 16, 32), ("sentence", 16, 32)))
@@ -272,7 +272,7 @@ def test_a_trimmed_student_sees_the_teacher_on_its_own_pieces(models, dropped):
     kept = np.sort(np.random.default_rng(3).permutation(VOCABULARY)[:40]).astype(np.int32)
     student = tiny(vocab_size=40, initializer_range=0.3)
     params = student.init(jax.random.key(0))
-    # The teacher reads a dropped token as itself, where the student reads <unk>.
+    # The teacher reads a dropped token as itself; the student reads <unk>.
     full = batch["tokens"]
     tokens = np.where(np.isin(full, kept), np.searchsorted(kept, full), 3).astype(np.int32)
     assert (kept[tokens] != full).any()
@@ -306,7 +306,7 @@ def test_fused_logits_give_the_same_step(models, where, trimmed):
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
-def test_logits_are_in_kernels_where_those_compute_the_terms(models):
+def test_kernels_are_used_for_the_terms_they_support(models):
     student, params, teacher, theirs, batch = models
     other = teacher.init(jax.random.key(2))
     scales = {"kl": jnp.float32(1.0), "mlm": jnp.float32(1.0)}
@@ -357,7 +357,7 @@ def test_training_from_float32_hidden_or_all_pieces_equals_the_teacher_in_the_lo
             np.testing.assert_allclose(one, other, atol=2e-5)
 
 
-def test_a_decoder_of_its_own_takes_the_place_of_the_token_table(models):
+def test_an_untied_decoder_replaces_the_token_table(models):
     batch = models[-1]
     own = {"tied_decoder": False, "initializer_range": 0.3}
     student, teacher = tiny(**own), tiny(num_layers=3, **own)

@@ -1,4 +1,4 @@
-"""The advisor's statistics in worlds whose truth is known, its search, and what it says."""
+"""The advisor's statistics in simulated worlds with known truth, its search, and its wording."""
 
 import csv
 import io
@@ -34,7 +34,7 @@ from tests.support.report_inputs import dc_record, icner_record
 
 GENERIC, HALF, TASK = Candidate(0.0), Candidate(0.5), Candidate(1.0)
 SETS = Advise(amounts=(), adapt=False)
-WORLDS = 30  # of each kind; enough to notice 25 % in place of 5 %
+WORLDS = 30  # of each kind; enough to notice 25 % instead of 5 %
 
 
 def searched(settings, world, adaptable=False):
@@ -84,7 +84,7 @@ def test_without_a_difference_nothing_is_called_better_and_one_kind_of_text_is_p
 
 
 @pytest.mark.parametrize("steps", [(0.25,), (0.25, 0.5, 1.0)])
-def test_intervals_and_probabilities_hold_in_worlds_drawn_at_random(steps):
+def test_intervals_and_probabilities_are_calibrated_in_worlds_drawn_at_random(steps):
     settings = Advise(steps=steps, seeds=(1, 2, 3)[: len(steps)], amounts=(), adapt=False)
     covered, claimed, right = [], [], []
     for seed in range(2 * WORLDS):
@@ -112,7 +112,7 @@ def test_what_the_pilots_of_a_seed_share_cancels():
     assert 0 < low < 3.0 < high < 6.0
 
 
-def test_pilots_of_few_steps_leave_doubt_however_many_they_are():
+def test_many_pilots_of_few_steps_still_leave_uncertainty():
     world = World(rates(20.4, 20.2, 20.0), seed=2, luck=0.01, shared=0.0, utterances=20_000)
 
     def spread(steps):
@@ -179,7 +179,7 @@ def test_a_search_that_was_stopped_goes_on_without_running_a_pilot_twice():
                     if limit is not None and len(kept) == limit:
                         raise Stopped
                     ran.append(one)
-                    kept[one] = whole.outcomes[one]  # a search that asks for another pilot fails here
+                    kept[one] = whole.outcomes[one]  # a search that requests another pilot fails here
             return {one: kept[one] for one in pilots}
 
         with pytest.raises(Stopped):
@@ -359,7 +359,7 @@ def test_the_advice_begins_with_what_to_do_and_fits_on_a_screen():
     )
 
 
-def test_the_advice_on_adapting_and_on_the_amount_of_text_is_said_in_points():
+def test_the_advice_on_adapting_and_on_the_amount_of_text_is_in_points():
     clear = evidence_of(rates(30.0, 25.0, 20.0), [Pilot(c, FULL, s) for c in (GENERIC, TASK) for s in range(3)])
     told = values(SETS, clear)
     told["adapting"] = {"set": "task", "gain": 1.5, "low": 1.0, "high": 2.0, "pays": 0.97, "verdict": BETTER}

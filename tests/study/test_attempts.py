@@ -85,7 +85,7 @@ def test_a_stage_that_another_process_runs_is_refused_and_free_when_it_was_kille
         assert read_attempt(tmp_path, "prepare-1").pid == os.getpid()
 
 
-def test_an_attempt_that_was_killed_after_the_end_of_its_stage_is_made_up_for(tmp_path, other_process):
+def test_an_attempt_that_was_killed_after_the_end_of_its_stage_is_recorded_as_finished(tmp_path, other_process):
     assert make_up(tmp_path, "prepare-1", lambda: 0.0) is None  # it runs
     started = read_attempt(tmp_path, "prepare-1").started
     other_process.kill()
@@ -96,11 +96,11 @@ def test_an_attempt_that_was_killed_after_the_end_of_its_stage_is_made_up_for(tm
     assert make_up(tmp_path, "prepare-1", lambda: 0.0) is None  # once
 
 
-def test_a_note_that_is_shorter_than_the_one_before_leaves_nothing_of_it(tmp_path, monkeypatch):
+def test_a_shorter_record_leaves_nothing_of_the_longer_one_before_it(tmp_path, monkeypatch):
     with pytest.raises(ValueError), attempt(tmp_path, "prepare-1"):
         raise ValueError("a long message " * 20)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "ftruncate", lambda *_: None)  # as where a kill comes before it
+        patch.setattr(os, "ftruncate", lambda *_: None)  # as if a kill came before it
         with attempt(tmp_path, "prepare-1"):
             assert read_attempt(tmp_path, "prepare-1").outcome == RUNNING
     with attempt(tmp_path, "prepare-1"):

@@ -110,7 +110,7 @@ def test_the_choice_is_that_of_the_whole_study(tmp_path):
     anew.choose()
     assert anew.chosen == opened.chosen
     assert {recipe.learning_rate for recipe in anew.chosen.values()} == {1e-3}
-    students = {one.name for one in opened.planner.students} - {"ngrams", "probe"}  # which choose C by themselves
+    students = {one.name for one in opened.planner.students} - {"ngrams", "probe"}  # these choose C themselves
     assert set(anew.chosen) == {(name, "dc") for name in students}
 
 

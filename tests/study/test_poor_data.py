@@ -1,4 +1,4 @@
-"""Studies on data that lack something end with a report, or before any training with one sentence."""
+"""Studies on incomplete data end with a report, or before any training with a one-sentence error."""
 
 import json
 

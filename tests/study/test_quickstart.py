@@ -18,9 +18,9 @@ def declared(report: str) -> dict[tuple[str, str], str]:
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_the_student_on_task_text_beats_what_it_is_declared_against(tmp_path):
+def test_the_student_on_task_text_wins_its_declared_comparisons(tmp_path):
     command = [sys.executable, "-m", "kd_jax.main.study", "--config=configs/quickstart.py", f"--workdir={tmp_path}"]
-    # A process of its own: these tests compile without optimization, and the teacher would take an hour.
+    # In its own process: these tests compile without optimization, and the teacher would take an hour.
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What a study says while it runs, with a stand-in for its stages."""
+"""The output of a study while it runs, with a stand-in for its stages."""
 
 import io
 import json
@@ -21,7 +21,7 @@ KEPT = []  # handlers that a stage made, as libraries do when they are first imp
 
 
 def stage(name: str, values: dict, folder: pathlib.Path) -> None:
-    """Talks much, and leaves behind what `choose` and the next stages read."""
+    """Prints a lot, and writes what `choose` and the next stages read."""
     print(f"details of {name}")
     print("more details", file=sys.stderr)
     if not KEPT:
@@ -76,7 +76,7 @@ def test_on_a_terminal_the_running_stage_is_shown_until_its_line_comes(tmp_path,
     assert all(line.count(": running, see") == 1 for line in others)
 
 
-def test_without_quiet_a_stage_says_everything_here(tmp_path, capsys):
+def test_without_quiet_a_stage_prints_to_the_terminal(tmp_path, capsys):
     KEPT.clear()
     toy(tmp_path).run()
     said = capsys.readouterr()
@@ -84,7 +84,7 @@ def test_without_quiet_a_stage_says_everything_here(tmp_path, capsys):
     assert not list((tmp_path / "attempts").glob("*.log"))
 
 
-def test_an_error_passes_and_its_log_is_named(tmp_path, capsys):
+def test_an_error_is_raised_and_its_log_is_named(tmp_path, capsys):
     def failing(name, values, folder):
         print("what led to it")
         raise UserError("no text")
@@ -113,7 +113,7 @@ def test_time_comes_from_the_same_kind_and_else_from_flops(tmp_path):
     timing.note(stages["distilled-mix50-generic-seed0"], 20, steps=50 / 3)
     timing.note(stages["distilled-mix50-generic-seed0"], 30, steps=25)
     assert timing.expected(stages["distilled-generic-generic-seed0"]) == 25, "the slowest also compiled"
-    half = 50 / (100 / 25) + 10 / 3  # half the FLOPs at the lowest rate, and the least that is no step
+    half = 50 / (100 / 25) + 10 / 3  # half the FLOPs at the lowest rate, plus the least time outside steps
     assert timing.expected(stages["adapt-teacher"]) == pytest.approx(half)
     assert timing.left([stages["adapt-teacher"]] * 12 + [stages["ngrams"]]) == "about 3 min left"
     assert timing.left([stages["ngrams"]]) == "about 1 s left"

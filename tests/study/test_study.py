@@ -30,7 +30,7 @@ def finished(tmp_path_factory):
     config = pretrained.get_config("smoke")
     config.progress = False
     config.tensorboard = False
-    config.distill.init = "teacher"  # so that rows stand beside it that start there too
+    config.distill.init = "teacher"  # so that there are rows that start there too
     config.finetune.max_train = 100
     config.study.update({"finetune_teacher": True, "teacher_epochs": 0, "label_unlabeled": True})
     study.run(config, workdir)
@@ -53,7 +53,7 @@ def test_report_and_results_are_written(finished):
     assert {row["test_set"] for row in rows if row["task"] == "mlm"} == {"heldout_task", "heldout_generic"}
 
 
-def test_every_row_stands_in_the_result_table(finished):
+def test_every_row_is_in_the_result_table(finished):
     workdir, _ = finished
     report = (workdir / "report.md").read_text(encoding="utf-8")
     table = report.split("| Student | DC error")[1].split("\n\n")[0].splitlines()[2:]
@@ -123,7 +123,7 @@ def test_the_same_command_again_runs_no_stage(finished, capsys):
     capsys.readouterr()
     study.run(config, workdir)
     said = capsys.readouterr().out
-    assert not re.findall(r"^\[\d+/\d+\]", said, re.MULTILINE)  # as a stage says that it runs
+    assert not re.findall(r"^\[\d+/\d+\]", said, re.MULTILINE)  # the line of a running stage
     assert re.findall(r"predict --model=(\S+) TEXT", said) == [str(workdir)]
     models = json.loads((workdir / "models.json").read_text())
     assert [pathlib.Path(one).name.split("-")[:2] for one in models] == [["dc", "distilled"], ["icner", "distilled"]]
@@ -147,7 +147,7 @@ def test_checkpoints_of_students_hold_no_teacher(finished):
     assert saved.keys() == {"step", "params", "opt_state"}
     shapes = [[tuple(leaf.shape) for leaf in jax.tree.leaves(tree)] for tree in (saved["params"], student)]
     assert sorted(shapes[0]) == sorted(shapes[1])
-    # Adam's two moments of each parameter, and counts: nothing under any name has room for a teacher.
+    # Only Adam's two moments of each parameter, and counts: no entry is large enough to hide a teacher.
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(student))
     moments = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(saved["opt_state"]) if leaf.shape)
     assert moments == 2 * size

@@ -1,4 +1,4 @@
-"""Stages of a study at the same time: what they need comes first, and one that fails ends the others."""
+"""Stages of a study that run at the same time: what they need comes first, and one that fails ends the others."""
 
 import json
 import os
@@ -27,7 +27,7 @@ PROGRAM = (sys.executable, "-m", "tests.support.toy_worker")
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """make(what its stages do, other than to work) -> a study with two workers."""
+    """make(what its stages do instead of working) -> a study with two workers."""
     monkeypatch.chdir(ROOT)
 
     def make(**actions: str) -> Study:
@@ -48,7 +48,7 @@ needs_two = pytest.mark.skipif(len(cores()) < 2, reason="this machine has one co
 
 
 @needs_two
-def test_every_stage_runs_once_behind_what_it_needs_and_in_two_processes(toy, tmp_path, capsys):
+def test_every_stage_runs_once_after_what_it_needs_and_in_two_processes(toy, tmp_path, capsys):
     opened = toy()
     opened.run(quiet=True)
     stages = [stage for stage in opened.planned() if stage.command != "report"]
@@ -60,7 +60,7 @@ def test_every_stage_runs_once_behind_what_it_needs_and_in_two_processes(toy, tm
     ran = processes(tmp_path)
     assert ran.keys() == {stage.folder for stage in stages}
     assert len(set(ran.values()) - {os.getpid()}) == 2
-    # Latency is measured with nothing beside it, and a phase of one stage has all cores.
+    # Nothing else runs while latency is measured, and a phase of one stage has all cores.
     assert {keys[key].command for key in keys if ran[key] == os.getpid()} >= {"prepare", "latency"}
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(stages) and lines[-1].endswith("the report is left")
@@ -110,7 +110,7 @@ def test_a_study_that_is_asked_to_stop_asks_its_workers(toy, tmp_path):
 
 @pytest.mark.slow
 @needs_two
-def test_a_study_with_workers_is_that_of_one_stage_after_the_other_on_as_many_cores(tmp_path):
+def test_a_study_with_workers_equals_one_without_on_as_many_cores(tmp_path):
     config = tmp_path / "small.py"
     config.write_text(
         "from tests.support import small_study\n\n\ndef get_config():\n    return small_study.get_config()\n"

@@ -24,9 +24,9 @@ from etils.epath import backend
 
 
 def install(root: pathlib.Path, faults: Callable[[], None] = lambda: None) -> list[str]:
-    """Buckets are folders of `root`/buckets from now on. Returns the list that each name opened for reading joins.
+    """From now on, buckets are folders of `root`/buckets. Returns a list that collects each name opened for reading.
 
-    faults: called before each operation, which it may slow down, or fail by raising.
+    faults: called before each operation, which it may delay, or fail by raising.
     """
     read: list[str] = []
     (root / "uploads").mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def install(root: pathlib.Path, faults: Callable[[], None] = lambda: None) -> li
             raise FileNotFoundError(path)
 
         def exists(self, path, **options):
-            try:  # as in s3fs and gcsfs; fsspec's own takes every error for an answer
+            try:  # as in s3fs and gcsfs; fsspec's own treats every error as "no"
                 self.info(path)
                 return True
             except FileNotFoundError:
@@ -118,9 +118,9 @@ class _Upload(io.FileIO):
 
 @contextlib.contextmanager
 def serving(root: pathlib.Path, refuses: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Answers tensorstore's requests for gs:// on the folder of `install`; orbax's own client has a stand-in.
+    """Answers tensorstore's requests for gs:// from the folder of `install`; orbax's own client has a stand-in.
 
-    refuses(): asked for each request; True answers it with 503, which asks to try again.
+    refuses(): called for each request; True answers it with 503, which asks for a retry.
     """
     buckets, lock, generations = root / "buckets", threading.Lock(), {}
 

@@ -18,7 +18,7 @@ from tests.support import pretrained
 
 
 def small_config():
-    """A study with a teacher of its own at a size that takes seconds."""
+    """A study with its own teacher at a size that takes seconds."""
     config = pretrained.get_config("smoke")
     config.progress = config.tensorboard = False
     config.nlu.max_train = 20

@@ -1,4 +1,4 @@
-"""Worlds of pilots whose truth is known: answers to the same utterances, with seeds that spread, and no model."""
+"""Simulated pilots with known truth: answers to the same utterances, with seeds that vary, and no model."""
 
 from collections.abc import Callable
 
@@ -11,8 +11,9 @@ FULL = 800  # steps
 
 
 class World:
-    """rate(candidate): true error in points with all steps. Standard deviations in points: luck of a pilot, shared by
-    the pilots of a seed, drift of a candidate for each halving of the steps. Few steps make all equally worse."""
+    """rate(candidate): true error in points after all steps. Standard deviations in points: luck, the noise of a pilot;
+    shared, of all pilots of a seed; drift, of a candidate per halving of the steps. Few steps make all equally worse.
+    """
 
     def __init__(
         self,
@@ -33,7 +34,7 @@ class World:
         self.outcomes: dict[Pilot, Outcome] = {}
 
     def outcome(self, pilot: Pilot) -> Outcome:
-        """Trains a pilot, as it were."""
+        """Simulates a pilot."""
         self.runs.append(pilot)
         halvings = np.log2(FULL / pilot.steps)
         rate = self.rate(pilot.candidate) + 3 * halvings + self.luck * self._rng.standard_normal()

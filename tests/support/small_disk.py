@@ -1,4 +1,4 @@
-"""A file system of a few kB, so that real libraries meet a full disk."""
+"""A file system of a few kB, so that real libraries run into a full disk."""
 
 import contextlib
 import pathlib
@@ -10,7 +10,7 @@ import pytest
 
 @contextlib.contextmanager
 def small_disk(folder: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
-    """The folder, with room for `size` bytes; skips the test where nothing may be mounted."""
+    """The folder, with room for `size` bytes; skips the test if mounting is not allowed."""
     folder.mkdir()
     if _mount(folder, f"size={size}"):
         pytest.skip("a small disk needs the right to mount one")
@@ -21,7 +21,7 @@ def small_disk(folder: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
 
 
 def grow(folder: pathlib.Path, size: int) -> None:
-    """Gives the small disk more room."""
+    """Enlarges the small disk."""
     assert _mount(folder, f"remount,size={size}") == 0
 
 

@@ -1,7 +1,8 @@
 """A worker of a study whose stages are stand-ins: toy_worker.py, see kd_jax/study/workers.py.
 
 TOY in the environment maps the command of a stage to what it does: "fail", "crash", "die", or "wait" until it is asked
-to stop. Each stage notes in started/<folder> its process, and in its DONE the stages that were finished when it began.
+to stop. Each stage records its process in started/<folder>, and in its DONE the stages that were finished when it
+began.
 """
 
 import json

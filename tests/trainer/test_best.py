@@ -1,4 +1,4 @@
-"""Early stopping: which step counts, what is kept of it, and that no interruption changes either."""
+"""Early stopping: which step is kept, with which parameters, and that interruptions change neither."""
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from kd_jax.trainer.checkpoint import BEST, load_params
 from tests.support.toy_training import ABSTRACT, batch_at, toy_job, train
 from tests.trainer.test_loop import assert_identical, rows_without_time, stopping_after
 
-# The score of each evaluation; an equal one is no better.
+# The score of each evaluation; an equal one is not better.
 SCORES = {2: 0.1, 4: 0.5, 6: 0.4, 8: 0.5, 10: 0.9, 12: 0.2}
 JOB = toy_job(evaluate_every=2, checkpoint_every=5)
 
@@ -32,7 +32,7 @@ def straight(tmp_path_factory):
     return folder, *run(folder)
 
 
-def test_stops_after_so_many_evaluations_and_keeps_the_best_parameters(straight, tmp_path):
+def test_stops_after_patience_evaluations_and_keeps_the_best_parameters(straight, tmp_path):
     folder, state, best = straight
     assert int(state["step"]) == 8 and best.step == 4 and best.stops
     steps = toy_job(steps=12, evaluate_every=0)
@@ -67,8 +67,8 @@ def broken_at(step):
     return batches
 
 
-# Killed between two checkpoints; stopped where an evaluation is due that is the best, or not, or the one that ends the
-# run; and between the last checkpoint and the end of the command.
+# Killed between two checkpoints; preempted when an evaluation is due that is the best, is not, or ends the run; and
+# killed between the last checkpoint and the end of the command.
 @pytest.mark.parametrize("interruption", ["killed", 4, 6, 8, "ended"])
 def test_an_interrupted_run_ends_with_the_same_parameters(straight, tmp_path, interruption):
     folder, state, best = straight
@@ -90,7 +90,7 @@ def test_an_interrupted_run_ends_with_the_same_parameters(straight, tmp_path, in
 
 
 def test_the_best_is_read_where_it_was_found_after_the_last_checkpoint(tmp_path):
-    """Preempted at the last step, whose evaluation is made up for and turns out best: no checkpoint knows of it."""
+    """Preempted at the last step, whose evaluation runs at the next start and is best: no checkpoint contains it."""
     scores = {**SCORES, 12: 1.0}
 
     def evaluate(params, step):

@@ -94,7 +94,7 @@ def test_a_half_written_checkpoint_is_never_read_and_is_cleared_away(tmp_path):
     assert not torn.exists()
 
 
-def test_an_old_checkpoint_that_a_kill_left_half_removed_is_cleared_away(tmp_path):
+def test_an_old_checkpoint_that_a_kill_left_half_removed_is_removed(tmp_path):
     state, abstract = parts(1, 1, 1)
     with Checkpoints(tmp_path / FOLDER, keep=2) as checkpoints:
         for step in (2, 4):
@@ -189,7 +189,7 @@ def test_a_full_disk_is_the_users_to_mend(tmp_path, monkeypatch, error):
         checkpoints.save(1, state, {})
 
 
-def test_a_disk_that_is_full_has_no_half_checkpoint_and_goes_on_with_more_room(tmp_path, caplog):
+def test_a_full_disk_leaves_no_partial_checkpoint_and_the_run_resumes_with_more_room(tmp_path, caplog):
     state, abstract = parts(1, 1, 1)
     ballast = jnp.asarray(np.random.default_rng(0).normal(size=2**18), jnp.float32)  # 1 MiB, which compresses badly
     state = {**state, "ballast": ballast}

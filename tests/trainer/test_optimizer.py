@@ -166,7 +166,7 @@ def test_after_a_skipped_step_only_the_schedule_went_on():
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.25])
-def test_the_token_table_has_a_rate_of_its_own(rate):
+def test_the_token_table_has_its_own_rate(rate):
     params = {
         "encoder": {"embeddings": {"tokens": jnp.full((3, 2), 0.5), "norm": jnp.ones(2)}},
         "projections": jnp.ones(2),

@@ -98,13 +98,13 @@ def test_a_missing_leaf_is_an_error():
         from_plain({"a": 1}, {"a": 1, "b": 2})
 
 
-def test_parameters_are_compared_with_what_a_run_noted_part_by_part():
+def test_parameters_are_compared_with_what_a_run_recorded_part_by_part():
     params = {"encoder": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "head": {"bias": jnp.ones(3)}}
     notes = params_notes(params)
     assert notes["parameters_fingerprint"] == params_fingerprint(params)
     check_parts(params, notes["parts"], "run")
     check_parts({"encoder": params["encoder"]}, notes["parts"], "run")
-    check_parts(params, {}, "run")  # an older run notes none
+    check_parts(params, {}, "run")  # an older run records none
     other = {**params, "head": {"bias": jnp.ones(3).at[1].set(1.0000001)}}
     check_parts({"encoder": other["encoder"]}, notes["parts"], "run")
     with pytest.raises(UserError, match=r"^run: its checkpoint was changed or damaged .*\(head has other values\)"):

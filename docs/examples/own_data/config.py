@@ -23,7 +23,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.sources.task = base.source("task", "utterances", config.nlu.get_oneway_ref("locales"))
     config.rows.update({"length": 32, "heldout_share": 0.05})
 
-    # A published teacher: multilingual-e5-small in 4 bits, from pip. A name on the hub, or a folder, will do too.
+    # A published teacher: multilingual-e5-small in 4 bits, from pip. A name on the hub, or a folder, works too.
     base.distill_states(config, "embedded", "minilm_l12_h384")
     config.student = base.encoder("student_small")
     config.distill.update({"steps": 150, "batch_size": 32, "warmup_steps": 10})

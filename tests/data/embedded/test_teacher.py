@@ -126,7 +126,7 @@ def test_values_shape_and_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("kept", [0, 3, 40, 90, 130, 200, 900, -1])
-def test_a_file_that_is_cut_off(tmp_path, kept):
+def test_a_truncated_file_is_refused(tmp_path, kept):
     packed_file(tmp_path / "packed.bin")
     data = (tmp_path / "packed.bin").read_bytes()
     (tmp_path / "packed.bin").write_bytes(data[:kept])

@@ -270,7 +270,7 @@ def test_padding_of_rows_counted_by_hand():
     assert alone == pytest.approx(1 - (5 + 3) / 10)
 
 
-def test_slots_that_end_inside_a_word_are_told():
+def test_slots_that_end_inside_a_word_are_reported():
     words = ("play", "x,", "please")
     one = Utterance("7", "en-US", "dev", "d", "i", " ".join(words), words, ("O", "B-song", "O"), widened=True)
     (line,) = inside_words([one, dataclasses.replace(one, widened=False)])

@@ -58,7 +58,7 @@ def test_numbered_lines(tmp_path):
         assert list(numbered_lines(file)) == [(1, "eins\u2028zwei"), (2, ""), (3, "दो\x85\u200d")]
 
 
-def test_line_ends_that_would_make_one_text_of_a_file_are_refused(tmp_path):
+def test_carriage_returns_alone_as_line_endings_are_refused(tmp_path):
     file = tmp_path / "mac.txt"
     file.write_bytes(b"one\rtwo\rthree\r")
     with pytest.raises(UserError, match=r"mac.txt:1: lines end in a carriage return alone; convert"):

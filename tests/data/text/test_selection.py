@@ -136,7 +136,7 @@ def test_a_random_choice_favors_neither_likeness_nor_length():
     lengths = np.array([len(text.split()) for text in texts])
     assert abs(lengths[chosen.indices].mean() / lengths.mean() - 1) < 0.04
     again = choose(lambda: texts, TASK, select)
-    np.testing.assert_array_equal(again.indices, chosen.indices)  # whatever the task says
+    np.testing.assert_array_equal(again.indices, chosen.indices)  # independent of the task text
 
 
 def test_share_is_of_the_texts_and_equal_texts_are_chosen_from_the_first():

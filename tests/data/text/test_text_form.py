@@ -1,4 +1,4 @@
-"""The form of labeled text is measured, and other text brought to it word by word."""
+"""Case and punctuation of labeled text are measured, and other text is normalized to them word by word."""
 
 import pytest
 

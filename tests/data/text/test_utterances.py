@@ -110,7 +110,7 @@ def test_wrong_marks_are_named(annotated, text, reason):
         ("play [a : x], [b : y].", "play x, y.", "O B-a B-b", "play [a : x,] [b : y.]"),
     ],
 )
-def test_a_slot_that_ends_inside_a_word_has_the_word(tmp_path, annotated, text, tags, back):
+def test_a_slot_that_ends_inside_a_word_is_extended_to_it(tmp_path, annotated, text, tags, back):
     write_lines(tmp_path / "given", "de-DE", [record(utt=text, annot_utt=annotated)])
     (one,) = read_massive(tmp_path / "given", ["de-DE"])
     assert one.widened and one.words == tuple(text.split())
@@ -484,6 +484,6 @@ def test_shared_ids_tell_translations_from_equal_numbers():
     assert shared_ids(labeled(5)).parallel  # labels that were corrected in one locale
     assert shared_ids(labeled(6)) == (50, 6) and not shared_ids(labeled(6)).parallel
     assert shared_ids(labeled(6, ("de-DE",))) == (0, 0) and shared_ids([]).parallel
-    # An id that a locale has twice, with two intents, is like one that another locale has so too.
+    # An id that a locale has twice with two intents counts like an id shared by two locales.
     twice = [("1", locale, intent) for locale in ("de-DE", "en-US") for intent in ("set", "stop")]
     assert shared_ids(twice) == (1, 0) and shared_ids(twice[:-1]) == (1, 1)

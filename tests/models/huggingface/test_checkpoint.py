@@ -85,7 +85,7 @@ def test_untied_embeddings_are_refused():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_decoder_of_its_own_goes_both_ways(family):
+def test_an_untied_decoder_is_imported_and_exported(family):
     config = small_config(family, tied_decoder=False)
     params = parameters(Functional("mlm", config))
     params["mlm_head"]["bias"] = params["mlm_head"]["bias"] + np.arange(config.vocab_size)
@@ -170,7 +170,7 @@ def test_padding_that_positions_are_counted_by():
     ("family", "pooling", "apart"),
     [("bert", "mean", True), ("roberta", "max", True), ("modernbert", "mean", False), ("modernbert", "max", True)],
 )
-def test_a_pooling_that_the_family_lacks_leaves_the_head_apart(family, pooling, apart):
+def test_a_pooling_that_the_family_lacks_exports_the_head_separately(family, pooling, apart):
     model = dataclasses.replace(model_of(family, "dc"), pooling=pooling)
     found = exported(model, parameters(model), CLASSES)
     whole = found.config["architectures"][0]

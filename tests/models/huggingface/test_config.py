@@ -112,7 +112,7 @@ def test_an_untied_decoder_is_read_and_written():
 
 
 def test_the_other_spelling_of_the_local_window():
-    values = PUBLIC["mmbert_base"] | {"sliding_window": 16}  # on each side, and the token itself counts for neither
+    values = PUBLIC["mmbert_base"] | {"sliding_window": 16}  # on each side, not counting the token itself
     assert encoder_values(values, "x")["local_window"] == 32
 
 

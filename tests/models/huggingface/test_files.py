@@ -175,7 +175,7 @@ def test_errors_name_the_tensor(case, tmp_path):
         load(tmp_path, config)
 
 
-def test_a_decoder_of_its_own_is_refused_where_the_config_ties_it(tmp_path):
+def test_an_untied_decoder_is_refused_if_the_config_ties_it(tmp_path):
     config = config_of("bert")
     tensors = to_huggingface(parameters(Functional("mlm", config)), config)
     table = tensors["bert.embeddings.word_embeddings.weight"]

@@ -1,4 +1,4 @@
-"""The declared comparisons and the verdict that is built from them, on results whose answer is known."""
+"""The declared comparisons and the verdict from them, on results with a known answer."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ SEEDS = (0, 1, 2)
 
 
 def answers(who, rate, seed, *, noise=0.02):
-    """Wrong answers on the same hard utterances for everyone, with a little noise of the student and its seed."""
+    """Wrong answers on the same hard utterances for all students, with a little noise per student and seed."""
     hard = np.random.default_rng(7).random(UTTERANCES)
     own = np.random.default_rng([*map(ord, "-".join(who)), seed or 0])
     return hard + noise * own.standard_normal(UTTERANCES) < rate
@@ -57,13 +57,13 @@ def test_everything_is_compared_with_the_student_on_most_task_text():
     found = contrasts.declared(numbers, "dc")
     assert list(found) == [GENERIC, SCRATCH, INITIALIZED, MLM, NGRAMS]
     assert {one.student for one in found.values()} == {Student(*TASK)}
-    # MLM alone from the same start comes before MLM alone from a random one.
+    # MLM alone from the same initialization is preferred to MLM alone from a random one.
     assert found[MLM].reference == Student("mlm", "task", INITIALIZED)
     assert {one.status for one in found.values()} == {LOWER}
     p_values = [one.decision.difference.p_value for one in found.values() if one.decision]
     adjusted = [one.decision.adjusted for one in found.values() if one.decision]
     assert max(adjusted) >= 2 * min(p_values) and all(a >= p for a, p in zip(adjusted, p_values))
-    # A study whose largest share is half has its student there, wherever the lowest error is.
+    # In a study whose largest share is half, that is the declared student, wherever the lowest error is.
     half = study({("distilled", "half", "generic"): 0.3, GENERIC_TEXT: 0.2})
     assert contrasts.declared_student(half) == Student("distilled", "half", "generic")
 
@@ -109,7 +109,7 @@ def test_no_student_beats_the_ngrams_is_the_first_sentence():
     assert "the best student, distilled, task 100 %, has" in text and ", higher)." in text
     lines = summary_text(numbers.inputs).splitlines()
     assert lines[2].startswith("Domains (DC): keep the n-grams. Evidence: good") and max(map(len, lines)) <= WIDTH
-    # A lower error that may be chance is not enough; any student that is surely lower is.
+    # A lower error that may be chance is not enough; any student that is significantly lower is.
     tied = contrasts.verdict_text(study({**ALL, ("ngrams", "", ""): 0.151}), "dc")
     assert tied.startswith("**DC: no student ")
     beaten = study({**ALL, TASK: 0.205, ("distilled", "half", "generic"): 0.10})
@@ -145,7 +145,7 @@ def icner_study(semer, intents) -> Numbers:
     return ReportInputs(name="x", results=rows, task_shares=SHARES).numbers
 
 
-def test_intents_alone_are_a_family_of_their_own():
+def test_intent_errors_are_a_separate_family():
     ngrams = ("ngrams", "", "")
     semer = {ngrams: (0.3,), TASK: (0.4, 0.41, 0.42), GENERIC_TEXT: (0.45, 0.46, 0.47)}
     numbers = icner_study(semer, {ngrams: (0.5,), TASK: (0.3, 0.31, 0.32), GENERIC_TEXT: (0.35, 0.36, 0.37)})
@@ -159,7 +159,7 @@ def test_intents_alone_are_a_family_of_their_own():
     assert said.evidence.startswith("good; both comparisons behind this are decided")
 
 
-def test_an_interval_without_zero_never_stands_beside_no_winner():
+def test_an_interval_without_zero_never_appears_with_no_winner():
     for seeds, words in (((0,), "one seed"), ((0, 1), "two seeds")):
         numbers = study(ALL, seeds)
         text = contrasts.verdict_text(numbers, "dc")
@@ -169,7 +169,7 @@ def test_an_interval_without_zero_never_stands_beside_no_winner():
         assert {one.status for one in contrasts.declared(numbers, "dc").values()} == {UNDECIDED}
 
 
-def test_a_difference_lost_to_the_adjustment_is_said():
+def test_a_difference_lost_to_the_adjustment_is_reported():
     """Lower on its own, but not after adjusting for five comparisons."""
     numbers = study({**ALL, **dict.fromkeys(ALL, 0.2), TASK: 0.196})
     found = contrasts.declared(numbers, "dc")
@@ -182,12 +182,12 @@ def test_a_difference_lost_to_the_adjustment_is_said():
     assert any(said.startswith("lower on its own") for said in words)
 
 
-def test_an_interval_of_one_seed_that_holds_zero_says_nothing():
+def test_an_interval_of_one_seed_that_contains_zero_is_uninformative():
     text = contrasts.verdict_text(study({**ALL, TASK: ALL[GENERIC_TEXT]}, (0,)), "dc")
     assert "ask text against generic text: too few seeds to tell.**" in text and "no winner" not in text
 
 
-def test_an_interval_that_says_nothing_becomes_words():
+def test_an_uninformative_interval_becomes_words():
     def rows(who, values):
         place = {"scope": "all", "locale": "all", "domain": "all", "test_set": "test", "count": 10}
         name = dict(zip(("student", "transfer_set", "teacher"), who))
@@ -203,7 +203,7 @@ def test_an_interval_that_says_nothing_becomes_words():
     assert tables.result_table(numbers).rows[1][1].endswith("\ntoo few seeds to tell")
 
 
-def test_what_was_not_run_is_left_out_with_a_sentence():
+def test_comparisons_that_were_not_run_are_reported():
     numbers = study({TASK: 0.15, GENERIC_TEXT: 0.21})
     found = contrasts.declared(numbers, "dc")
     assert found[GENERIC].status == LOWER and found[NGRAMS].decision is None
@@ -216,12 +216,12 @@ def test_what_was_not_run_is_left_out_with_a_sentence():
     ]
     section = compose(numbers.inputs, [])["Declared comparisons"]
     assert "- DC: not compared with n-grams" in section
-    # Only what was compared counts for the adjustment.
+    # Only comparisons that were made count for the adjustment.
     decision = found[GENERIC].decision
     assert decision and decision.adjusted == decision.difference.p_value
 
 
-def test_the_trend_along_the_share_is_reported_apart():
+def test_the_trend_along_the_share_is_reported_separately():
     numbers = study({**ALL, ("distilled", "half", "generic"): 0.18})
     text = contrasts.trend_text(numbers, "dc")
     assert text and text.startswith(
@@ -251,7 +251,7 @@ def test_the_report_says_what_has_no_seed_and_what_is_exploratory():
     assert [student.kind for student in numbers.students][:3] == ["ngrams", "scratch", INITIALIZED]
 
 
-def test_ids_that_are_no_translations_are_said():
+def test_ids_that_are_not_translations_are_reported():
     def inputs(intents):
         rows = []
         for number in range(40):

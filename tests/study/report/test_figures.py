@@ -154,7 +154,7 @@ def test_files_are_whole_images_and_the_same_each_time(inputs, tmp_path):
 
 @pytest.mark.parametrize("spread", [0.0, 10.0])
 def test_no_name_covers_another_where_domains_crowd(spread):
-    """Eighteen domains close together: names stand apart, in the order of their points, and inside the figure."""
+    """Eighteen domains close together: names do not overlap, are in the order of their points and in the figure."""
     names = [f"domain number {index}" for index in range(18)]
     figure, axes = plotting.panel_grid(1, 1, 4.3)
     panel = axes[0, 0]

@@ -1,4 +1,4 @@
-"""The report's page in a browser, where one is installed: nothing runs out of a narrow or a wide window."""
+"""The report's page in a browser, if one is installed: nothing overflows a narrow or a wide window."""
 
 import glob
 import html
@@ -15,7 +15,7 @@ from tests.support.report_inputs import synthetic_inputs
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 PLAYWRIGHT = "~/.cache/ms-playwright/chromium*/chrome-*/*"
-# A window of a browser has a least width, a frame in it has none.
+# A browser window has a minimum width, a frame in it has none.
 FRAME = """<body><iframe width="{width}" height="900" srcdoc="{page}"></iframe><script>
 document.querySelector("iframe").onload = (event) => {{
   const page = event.target.contentDocument, width = page.documentElement.clientWidth, wide = [];
@@ -42,12 +42,12 @@ def page(tmp_path_factory) -> str:
 
 
 def beyond(page: str, width: int, folder: pathlib.Path) -> list[str]:
-    """How many pixels the page is wider than its window, its number of tables, and the elements that run out of it."""
+    """By how many pixels the page is wider than its window, its number of tables, and the elements that overflow."""
     command = browser()
     if command is None:
         pytest.skip(f"no browser is installed; one of {', '.join(NAMES)} would run this test")
     (folder / "frame.html").write_text(FRAME.format(width=width, page=html.escape(page)), encoding="utf-8")
-    # A sandbox needs rights that a container's root does not have.
+    # The browser's sandbox needs privileges that root in a container lacks.
     options = ["--headless", "--disable-gpu", "--no-sandbox", f"--user-data-dir={folder / 'profile'}"]
     options += ["--virtual-time-budget=10000", "--dump-dom", (folder / "frame.html").as_uri()]
     found = subprocess.run([command, *options], capture_output=True, text=True, timeout=120, check=True)
@@ -62,6 +62,6 @@ def test_nothing_is_wider_than_the_window(page, width, tmp_path):
     assert (excess, wide) == ("0", []) and int(tables) > 8
 
 
-def test_what_runs_out_of_the_window_is_found(page, tmp_path):
+def test_overflowing_elements_are_found(page, tmp_path):
     broken = page.replace(".scroll { overflow-x: auto;", ".scroll {").replace("max-width: 100%;", "")
     assert broken != page and int(beyond(broken, 390, tmp_path)[0]) > 0

@@ -1,4 +1,4 @@
-"""What a report tells its reader to do: only what the declared comparisons decided, and no word of statistics."""
+"""The report's recommendation: only what the declared comparisons decided, without statistical terms."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ SURER = "add seeds: `--config.study.seeds='(0,1,2,3,4)'`"
         ),
     ],
 )
-def test_it_follows_from_what_was_decided(rates, title):
+def test_the_recommendation_follows_from_the_decisions(rates, title):
     assert recommendation(study(rates), "dc").title == f"domains (DC): {title}"
 
 
@@ -55,7 +55,7 @@ def test_evidence_counts_the_decided_comparisons_and_the_seeds():
     assert partial.evidence.startswith("partial; 3 of the 4 comparisons behind this are decided")
 
 
-def test_a_gain_is_told_with_its_range():
+def test_a_gain_is_reported_with_its_range():
     found = recommendation(study(ALL), "dc")
     assert found.reason.startswith(
         "A student distilled on task text has 15.5 % wrong domains, one on generic text 22.0 %: "
@@ -83,11 +83,11 @@ def test_ngrams_that_win_and_students_that_learned_nothing_ask_for_longer_traini
 @pytest.mark.parametrize(
     ("rates", "other"), [({TASK: 0.2, MLM: 0.25}, "generic text alone"), ({GENERIC_TEXT: 0.2, MLM: 0.25}, "task text")]
 )
-def test_a_missing_transfer_set_is_asked_for(rates, other):
+def test_a_missing_transfer_set_is_suggested(rates, other):
     assert other in recommendation(study(rates), "dc").next_step
 
 
-def test_no_word_of_statistics_is_in_it():
+def test_it_uses_no_statistical_terms():
     top = compose(synthetic_inputs(size=60), [])["What to do"]
     assert "Intents and slots (ICNER): use task text and distill" in top
     for word in ("ρ", "Holm", "p-value", "p =", "masked LM", "adjusted", "contrast", "null"):

@@ -108,7 +108,7 @@ def test_markdown_names_figures_that_exist_and_its_tables_are_whole(folder):
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
 
 
-def test_notes_stand_at_the_top_and_our_own_choices_in_the_verdict(inputs):
+def test_notes_are_at_the_top_and_our_own_choices_in_the_verdict(inputs):
     top, verdict = document_text(inputs).split("## Declared")[0].split("## Verdict")
     assert inputs.notes[0] in top and "figures/answer.svg" in top
     assert "this study's own choices" in verdict

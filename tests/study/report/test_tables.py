@@ -54,7 +54,7 @@ def test_one_seed_without_records_has_neither_spread_nor_interval():
     assert "one seed (so no spread)" in table.caption
 
 
-def test_rows_without_a_seed_stand_beside_the_students():
+def test_rows_without_a_seed_are_shown_next_to_the_students():
     rows = [row("probe", "", "", None, 0.11), row("scratch", "", "labeled", 0, 0.25), *dc_rows()]
     rows += [row("ngrams", "", "", None, 0.15), row("initialized", "", "", 1, 0.2), row("finetuned", "", "", 0, 0.05)]
     rows += [row("mlm", "task", teacher, 0, 0.3) for teacher in ("initialized", "")]
