@@ -82,7 +82,7 @@ class Evaluate:
         check(
             self.partition in ("dev", "test", "unlabeled"),
             "partition",
-            f"{self.partition!r} is no partition to score",
+            f"{self.partition!r} is not a partition to score",
             "use dev, test or unlabeled",
         )
         check(self.mode in ("strict", "massive"), "mode", f"{self.mode!r} is unknown", "use strict or massive")
@@ -235,7 +235,7 @@ class Study:
         for rate in self.recipe_encoder_rates:
             check(0 < rate <= 1, "recipe_encoder_rates", f"{rate} is outside (0, 1]", "1.0 is the rate of the heads")
         check(self.workers >= 1, "workers", f"{self.workers} is below 1", "1 runs one stage after the other")
-        check(len(self.seeds) > 0, "seeds", "there is no seed", "give at least one, better three")
+        check(len(self.seeds) > 0, "seeds", "there is no seed", "give at least one, preferably three")
         check(self.teacher_learning_rate > 0, "teacher_learning_rate", "it is not above 0", "2e-3 is usual")
         slow = self.teacher_encoder_rate
         check(0 < slow <= 1, "teacher_encoder_rate", f"{slow} is outside (0, 1]", "0.05 of 2e-3 is usual")

@@ -42,7 +42,7 @@ class Rules:
         for one in fields(self):
             named = self.axes(one.name)
             known = len(set(named)) == len(named) and set(named) <= set(AXES)
-            check(known, one.name, f"{getattr(self, one.name)!r} is no mesh axis", remedy)
+            check(known, one.name, f"{getattr(self, one.name)!r} is not a mesh axis", remedy)
 
     def axes(self, name: str) -> tuple[str, ...]:
         """The mesh axes of one kind of dimension."""

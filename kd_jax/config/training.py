@@ -129,7 +129,7 @@ class Term:
     def __post_init__(self):
         check(self.weight >= 0, "weight", f"{self.weight} is negative", "give 0 or more")
         ordered = 0 <= self.begin <= self.end <= 1
-        check(ordered, "begin", f"{self.begin} to {self.end} is no span of progress", "0 <= begin <= end <= 1")
+        check(ordered, "begin", f"{self.begin} to {self.end} is not a span of progress", "0 <= begin <= end <= 1")
 
     @property
     def last(self) -> float:

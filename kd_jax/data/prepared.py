@@ -61,7 +61,9 @@ class Prepared:
         self.folder = as_path(folder)
         manifest = read_manifest(self.folder)
         if manifest is None:
-            raise UserError(f"config.prepared: {self.folder} is no finished prepared folder; run prepare into it first")
+            raise UserError(
+                f"config.prepared: {self.folder} is not a finished prepared folder; run prepare into it first"
+            )
         self.manifest = manifest
         self.fingerprint: str = manifest["fingerprint"]
         self._files: Files = manifest.get("files", {})  # missing in old folders

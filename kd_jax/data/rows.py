@@ -194,7 +194,7 @@ def open_array(path: pathlib.Path, remedy: str, *, mapped: bool = False) -> np.n
         return np.load(source, mmap_mode="r" if mapped else None, allow_pickle=False)
     except Exception as error:  # a broken header raises whatever Python's tokenizer raises
         reason = " ".join(str(error).split())
-        raise UserError(f"{path}: cannot be read, it is truncated or no .npy file ({reason}); {remedy}") from None
+        raise UserError(f"{path}: cannot be read, it is truncated or not a .npy file ({reason}); {remedy}") from None
 
 
 class RowStore:

@@ -152,7 +152,7 @@ def fit(task: str, data: Labeled, features: Callable[[Sequence[Utterance]], Any]
     x = features(data.train)
     dev_x, dev_labels = features(data.dev) if data.dev else None, np.array([getattr(one, part) for one in data.dev])
     if not data.dev:
-        notes.append(f"there is no dev partition, so C was not chosen but {settings.c_without_dev:g}")
+        notes.append(f"there is no dev partition, so C was fixed at {settings.c_without_dev:g}")
 
     def choose(part: str, make: Callable[[float], Model], score: Callable[[Model], float]) -> tuple[Model, list[Trial]]:
         """The first of the models with the best score."""

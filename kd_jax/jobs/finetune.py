@@ -72,7 +72,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, task: Task) -> None:
     if task == "icner" and settings.domain:
         known = settings.domain == "each" or settings.domain in domains
         remedy = f"use each or one of {', '.join(domains)}"
-        require(known, "finetune.domain", f"{settings.domain!r} is no domain", remedy)
+        require(known, "finetune.domain", f"{settings.domain!r} is not a domain", remedy)
     start = settings.init_from
     encoder = trained.encoder_block(start, "finetune.init_from") if start else config.student.to_dict()
     values = resolved(config, keys(config))
@@ -430,7 +430,7 @@ def load_finetuned(folder: pathlib.Path, prepared: Prepared, mesh, compute_dtype
         return served(folder, compute_dtype)
     config = trained.run_config(folder, key)
     if "finetune" not in config:
-        raise UserError(f"config.{key}: {folder} is no finetuning run; give the workdir of one")
+        raise UserError(f"config.{key}: {folder} is not a finetuning run; give the workdir of one")
     prepared = prepared_for(config, prepared)
     trained.check_tokenizer(folder, prepared, key)
     run = trained.run_record(folder, key)

@@ -349,14 +349,14 @@ def _percent(share: float) -> str:
 def scored_by(workdir: pathlib.Path, named: str) -> pathlib.Path | None:
     """The `evaluate` run that scored the model trained in `workdir`: the one named, else one next to `workdir` if any.
 
-    Raises UserError when the named one is no finished evaluate run of this model.
+    Raises UserError when the named one is not a finished evaluate run of this model.
     """
     if not named:
         near = sorted(workdir.absolute().parent.iterdir())
         return next((one for one in near if _is_scored(one) and _same(_scored(one), workdir)), None)
     folder = as_path(named)
     if not _is_scored(folder):
-        raise UserError(f"config.{KEY}: {named} is no finished evaluate run; give the workdir of one")
+        raise UserError(f"config.{KEY}: {named} is not a finished evaluate run; give the workdir of one")
     if not _same(_scored(folder), workdir):
         raise UserError(
             f"config.{KEY}: {named} scored {_scored(folder)}, not {workdir}; give the run that scored this model"

@@ -56,7 +56,9 @@ def encoder_block(workdir: str | pathlib.Path, key: str) -> dict[str, Any]:
     config = run_config(workdir, key)
     which = config.pretrain.model if "pretrain" in config else "teacher" if "import_model" in config else "student"
     if which not in config:
-        raise UserError(f"config.{key}: {workdir} is no pretrain, distill or import_model run; give the workdir of one")
+        raise UserError(
+            f"config.{key}: {workdir} is not a pretrain, distill or import_model run; give the workdir of one"
+        )
     return config[which].to_dict()
 
 

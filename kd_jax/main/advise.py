@@ -226,7 +226,7 @@ class Pilots:
         problem = (
             f"there are {dev} dev utterances, too few to compare pilots on" if dev else "there is no dev partition"
         )
-        remedy = f'give at least {FEWEST} utterances, better hundreds, the partition "dev"'
+        remedy = f'give at least {FEWEST} utterances, preferably hundreds, the partition "dev"'
         require(dev >= FEWEST, "nlu", problem, remedy)
         transfer = self.config.transfer.to_dict()
         for share in self.settings.shares:

@@ -40,7 +40,7 @@ def check(config: ConfigDict, name: str) -> tuple[list[str], dict[str, Any]]:
     rows = settings.rows or job.settings.batch_size
     wanted = f"data x fsdp x accumulation = {job.multiple}"
     fits = rows % job.multiple == 0
-    require(fits, "compile_check.rows", f"{rows} rows are no multiple of {wanted}", "change it, or the mesh")
+    require(fits, "compile_check.rows", f"{rows} rows are not a multiple of {wanted}", "change it, or the mesh")
 
     def measured(rows: int) -> Measurement:
         one = measure(job.lower(rows), rows, job.flops(rows), found, slice_size)

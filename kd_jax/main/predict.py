@@ -319,7 +319,7 @@ def _runs(name: str) -> list[str]:
         return [name]
     names = read_json(folder / MODELS)
     if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
-        raise UserError(f"{folder / MODELS}: is no list of folders; start the study again, which writes it anew")
+        raise UserError(f"{folder / MODELS}: is not a list of folders; start the study again, which writes it again")
     return [str(folder / one) for one in names]
 
 

@@ -34,7 +34,7 @@ def layer_map(spec: Any, student_layers: int, teacher_layers: int, key: str) -> 
         raise UserError(f"config.{key}: {spec!r} is unknown; {_LAYERS}")
     listed = _listed(spec)
     if not listed or not all(len(_listed(pair)) == 2 for pair in listed):
-        raise UserError(f"config.{key}: {spec!r} is no list of pairs (student layer, teacher layer); {_LAYERS}")
+        raise UserError(f"config.{key}: {spec!r} is not a list of pairs (student layer, teacher layer); {_LAYERS}")
     pairs = tuple(
         (_layer(mine, student_layers, "student", key), _layer(theirs, teacher_layers, "teacher", key))
         for mine, theirs in listed
@@ -92,7 +92,7 @@ def _uniform(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
 def _layer(layer: Any, num_layers: int, whose: str, key: str) -> int:
     """The layer counted from 0."""
     if not isinstance(layer, int) or isinstance(layer, bool):
-        raise UserError(f"config.{key}: {layer!r} is no layer; give whole numbers")
+        raise UserError(f"config.{key}: {layer!r} is not a layer; give whole numbers")
     if not -num_layers <= layer < num_layers:
         raise UserError(
             f"config.{key}: the {whose} has no layer {layer}; it has {num_layers}, so give 0 to {num_layers - 1}, or "

@@ -191,7 +191,7 @@ def read_json_object(path: pathlib.Path, remedy: str = RESTORE) -> dict[str, Any
     """`read_json` of a file that must hold an object."""
     values = read_json(path, remedy)
     if not isinstance(values, dict):
-        raise UserError(f"{path}: is no JSON object; {remedy}")
+        raise UserError(f"{path}: is not a JSON object; {remedy}")
     return values
 
 

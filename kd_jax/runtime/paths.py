@@ -32,7 +32,7 @@ def as_path(name: str | os.PathLike) -> pathlib.Path:
     if not separator:
         return pathlib.Path(text)
     if scheme not in BACKENDS:
-        raise UserError(f"{text}: {scheme}:// is no known kind of storage; use a local path, gs:// or s3://")
+        raise UserError(f"{text}: {scheme}:// is not a known kind of storage; use a local path, gs:// or s3://")
     if not rest.strip("/"):
         raise UserError(f"{text}: names no bucket; write {scheme}://BUCKET/FOLDER")
     # Without this, epath would import TensorFlow where it is installed.

@@ -116,7 +116,7 @@ def students(settings: commands.Study, initialized: bool = False) -> list[Studen
     sets = task_shares(settings)
     for key in ("mlm_sets", *(f"{teacher}_sets" for teacher in OTHER_TEACHERS)):
         for name in getattr(settings, key):
-            require(name in sets, f"study.{key}", f"{name!r} is no transfer set", f"name one of {', '.join(sets)}")
+            require(name in sets, f"study.{key}", f"{name!r} is not a transfer set", f"name one of {', '.join(sets)}")
     require(len(settings.mlm_sets) > 0, "study.mlm_sets", "the no-teacher baseline is missing", "name a transfer set")
     labeled = ("", LABELED) if settings.label_unlabeled else ("",)
     rows = [Student("ngrams", "", given) for given in labeled if settings.ngrams]

@@ -98,7 +98,7 @@ def test_what_is_not_installed_is_named_with_the_command_that_installs_it(name, 
 def test_rows_that_the_mesh_does_not_divide_and_an_unknown_vocabulary_are_refused():
     config = config_of("distill")
     config.compile_check.rows = 6
-    with pytest.raises(UserError, match=r"config\.compile_check\.rows: 6 rows are no multiple"):
+    with pytest.raises(UserError, match=r"config\.compile_check\.rows: 6 rows are not a multiple"):
         compile_check.check(config, "cpu:8")
     config = config_of("distill")
     config.teacher.vocab_size = 0

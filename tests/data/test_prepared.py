@@ -198,7 +198,7 @@ def test_a_killed_call_goes_on_where_it_was(config, tmp_path, monkeypatch):
     read = languages_read(monkeypatch)
     killed_at("web-en", config, tmp_path / "p", monkeypatch)
     assert read == ["en-US", "en"]
-    with pytest.raises(UserError, match="no finished prepared folder"):
+    with pytest.raises(UserError, match="not a finished prepared folder"):
         Prepared(tmp_path / "p")
     # A kill that runs no handlers leaves its temporary folder behind.
     leftover = tmp_path / "p" / "rows" / "train" / "web-en.partial"

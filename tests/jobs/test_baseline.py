@@ -178,7 +178,7 @@ def test_without_a_dev_partition_c_is_fixed_and_reported(data):
         ("intent", 3.0, None),
         ("slots", 3.0, None),
     ]
-    assert found.notes == ["there is no dev partition, so C was not chosen but 3"]
+    assert found.notes == ["there is no dev partition, so C was fixed at 3"]
     assert len(found.records(data.test, data.train)) == len(data.test)
     assert found.records([], data.train) == [] and baseline.scores([], "icner")["score"] is None
 

@@ -195,5 +195,5 @@ def test_one_model_for_each_domain(tmp_path):
     assert {record["predicted_intent"] for record in orphans} == {""}
 
     config.finetune.domain = "kitchen"
-    with pytest.raises(UserError, match=r"config\.finetune\.domain: 'kitchen' is no domain; use each or one of"):
+    with pytest.raises(UserError, match=r"config\.finetune\.domain: 'kitchen' is not a domain; use each or one of"):
         finetune_icner.run(config, tmp_path / "other")

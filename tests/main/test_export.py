@@ -237,7 +237,7 @@ def test_card_states_test_results(data, runs, tmp_path):
     assert "On the test partition (`scores`)" in (tmp_path / "named" / "README.md").read_text(encoding="utf-8")
     for checkpoint, results, message in (
         ("icner", tmp_path / "scores", r"config\.export\.results: .* scored .*dc, not .*icner"),
-        ("dc", folder / "icner", r"config\.export\.results: .* is no finished evaluate run"),
+        ("dc", folder / "icner", r"config\.export\.results: .* is not a finished evaluate run"),
     ):
         config.export.update({"checkpoint": str(folder / checkpoint), "results": str(results)})
         with pytest.raises(UserError, match=message):

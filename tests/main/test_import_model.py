@@ -150,7 +150,7 @@ def test_mistakes_leave_nothing(data, source, tmp_path):
     write(other, shape, dict(list(tensors.items())[1:]), data[1].tokenizer)
     refused("the checkpoint lacks this tensor")
     (other / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-50])
-    refused("is no complete safetensors file")
+    refused("is not a complete safetensors file")
 
 
 def as_teacher(data, source):

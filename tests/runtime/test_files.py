@@ -87,7 +87,7 @@ def test_what_is_no_json_is_refused_by_name(tmp_path, content):
 
 def test_json_of_another_shape_is_refused_by_name(tmp_path):
     write_json(tmp_path / "a.json", [1])
-    with pytest.raises(UserError, match=r"a\.json: is no JSON object"):
+    with pytest.raises(UserError, match=r"a\.json: is not a JSON object"):
         read_json_object(tmp_path / "a.json")
     write_json(tmp_path / "a.json", {"a": 1})
     found = read_json_object(tmp_path / "a.json")

@@ -44,7 +44,7 @@ def test_a_remote_path_has_the_methods_of_a_path(tmp_path, scheme):
 
 
 def test_what_cannot_be_a_place_is_told_in_one_sentence(monkeypatch):
-    with pytest.raises(UserError, match=r"^ftp://a/b: ftp:// is no known kind .* use a local path, gs:// or s3://"):
+    with pytest.raises(UserError, match=r"^ftp://a/b: ftp:// is not a known kind .* use a local path, gs:// or s3://"):
         as_path("ftp://a/b")
     with pytest.raises(UserError, match=r"^gs://: names no bucket; write gs://BUCKET/FOLDER"):
         as_path("gs://")

@@ -200,7 +200,7 @@ def test_a_prepare_that_is_killed_while_it_puts_is_made_good_by_the_next(tmp_pat
     with pytest.raises(KeyboardInterrupt):
         data.prepare(read_prepare(config), to_dict(config), config.prepared)
     assert names_in(as_path(config.prepared))
-    with pytest.raises(UserError, match="is no finished prepared folder"):
+    with pytest.raises(UserError, match="is not a finished prepared folder"):
         data.Prepared(config.prepared)
     monkeypatch.setattr(data, "put", put)
     data.prepare(read_prepare(config), to_dict(config), config.prepared)
@@ -229,7 +229,7 @@ def test_rows_are_waited_for_when_they_are_read_and_not_before(tmp_path, store, 
 
 
 def test_a_prepared_folder_without_checksums_and_one_that_is_not_there(tmp_path, store):
-    with pytest.raises(UserError, match=r"^config\.prepared: gs://bucket/none is no finished prepared folder"):
+    with pytest.raises(UserError, match=r"^config\.prepared: gs://bucket/none is not a finished prepared folder"):
         data.Prepared("gs://bucket/none")
     write_atomically(as_path("gs://bucket/old/manifest.json"), b'{"config": {}, "fingerprint": "a"}')
     with pytest.raises(UserError, match=r"^gs://bucket/old: its manifest has no checksums"):

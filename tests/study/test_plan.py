@@ -202,7 +202,7 @@ def test_share_outside_zero_to_one_names_the_key():
 def test_unknown_transfer_set_is_named():
     config = pretrained.get_config()
     config.study.adapted_sets = ("tusk",)
-    with pytest.raises(UserError, match="'tusk' is no transfer set"):
+    with pytest.raises(UserError, match="'tusk' is not a transfer set"):
         planner(config)
 
 

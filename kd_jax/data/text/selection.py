@@ -57,7 +57,9 @@ def choose(read: Callable[[], Iterable[str]], target: Iterable[str], select: Sel
     else:
         target_counts, target_texts = ngram_counts(target, select)
         if not target_texts:
-            raise UserError("config.select: there is no train utterance to be like; check config.nlu or set share to 0")
+            raise UserError(
+                "config.select: there is no train utterance to compare with; check config.nlu or set share to 0"
+            )
         raw_counts, total = ngram_counts(read(), select)
         ratios = log_ratios(target_counts, raw_counts, select.smoothing)
     wanted = min(max(round(select.share * total), 1), total)

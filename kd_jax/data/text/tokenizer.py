@@ -241,7 +241,7 @@ def _read_json(path: Path) -> tokenizers.Tokenizer:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(
-            f"{path}: is no tokenizer that the tokenizers library reads ({error}); download or copy it again"
+            f"{path}: is not a tokenizer that the tokenizers library reads ({error}); download or copy it again"
         ) from error
 
 
@@ -269,7 +269,7 @@ def _read_wordpiece(file: Path) -> tuple[tokenizers.Tokenizer, str, dict[str, st
         try:
             theirs = BertTokenizer.from_pretrained(folder, **options)
         except Exception as error:  # a setting of another type, say
-            problem = f"is no vocabulary that `transformers` reads with {settings.name} ({error})"
+            problem = f"is not a vocabulary that `transformers` reads with {settings.name} ({error})"
             raise UserError(f"{file}: {problem}; download both again") from error
     names = {role: str(getattr(theirs, f"{role}_token")) for role in _USUAL_NAMES}
     for role, name in names.items():

@@ -115,7 +115,7 @@ def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: broken JSON ({error}); download it again") from None
     if not isinstance(values, dict):
-        raise UserError(f"{file}: is no JSON object; download it again")
+        raise UserError(f"{file}: is not a JSON object; download it again")
     try:
         found = encoder_values(values, str(file))
         EncoderConfig(**found)
@@ -178,7 +178,7 @@ def encoder_values(values: Mapping[str, Any], file: str) -> dict[str, Any]:
         thetas = {"global_theta": float(whole), "local_theta": float(whole if local is None else local)}
         found |= {"global_every": every, **thetas}
     if found["hidden_size"] % found["num_heads"]:
-        raise refusal("hidden_size", f"{found['hidden_size']} is no multiple of {found['num_heads']} heads")
+        raise refusal("hidden_size", f"{found['hidden_size']} is not a multiple of {found['num_heads']} heads")
     layout = {"scan": "unroll" if found["num_layers"] <= 6 else "scan", "remat": found["hidden_size"] >= _REMAT_WIDTH}
     return found | layout
 

@@ -77,7 +77,7 @@ class TensorFiles(contextlib.AbstractContextManager["TensorFiles"]):
                 pathlib.PurePath(file)  # a TypeError if it is not a string
                 by_file[file].add(name)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{index}: is no index of safetensors files ({error!r}); download it again") from None
+            raise UserError(f"{index}: is not an index of safetensors files ({error!r}); download it again") from None
         for file, names in sorted(by_file.items()):
             if pathlib.PurePath(file).name != file:
                 raise UserError(f"{index}: names {file!r}, which is outside its folder; download the model again")
@@ -89,7 +89,7 @@ class TensorFiles(contextlib.AbstractContextManager["TensorFiles"]):
         except FileNotFoundError:
             raise UserError(f"{file}: is missing, and {INDEX} names it; download the model again") from None
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{file}: is no complete safetensors file ({error}); download it again") from None
+            raise UserError(f"{file}: is not a complete safetensors file ({error}); download it again") from None
         held = set(opened.keys())
         for name in sorted(names or held):
             if name not in held:

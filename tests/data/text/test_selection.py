@@ -215,5 +215,5 @@ def test_a_selection_without_text_to_choose_from_or_to_be_like_is_refused():
     with pytest.raises(UserError, match="no generic source to select from"):
         check(settings(target="all"), "task")
     check(settings(share=0.0), "task")
-    with pytest.raises(UserError, match="no train utterance to be like"):
+    with pytest.raises(UserError, match="no train utterance to compare with"):
         choose(lambda: generic(5), [], settings())

@@ -257,7 +257,7 @@ def test_user_errors(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         Tokenizer.load(tmp_path / "nowhere")
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"tokenizer\.json: is no tokenizer"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: is not a tokenizer"):
         Tokenizer.load(tmp_path)
     (tmp_path / "vocab.txt").write_text("a\nb\n")
     with pytest.raises(UserError, match=r"no \[UNK\]"):

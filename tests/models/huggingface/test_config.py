@@ -83,7 +83,7 @@ def test_there_and_back(name):
         ("mbert", {"position_embedding_type": "relative_key"}, "position_embedding_type: 'relative_key'"),
         ("mbert", {"hidden_act": "mish"}, "hidden_act: 'mish'"),
         ("mbert", {"num_hidden_layers": "12"}, "num_hidden_layers.*'12'"),
-        ("mbert", {"num_attention_heads": 7}, "hidden_size: 768 is no multiple of 7"),
+        ("mbert", {"num_attention_heads": 7}, "hidden_size: 768 is not a multiple of 7"),
         ("mbert", {"is_decoder": True}, "is_decoder: True"),
         ("xlmr_base", {"max_position_embeddings": 2}, "max_position_embeddings"),
         ("xlmr_base", {"pad_token_id": None}, "pad_token_id: None"),
@@ -145,5 +145,5 @@ def test_broken_files(tmp_path):
         read_config(tmp_path)
     for text in ("{", "[]"):
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(UserError, match=r"config\.json: (broken JSON|is no JSON object)"):
+        with pytest.raises(UserError, match=r"config\.json: (broken JSON|is not a JSON object)"):
             read_config(tmp_path)

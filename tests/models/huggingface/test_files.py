@@ -194,7 +194,7 @@ def test_files_that_are_not_read(tmp_path):
     whole = (tmp_path / SINGLE).read_bytes()
     for broken in (whole[:-100], whole[:20], b""):
         (tmp_path / SINGLE).write_bytes(broken)
-        with pytest.raises(UserError, match=r"is no complete safetensors file"):
+        with pytest.raises(UserError, match=r"is not a complete safetensors file"):
             TensorFiles(tmp_path)
 
 

@@ -91,7 +91,7 @@ def test_distillation_helps_only_if_it_beats_its_own_start_and_masked_lm_alone(r
     text = contrasts.verdict_text(numbers, "dc")
     assert "Distillation helps" not in text
     assert "**Distillation is not shown to help.**" in text
-    assert "That it beats training from scratch can be due to its start or its text alone." in text
+    assert "That it beats training from scratch may be due to its initialization or its text alone." in text
     worse = contrasts.verdict_text(study({**ALL, rival: 0.10}), "dc")
     assert "**Distillation does not help.**" in worse
 
