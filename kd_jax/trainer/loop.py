@@ -106,7 +106,7 @@ def fit(
                 if best is not None:  # all processes must stop at the same step
                     best.add(step, distributed.from_first(dict(found)), state["params"])
 
-        # A preemption does not wait for an evaluation that was due: it is made up for here.
+        # A preemption does not wait for an evaluation that was due: it runs here.
         if meta.get("evaluation_due"):
             evaluate_now(start)
         end = start if best is not None and best.stops else job.steps  # it had stopped before it was killed
@@ -140,7 +140,7 @@ def fit(
             if evaluation_due and not stop:
                 try:
                     evaluate_now(step)
-                except Preempted:  # it is made up for, as it is not known how far it came
+                except Preempted:  # it runs again at the next start, since its progress is unknown
                     stop = True
                 if best is not None and best.stops and not last:
                     bar.say(f"{description}: stopped at step {step}, since no score was above that of step {best.step}")

@@ -239,7 +239,7 @@ def texts(settings: Prepare, transfer: Transfer, utterances: Sequence[Utterance]
     stores = [store for store in stores if store.read]
     if not stores:
         return
-    for one in [] if errors.count else stores:  # after a broken record, missing text is no news
+    for one in [] if errors.count else stores:  # missing text is expected after a broken record
         for split, count in (("train", one.read - one.heldout), ("heldout", one.heldout)):
             if one.whole and not count and (split == "train" or one.kind == "generic"):
                 errors.add(no_text(one.source, one.language, split, {"equal to dev or test": one.left_out}))
