@@ -42,7 +42,7 @@ def get_config(argument: str = "") -> ConfigDict:
     # A tenth of the labels and of dev: labels are scarce in practice, and unlabeled task text is plentiful.
     config.finetune.update({"batch_size": 64, "warmup_steps": 50, "max_train": 1151, "max_dev": 203})
 
-    config.study.transfer_sets = ConfigDict({"generic": 0.0, "half": 0.5, "task": 1.0})
+    config.study.transfer_sets = ConfigDict({"generic": 0.0, "mix50": 0.5, "task": 1.0})
     # As many unique tokens as the task text, drawn at random: a control for the amount of generic text.
     config.select.update({"share": 0.365, "target": "random"})
     config.study.selected_sets = ConfigDict({"generic_equal": 0.0})
