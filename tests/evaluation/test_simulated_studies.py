@@ -26,6 +26,9 @@ from kd_jax.evaluation.significance import (
 STUDIES = 300  # of each kind; enough to notice an error rate of 10 % instead of 5 %
 OWN = 0.7  # standard deviation of an utterance's extra difficulty for a student, and for one of its seeds
 ERROR = 0.24  # of a student without a shift
+# Standard errors above 5 % that a share of false findings may lie: here it is at most 6 %, and 7 to 8 % if p-values
+# count one side instead of both. The draws are the same each time, so no test fails by chance.
+ABOVE = 1.5
 
 
 class Student(NamedTuple):
@@ -104,7 +107,7 @@ def equal_students(luck: float, uneven: float) -> list[Student]:
 def test_equal_students_are_seldom_said_to_differ(seeds, luck, uneven):
     """The family-wise error of the five declared comparisons, from seeds that agree to seeds 7 points apart."""
     wrong = share(equal_students(luck, uneven), any_difference, seeds=seeds, utterances=500)
-    assert wrong <= 0.05 + 3 * standard_error(0.05)
+    assert wrong <= 0.05 + ABOVE * standard_error(0.05)
 
 
 def test_without_holms_adjustment_they_would_often_be_said_to_differ():
@@ -155,7 +158,8 @@ def test_a_trend_is_seldom_seen_where_there_is_none(luck, shares):
         one = slope(found)
         return significance(one.slope, one.p_value, one.seeds) in (LOWER, HIGHER)
 
-    assert share([Student(luck)] * shares, seen, seeds=3, utterances=500) <= 0.05 + 3 * standard_error(0.05)
+    wrong = share([Student(luck)] * shares, seen, seeds=3, utterances=500)
+    assert wrong <= 0.05 + ABOVE * standard_error(0.05)
 
 
 @pytest.mark.slow

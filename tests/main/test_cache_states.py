@@ -126,10 +126,12 @@ def test_a_killed_command_goes_on_and_machines_share_the_parts(made, tmp_path, m
         patch.setattr(StatesWriter, "write", broken)
         with pytest.raises(ConnectionError):
             cache_states.run(config, tmp_path / "cache")
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache" / "parts").iterdir()}
     for part in (0, 1):
         cache_states.run(ready(made, **what, cache_parts=2, cache_part=part), tmp_path / "cache")
         assert (tmp_path / "cache" / "DONE").is_file() == (part == 1)
     assert "parts are left to the other machines" in capsys.readouterr().out
+    assert len(kept) == 4 and all(file.stat().st_mtime_ns == time for file, time in kept.items()), "not written again"
     assert (tmp_path / "cache" / "manifest.json").read_text() == (made / "cache" / "manifest.json").read_text()
 
 

@@ -214,10 +214,11 @@ def test_a_temperature_schedule_is_refused_with_a_top_k_cache_and_served_by_hidd
 
 
 def test_hidden_states_and_relations_refuse_a_cache(made, tmp_path):
-    config = ready(made, teacher_cache=str(tmp_path))
-    config.distill.relations.weight = 1.0
-    with pytest.raises(UserError, match=r"config\.teacher_cache: it has no relations"):
-        distill.run(config, tmp_path / "student")
+    for name in ("hidden", "relations"):
+        config = ready(made, teacher_cache=str(tmp_path))
+        config.distill[name].weight = 1.0
+        with pytest.raises(UserError, match=rf"config\.teacher_cache: it has no {name}"):
+            distill.run(config, tmp_path / "student")
 
 
 @pytest.mark.long

@@ -220,6 +220,15 @@ def test_a_finetuned_classifier_has_states_and_no_predictions(data, tmp_path, ca
     assert not (tmp_path / "refused").exists()
 
 
+def assert_finetuned_from(config, folder, prepared, params):
+    """Finetunes folder/run into folder/dc at a rate of next to nothing: the encoder is that of `params`."""
+    config.finetune.update({"init_from": str(folder / "run"), "steps": 1, "learning_rate": 1e-9, "warmup_steps": 0})
+    finetune_dc.run(config, folder / "dc")
+    one = finetune.load_finetuned(folder / "dc", prepared, make_mesh(Mesh()), "float32", "x")
+    for a, b in zip(jax.tree.leaves(one.params["encoder"]), jax.tree.leaves(params["encoder"]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_distilling_the_states_of_a_finetuned_classifier_and_going_on_from_it(data, tmp_path):
     _, params = write_finetuned(tmp_path / "source", "bert", data[1], SEQUENCE_HEAD)
@@ -230,11 +239,7 @@ def test_distilling_the_states_of_a_finetuned_classifier_and_going_on_from_it(da
     config.distill.hidden.update({"weight": 1.0, "layers": "last"})
     distill.run(config, tmp_path / "student")
     assert (tmp_path / "student" / "DONE").is_file()
-    config.finetune.update({"init_from": str(tmp_path / "run"), "steps": 1, "learning_rate": 1e-9, "warmup_steps": 0})
-    finetune_dc.run(config, tmp_path / "dc")
-    one = finetune.load_finetuned(tmp_path / "dc", data[1], make_mesh(Mesh()), "float32", "x")
-    for a, b in zip(jax.tree.leaves(one.params["encoder"]), jax.tree.leaves(params["encoder"]), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert_finetuned_from(config, tmp_path, data[1], params)
 
 
 @pytest.mark.slow
@@ -244,8 +249,7 @@ def test_distilling_from_and_finetuning_an_imported_model(data, source, tmp_path
     config.teacher_checkpoint = str(tmp_path / "run")
     distill.run(config, tmp_path / "student")
     assert (tmp_path / "student" / "DONE").is_file()
-    config.finetune.init_from = str(tmp_path / "run")
-    finetune_dc.run(config, tmp_path / "dc")
+    assert_finetuned_from(config, tmp_path, data[1], source[2])
     assert (tmp_path / "dc" / "DONE").is_file()
     assert evaluate.lineage(str(tmp_path / "dc"))["student"] == "imported"
     assert from_dict(json.loads((tmp_path / "dc" / "config.json").read_text())).command == "finetune_dc"

@@ -16,6 +16,7 @@ from kd_jax.config.execution import Mesh
 from kd_jax.data.prepared import Prepared
 from kd_jax.jobs import finetune, trained
 from kd_jax.main import prepare
+from kd_jax.runtime.files import read_json_lines
 from kd_jax.trainer.mesh import make_mesh
 from kd_jax.trainer.state import params_fingerprint
 from tests.support import pretrained, several_processes
@@ -57,6 +58,11 @@ def rows_of(workdir, timed=False):
     return [{name: value for name, value in row.items() if timed or not name.startswith("time/")} for row in rows]
 
 
+def saved_in(workdir):
+    """The steps of the checkpoints that are whole."""
+    return sorted(int(one.name) for one in workdir.glob("checkpoints/*") if one.name.isdigit())
+
+
 def leaves_of(workdir):
     handlers = {"state": ocp.StandardCheckpointHandler()}
     with ocp.CheckpointManager(workdir / "checkpoints", item_handlers=handlers) as saved:
@@ -84,16 +90,20 @@ def test_kill_and_resume_is_bit_identical(prepared, tmp_path):
     deadline = time.monotonic() + 240
     metrics = killed / "metrics.jsonl"
     while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and len(metrics.read_text(encoding="utf-8").splitlines()) >= 5:
+        # Not before a checkpoint is whole, or there would be nothing to resume from.
+        if saved_in(killed) and len(metrics.read_text(encoding="utf-8").splitlines()) >= 5:
             break
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "DONE").exists()
-    assert (killed / "checkpoints").is_dir()
+    done, saved = read_json_lines(metrics, growing=True)[-1]["step"], saved_in(killed)
+    assert saved and 0 < saved[-1] < STEPS
 
     finished = run(command(prepared, killed))
     assert finished.returncode == 0, finished.stderr
+    summary = json.loads((killed / "DONE").read_text(encoding="utf-8"))
+    assert (summary["starts"], summary["lost_steps"]) == (2, done - saved[-1]), "it went on from there"
     assert rows_of(straight) == rows_of(killed)
     one, other = leaves_of(straight), leaves_of(killed)
     assert one.keys() == other.keys()

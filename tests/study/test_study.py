@@ -93,7 +93,10 @@ def test_a_student_that_is_not_distilled_is_what_distillation_starts_from(finish
         trained.trained_params(folder, model, make_mesh(Mesh()))
         for folder, model in ((start, student), (teacher, original))
     )
-    assert np.array_equal(ours["encoder"]["embeddings"]["tokens"], theirs["encoder"]["embeddings"]["tokens"])
+    ours, theirs = ours["encoder"], theirs["encoder"]
+    assert np.array_equal(ours["embeddings"]["tokens"], theirs["embeddings"]["tokens"])
+    for part in ("attention", "mlp"):  # of one shape here, so all layers are there, in their order
+        jax.tree.map(np.testing.assert_array_equal, ours["layers"][part], theirs["layers"][part])
 
 
 def test_the_teachers_labels_are_those_that_others_learn_from(finished):

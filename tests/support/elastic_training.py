@@ -1,6 +1,7 @@
 """The toy of toy_training.py by the processes of a job: elastic_training.py '{"workdir": ...}' [--process=I ...].
 
-Each process notes the rows that it read in rows-<process>.jsonl, and all stop with an error where "stop_at" says so.
+Each process notes the rows that it read in rows-<process>.jsonl and how many it wrote of the metrics in
+written-<process>.txt, and all stop with an error where "stop_at" says so.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from kd_jax.config.execution import Mesh
 from kd_jax.main.command import outcome
 from kd_jax.runtime import cluster, distributed
 from kd_jax.trainer.mesh import make_mesh, process_share
+from kd_jax.trainer.metrics import MetricsWriter
 from kd_jax.types import UserError
 from tests.support.toy_training import batch_at, toy_job, train
 
@@ -38,7 +40,12 @@ def goes_on(workdir: pathlib.Path, mesh, stop_at: int | None = None):
             file.write(json.dumps([step, number * each, (number + 1) * each]) + "\n")
         return {name: values[number * each : (number + 1) * each] for name, values in batch.items()}
 
-    return train(workdir, job(), mesh=mesh, batches=batches)
+    writer = MetricsWriter(workdir, tensorboard=False)
+    try:
+        return train(workdir, job(), mesh=mesh, batches=batches, writer=writer)
+    finally:
+        writer.close()
+        (workdir / f"written-{jax.process_index()}.txt").write_text(str(writer.rows))
 
 
 if __name__ == "__main__":

@@ -88,6 +88,8 @@ def test_each_process_reads_its_own_rows(straight):
 
 def test_only_one_process_writes_the_metrics(straight):
     assert [row["step"] for row in rows_without_time(straight)] == list(range(1, STEPS + 1))
+    # A second process would replace the file of the first, and the rows would look the same.
+    assert [int((straight / f"written-{process}.txt").read_text()) for process in range(2)] == [STEPS, 0]
 
 
 def test_the_same_layout_goes_on_bit_for_bit(stopped, straight, compiled, tmp_path):
