@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from benchmarks.layouts import labeled_text_a_row, one_text_a_row, same_shape
 from benchmarks.worker import Run
 from benchmarks.workloads import read_arrays, read_batches, read_tree
 from kd_jax.config.execution import Mesh
-from kd_jax.config.training import KL, Term
+from kd_jax.config.settings import read
+from kd_jax.config.training import KL, Term, Training
 from kd_jax.losses.logits import kl_divergence, masked_cross_entropy
 from kd_jax.models.attention_kernels import find_kernel
 from kd_jax.models.encoder_config import EncoderConfig
@@ -45,9 +45,9 @@ def training(
     objective: Objective, job: Mapping[str, Any], params, frozen, batches: Sequence, metrics, mesh=None
 ) -> Run:
     """Jitted training steps over fixed batches, which return the named metrics; on a mesh, data-parallel."""
-    keys = ConfigDict(dict(job))
-    optimizer, schedule = make_optimizer(keys), make_schedule(keys)
-    step = make_train_step(objective, optimizer, schedule, steps=keys.steps, accumulation=keys.accumulation)
+    settings = read(Training, job, "job")
+    optimizer, schedule = make_optimizer(settings), make_schedule(settings)
+    step = make_train_step(objective, optimizer, schedule, steps=settings.steps, accumulation=settings.accumulation)
     whole = None if mesh is None else replicated(mesh)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=whole)
     state = jax.jit(lambda params: new_state(params, optimizer), out_shardings=whole)(params)

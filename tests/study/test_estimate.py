@@ -8,6 +8,8 @@ import pytest
 
 from configs import massive_me5, massive_wikipedia
 from kd_jax.config import base
+from kd_jax.config.settings import read
+from kd_jax.config.training import Pretrain
 from kd_jax.data.rows import MANIFEST
 from kd_jax.main import study
 from kd_jax.models.encoder_config import encoder_config
@@ -118,9 +120,10 @@ def test_memory_is_about_that_of_the_compiled_step(preset, gated):
     config.pretrain.batch_size = rows = 16
     found, _ = estimated(config)
     model = Functional("mlm", encoder_config(config.teacher.to_dict(), 4000))
-    optimizer = make_optimizer(config.pretrain)
+    job = read(Pretrain, config.pretrain, "pretrain")
+    optimizer = make_optimizer(job)
     objective = make_pretrain_objective(model)
-    step = make_train_step(objective, optimizer, make_schedule(config.pretrain), steps=10, accumulation=1)
+    step = make_train_step(objective, optimizer, make_schedule(job), steps=10, accumulation=1)
     state = jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), optimizer))
     batch = {name: jax.ShapeDtypeStruct((rows, 64), jnp.int32) for name in ("tokens", "segment_ids", "positions")}
     for name in ("masked_positions", "masked_targets", "masked_weights"):
