@@ -206,8 +206,11 @@ class Case:
         self.problems += orphans()
         found = self.bench.left(self.folder, self.command.name)
         lines = forks.differences(self.reference["contents"], found)
-        # Both set the watchdog's keys, which a resume may change.
-        allowed = {"term": self._made_up_for, "stop": lambda line: line.endswith(("/config.json", "/run.json"))}
+        # The latter's command line has the watchdog's keys, which a resume may change.
+        allowed = {
+            "term": self._follows_from_a_stop,
+            "stop": lambda line: line.endswith(("/config.json", "/run.json", "/export.json")),
+        }
         self.problems += [line for line in lines if not allowed.get(self.options.fault, lambda line: False)(line)]
         self.problems += [f"stray: {one.name} among temporary files" for one in temporary_of(self.folder).iterdir()]
         if not (self.problems or keep):
@@ -277,9 +280,16 @@ class Case:
             if kill.get("caught") and kill["code"] not in (0, 75):
                 self.problems.append(f"SIGTERM killed it during {kill['phase']}")
 
-    def _made_up_for(self, line: str) -> bool:
-        """Whether a line of `differences` is about the last checkpoint of a run that was asked to stop before its last
-        evaluation: the next start runs that evaluation, and keeps the checkpoint as it is."""
+    def _follows_from_a_stop(self, line: str) -> bool:
+        """Whether a line of `differences` follows from a request to stop.
+
+        The stop saves a checkpoint at its own step, so another of the older ones may be kept. Before the last
+        evaluation, the next start runs that evaluation and keeps the last checkpoint as it is.
+        """
+        if kept := re.fullmatch(r"(?:missing|stray|differs): (.*/checkpoints)/(\d+)(?:/.*)?", line):
+            steps = [int(one.name) for one in (self.folder / kept[1]).iterdir() if one.name.isdigit()]
+            if steps and int(kept[2]) < max(steps):
+                return len(steps) <= 2  # keep_checkpoints
         found = re.fullmatch(r"differs: (.*/checkpoints/\d+)/(meta/metadata|state:best.*)", line)
         return (
             found is not None and json.loads((self.folder / found[1] / "meta/metadata").read_text())["evaluation_due"]

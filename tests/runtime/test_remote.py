@@ -163,7 +163,8 @@ def test_a_study_with_its_workdir_on_a_store(tmp_path, store):
     config.study.update({"adapted_sets": (), "mlm_sets": ("mix50",), "tasks": ("dc",)})
     workdir = "s3://bucket/study"
     on_storage(study.run)(config, workdir)
-    assert names_in(as_path(workdir)) == ["figures", "report.html", "report.md", "results.jsonl", "stages"]
+    files = ["models.json", "report.html", "report.md", "results.jsonl"]
+    assert names_in(as_path(workdir)) == sorted(["figures", "stages", *files])
     stages = as_path(workdir) / "stages"
     assert all((stages / name / "DONE").is_file() for name in names_in(stages))
     kinds = {row["student"] for row in read_json_lines(as_path(workdir) / "results.jsonl")}
