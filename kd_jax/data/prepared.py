@@ -163,6 +163,8 @@ def prepare(
                 f"{folder}: was prepared with another config ({'; '.join(different)}); "
                 "choose another folder or remove this one"
             )
+        if not is_remote(folder) and (note := folder / _INPUTS).is_file():  # killed right after the manifest
+            note.unlink()
         return
     check_settings(settings)
     if not is_remote(folder):

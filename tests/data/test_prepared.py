@@ -193,6 +193,20 @@ def killed_at(store, config, folder, monkeypatch):
         prepare(config, folder)
 
 
+def test_a_call_killed_right_after_the_manifest_leaves_no_note_of_its_inputs(config, tmp_path, monkeypatch):
+    note, manifest = tmp_path / "p" / "inputs.txt", tmp_path / "p" / "manifest.json"
+
+    def killed(path, missing_ok=False):
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(type(note), "unlink", killed)
+        prepare(config, tmp_path / "p")
+    assert note.exists() and manifest.exists()
+    prepare(config, tmp_path / "p")
+    assert not note.exists() and manifest.exists()
+
+
 def test_a_killed_call_goes_on_where_it_was(config, tmp_path, monkeypatch):
     prepare(config, tmp_path / "whole")
     read = languages_read(monkeypatch)
