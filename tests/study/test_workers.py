@@ -108,7 +108,7 @@ def test_a_study_that_is_asked_to_stop_asks_its_workers(toy, tmp_path):
     assert outcomes and set(outcomes) == {"stopped"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_two
 def test_a_study_with_workers_equals_one_without_on_as_many_cores(tmp_path):
     config = tmp_path / "small.py"
