@@ -60,7 +60,7 @@ class ReportInputs:
     results: Sequence[Mapping[str, Any]] = ()
     records: Mapping[RecordKey, Sequence[Record]] = field(default_factory=dict)
     task_shares: Mapping[str, float] = field(default_factory=dict)  # transfer set -> share of task text in [0, 1]
-    selected: Sequence[str] = ()  # transfer sets whose generic text was selected to resemble the task's
+    selected: Sequence[str] = ()  # transfer sets whose generic text config.select chose
     realized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # transfer set -> TransferSet.describe
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # label -> rows of metrics.jsonl
     similarity: Sequence[Mapping[str, Any]] = ()  # domain, jsd, jsd_matched, overlap, tokens
@@ -160,7 +160,9 @@ class Numbers:
         share, selected = self.share(student), self.inputs.selected
         text = student.transfer_set if share is None else "generic only" if share == 0 else f"task {percent(share)}"
         if student.transfer_set in selected:
-            text = "selected generic" if share == 0 else f"{text} and selected generic"
+            drawn = self.inputs.config.get("select", {}).get("target") == "random"
+            generic = "a random part of generic" if drawn else "selected generic"
+            text = generic if share == 0 else f"{text} and {generic}"
         elif share is not None:
             same = [name for name, one in self.inputs.task_shares.items() if one == share and name not in selected]
             text += f" ({student.transfer_set})" if len(same) > 1 else ""  # the share alone would be ambiguous

@@ -123,6 +123,11 @@ def test_labels_name_share_and_teacher():
     assert numbers.label(Student("distilled", "task", "adapted")) == "distilled, task 100 %, adapted teacher"
     twice = ReportInputs(name="x", task_shares={"first": 1.0, "second": 1.0}).numbers
     assert twice.label(Student("distilled", "second", "generic")) == "distilled, task 100 % (second)"
+    for target, text in (("language", "selected generic"), ("random", "a random part of generic")):
+        config = {"select": {"target": target}}
+        inputs = ReportInputs(name="x", task_shares={"all": 0.0, "half": 0.5}, selected=("all", "half"), config=config)
+        assert inputs.numbers.label(Student("distilled", "all", "generic")) == f"distilled, {text}"
+        assert inputs.numbers.label(Student("distilled", "half", "generic")) == f"distilled, task 50 % and {text}"
 
 
 def test_students_are_ordered_baselines_first_then_by_share():
