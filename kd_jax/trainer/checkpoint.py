@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import json
 import logging
 import pathlib
@@ -189,11 +190,13 @@ def reading(checkpoint: pathlib.Path, remedy: str) -> Iterator[None]:
 @functools.cache
 def _hide_late_callbacks() -> None:
     """Hides tracebacks that follow the failure of one array: tensorstore reports the others to orbax's event loop,
-    which is closed by then, and nobody retrieves the errors of its tasks."""
+    which is closed by then, nobody retrieves the errors of its tasks, and reads that are cut short raise once more."""
     own = sys.unraisablehook
 
     def hook(found: Any) -> None:
-        if not (isinstance(found.exc_value, RuntimeError) and "Event loop is closed" in str(found.exc_value)):
+        closed = isinstance(found.exc_value, RuntimeError) and "Event loop is closed" in str(found.exc_value)
+        cut_short = inspect.iscoroutine(found.object) and "orbax" in found.object.cr_code.co_filename
+        if not (closed or cut_short):
             own(found)
 
     sys.unraisablehook = hook

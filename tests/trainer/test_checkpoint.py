@@ -1,6 +1,8 @@
 import errno
 import logging
 import shutil
+import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -258,3 +260,21 @@ def test_other_values_than_those_that_were_saved_are_refused(tmp_path, monkeypat
         pytest.raises(UserError, match="are not those that were"),
     ):
         checkpoints.restore(abstract)
+
+
+def test_reads_of_a_damaged_checkpoint_that_are_cut_short_print_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    checkpoint._hide_late_callbacks.__wrapped__()
+    code = "async def read():\n  try: await never\n  except BaseException: raise ValueError('again')"
+    for folder, shown in (("orbax", False), ("elsewhere", True)):
+        scope: dict[str, Any] = {"never": Never()}
+        exec(compile(code, f"/{folder}/serialization.py", "exec"), scope)
+        reading = scope["read"]()
+        reading.send(None)
+        del reading  # a coroutine that is not awaited to its end is closed
+        assert ("again" in capsys.readouterr().err) == shown
+
+
+class Never:
+    def __await__(self):
+        yield
