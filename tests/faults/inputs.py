@@ -346,7 +346,7 @@ class Harness:
                 return case(problem or "same")
             return case("other" if self._other_content(target, unit) else problem)
         if failure := failed(ended):
-            return case(failure, ended.errors[-2000:])
+            return case(failure, ended.errors[:2000])
         # A well-formed file with too little content is reported by its config key.
         keys = ("config.nlu", "config.sources.generic") if target.content is not None else ()
         if not names(ended.errors, (str(unit), *keys)):
@@ -428,7 +428,7 @@ class Harness:
         if ended.code == 0:
             return case("other")
         if failure := failed(ended):
-            return case(failure, ended.errors[-2000:])
+            return case(failure, ended.errors[:2000])
         # A learning rate of 1e308 is known to be too large once a loss is not finite.
         if not names(ended.errors, (key, "config." + key.partition(".")[0], "is not a finite number")):
             return case("unnamed")
