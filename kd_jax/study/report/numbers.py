@@ -160,7 +160,7 @@ class Numbers:
         share, selected = self.share(student), self.inputs.selected
         text = student.transfer_set if share is None else "generic only" if share == 0 else f"task {percent(share)}"
         if student.transfer_set in selected:
-            drawn = self.inputs.config.get("select", {}).get("target") == "random"
+            drawn = self.inputs.config["select"]["target"] == "random"
             generic = "a random part of generic" if drawn else "selected generic"
             text = generic if share == 0 else f"{text} and {generic}"
         elif share is not None:
