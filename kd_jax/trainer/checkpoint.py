@@ -175,6 +175,7 @@ def load_params(workdir: str | pathlib.Path, abstract: Params, best_step: int | 
 @contextlib.contextmanager
 def reading(checkpoint: pathlib.Path, remedy: str) -> Iterator[None]:
     """Turns what orbax and tensorstore raise for a damaged checkpoint into a UserError; not out-of-memory errors."""
+    _hide_late_callbacks()  # before the reads: a callback may come between the failure and the handler below
     try:
         yield
     except (UserError, MemoryError):
@@ -182,7 +183,6 @@ def reading(checkpoint: pathlib.Path, remedy: str) -> Iterator[None]:
     except Exception as error:  # the type depends on which part of them noticed it
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
-        _hide_late_callbacks()
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise _damaged(checkpoint, f"{type(error).__name__}: {reason[:200]}", remedy) from error
 

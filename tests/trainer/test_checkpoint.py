@@ -275,6 +275,25 @@ def test_reads_of_a_damaged_checkpoint_that_are_cut_short_print_nothing(monkeypa
         assert ("again" in capsys.readouterr().err) == shown
 
 
+def test_a_callback_that_comes_before_the_failure_is_handled_prints_nothing(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    checkpoint._hide_late_callbacks.cache_clear()
+    with pytest.raises(UserError, match="damaged"), checkpoint.reading(tmp_path, "remove it"):
+        Late("Event loop is closed")
+        Late("something else")
+        raise ValueError("truncated")
+    said = capsys.readouterr().err
+    assert "Event loop" not in said and "something else" in said
+
+
+class Late:
+    def __init__(self, message: str):
+        self.message = message
+
+    def __del__(self):
+        raise RuntimeError(self.message)
+
+
 class Never:
     def __await__(self):
         yield
