@@ -163,6 +163,8 @@ class Study:
     train_head: imported teacher: train its masked-LM head first, with the encoder frozen and config.pretrain as job.
     transfer_sets: name -> task_share.
     selected_sets: the same with selected generic text (config.select) in place of all generic text.
+    task_texts: name of a transfer set -> how many texts per store of task text it uses (transfer.task_texts); others
+        use all.
     adapted_sets: transfer sets also distilled from the adapted teacher,
     schedule_sets: from the generic teacher and, from schedule_switch on, from the adapted one,
     average_sets: from both, their probabilities averaged,
@@ -196,6 +198,7 @@ class Study:
     train_head: bool = True
     transfer_sets: Mapping[str, float] = field(default_factory=lambda: {"generic": 0.0, "mix50": 0.5, "task": 1.0})
     selected_sets: Mapping[str, float] = field(default_factory=dict)
+    task_texts: Mapping[str, int] = field(default_factory=dict)
     adapted_sets: tuple[str, ...] = ("task",)
     schedule_sets: tuple[str, ...] = ()
     average_sets: tuple[str, ...] = ()
@@ -228,6 +231,10 @@ class Study:
                 check(0.0 <= share <= 1.0, f"{key}.{name}", f"{share} is outside [0, 1]", "give a number from 0 to 1")
         twice = sorted(set(self.transfer_sets) & set(self.selected_sets))
         check(not twice, "selected_sets", f"{', '.join(twice)} is a transfer set too", "choose another name")
+        for name, limit in self.task_texts.items():
+            share = {**self.transfer_sets, **self.selected_sets}.get(name, 0.0)
+            check(share > 0, "task_texts", f"{name} is no transfer set with task text", "name one, or leave it out")
+            check(limit > 0, f"task_texts.{name}", f"{limit} is not above 0", "leave it out to use all task text")
         switch = self.schedule_switch
         check(0 < switch < 1, "schedule_switch", f"{switch} is outside (0, 1)", "0.5 switches half-way")
         for name in self.recipe_poolings:

@@ -196,6 +196,8 @@ class Transfer:
     unit: tokens (maskable) | utterances: what the share is a share of.
     language_mix: task | generic | own | uniform: whose language distribution both kinds follow.
     language_temperature: >= 0; p(language) ~ tokens ** temperature; 1 keeps the proportions, 0 is uniform.
+    task_texts: about how many texts of each store of task text (a source in a language or locale) are used, a random
+        choice that is the same for all seeds, and part of that for any larger number; 0 uses all.
     """
 
     task_share: float = 0.5
@@ -203,10 +205,12 @@ class Transfer:
     unit: str = "tokens"
     language_mix: str = "task"
     language_temperature: float = 1.0
+    task_texts: int = 0
 
     def __post_init__(self):
         share, temperature = self.task_share, self.language_temperature
         check(0 <= share <= 1, "task_share", f"{share} is outside 0 to 1", "give a share, e.g. 0.5")
+        check(self.task_texts >= 0, "task_texts", f"{self.task_texts} is negative", "0 uses all task text")
         known = self.generic in ("generic", "selected")
         check(known, "generic", f"{self.generic!r} is not known", "use 'generic' or 'selected'")
         known = self.unit in ("tokens", "utterances")
@@ -270,6 +274,7 @@ class Cache:
 
     task_shares: of the transfer sets; () takes config.transfer.task_share alone.
     generic: "generic" or "selected" for each task share; () takes config.transfer.generic for all.
+    task_texts: transfer.task_texts for each task share; () takes that of config.transfer for all.
     seeds: of the runs; () takes config.seed alone.
     steps, batch_size: of the runs; 0 takes those of config.distill.
     temperature: top_k and sampled: that of the runs; 0 takes config.distill.kl.temperature.
@@ -285,6 +290,7 @@ class Cache:
 
     task_shares: tuple[float, ...] = ()
     generic: tuple[str, ...] = ()
+    task_texts: tuple[int, ...] = ()
     seeds: tuple[int, ...] = ()
     steps: int = 0
     batch_size: int = 0
@@ -306,9 +312,10 @@ class Cache:
         check(0 < self.power <= 1, "power", f"{self.power} is outside (0, 1]", "1.0 samples from the teacher")
         for name in ("rows_per_part", "batch_rows"):
             check((value := getattr(self, name)) >= 1, name, f"{value} is below 1", "give at least 1")
-        kinds, shares = self.generic, self.task_shares
-        paired = not kinds or len(kinds) == len(shares)
-        check(paired, "generic", f"{len(kinds)} kinds for {len(shares)} shares", "give one for each task share")
+        shares = len(self.task_shares)
+        for name in ("generic", "task_texts"):
+            given = len(getattr(self, name))
+            check(given in (0, shares), name, f"{given} values for {shares} shares", "give one for each task share")
 
 
 STORE_KINDS = ("generic", "task", "selected")  # of prepared rows

@@ -25,8 +25,8 @@ class TransferSet:
     """Mixes row stores in fixed shares: after i rows, a source with share s has been drawn s * i times, within one.
 
     transfer: config.transfer. weights: config.sources.<name>.weight, by source. seed: orders the rows of each epoch.
-    Stores of the generic kind that `transfer.generic` does not name stay in `stores`, with share 0. Raises UserError
-    for shares that the stores cannot fill.
+    Stores of the generic kind that `transfer.generic` does not name stay in `stores`, with share 0. `task_texts` limits
+    the rows that are drawn from a store, not its share. Raises UserError for shares that the stores cannot fill.
     """
 
     def __init__(self, stores: Sequence[RowStore], *, transfer: Transfer, seed: int, weights: Mapping[str, float]):
@@ -44,22 +44,32 @@ class TransferSet:
         self._quotas = _quotas(row_shares / row_shares.sum(), [store.name for store in stores])
         self.row_shares = self._quotas / PERIOD
         self._schedule, self._ranks = _schedule(self._quotas)
-        self._num_rows = np.array([store.num_rows for store in stores], np.int64)
+        self._num_rows = np.array([_rows_used(store, transfer.task_texts) for store in stores], np.int64)
+        # The rows used are the first of an order of the store's own, so a smaller choice is part of a larger one.
+        self._limited = self._num_rows < [store.num_rows for store in stores]
+        self._all_rows = np.array([store.num_rows for store in stores], np.int64)
+        self._choices = np.array([name_key("rows used", store.fingerprint) for store in stores], np.uint64)
         # Keyed by the stores' content, so equal rows keep their order when a store is renamed.
         self._keys = np.array([name_key("row order", seed, store.fingerprint) for store in stores], np.uint64)
-        self.fingerprint = f"{name_key(json.dumps([self._quotas.tolist(), self._keys.tolist()])):016x}"
+        mix = [self._quotas.tolist(), self._keys.tolist()]
+        mix += [self._num_rows.tolist()] if self._limited.any() else []
+        self.fingerprint = f"{name_key(json.dumps(mix)):016x}"
 
     def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(source int32 [n], epoch int64 [n], row int64 [n]) of global row indices int64 [n], exact up to 2**40.
 
-        `source` counts in the order of `stores`. In each epoch, every row of a source is drawn once, in an order of
-        that epoch's own.
+        `source` counts in the order of `stores`. In each epoch, every row used of a source is drawn once, in an order
+        of that epoch's own.
         """
         period, slot = np.divmod(np.asarray(index, np.int64), PERIOD)
         source = self._schedule[slot]
         rank = period * self._quotas[source] + self._ranks[slot]  # earlier draws of this source
         epoch, position = np.divmod(rank, self._num_rows[source])
         row = permute(position, self._num_rows[source], counter_keys(self._keys[source], epoch))
+        limited = self._limited[source]
+        if limited.any():
+            of = source[limited]
+            row[limited] = permute(row[limited], self._all_rows[of], self._choices[of])
         return source, epoch, row
 
     def drawn(self, rows: int) -> np.ndarray:
@@ -76,7 +86,10 @@ class TransferSet:
         """
         drawn = self.drawn(rows)
         epochs = drawn / self._num_rows
-        tokens, utterances = ([getattr(store, name) for store in self.stores] for name in ("maskable", "texts"))
+        used = self._num_rows / self._all_rows
+        tokens, utterances = (
+            np.array([getattr(store, name) for store in self.stores]) * used for name in ("maskable", "texts")
+        )
         amounts = {
             "rows": drawn.astype(np.float64),
             "tokens": epochs * tokens,
@@ -93,7 +106,7 @@ class TransferSet:
             cut = [self.stores[number].cut for number in np.flatnonzero(members)]
             if None not in cut:
                 seen = amounts["utterances"][members].sum()
-                result["cut_share"] = float((epochs[members] * np.array(cut)).sum() / max(seen, 1e-300))
+                result["cut_share"] = float((epochs[members] * used[members] * np.array(cut)).sum() / max(seen, 1e-300))
             return result
 
         kinds = [_share_of(store, self.generic) for store in self.stores]
@@ -105,6 +118,13 @@ class TransferSet:
             "stores": {store.name: entry(number == i) for i, store in enumerate(self.stores) if kinds[i]},
             "kinds": {kind: entry(members) for kind, members in of_kind.items() if members.any()},
         }
+
+
+def _rows_used(store: RowStore, task_texts: int) -> int:
+    """How many rows of a store are used: as many as hold about `task_texts` texts, at least one; 0 uses all."""
+    if store.kind != "task" or task_texts == 0:
+        return store.num_rows
+    return min(max(round(task_texts * store.num_rows / store.texts), 1), store.num_rows)
 
 
 def _share_of(store: RowStore, generic: str) -> str | None:

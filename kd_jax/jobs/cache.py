@@ -130,13 +130,14 @@ def visits_of(
     """For each train store the rows and masking epochs that the runs visit together; and what each run sees of it."""
     shares = cache.task_shares or (transfer.task_share,)
     kinds = cache.generic or (transfer.generic,) * len(shares)
+    limits = cache.task_texts or (transfer.task_texts,) * len(shares)
     rows = cache.steps * cache.batch_size
     stores = prepared.stores("train")
     together = {store.name: np.zeros((masking_epochs, store.num_rows), bool) for store in stores}
     each = []
-    for share, kind in zip(shares, kinds, strict=True):
+    for share, kind, limit in zip(shares, kinds, limits, strict=True):
         for run_seed in cache.seeds or (seed,):
-            one = dataclasses.replace(transfer, task_share=float(share), generic=kind)
+            one = dataclasses.replace(transfer, task_share=float(share), generic=kind, task_texts=limit)
             transfer_set = transfer_set_of(one, prepared, run_seed)
             names = [store.name for store in transfer_set.stores]
             counts = transfer_set.drawn(rows).tolist()

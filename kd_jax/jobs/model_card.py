@@ -309,7 +309,8 @@ def _job(job: ConfigDict) -> str:
 def _transfer_set(config: ConfigDict) -> str:
     transfer = config.transfer
     share = f"{transfer.task_share:.0%} task-specific text by {transfer.unit}"
-    return f"a transfer set of {share}, the rest {transfer.generic}"
+    limit = f", of {transfer.task_texts:,} texts per store" if transfer.task_texts else ""
+    return f"a transfer set of {share}{limit}, the rest {transfer.generic}"
 
 
 def _metrics(workdir: pathlib.Path, settings: Export) -> Iterator[str]:

@@ -27,9 +27,14 @@ from kd_jax.types import Params, UserError
 def run_config(workdir: str | pathlib.Path, key: str) -> ConfigDict:
     """The resolved config of a run; `key` is the config key that named its directory."""
     config = from_dict(_recorded(workdir, CONFIG, key)["config"])
-    for name, value in (("pooling", "first"), ("labels", "")):  # all that 0.2.0 had
-        if "finetune" in config and name not in config.finetune:
-            config.finetune[name] = value
+    # What 0.2.0 had no key for.
+    for block, name, value in (
+        ("finetune", "pooling", "first"),
+        ("finetune", "labels", ""),
+        ("transfer", "task_texts", 0),
+    ):
+        if block in config and name not in config[block]:
+            config[block][name] = value
     return config
 
 

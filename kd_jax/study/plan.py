@@ -32,10 +32,10 @@ INITIALIZED = (
 )
 
 # The transfer set of teachers, and of every student unless it says otherwise.
-GENERIC = {"transfer.task_share": 0.0, "transfer.generic": "generic"}
+GENERIC = {"transfer.task_share": 0.0, "transfer.generic": "generic", "transfer.task_texts": 0}
 
 # Keys of config.cache that say for which runs a cache is written, not what is predicted.
-CACHED_RUNS = ("task_shares", "generic", "seeds", "steps", "batch_size")
+CACHED_RUNS = ("task_shares", "generic", "task_texts", "seeds", "steps", "batch_size")
 CACHED_ROWS = ("kinds", "rows_per_part", "batch_rows")  # the same of config.states
 
 STAGE = "stage:"  # the value "stage:<folder>" stands for a stage's directory, so that a study can be moved
@@ -296,7 +296,8 @@ class Planner:
     def transfer(self, transfer_set: str) -> dict[str, Any]:
         """The changes that make config.transfer that of a transfer set."""
         kind = "selected" if transfer_set in self.settings.selected_sets else "generic"
-        return {"transfer.task_share": task_shares(self.settings)[transfer_set], "transfer.generic": kind}
+        share, limit = task_shares(self.settings)[transfer_set], self.settings.task_texts.get(transfer_set, 0)
+        return {"transfer.task_share": share, "transfer.generic": kind, "transfer.task_texts": int(limit)}
 
     def cached(self, teacher: str) -> list[Stage]:
         """The caches of a teacher's states, predictions, or both, for all its students and seeds, in the order of the
@@ -318,6 +319,7 @@ class Planner:
             **GENERIC,
             "cache.task_shares": tuple(one["transfer.task_share"] for one in transfers),
             "cache.generic": tuple(one["transfer.generic"] for one in transfers),
+            "cache.task_texts": tuple(one["transfer.task_texts"] for one in transfers),
             "cache.seeds": self.settings.seeds,
             "cache.steps": self.distill.steps,
             "cache.batch_size": self.distill.batch_size,

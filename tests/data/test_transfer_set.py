@@ -224,6 +224,41 @@ def test_describe_counts_epochs_and_unique_tokens():
     assert described["stores"]["nlu"]["tokens"] == 50000 and described["kinds"]["task"]["unique_utterances"] == 250
 
 
+def test_a_limit_of_task_texts_keeps_the_shares_and_takes_the_same_rows_for_all_seeds():
+    stores = [store("web", "en", "generic", 200), store("en", "en", "task", 100), store("de", "de", "task", 10)]
+
+    def rows_of(limit, seed=0):
+        mixed = make(stores, seed=seed, task_share=0.5, task_texts=limit)
+        source, _, row = mixed.locate(np.arange(2000))
+        return mixed, {number: row[source == number] for number in range(3)}
+
+    everything, all_rows = rows_of(0)
+    some, some_rows = rows_of(101)  # texts of 5 per row: 20 rows
+    few, few_rows = rows_of(1)
+    np.testing.assert_array_equal(some.row_shares, everything.row_shares)
+    assert [len(set(rows.tolist())) for rows in some_rows.values()] == [200, 20, 10]
+    assert [len(set(rows.tolist())) for rows in few_rows.values()] == [200, 1, 1]
+    for number in (1, 2):
+        assert set(few_rows[number].tolist()) <= set(some_rows[number].tolist()) <= set(all_rows[number].tolist())
+        other_order = rows_of(101, seed=1)[1][number]
+        assert other_order.tolist() != some_rows[number].tolist()
+        assert set(other_order.tolist()) == set(some_rows[number].tolist())
+    # Each epoch draws every row used once.
+    first = some_rows[1][:20]
+    assert len(set(first.tolist())) == 20 and first.tolist() != some_rows[1][20:40].tolist()
+    np.testing.assert_array_equal(some_rows[0], all_rows[0])
+    assert len({everything.fingerprint, some.fingerprint, few.fingerprint}) == 3
+    assert make(stores, task_share=0.5, task_texts=10_000).fingerprint == everything.fingerprint
+
+
+def test_describe_counts_what_a_limit_of_task_texts_leaves():
+    stores = [store("web", "en", "generic", 200), store("en", "en", "task", 100, cut=40)]
+    task = make(stores, task_share=0.5, task_texts=100).describe(400)["kinds"]["task"]
+    assert task["unique_utterances"] == 100 and task["unique_tokens"] == 2000
+    assert task["epochs"] == 10 and task["tokens"] == 20_000 and task["utterances"] == 1000
+    assert task["cut_share"] == pytest.approx(0.08)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -232,6 +267,7 @@ def test_describe_counts_epochs_and_unique_tokens():
         ({"unit": "words"}, "transfer.unit"),
         ({"language_mix": "both"}, "transfer.language_mix"),
         ({"language_temperature": -1.0}, "transfer.language_temperature"),
+        ({"task_texts": -1}, "transfer.task_texts: -1 is negative"),
     ],
 )
 def test_wrong_values_are_refused(changes, message):

@@ -1,6 +1,6 @@
 """Parts of a card: results as a table, and teachers by name; the card as a whole is tested in test_export.py."""
 
-from kd_jax.jobs import model_card
+from kd_jax.jobs import model_card, trained
 from kd_jax.runtime.files import write_json
 from kd_jax.study.report.numbers import MEASURES
 from tests.support.finished_runs import small_config
@@ -77,3 +77,16 @@ def test_nothing_beside_a_run_gives_nothing(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "other").mkdir()
     assert model_card.scored_by(tmp_path / "run", "") is None
+
+
+def test_a_limit_of_task_texts_is_named_and_runs_without_the_key_have_none(tmp_path):
+    keys = ("pretrain", "student", "transfer", "train_body")
+    limited = write_run(tmp_path / "limited", keys, transfer__task_share=0.5, transfer__task_texts=1000)
+    config = trained.run_config(limited, "x")
+    assert model_card._transfer_set(config) == (
+        "a transfer set of 50% task-specific text by tokens, of 1,000 texts per store, the rest generic"
+    )
+    older = config.to_dict()
+    del older["transfer"]["task_texts"]
+    write_json(tmp_path / "limited" / "config.json", {"command": "distill", "config": older})
+    assert trained.run_config(limited, "x").transfer.task_texts == 0

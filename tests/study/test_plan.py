@@ -343,6 +343,30 @@ def test_a_chain_goes_by_way_of_an_intermediate():
     assert intermediate.config["transfer"]["task_share"] == 1.0
 
 
+def test_a_transfer_set_may_use_a_part_of_the_task_text():
+    config = pretrained.get_config()
+    before = {stage.name: stage.folder for stage in all_stages(config)}
+    config.study.transfer_sets = {**config.study.transfer_sets, "few": 0.5}
+    config.study.task_texts = {"few": 100}
+    few, all_text = distilled(config, "generic", "few"), distilled(config, "generic", "mix50")
+    assert (few.config["transfer"]["task_share"], few.config["transfer"]["task_texts"]) == (0.5, 100)
+    assert all_text.config["transfer"]["task_texts"] == 0
+    assert few.folder != all_text.folder == before["distilled-mix50-generic-seed0"]
+    cache = planner(config).cached("generic")[0].config["cache"]
+    assert dict(zip(config.study.transfer_sets, cache["task_texts"], strict=True)) == {
+        **dict.fromkeys(config.study.transfer_sets, 0),
+        "few": 100,
+    }
+    for wrong, message in (
+        ({"fewer": 100}, r"config\.study\.task_texts: fewer is no transfer set with task text"),
+        ({"generic": 100}, r"generic is no transfer set with task text"),
+        ({"few": 0}, r"config\.study\.task_texts\.few: 0 is not above 0"),
+    ):
+        config.study.task_texts = wrong
+        with pytest.raises(UserError, match=message):
+            planner(config)
+
+
 def test_selected_text_is_a_further_transfer_set():
     config = pretrained.get_config()
     config.study.selected_sets = {"selected": 0.0, "mix": 0.5}

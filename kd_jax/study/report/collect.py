@@ -54,6 +54,7 @@ def collect(study: Study, similarity: list[dict[str, Any]], provenance: dict[str
         records=records,
         task_shares=task_shares(settings),
         selected=tuple(settings.selected_sets),
+        task_texts=dict(settings.task_texts),
         realized=realized,
         curves=curves,
         similarity=similarity,

@@ -75,7 +75,7 @@ class Contrast(NamedTuple):
 def declared_student(numbers: Numbers) -> Student | None:
     """The student that represents distillation: of the generic teacher, on the most task text."""
     shares = {one: share for one in numbers.distilled("generic") if (share := numbers.share(one)) is not None}
-    return max(shares, key=lambda one: (shares[one], one.transfer_set not in numbers.inputs.selected), default=None)
+    return max(shares, key=lambda one: (numbers.plain(one), shares[one]), default=None)
 
 
 def declared(numbers: Numbers, task: str, measure: Measure | None = None) -> dict[str, Contrast]:
@@ -287,13 +287,13 @@ def left_out(numbers: Numbers, task: str) -> list[str]:
 def mixture_trend(numbers: Numbers, task: str) -> Trend | None:
     """The slope of a task's headline error along the share of task text; None for fewer than three shares.
 
-    It covers the students of the generic teacher whose generic text was not selected.
+    It covers the students of the generic teacher whose text was neither selected nor limited.
     """
     counts: list[ErrorCounts] = []
     shares: list[float] = []
     for student in numbers.distilled("generic"):
         share, found = numbers.share(student), numbers.errors(student, HEADLINE[task])
-        if share is None or found is None or student.transfer_set in numbers.inputs.selected:
+        if share is None or found is None or not numbers.plain(student):
             continue
         if all(comparable(found, other) for other in counts):
             counts.append(found)

@@ -15,7 +15,7 @@ from kd_jax.config.training import FEATURE_TERMS
 from kd_jax.evaluation.significance import error_rate
 from kd_jax.study.plan import INITIALIZED, Student
 from kd_jax.study.report.findings import correlation, correlation_text, divergence_key, domain_gains, similarity_points
-from kd_jax.study.report.numbers import HEADLINE, TEACHER_LABELS, Measure, Numbers, Place
+from kd_jax.study.report.numbers import HEADLINE, TEACHER_LABELS, Measure, Numbers, Place, percent
 from kd_jax.study.report.plotting import (
     DASHES,
     INK,
@@ -121,6 +121,8 @@ def _share_panel(panel: Axes, numbers: Numbers, measure: Measure) -> None:
         if not len(values):
             continue
         shade, shape, share = color(numbers, student), marker(student), numbers.share(student)
+        if student.transfer_set in numbers.inputs.task_texts:  # shown by `amount_curves`
+            continue
         if share is None:  # a band over all shares
             panel.axhspan(values.min(), values.max(), color=shade, alpha=0.15, linewidth=0)
             panel.axhline(values.mean(), color=shade, linestyle=DASHES[student.kind, student.teacher], linewidth=1.4)
@@ -130,7 +132,7 @@ def _share_panel(panel: Axes, numbers: Numbers, measure: Measure) -> None:
         panel.plot([x] * len(values), values, shape, color=shade, alpha=0.4, markersize=4, markeredgewidth=0)
         edge = {"markeredgecolor": "white", "markeredgewidth": 0.8}
         panel.plot([x], [values.mean()], shape, color=shade, markersize=7, **edge)
-        if student in numbers.distilled("generic") and student.transfer_set not in numbers.inputs.selected:
+        if student in numbers.distilled("generic") and numbers.plain(student):
             line.append((x, values.mean()))
     if line:
         panel.plot(*zip(*sorted(line)), color=TASK_ONLY, linewidth=1.4, zorder=1.5)
@@ -162,6 +164,58 @@ def _share_legend(numbers: Numbers) -> list[Line2D]:
     if len(numbers.seeds()) > 1:
         handles.append(legend_point(SOFT, "o", "small: single seeds", markersize=4, alpha=0.5))
     return handles
+
+
+@rc_context(STYLE)
+def amount_curves(numbers: Numbers) -> Figure | None:
+    """The headline error of each task against how many task texts were read, a line for each share of task text."""
+    tasks, limits = numbers.tasks(), numbers.inputs.task_texts
+    curves: dict[float, list[tuple[float, Student]]] = {}
+    for student in numbers.distilled("generic"):
+        share, texts = numbers.share(student), numbers.task_texts(student)
+        if share and texts and (numbers.plain(student) or student.transfer_set in limits):
+            curves.setdefault(share, []).append((texts, student))
+    curves = {
+        share: sorted(curve, key=lambda point: point[0])
+        for share, curve in curves.items()
+        if any(who.transfer_set in limits for _, who in curve)
+    }
+    if not tasks or not curves:
+        return None
+    lines = [one for one in numbers.students if numbers.share(one) is None or one == numbers.with_share(0.0)]
+    figure, axes = panel_grid(1, len(tasks), 3.4 + 0.1 * len(lines))
+    for panel, task in zip(axes[0], tasks):
+        measure = HEADLINE[task]
+        panel.grid(axis="y")
+        panel.set_xscale("log")
+        panel.set_title(measure.error_title)
+        panel.set_xlabel("unique task texts read")
+        amounts = sorted({round(texts) for curve in curves.values() for texts, _ in curve})
+        panel.set_xticks(amounts, [f"{amount:,}" for amount in amounts])
+        panel.minorticks_off()
+        panel.set_ylabel("error, %")
+        for who in lines:
+            values = list(numbers.values(who, task, measure.error).values())
+            if values:
+                stroke = DASHES.get((who.kind, who.teacher), "-")
+                panel.axhline(100 * np.mean(values), color=color(numbers, who), linestyle=stroke, linewidth=1.4)
+        for curve in curves.values():
+            means = []
+            for texts, who in curve:
+                values = 100 * np.array(list(numbers.values(who, task, measure.error).values()))
+                if len(values):
+                    panel.plot([texts] * len(values), values, "o", color=color(numbers, who), alpha=0.4, markersize=4)
+                    means.append((texts, values.mean()))
+            panel.plot(*zip(*means), "o-", color=color(numbers, curve[-1][1]), linewidth=1.6, markersize=6)
+    handles = [
+        legend_point(color(numbers, curve[-1][1]), "o", f"task {percent(share)}", linestyle="-")
+        for share, curve in curves.items()
+    ]
+    for who in lines:
+        stroke = DASHES.get((who.kind, who.teacher), "-")
+        handles.append(legend_point(color(numbers, who), "none", numbers.label(who), linestyle=stroke))
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, handlelength=2.6)
+    return figure
 
 
 @rc_context(STYLE)
@@ -365,6 +419,13 @@ FIGURES = {  # the name of the file -> the figure
         "do not start at zero.",
         "Line plots of each error rate against the share of task text",
         "No distilled student was tested, so there is no curve.",
+    ),
+    "amount_curves": Drawing(
+        amount_curves,
+        "Error against the number of task texts, for students distilled from the generic teacher: large points are "
+        "means over seeds, small ones seeds. Horizontal lines are rows that read no task text in distillation.",
+        "Line plots of the headline errors against the number of unlabeled task texts",
+        "",
     ),
     "test_sets": Drawing(
         by_test_set,

@@ -1,5 +1,6 @@
 """What a report is made from (`ReportInputs`), and every number that can be asked of it (`Numbers`)."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,6 +62,7 @@ class ReportInputs:
     records: Mapping[RecordKey, Sequence[Record]] = field(default_factory=dict)
     task_shares: Mapping[str, float] = field(default_factory=dict)  # transfer set -> share of task text in [0, 1]
     selected: Sequence[str] = ()  # transfer sets whose generic text config.select chose
+    task_texts: Mapping[str, int] = field(default_factory=dict)  # transfer set -> its limit of task texts per store
     realized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # transfer set -> TransferSet.describe
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # label -> rows of metrics.jsonl
     similarity: Sequence[Mapping[str, Any]] = ()  # domain, jsd, jsd_matched, overlap, tokens
@@ -144,12 +146,22 @@ class Numbers:
     def _order(self, student: Student) -> tuple:
         others = ("", LABELED, INITIALIZED, *TEACHERS)
         teacher = others.index(student.teacher) if student.teacher in others else -1
-        return KINDS.index(student.kind), teacher, self.share(student) or 0.0, student.transfer_set
+        limit = self.inputs.task_texts.get(student.transfer_set, math.inf)
+        return KINDS.index(student.kind), teacher, self.share(student) or 0.0, limit, student.transfer_set
 
     def share(self, student: Student) -> float | None:
         """Share of task text in the student's transfer set; None if it has none."""
         shares = self.inputs.task_shares
         return float(shares[student.transfer_set]) if student.transfer_set in shares else None
+
+    def plain(self, student: Student) -> bool:
+        """Whether its transfer set mixes all generic and all task text."""
+        return student.transfer_set not in {*self.inputs.selected, *self.inputs.task_texts}
+
+    def task_texts(self, student: Student) -> float:
+        """How many different task texts the student read in distillation."""
+        read = self.inputs.realized.get(student.transfer_set, {}).get("kinds", {})
+        return float(read.get("task", {}).get("unique_utterances", 0))
 
     def label(self, student: Student) -> str:
         """The name of a student or teacher in tables and figures, as plain text."""
@@ -163,8 +175,12 @@ class Numbers:
             drawn = self.inputs.config["select"]["target"] == "random"
             generic = "a random part of generic" if drawn else "selected generic"
             text = generic if share == 0 else f"{text} and {generic}"
-        elif share is not None:
-            same = [name for name, one in self.inputs.task_shares.items() if one == share and name not in selected]
+        limits = self.inputs.task_texts
+        if student.transfer_set in limits:
+            text += f" of {limits[student.transfer_set]:,} texts"
+        elif share is not None and student.transfer_set not in selected:
+            apart = {*selected, *limits}
+            same = [name for name, one in self.inputs.task_shares.items() if one == share and name not in apart]
             text += f" ({student.transfer_set})" if len(same) > 1 else ""  # the share alone would be ambiguous
         kind = "distilled" if student.kind == "distilled" else "MLM only"
         kind += " from the teacher" if student.teacher == INITIALIZED else ""
@@ -255,8 +271,9 @@ class Numbers:
         return [student for student in self.students if student.kind == "distilled" and student.teacher == teacher]
 
     def with_share(self, share: float, teacher: str = "generic") -> Student | None:
-        """The student distilled on a transfer set of exactly this share."""
-        return next((student for student in self.distilled(teacher) if self.share(student) == share), None)
+        """The student distilled on a transfer set of exactly this share, on all text rather than a part of it."""
+        found = [student for student in self.distilled(teacher) if self.share(student) == share]
+        return max(found, key=self.plain, default=None)
 
     @property
     def scratch(self) -> Student | None:

@@ -106,7 +106,7 @@ def compose(inputs: ReportInputs, drawn: Collection[str]) -> dict[str, str]:
         DECLARED: _declared_section(numbers),
         RESULTS: _results_section(numbers),
         HELDOUT: _heldout_section(numbers, shown["heldout_loss"]),
-        CURVES: shown["share_curves"],
+        CURVES: _joined(shown["share_curves"], shown["amount_curves"]),
         "Unseen and tail utterances": _test_sets_section(numbers, shown["test_sets"]),
         "By locale": _locale_section(numbers, shown["locales"]),
         "Noise of the teachers": _teacher_section(numbers, shown["teacher_noise"]),

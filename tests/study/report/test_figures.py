@@ -1,5 +1,6 @@
 """What the figures draw is what the results say, and their files are whole, stable and of known kinds."""
 
+import dataclasses
 import io
 import itertools
 
@@ -9,6 +10,7 @@ from matplotlib.text import Text
 
 from kd_jax.study.plan import Student
 from kd_jax.study.report import figures, findings, plotting
+from kd_jax.study.report.contrasts import mixture_trend
 from kd_jax.study.report.numbers import Place, ReportInputs
 from tests.support.report_inputs import STUDENTS, synthetic_inputs
 
@@ -43,6 +45,31 @@ def test_every_seed_has_a_point_in_the_curve(inputs):
     values = inputs.numbers.values(Student("distilled", "mix50", "generic"), "icner", "semer")
     assert len(values) == 3
     assert {(50.0, round(100 * value, 6)) for value in values.values()} <= drawn(panel)
+
+
+def test_amounts_of_task_text_have_a_curve_of_their_own_and_stay_out_of_the_others(inputs):
+    assert figures.amount_curves(inputs.numbers) is None
+    few = synthetic_inputs(size=60, students={key: STUDENTS[key] for key in STUDENTS if key[0] != "mlm"})
+    texts = {"generic": 0, "mix50": 30, "task": 300}
+    realized = {name: {"kinds": {"task": {"unique_utterances": count}}} for name, count in texts.items()}
+    shares = {"generic": 0.0, "mix50": 1.0, "task": 1.0}
+    few = dataclasses.replace(few, task_shares=shares, task_texts={"mix50": 10}, realized=realized)
+    numbers = few.numbers
+    assert numbers.label(Student("distilled", "mix50", "generic")) == "distilled, task 100 % of 10 texts"
+    assert numbers.with_share(1.0) == Student("distilled", "task", "generic")
+    drawing = figures.amount_curves(numbers)
+    assert drawing is not None
+    means = {
+        name: 100 * np.mean(list(numbers.values(Student("distilled", name, "generic"), "icner", "semer").values()))
+        for name in shares
+    }
+    panel = drawing.axes[1]
+    (line,) = (line for line in panel.get_lines() if list(line.get_xdata()) == [30, 300])
+    np.testing.assert_allclose(np.asarray(line.get_ydata()), [means["mix50"], means["task"]])
+    assert any(np.allclose(np.asarray(line.get_ydata()), means["generic"]) for line in panel.get_lines())
+    curve = figures.share_curves(numbers)
+    assert curve is not None and round(means["mix50"], 6) not in {y for _, y in drawn(curve.axes[4])}
+    assert mixture_trend(numbers, "dc") is None
 
 
 def test_heldout_loss_shows_means_and_each_models_unigram(inputs):
