@@ -11,7 +11,7 @@ import math
 import pathlib
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -76,7 +76,7 @@ class Pilots:
         self.outcomes: dict[Pilot, Outcome] = {}
         self._studies: dict[Pilot, Study] = {}
         self._opened: dict[str, Study] = {}  # by the hash of its config, since pilots share studies
-        self._texts: dict[str, int] = {}  # source -> task texts of its largest language
+        self._texts = 0  # in the largest store of task text
         self._finished: list[tuple[Stage, tuple, float, float]] = []  # with kind, seconds, and those of its steps
         self._flops: dict[int, dict[str, float]] = {}
         self._rate = 0.0  # FLOPs per second: of matrix products, and then of the first pilot
@@ -146,7 +146,7 @@ class Pilots:
                     raise self.too_small(needed, f"the text, the teacher and one pilot take about {duration(needed)}")
             study.run_one(stage, stage.name, self._outputs)
             self.note(study, stage)
-            if stage.command == "prepare" and pilot.candidate.amount == 1:
+            if stage.command == "prepare" and not self._texts:
                 self.check(Prepared(str(study.folder(stage))))
             if stage.folder == study.planner.teacher().folder:
                 study.check_teachers()
@@ -219,9 +219,7 @@ class Pilots:
 
     def check(self, prepared: Prepared) -> None:
         """Refuses text from which the transfer sets cannot be made, and a dev partition too small to compare them."""
-        for store in prepared.stores("train"):
-            if store.kind == "task":
-                self._texts[store.source] = max(self._texts.get(store.source, 0), store.texts)
+        self._texts = max((store.texts for store in prepared.stores("train") if store.kind == "task"), default=0)
         dev = sum(one.partition == "dev" for one in prepared.utterances)
         problem = (
             f"there are {dev} dev utterances, too few to compare pilots on" if dev else "there is no dev partition"
@@ -250,8 +248,10 @@ class Pilots:
         return Prepared(str(study.folder(study.planner.prepare())))
 
     def texts(self, pilot: Pilot) -> int:
-        """The number of task texts that a pilot could draw from."""
-        return sum(store.texts for store in self.prepared(pilot).stores("train") if store.kind == "task")
+        """About how many task texts a pilot could draw from."""
+        limit = round(pilot.candidate.amount * self._texts)
+        stores = self.prepared(pilot).stores("train")
+        return sum(min(store.texts, limit) for store in stores if store.kind == "task")
 
     def lines(self) -> list[dict[str, Any]]:
         """pilots.jsonl: each pilot with its errors in points, the stages with its records, and the seconds of the
@@ -277,19 +277,22 @@ class Pilots:
         self._outputs = None
 
 
-def pilot_config(config: ConfigDict, settings: Advise, pilot: Pilot, texts: Mapping[str, int]) -> ConfigDict:
-    """The config of the study that a pilot belongs to; texts: source -> task texts of its largest language.
+def pilot_config(config: ConfigDict, settings: Advise, pilot: Pilot, texts: int) -> ConfigDict:
+    """The config of the study that a pilot belongs to; texts: in the largest store of task text.
 
-    States are cached once for all transfer sets; a cache of predictions depends on seeds and steps, so each pilot has
-    its own. All stages have the settings of the full study except the steps and the recipe: the first one, with the
-    lowest of its encoder rates, which suits distilled students.
+    States are cached once for all transfer sets and amounts; a cache of predictions depends on seeds and steps, so each
+    pilot has its own. All stages have the settings of the full study except the steps and the recipe: the first one,
+    with the lowest of its encoder rates, which suits distilled students.
     """
     new, one = config.copy_and_resolve_references(), pilot.candidate
     masked = not new.distill.clean or new.distill.masked_from < 1
-    shares = (one.share,) if one.amount < 1 or masked else settings.shares
+    shares = (one.share,) if masked else settings.shares
     study = new.study
     study.transfer_sets = ConfigDict({Candidate(share).set_name: float(share) for share in shares})
     study.selected_sets = ConfigDict()
+    limited = shares if one.amount < 1 else ()
+    limit = max(round(one.amount * texts), 1)
+    study.task_texts = ConfigDict({Candidate(share).set_name: limit for share in limited if share > 0})
     for name in ("schedule_sets", "average_sets", "chain_sets", "adapted_sets"):
         study[name] = ()
     study.adapted_sets = (one.set_name,) if one.teacher == "adapted" else ()
@@ -302,8 +305,6 @@ def pilot_config(config: ConfigDict, settings: Advise, pilot: Pilot, texts: Mapp
     job = new.distill
     job.warmup_steps = min(round(job.warmup_steps * pilot.steps / job.steps), pilot.steps)
     job.steps = pilot.steps
-    for name, count in texts.items() if one.amount < 1 else ():
-        new.sources[name].max_texts = max(round(one.amount * count), 1)
     return new
 
 

@@ -56,7 +56,7 @@ class Stages:
 
 
 class Text:
-    """Stand-in for a prepared folder; its amount of task text follows the stage's config."""
+    """Stand-in for a prepared folder."""
 
     def __init__(self, folder=None, dev=400):
         self.utterances = [types.SimpleNamespace(partition="dev")] * dev
@@ -85,7 +85,6 @@ def stand_in(monkeypatch):
         domain = {"domain": "music", "tokens": 5, "jsd": 0.5, "jsd_matched": 0.5, "overlap": 0.5}
         about = {"texts": {"task": 1}, "tokens": {"task": 5}, "jsd": 0.5, "overlap": 0.5, "domains": [domain]}
         monkeypatch.setattr(advise, "data", lambda prepared: about)
-        monkeypatch.setattr(advise.Pilots, "texts", lambda self, pilot: round(1000 * pilot.candidate.amount))
 
         def seconds(folder):
             return next((took for name, took in SECONDS.items() if name in kind(folder)), 10.0)
@@ -166,11 +165,11 @@ def test_a_teacher_without_a_trained_head_is_not_adapted(stand_in, tmp_path):
     assert "masked-LM head is not trained" in found["adapting"]["why"]
 
 
-def test_less_task_text_has_its_own_prepared_folder_and_the_full_study_reuses_the_pilots(stand_in, tmp_path):
+def test_less_task_text_shares_the_prepared_folder_and_the_full_study_reuses_the_pilots(stand_in, tmp_path):
     stages = Stages()
     found = stand_in(tmp_path, stages, budget_minutes=600.0, steps=(1.0,), seeds=(1,))
-    prepared = [name for name in stages.ran if name.startswith("prepare-")]
-    assert len(prepared) == 3, "all of the task text, a tenth and three tenths"
+    assert sum(name.startswith("prepare-") for name in stages.ran) == 1
+    assert sum(name.startswith("distilled-task-generic-seed0-") for name in stages.ran) == 3, "all, 0.1 and 0.3"
     assert found["task_text"]["texts"] == [100, 300, 1000]
     full = loaded(tmp_path / "study.py").get_config()
     assert full.study.transfer_sets.to_dict() == {"generic": 0.0, "task": 1.0}
