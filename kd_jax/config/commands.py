@@ -163,8 +163,8 @@ class Study:
     train_head: imported teacher: train its masked-LM head first, with the encoder frozen and config.pretrain as job.
     transfer_sets: name -> task_share.
     selected_sets: the same with selected generic text (config.select) in place of all generic text.
-    task_texts: name of a transfer set -> how many texts per store of task text it uses (transfer.task_texts); others
-        use all.
+    task_texts: name of a transfer set -> how many texts per store of task text it uses, in place of
+        transfer.task_texts.
     adapted_sets: transfer sets also distilled from the adapted teacher,
     schedule_sets: from the generic teacher and, from schedule_switch on, from the adapted one,
     average_sets: from both, their probabilities averaged,

@@ -219,7 +219,9 @@ class Pilots:
 
     def check(self, prepared: Prepared) -> None:
         """Refuses text from which the transfer sets cannot be made, and a dev partition too small to compare them."""
-        self._texts = max((store.texts for store in prepared.stores("train") if store.kind == "task"), default=0)
+        limit = self.config.transfer.task_texts or math.inf
+        counts = [min(store.texts, limit) for store in prepared.stores("train") if store.kind == "task"]
+        self._texts = int(max(counts, default=0))
         dev = sum(one.partition == "dev" for one in prepared.utterances)
         problem = (
             f"there are {dev} dev utterances, too few to compare pilots on" if dev else "there is no dev partition"

@@ -296,7 +296,8 @@ class Planner:
     def transfer(self, transfer_set: str) -> dict[str, Any]:
         """The changes that make config.transfer that of a transfer set."""
         kind = "selected" if transfer_set in self.settings.selected_sets else "generic"
-        share, limit = task_shares(self.settings)[transfer_set], self.settings.task_texts.get(transfer_set, 0)
+        share = task_shares(self.settings)[transfer_set]
+        limit = self.settings.task_texts.get(transfer_set, self.values["transfer"]["task_texts"]) if share else 0
         return {"transfer.task_share": share, "transfer.generic": kind, "transfer.task_texts": int(limit)}
 
     def cached(self, teacher: str) -> list[Stage]:

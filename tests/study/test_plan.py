@@ -357,6 +357,11 @@ def test_a_transfer_set_may_use_a_part_of_the_task_text():
         **dict.fromkeys(config.study.transfer_sets, 0),
         "few": 100,
     }
+    config.transfer.task_texts = 7
+    limits = {
+        one: distilled(config, "generic", one).config["transfer"]["task_texts"] for one in ("few", "task", "generic")
+    }
+    assert limits == {"few": 100, "task": 7, "generic": 0}
     for wrong, message in (
         ({"fewer": 100}, r"config\.study\.task_texts: fewer is no transfer set with task text"),
         ({"generic": 100}, r"generic is no transfer set with task text"),
