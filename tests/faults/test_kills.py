@@ -24,12 +24,13 @@ def program(name, *arguments):
 
 def test_times_are_left_out_of_a_comparison_and_nothing_else_is(tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
-    for folder, second in ((one, 1), (other, 2)):
+    for folder, second, key in ((one, 1, ""), (other, 2, " --config.watchdog_seconds=15.0")):
         (folder / "empty").mkdir(parents=True)
         (folder / "DONE").write_text(json.dumps({"finished": second, "best_step": 3}))
         (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.5, "time/goodput": second}) + "\n")
         (folder / "seconds.json").write_text(str(second))
-        (folder / "report.md").write_text(f"An error of 5\n\n{forks.TIME_TABLE.decode()}\n| all | {second} |\n")
+        text = f"An error of 5, by kd-jax study{key} --workdir=run\n\n{forks.TIME_TABLE.decode()}\n| all | {second} |\n"
+        (folder / "report.md").write_text(text)
         (folder / "other.json").write_text('{"finished": 1}')
     assert forks.differences(forks.contents(one), forks.contents(other)) == []
     for name, text in (
