@@ -206,7 +206,8 @@ def amount_curves(numbers: Numbers) -> Figure | None:
                 if len(values):
                     panel.plot([texts] * len(values), values, "o", color=color(numbers, who), alpha=0.4, markersize=4)
                     means.append((texts, values.mean()))
-            panel.plot(*zip(*means), "o-", color=color(numbers, curve[-1][1]), linewidth=1.6, markersize=6)
+            if means:
+                panel.plot(*zip(*means), "o-", color=color(numbers, curve[-1][1]), linewidth=1.6, markersize=6)
     handles = [
         legend_point(color(numbers, curve[-1][1]), "o", f"task {percent(share)}", linestyle="-")
         for share, curve in curves.items()
