@@ -58,21 +58,22 @@ def get_config(argument: str = "") -> ConfigDict:
             "recipe_epochs": (10,),
         }
     )
-    variants = {"scarce": "little task text", "random": "random token tables", "confirm": "it-IT and pt-PT"}
-    if argument in variants:
-        config.study.name += ", " + variants[argument]
+    if argument in ("scarce", "random", "confirm"):
         config.select.share = 0.0
         config.study.selected_sets = ConfigDict({})
     if argument == "scarce":
+        config.study.name += ", little task text"
         config.study.task_texts = ConfigDict({"mix50_100": 100, "mix50_1000": 1000, "task_100": 100, "task_1000": 1000})
         few = {name: 0.5 if name.startswith("mix50") else 1.0 for name in config.study.task_texts}
         config.study.transfer_sets.update(few)
         config.study.probe = False  # docs/results/massive_me5.md has it
     if argument == "confirm":  # on which nothing was chosen
+        config.study.name = "MASSIVE, it-IT and pt-PT, multilingual-e5-small"
         config.nlu.locales = ("it-IT", "pt-PT")
         config.sources.generic.languages = ("it", "pt")
         config.study.transfer_sets = ConfigDict({"generic": 0.0, "task": 1.0})
     if argument == "random":
+        config.study.name += ", random token tables"
         config.distill.update({"init": "random", "table_rate": 1.0})
         config.study.update({"mlm_random": True, "ngrams": False, "probe": False})
     if argument in ("logits", "features"):
