@@ -44,7 +44,7 @@ COMMANDS = (
 )
 CONFIG = (
     f"--config={pathlib.Path(tiny.__file__).resolve()}",
-    *("--config.rows.length=64", "--config.states.rows_per_part=8", "--config.cache.rows_per_part=64"),
+    *("--config.rows.length=64", "--config.states.rows_per_part=64", "--config.cache.rows_per_part=64"),
     "--config.nlu.path={data}",
     "--config.sources.generic.path={data}/{{language}}.txt",
 )
