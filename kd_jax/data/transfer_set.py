@@ -44,10 +44,10 @@ class TransferSet:
         self._quotas = _quotas(row_shares / row_shares.sum(), [store.name for store in stores])
         self.row_shares = self._quotas / PERIOD
         self._schedule, self._ranks = _schedule(self._quotas)
+        self._all_rows = np.array([store.num_rows for store in stores], np.int64)
         self._num_rows = np.array([_rows_used(store, transfer.task_texts) for store in stores], np.int64)
         # The rows used are the first of an order of the store's own, so a smaller choice is part of a larger one.
-        self._limited = self._num_rows < [store.num_rows for store in stores]
-        self._all_rows = np.array([store.num_rows for store in stores], np.int64)
+        self._limited = self._num_rows < self._all_rows
         self._choices = np.array([name_key("rows used", store.fingerprint) for store in stores], np.uint64)
         # Keyed by the stores' content, so equal rows keep their order when a store is renamed.
         self._keys = np.array([name_key("row order", seed, store.fingerprint) for store in stores], np.uint64)

@@ -175,7 +175,7 @@ def load_params(workdir: str | pathlib.Path, abstract: Params, best_step: int | 
 @contextlib.contextmanager
 def reading(checkpoint: pathlib.Path, remedy: str) -> Iterator[None]:
     """Turns what orbax and tensorstore raise for a damaged checkpoint into a UserError; not out-of-memory errors."""
-    _hide_late_callbacks()  # before the reads: a callback may come between the failure and the handler below
+    _hide_late_callbacks()  # installed first, since callbacks can run before the except clause below does
     try:
         yield
     except (UserError, MemoryError):
