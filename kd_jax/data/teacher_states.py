@@ -26,7 +26,7 @@ from kd_jax.types import Batch, UserError
 COUNTS = "{}.counts"
 # A layer, for the states after it, or (layer, part) for its queries, keys or values, with all heads concatenated.
 Block = int | tuple[int, str]
-_CHUNK = 2**16  # rows whose segments are read at a time
+_CHUNK = 2**10  # rows whose segments are read at a time
 
 
 def counts_of(store: RowStore) -> np.ndarray:

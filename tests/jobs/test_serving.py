@@ -225,7 +225,7 @@ def test_float_export_predicts_what_the_run_predicts(data, runs, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "pooling"), [("dc", "max"), ("icner", "mean")])
+@pytest.mark.parametrize(("task", "pooling"), [pytest.param("dc", "max", marks=pytest.mark.long), ("icner", "mean")])
 def test_a_pooled_model_is_served_as_it_was_trained(data, task, pooling, tmp_path):
     pytest.importorskip("flatbuffers", reason="jax serializes programs with flatbuffers")
     config, prepared = data[0].copy_and_resolve_references(), data[1]

@@ -23,7 +23,7 @@ def test_help_is_the_comment_at_the_top_and_an_unknown_argument_is_refused():
     assert ran.returncode == 2 and "unknown argument --tpu" in ran.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_measurement_at_tiny_sizes(tmp_path):
     command = ["bash", LAUNCH / "gpu_check.sh", PYTHON, f"--workdir={tmp_path}", "--cpu"]
     ran = subprocess.run(command, capture_output=True, text=True)

@@ -395,7 +395,7 @@ def test_it_compiles_for_hardware_that_is_not_here(name, count, rows):
     assert float(found["MiB"]) < 800
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("platform, tiling", [("tpu", TPU), ("gpu", GPU)])
 def test_at_a_vocabulary_of_250_002_with_the_real_tiles(platform, tiling):
     tiling = dataclasses.replace(tiling, interpret=True)

@@ -116,9 +116,8 @@ def test_the_advice_comes_with_all_of_its_files_and_the_same_command_runs_nothin
     assert len(stages.ran) == count == len(set(stages.ran)), "no stage is run twice"
 
 
-@pytest.mark.parametrize(
-    "stop_at", [pytest.param(0, marks=pytest.mark.long), 9, pytest.param(30, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("stop_at", [0, 9, 30])
 def test_a_killed_search_resumes(stand_in, tmp_path, stop_at):
     whole = Stages()
     wanted = stand_in(tmp_path / "whole", whole, budget_minutes=600.0)

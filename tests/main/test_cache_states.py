@@ -240,6 +240,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence_and_nothing_is_written(mad
         assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.long
 def test_logits_follow_states_from_two_caches_as_in_the_loop_and_across_a_kill(made, tmp_path, monkeypatch):
     both = {"distill__masked_from": 0.5, "distill__kl": {"weight": 1.0}, "distill__mlm": {"weight": 1.0}}
     more = {"cache__dtype": "float32", "cache__task_shares": (0.5,), "cache__steps": STEPS}
@@ -292,6 +293,7 @@ def test_rows_that_changed_since_the_cache_was_written_are_refused(made, tmp_pat
     assert not (tmp_path / "student").exists()
 
 
+@pytest.mark.long
 def test_a_teacher_with_another_tokenizer_gives_the_means_of_texts_and_nothing_else(made, tmp_path):
     config = config_for(pretrain__steps=1, tokenizer__vocab_size=300, rows__length=64)
     prepare.run(config, tmp_path / "theirs")

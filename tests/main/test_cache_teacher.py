@@ -69,7 +69,7 @@ def metrics_of(workdir):
         pytest.param({"cache__format": "hidden"}, False, marks=pytest.mark.long),
         pytest.param({"cache__format": "top_k", "cache__k": 600}, False, marks=pytest.mark.long),
         ({"cache__format": "hidden"}, True),
-        ({"cache__format": "top_k", "cache__k": 600}, True),
+        pytest.param({"cache__format": "top_k", "cache__k": 600}, True, marks=pytest.mark.long),
     ],
 )
 def test_students_from_the_cache_equal_those_of_the_teacher_in_the_loop(made, tmp_path, form, trim):

@@ -229,7 +229,7 @@ def assert_finetuned_from(config, folder, prepared, params):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_distilling_the_states_of_a_finetuned_classifier_and_going_on_from_it(data, tmp_path):
     _, params = write_finetuned(tmp_path / "source", "bert", data[1], SEQUENCE_HEAD)
     config = imported(data, tmp_path / "source", tmp_path / "run")

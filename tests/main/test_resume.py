@@ -160,6 +160,7 @@ def what_is_read(workdir):
     return params_fingerprint(found.params)
 
 
+@pytest.mark.long
 def test_another_config_on_resume_is_refused_with_the_difference(prepared, tmp_path):
     workdir = tmp_path / "run"
     assert run(command(prepared, workdir)).returncode == 0

@@ -63,8 +63,8 @@ def stopping_at(step, monkeypatch):
             yield
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["gs", pytest.param("s3", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
 def test_from_text_to_results_with_everything_on_a_store(tmp_path, store, monkeypatch, scheme):
     base = f"{scheme}://bucket/study"
     config = small(f"{base}/prepared")

@@ -40,7 +40,13 @@ def kl_of(p, q, weights):
 def models():
     """(student, its parameters, teacher, its parameters, batch)."""
     student, teacher = tiny(initializer_range=0.3), tiny(num_layers=3, initializer_range=0.3)
-    return student, student.init(jax.random.key(0)), teacher, teacher.init(jax.random.key(1)), uneven_batch()
+    return (
+        student,
+        jax.jit(student.init)(jax.random.key(0)),
+        teacher,
+        jax.jit(teacher.init)(jax.random.key(1)),
+        uneven_batch(),
+    )
 
 
 def test_kl_is_that_of_the_two_models_logits(models):
@@ -53,7 +59,7 @@ def test_kl_is_that_of_the_two_models_logits(models):
 
 def test_several_teachers_average_their_probabilities(models):
     student, params, teacher, theirs, batch = models
-    other = teacher.init(jax.random.key(2))
+    other = jax.jit(teacher.init)(jax.random.key(2))
     objective = make_distill_objective(WithProjections(student, ()), (teacher, teacher), KL_ALONE)
     _, metrics = one_step(objective, params, {"teachers": (theirs, other)}, batch)
     p = (softmax(masked_logits(teacher, theirs, batch), 2.0) + softmax(masked_logits(teacher, other, batch), 2.0)) / 2
@@ -78,7 +84,7 @@ def test_hidden_states_go_through_their_projections(models, distance):
     _, _, _, _, batch = models
     student, teacher = tiny(hidden_size=16, initializer_range=0.3), tiny(num_layers=3, initializer_range=0.3)
     wider = WithProjections(student, (("hidden_0", 16, 32), ("hidden_1", 16, 32), ("embeddings", 16, 32)))
-    params, theirs = wider.init(jax.random.key(0)), teacher.init(jax.random.key(1))
+    params, theirs = jax.jit(wider.init)(jax.random.key(0)), jax.jit(teacher.init)(jax.random.key(1))
     settings = DistillSettings(
         **NOTHING,
         hidden=Hidden(1.0, distance=distance),
@@ -119,7 +125,7 @@ def test_the_sentence_term_compares_the_mean_states_of_texts(models, also):
     _, _, _, _, batch = models
     student, teacher = tiny(hidden_size=16, initializer_range=0.3), tiny(num_layers=3, initializer_range=0.3)
     wider = WithProjections(student, (("sentence", 16, 32),))
-    params, theirs = wider.init(jax.random.key(0)), teacher.init(jax.random.key(1))
+    params, theirs = jax.jit(wider.init)(jax.random.key(0)), jax.jit(teacher.init)(jax.random.key(1))
     terms = {**NOTHING, "kl": KL(1.0)} if also == "kl" else NOTHING
     settings = DistillSettings(**terms, sentence=Sentence(0.5), clean=also == "clean")
     rows = {name: batch[name] for name in ("tokens", "segment_ids", "positions")} if also == "clean" else batch
@@ -162,7 +168,7 @@ def test_cached_states_give_the_step_of_the_teacher_in_the_loop(models, accumula
     student, teacher = tiny(hidden_size=16, initializer_range=0.3), tiny(num_layers=3, initializer_range=0.3)
     names = ("hidden_0", "hidden_1", "sentence")
     wider = WithProjections(student, tuple((name, 16, 32) for name in names))
-    params, theirs = wider.init(jax.random.key(0)), teacher.init(jax.random.key(1))
+    params, theirs = jax.jit(wider.init)(jax.random.key(0)), jax.jit(teacher.init)(jax.random.key(1))
     settings = DistillSettings(
         **NOTHING, hidden=Hidden(1.0), sentence=Sentence(1.0), clean=True, hidden_layers=((0, 0), (1, 2))
     )
@@ -184,7 +190,7 @@ def test_centered_states_have_their_mean_subtracted(models):
     _, _, _, _, batch = models
     student, teacher = tiny(hidden_size=16, initializer_range=0.3), tiny(num_layers=3, initializer_range=0.3)
     wider = WithProjections(student, (("hidden_0", 16, 32), ("sentence", 16, 32)))
-    params, theirs = wider.init(jax.random.key(0)), teacher.init(jax.random.key(1))
+    params, theirs = jax.jit(wider.init)(jax.random.key(0)), jax.jit(teacher.init)(jax.random.key(1))
     clean = {name: batch[name] for name in ("tokens", "segment_ids", "positions")}
     states, means = make_states_step(teacher, (2,), 2, "float32")(theirs, clean)
     values = {STATES.format(2): np.asarray(states[0]), MEANS: np.asarray(means)}
@@ -214,7 +220,7 @@ def test_centered_states_have_their_mean_subtracted(models):
 def test_relations_with_other_head_counts(models):
     student, params, _, _, batch = models
     teacher = tiny(num_layers=3, hidden_size=48, num_heads=3, initializer_range=0.3)
-    theirs = teacher.init(jax.random.key(1))
+    theirs = jax.jit(teacher.init)(jax.random.key(1))
     settings = DistillSettings(
         **NOTHING,
         relations=Relations(1.0, parts=("query", "value")),
@@ -271,7 +277,7 @@ def test_a_trimmed_student_sees_the_teacher_on_its_own_pieces(models, dropped):
     _, _, teacher, theirs, batch = models
     kept = np.sort(np.random.default_rng(3).permutation(VOCABULARY)[:40]).astype(np.int32)
     student = tiny(vocab_size=40, initializer_range=0.3)
-    params = student.init(jax.random.key(0))
+    params = jax.jit(student.init)(jax.random.key(0))
     # The teacher reads a dropped token as itself; the student reads <unk>.
     full = batch["tokens"]
     tokens = np.where(np.isin(full, kept), np.searchsorted(kept, full), 3).astype(np.int32)
@@ -292,7 +298,7 @@ def test_fused_logits_give_the_same_step(models, where, trimmed):
     frozen = {"teachers": (theirs,)}
     if trimmed:
         student = tiny(vocab_size=40, initializer_range=0.3)
-        params, kept = student.init(jax.random.key(0)), np.arange(0, 2 * 40, 2) % VOCABULARY
+        params, kept = jax.jit(student.init)(jax.random.key(0)), np.arange(0, 2 * 40, 2) % VOCABULARY
         frozen["kept"] = np.sort(kept).astype(np.int32)
         small = {name: np.minimum(batch[name], 39) for name in ("tokens", "masked_targets")}
         batch = {**batch, **small, "teacher_tokens": batch["tokens"]}
@@ -308,7 +314,7 @@ def test_fused_logits_give_the_same_step(models, where, trimmed):
 
 def test_kernels_are_used_for_the_terms_they_support(models):
     student, params, teacher, theirs, batch = models
-    other = teacher.init(jax.random.key(2))
+    other = jax.jit(teacher.init)(jax.random.key(2))
     scales = {"kl": jnp.float32(1.0), "mlm": jnp.float32(1.0)}
 
     def kernels(batch=batch, frozen=None, teachers=(teacher,), **changes):
@@ -361,7 +367,7 @@ def test_an_untied_decoder_replaces_the_token_table(models):
     batch = models[-1]
     own = {"tied_decoder": False, "initializer_range": 0.3}
     student, teacher = tiny(**own), tiny(num_layers=3, **own)
-    params, theirs = student.init(jax.random.key(0)), teacher.init(jax.random.key(1))
+    params, theirs = jax.jit(student.init)(jax.random.key(0)), jax.jit(teacher.init)(jax.random.key(1))
     settings = dataclasses.replace(KL_ALONE, mlm=Term(1.0))
     state, metrics = one_step(distillation(student, teacher, settings), params, {"teachers": (theirs,)}, batch)
     p, q = softmax(masked_logits(teacher, theirs, batch), 2.0), softmax(masked_logits(student, params, batch), 2.0)

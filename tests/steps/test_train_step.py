@@ -73,8 +73,8 @@ def test_micro_batches_take_every_nth_row():
 def test_accumulation_equals_the_whole_batch_under_uneven_masks(accumulation, settings):
     student, teacher = tiny(), tiny(num_layers=1)
     objective = distillation(student, teacher, settings)
-    params = student.init(jax.random.key(0))
-    frozen = {"teachers": (teacher.init(jax.random.key(1)),)}
+    params = jax.jit(student.init)(jax.random.key(0))
+    frozen = {"teachers": (jax.jit(teacher.init)(jax.random.key(1)),)}
     whole, metrics = one_step(objective, params, frozen, uneven_batch())
     parts, part_metrics = one_step(objective, params, frozen, uneven_batch(), accumulation)
     assert_trees_close(whole["params"], parts["params"])
@@ -85,7 +85,7 @@ def test_accumulation_equals_the_whole_batch_under_uneven_masks(accumulation, se
 
 def test_loss_is_each_sum_over_its_own_global_weight():
     model = tiny()
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     batch = uneven_batch()
     _, metrics = one_step(make_pretrain_objective(model), params, {}, batch)
     total, weight = metrics["mlm"]
@@ -95,7 +95,7 @@ def test_loss_is_each_sum_over_its_own_global_weight():
 
 def test_fused_logits_give_the_same_loss_and_gradient():
     model, batch = tiny(), uneven_batch()
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     _, expected = one_step(make_pretrain_objective(model), params, {}, batch)
     _, found = one_step(make_pretrain_objective(model, fused=True), params, {}, batch)
     for name in ("loss", "accuracy", "grad_norm"):
@@ -104,19 +104,19 @@ def test_fused_logits_give_the_same_loss_and_gradient():
 
 def test_batch_without_masked_tokens_changes_nothing():
     student, teacher = tiny(), tiny(num_layers=1)
-    params = student.init(jax.random.key(0))
+    params = jax.jit(student.init)(jax.random.key(0))
     batch = uneven_batch()
     batch["masked_weights"] = np.zeros_like(batch["masked_weights"])
     objective = distillation(student, teacher)
-    state, metrics = one_step(objective, params, {"teachers": (teacher.init(jax.random.key(1)),)}, batch)
+    state, metrics = one_step(objective, params, {"teachers": (jax.jit(teacher.init)(jax.random.key(1)),)}, batch)
     assert float(metrics["loss"][0]) == 0.0
     assert_trees_close(state["params"], params, tolerance=0.0)
 
 
 def test_more_padding_never_changes_the_step():
     student, teacher = tiny(), tiny(num_layers=1)
-    params = student.init(jax.random.key(0))
-    frozen = {"teachers": (teacher.init(jax.random.key(1)),)}
+    params = jax.jit(student.init)(jax.random.key(0))
+    frozen = {"teachers": (jax.jit(teacher.init)(jax.random.key(1)),)}
     batch = uneven_batch()
     wider = dict(batch)
     for name in ("tokens", "segment_ids", "positions"):
@@ -132,7 +132,7 @@ def test_more_padding_never_changes_the_step():
 
 def test_student_equal_to_teacher_has_no_kl_and_no_gradient_from_it():
     model = tiny()
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     objective = distillation(model, model, dataclasses.replace(SETTINGS, mlm=Term(0.0)))
     state, metrics = one_step(objective, params, {"teachers": (params,)}, uneven_batch())
     # The loss itself is exactly 0 on equal logits (test_logits.py); here the two forward passes are compiled apart.
@@ -180,7 +180,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_schedule_where_it_may
         batch["tokens"][batch["tokens"] == MARKED] = 5
         batch["tokens"][2, 3] = MARKED
     skips, plain = step_of(broken_objective(whole, [1]), after_skipped), step_of(whole, None)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     frozen = {"seed": np.int32(0)}
     state = reference = {"step": jnp.int32(0), "params": params, "opt_state": optimizer.init(params)}
     counts = []
@@ -212,7 +212,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_with_a_finite_loss():
         return total + jnp.sqrt(jnp.sum(params["encoder"]["embeddings"]["tokens"] * 0.0)), terms  # 0, gradient NaN
 
     objective, optimizer = dataclasses.replace(whole, loss=loss), optax.sgd(1.0)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     step = jax.jit(make_train_step(objective, optimizer, lambda step: 1.0, steps=10, skipped=lambda old, new: old))
     state = {"step": jnp.int32(0), "params": params, "opt_state": optimizer.init(params)}
     state, metrics = step(state, {"seed": np.int32(0)}, uneven_batch())

@@ -47,6 +47,7 @@ def test_stages_stand_after_what_they_need_and_the_report_is_last(tmp_path):
     assert all(stage.startswith(("test-", "ngrams-", "probe-", "latency-")) for stage in stages[-1].needs)
 
 
+@pytest.mark.long
 def test_running_every_key_in_order_is_the_whole_study(tmp_path):
     """As the arrays of one plan do it, each by a process that knows of the others only what is on disk."""
     opened, ran = make(tmp_path / "by_stage")

@@ -76,8 +76,14 @@ def test_every_stage_runs_once_after_what_it_needs_and_in_two_processes(toy, tmp
     "action, error, message",
     [
         ("fail", UserError, r"^config\.distill: it is wrong$"),
-        ("crash", RuntimeError, r"(?s)stage distilled-.*, in a worker:.*ZeroDivisionError: a mistake of ours"),
-        ("die", UserError, r"stage distilled-.*: its worker was killed by SIGKILL; start the study again"),
+        pytest.param(
+            *("crash", RuntimeError, r"(?s)stage distilled-.*, in a worker:.*ZeroDivisionError: a mistake of ours"),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            *("die", UserError, r"stage distilled-.*: its worker was killed by SIGKILL; start the study again"),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_what_ends_one_stage_ends_the_study_and_a_new_start_goes_on(toy, action, error, message):

@@ -136,7 +136,8 @@ def test_another_layout_goes_on_with_the_same_rows_and_losses(
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("processes", "times"), [pytest.param(1, 20, marks=pytest.mark.long), (2, 6)])
+@pytest.mark.long
+@pytest.mark.parametrize(("processes", "times"), [(1, 20), (2, 6)])
 def test_kill_9_at_any_moment_loses_nothing_before_the_last_checkpoint(tmp_path, compiled, processes, times):
     """Every start reads what the last whole checkpoint held, whatever lies beside it half written."""
     program = [sys.executable, str(HERE / "killed_training.py"), str(tmp_path), str(processes), str(times), "7"]

