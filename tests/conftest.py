@@ -3,12 +3,11 @@
 import os
 import pathlib
 
+from tests.support.xla_flags import FAST_COMPILATION
+
 os.environ["JAX_PLATFORMS"] = os.environ.get("KD_JAX_TEST_PLATFORMS", "cpu")  # cuda,cpu for tests marked gpu
-# Without optimizing compiled code and with XLA's older emitters, since tests compile far longer than they compute: a
-# quarter of the CPU time.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 "
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+    os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count=8 {FAST_COMPILATION}"
 )
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -27,9 +27,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from tests.support.xla_flags import FAST_COMPILATION
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# As in tests/conftest.py: without compiler optimizations.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+os.environ.setdefault("XLA_FLAGS", FAST_COMPILATION)
 
 import jax
 import orbax.checkpoint as ocp

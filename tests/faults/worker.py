@@ -15,6 +15,8 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
+from tests.support.xla_flags import FAST_COMPILATION
+
 ROOT = pathlib.Path(__file__).parents[2]
 _FLAGS = ("config", "workdir", "coordinator", "processes", "process", "check", "status", "dry-run", "plan", "stage")
 _MOST_BYTES = 4 * 2**30  # maximum memory of a worker, above which it is replaced
@@ -65,7 +67,7 @@ class Worker:
             environment = {
                 **os.environ,
                 "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+                "XLA_FLAGS": FAST_COMPILATION,
                 "HF_HUB_OFFLINE": "1",
                 "PATH": "",  # without git, which every run calls for the commit
                 "JAX_COMPILATION_CACHE_DIR": str(self._compiled),

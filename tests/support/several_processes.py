@@ -8,6 +8,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from tests.support.xla_flags import FAST_COMPILATION
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -22,7 +24,7 @@ def environment(devices: int = 1, compiled: os.PathLike | str = "") -> dict[str,
     values = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FAST_COMPILATION}",
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
     }
