@@ -39,6 +39,9 @@ class _OrbaxNoise(logging.Filter):
 
 logging.getLogger("absl").addFilter(_OrbaxNoise())
 
+# Orbax measures a save with the wall clock, which may jump; the watchdog reports one that hangs.
+_SAVE_SECONDS = 30 * 86_400
+
 
 class Checkpoints:
     """The newest `keep` checkpoints of one run, each with the items "state" (arrays) and "meta" (JSON).
@@ -50,7 +53,11 @@ class Checkpoints:
 
     def __init__(self, folder: str | pathlib.Path, keep: int):
         self._folder = absolute(as_path(folder))
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            cleanup_tmp_directories=True,
+            async_options=ocp.options.AsyncOptions(timeout_secs=_SAVE_SECONDS, create_directories_asynchronously=False),
+        )
         with self._writing():
             self._mirror = Mirror(self._folder) if needs_mirror(self._folder) else None
             folder = self._mirror.folder if self._mirror else self._folder

@@ -1,7 +1,9 @@
 import errno
+import itertools
 import logging
 import shutil
 import sys
+import time
 from typing import Any
 
 import jax
@@ -82,6 +84,17 @@ def test_keeps_the_newest_and_never_saves_a_step_twice(tmp_path):
         checkpoints.wait()
         assert checkpoints.latest_step() == 3
     assert sorted(entry.name for entry in (tmp_path / FOLDER).iterdir() if entry.name.isdigit()) == ["2", "3"]
+
+
+def test_a_clock_that_jumps_while_a_checkpoint_is_written_does_not_end_the_run(tmp_path, monkeypatch):
+    real, days = time.time, itertools.cycle((0, 1))
+    monkeypatch.setattr(time, "time", lambda: real() + 86400 * next(days))
+    state, _ = parts(1, 1, 1)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in range(5):
+            checkpoints.save(step, state, {})
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest_step() == 4
 
 
 def test_a_half_written_checkpoint_is_never_read_and_is_cleared_away(tmp_path):
