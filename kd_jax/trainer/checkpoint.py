@@ -39,7 +39,8 @@ class _OrbaxNoise(logging.Filter):
 
 logging.getLogger("absl").addFilter(_OrbaxNoise())
 
-# Orbax measures a save with the wall clock, which may jump; the watchdog reports one that hangs.
+# Orbax measures its limits with the wall clock, which may jump: 20 minutes for a save, and 5 for the wait for a folder
+# that another thread makes, hence no such thread. The watchdog reports a save that hangs.
 _SAVE_SECONDS = 30 * 86_400
 
 
